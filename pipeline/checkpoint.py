@@ -1,0 +1,108 @@
+"""A checkpoint: one safetensors file with everything in its header. Layout: FORMAT.md, "Checkpoint".
+
+Loading needs nothing else: the SAE's config, step, store, training config and versions are in the header, and a crc32c
+of the tensor bytes, so that a flipped byte is an error and not a slightly different SAE.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from pipeline.errors import CheckpointError, DamagedError
+from pipeline.files import canonical_json, crc32c, write_bytes
+from pipeline.sae import NestedSAE, SAEConfig
+
+FORMAT, VERSION = "nested-sae-checkpoint", 1
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint says about itself. `provenance` is plain JSON: FORMAT.md lists its fields."""
+
+    sae: SAEConfig
+    step: int
+    provenance: dict[str, Any]
+
+
+def tensors_crc32c(tensors: Mapping[str, Tensor]) -> int:
+    """crc32c of the tensors' bytes, in the order of their names."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = crc32c(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON header atomically as safetensors; the crc32c of the tensors is added to the header."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {name: canonical_json(value) for name, value in header.items()}
+    write_bytes(path, safetensors_bytes(held, metadata | {"crc32c": str(tensors_crc32c(held))}))
+
+
+def load_tensors(path: Path, format_name: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON header of a file that `save_tensors` wrote; checks format, version and crc32c.
+
+    Raises CheckpointError when it is missing, of another format or version; DamagedError when bytes changed.
+    """
+    try:
+        header = read_metadata(path, format_name, version)
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except safetensors.SafetensorError as error:
+        raise DamagedError(f"{path}: not a whole safetensors file ({error}); use an earlier checkpoint") from error
+    found = tensors_crc32c(tensors)
+    if found != header["crc32c"]:
+        raise DamagedError(f"{path}: bytes changed since it was written (crc32c {found:#x}, header {header['crc32c']:#x})")
+    return tensors, header
+
+
+def read_metadata(path: Path, format_name: str, version: int) -> dict[str, Any]:
+    """The JSON header alone, without reading tensors. Raises as `load_tensors`, crc apart."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise DamagedError(f"{path}: not a whole safetensors file ({error}); use an earlier checkpoint") from error
+    if header.get("format") != format_name:
+        raise CheckpointError(f"{path}: expected a {format_name}, found {header.get('format', 'no header of ours')!r}")
+    if header.get("version") != version:
+        raise CheckpointError(f"{path}: version {header.get('version')!r} is not known here, which reads {version}")
+    return header
+
+
+def save_checkpoint(path: Path, sae: NestedSAE, step: int, provenance: Mapping[str, Any]) -> None:
+    """Write one SAE atomically; `provenance` is JSON data as FORMAT.md lists it."""
+    header = {"format": FORMAT, "version": VERSION, "sae": sae.config.to_dict(), "step": step, "provenance": provenance}
+    save_tensors(path, sae.state_dict(), header)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[NestedSAE, Header]:
+    """An SAE ready to encode, and what its header says. Raises CheckpointError or DamagedError."""
+    tensors, header = load_tensors(path, FORMAT, VERSION)
+    try:
+        sae = NestedSAE(SAEConfig.from_dict(header["sae"]))
+        sae.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: tensors and header do not agree ({error})") from error
+    return sae.to(device).eval(), to_header(header)
+
+
+def read_header(path: Path) -> Header:
+    """What a checkpoint says about itself, without loading its tensors."""
+    return to_header(read_metadata(path, FORMAT, VERSION))
+
+
+def to_header(header: Mapping[str, Any]) -> Header:
+    """The typed header of a parsed one."""
+    return Header(SAEConfig.from_dict(header["sae"]), header["step"], header["provenance"])

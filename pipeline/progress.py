@@ -1,0 +1,78 @@
+"""Progress of long work: a bar with rate and ETA on a terminal, a plain line now and then when piped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+PLAIN_EVERY_S = 15.0
+"""Seconds between plain lines when the output is not a terminal."""
+
+
+class Progress:
+    """Counts units of work. `with Progress(total, "harvest", unit="row") as bar: bar.advance(128, "1.2 GB")`.
+
+    Writes to stderr. On a terminal it is a tqdm bar; otherwise a line at most every PLAIN_EVERY_S seconds and one at
+    the end, so that logs stay short.
+    """
+
+    def __init__(self, total: int, label: str, unit: str, *, done: int = 0, quiet: bool = False) -> None:
+        self.total, self.label, self.unit, self.n, self.start_n = total, label, unit, done, done
+        self._note, self._t0, self._last, self._quiet = "", time.monotonic(), time.monotonic(), quiet
+        self._bar = None
+        if sys.stderr.isatty() and not quiet:
+            self._bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True, leave=True)
+
+    def advance(self, n: int, note: str = "") -> None:
+        """Add `n` finished units; `note` is short free text shown behind the rate."""
+        self.n += n
+        self._note = note or self._note
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(n)
+        elif not self._quiet and time.monotonic() - self._last >= PLAIN_EVERY_S:
+            self._line()
+
+    def _line(self) -> None:
+        self._last = time.monotonic()
+        seconds = max(self._last - self._t0, 1e-9)
+        rate = (self.n - self.start_n) / seconds
+        left = f", {format_seconds((self.total - self.n) / rate)} left" if rate and self.n < self.total else ""
+        note = f", {self._note}" if self._note else ""
+        share = f"{100 * self.n / self.total:.0f} %" if self.total else "done"
+        print(
+            f"{self.label}: {share}, {self.n:,} of {self.total:,} {self.unit}s, {rate:,.4g} {self.unit}s/s{left}{note}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif not self._quiet and kind is None:
+            self._line()
+
+
+def say(line: str) -> None:
+    """One line for a person, on stderr, without tearing a progress bar."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def format_seconds(seconds: float) -> str:
+    """45 s, 3 min 20 s, 2 h 05 min."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    return f"{s // 3600} h {s % 3600 // 60:02d} min"
