@@ -1,7 +1,7 @@
 """A checkpoint: one safetensors file with everything in its header. Layout: FORMAT.md, "Checkpoint".
 
 Loading needs nothing else: the SAE's config, step, store, training config and versions are in the header, and a crc32c
-of the tensor bytes, so that a flipped byte is an error and not a slightly different SAE.
+of header and tensors, so that a flipped byte is an error and not a slightly different SAE.
 """
 
 from __future__ import annotations
@@ -33,19 +33,30 @@ class Header:
     provenance: dict[str, Any]
 
 
-def tensors_crc32c(tensors: Mapping[str, Tensor]) -> int:
-    """crc32c of the tensors' bytes, in the order of their names."""
-    crc = 0
+def content_crc32c(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """crc32c of the header's canonical JSON, `crc32c` left out, then of each tensor's name, shape and bytes by name."""
+    crc = crc32c(canonical_json({name: value for name, value in header.items() if name != "crc32c"}).encode())
     for name in sorted(tensors):
-        crc = crc32c(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+        tensor = tensors[name].detach().cpu().contiguous()
+        crc = crc32c(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = crc32c(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
     return crc
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON header atomically as safetensors; the crc32c of the tensors is added to the header."""
+    """Write tensors and a JSON header atomically as safetensors; the crc32c of both is added to the header."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {name: canonical_json(value) for name, value in header.items()}
-    write_bytes(path, safetensors_bytes(held, metadata | {"crc32c": str(tensors_crc32c(held))}))
+    sealed = {**header, "crc32c": content_crc32c(header, held)}
+    metadata = {name: canonical_json(value) for name, value in sealed.items()}
+    write_bytes(path, sort_header(safetensors_bytes(held, metadata)))
+
+
+def sort_header(data: bytes) -> bytes:
+    """The same safetensors file with its header's keys sorted: the library's order changes from call to call."""
+    length = int.from_bytes(data[:8], "little")
+    header = canonical_json(json.loads(data[8 : 8 + length])).encode()
+    header = header.ljust(-(-len(header) // 8) * 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
 def load_tensors(path: Path, format_name: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -59,9 +70,9 @@ def load_tensors(path: Path, format_name: str, version: int) -> tuple[dict[str, 
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except safetensors.SafetensorError as error:
         raise DamagedError(f"{path}: not a whole safetensors file ({error}); use an earlier checkpoint") from error
-    found = tensors_crc32c(tensors)
-    if found != header["crc32c"]:
-        raise DamagedError(f"{path}: bytes changed since it was written (crc32c {found:#x}, header {header['crc32c']:#x})")
+    found, written = content_crc32c(header, tensors), header.get("crc32c")
+    if found != written:
+        raise DamagedError(f"{path}: bytes changed since it was written (crc32c {found}, in the header {written})")
     return tensors, header
 
 

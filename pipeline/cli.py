@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import tomllib
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,11 +14,12 @@ import click
 
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import disk_errors
+from pipeline.progress import log_line, say
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 
-class Count(click.ParamType):
+class Count(click.ParamType[int]):
     """A whole number of things: 10000000, 10_000_000, 10M, 1.5k."""
 
     name = "count"
@@ -72,12 +74,15 @@ def main(command: click.Command, program: str, resume: str = "run the same comma
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        print(f"\nstopped; {resume}", file=sys.stderr)
+        say(f"\nstopped; {resume}")
         sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except Exception:
+        log_line(traceback.format_exc())
+        raise
     sys.exit(0)

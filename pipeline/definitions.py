@@ -22,7 +22,7 @@ class Metric:
 METRICS: dict[str, Metric] = {
     m.id: m
     for m in (
-        Metric("kl_nats", "KL", "nats/token", "lower", "KL(clean ‖ spliced) of next-token distributions, mean over kept tokens"),
+        Metric("kl_nats", "KL", "nats/token", "lower", "KL(clean ‖ spliced) of next-token distributions"),
         Metric(
             "kl_score", "KL score", "fraction", "higher",
             "(KL_zero − KL_spliced) / KL_zero: share of the zero-ablation KL removed (SAEBench's kl_div_score)",
@@ -33,7 +33,10 @@ METRICS: dict[str, Metric] = {
             "ce_score", "CE score", "fraction", "higher",
             "(CE_zero − CE_spliced) / (CE_zero − CE_clean): CE recovered against zero ablation",
         ),
-        Metric("ce_score_mean", "CE score (mean ablation)", "fraction", "higher", "(CE_mean − CE_spliced) / (CE_mean − CE_clean)"),
+        Metric(
+            "ce_score_mean", "CE score (mean ablation)", "fraction", "higher",
+            "(CE_mean − CE_spliced) / (CE_mean − CE_clean)",
+        ),
         Metric("top1", "top-1 agreement", "fraction", "higher", "share of kept tokens on which clean and spliced argmax agree"),
         Metric(
             "ev", "explained variance", "fraction", "higher",

@@ -108,7 +108,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = free_bytes(path)
-            raise DiskError(f"{path}: the disk is full ({human_bytes(free)} free); make room, then run again") from error
+            raise DiskError(
+                f"{path}: the disk is full ({human_bytes(free)} free); make room, then run again"
+            ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise DiskError(f"{path}: cannot write here ({error.strerror}); choose another folder") from error
         raise

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
 PLAIN_EVERY_S = 15.0
 """Seconds between plain lines when the output is not a terminal."""
+
+LOG_VARIABLE = "PIPELINE_LOG"
+"""Environment variable: a file to which every line that a person sees is appended too."""
 
 
 class Progress:
@@ -34,7 +39,7 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(n)
-        elif not self._quiet and time.monotonic() - self._last >= PLAIN_EVERY_S:
+        if not self._quiet and time.monotonic() - self._last >= PLAIN_EVERY_S:
             self._line()
 
     def _line(self) -> None:
@@ -44,11 +49,11 @@ class Progress:
         left = f", {format_seconds((self.total - self.n) / rate)} left" if rate and self.n < self.total else ""
         note = f", {self._note}" if self._note else ""
         share = f"{100 * self.n / self.total:.0f} %" if self.total else "done"
-        print(
-            f"{self.label}: {share}, {self.n:,} of {self.total:,} {self.unit}s, {rate:,.4g} {self.unit}s/s{left}{note}",
-            file=sys.stderr,
-            flush=True,
-        )
+        count = f"{self.n:,} of {self.total:,} {self.unit}s, {rate:,.4g} {self.unit}s/s"
+        line = f"{self.label}: {share}, {count}{left}{note}"
+        log_line(line)
+        if self._bar is None:
+            print(line, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -56,16 +61,24 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._quiet and kind is None:
+            self._line()
         if self._bar is not None:
             self._bar.close()
-        elif not self._quiet and kind is None:
-            self._line()
 
 
 def say(line: str) -> None:
     """One line for a person, on stderr, without tearing a progress bar."""
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
+    log_line(line)
+
+
+def log_line(line: str) -> None:
+    """Append a line to the log that LOG_VARIABLE names, if any."""
+    if path := os.environ.get(LOG_VARIABLE):
+        with Path(path).open("a") as file:
+            file.write(line + "\n")
 
 
 def format_seconds(seconds: float) -> str:

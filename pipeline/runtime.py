@@ -42,7 +42,7 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     """`auto` is bf16 where the hardware multiplies it natively, else float32. Returns `bf16` or `float32`."""
     if name != "auto":
         return name
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+    fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else cpu_has_bf16()
     return "bf16" if fast else "float32"
 
 
@@ -108,10 +108,12 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
 def git_state() -> str:
     """Commit of this checkout, `-dirty` when it has uncommitted changes, `unknown` outside a checkout."""
     here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        run = subprocess.run(("git", *words), cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        return run.stdout.strip()
+
     try:
-        run = lambda *args: subprocess.run(  # noqa: E731
-            ("git", *args), cwd=here, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        return run("rev-parse", "HEAD") + ("-dirty" if run("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

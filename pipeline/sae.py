@@ -51,8 +51,10 @@ class SAEConfig:
         sizes = (0, *self.levels)
         if not self.levels or self.levels[-1] != self.width or any(a >= b for a, b in zip(sizes, sizes[1:])):
             raise UsageError(f"levels {self.levels} must increase strictly from above 0 to the width {self.width}")
-        if self.activation in ("topk", "batchtopk") and not 0 < self.k <= self.width:
-            raise UsageError(f"{self.activation} needs k between 1 and the width {self.width}, got {self.k}")
+        if self.activation in ("topk", "batchtopk") and self.k < 1:
+            raise UsageError(f"{self.activation} needs k of at least 1, got {self.k}")
+        if self.activation == "topk" and self.k > self.width:
+            raise UsageError(f"topk cannot keep k = {self.k} of {self.width} latents")
         if self.layernorm == "post" and self.activation != "relu":
             raise UsageError(f"LayerNorm after the activation goes with relu only, not with {self.activation}")
 
@@ -175,7 +177,7 @@ class NestedSAE(nn.Module):
 
     def decode_normalized_levels(self, z: Float[Tensor, "*rows latent"]) -> Iterator[Float[Tensor, "*rows d_model"]]:
         """Reconstructions of every level in turn in the training space; each adds its block to the one before."""
-        x_hat = self.b_dec
+        x_hat: Tensor = self.b_dec
         for block in self.config.blocks:
             x_hat = x_hat + z[..., block] @ self.W_dec[block]
             yield x_hat
@@ -205,10 +207,8 @@ class NestedSAE(nn.Module):
             raise UsageError("a level of a topk SAE is not an SAE: topk selects over all latents of a row")
         levels = config.levels[: config.levels.index(m) + 1]
         small = NestedSAE(dataclasses.replace(config, width=m, levels=levels))
-        for name, tensor in self.state_dict().items():
-            target = small.get_parameter(name) if name in dict(small.named_parameters()) else small.get_buffer(name)
-            target.data = latent_slice(name, tensor, m).clone()
-        return small
+        small.load_state_dict({name: latent_slice(name, tensor, m) for name, tensor in self.state_dict().items()})
+        return small.to(self.W_enc.device, self.W_enc.dtype)
 
 
 def latent_slice(name: str, tensor: Tensor, m: int) -> Tensor:

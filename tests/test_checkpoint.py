@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+import torch
+from test_sae import KINDS, random_sae
+
+from pipeline.checkpoint import load_checkpoint, read_header, save_checkpoint, save_tensors
+from pipeline.errors import CheckpointError, DamagedError
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_comes_back_as_the_same_sae(tmp_path: Path, kind: str) -> None:
+    sae, path = random_sae(KINDS[kind]), tmp_path / "a.safetensors"
+    save_checkpoint(path, sae, 7, {"member": "m"})
+    loaded, header = load_checkpoint(path)
+    assert header == read_header(path)
+    assert (header.step, header.provenance, header.sae) == (7, {"member": "m"}, sae.config)
+    raw = torch.randn(5, 16)
+    assert torch.equal(loaded(raw), sae(raw))
+
+
+def test_saving_the_same_sae_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    sae = random_sae(KINDS["batchtopk"])
+    for name in ("a", "b"):
+        save_checkpoint(tmp_path / name, sae, 7, {"z": 1, "a": [1.5, None]})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_flipped_byte_anywhere_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, random_sae(KINDS["relu"]), 7, {"note": "x"})
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 53):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
+        with pytest.raises((CheckpointError, DamagedError)):
+            load_checkpoint(path)
+
+
+def test_a_truncated_checkpoint_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, random_sae(KINDS["relu"]), 7, {})
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DamagedError, match=r"a\.safetensors"):
+        load_checkpoint(path)
+
+
+def test_a_missing_checkpoint_an_unknown_version_and_a_foreign_file_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "none.safetensors")
+    save_tensors(tmp_path / "v9", {"a": torch.zeros(1)}, {"format": "nested-sae-checkpoint", "version": 9})
+    with pytest.raises(CheckpointError, match="version 9 is not known"):
+        load_checkpoint(tmp_path / "v9")
+    save_tensors(tmp_path / "other", {"a": torch.zeros(1)}, {"format": "other", "version": 1})
+    with pytest.raises(CheckpointError, match="expected a nested-sae-checkpoint"):
+        load_checkpoint(tmp_path / "other")

@@ -1,0 +1,65 @@
+import click
+import pytest
+
+from pipeline.cli import COUNT, SIZE, main
+from pipeline.errors import CorpusError, UsageError
+from pipeline.experiment import Experiment
+from pipeline.stages import options
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("10_000_000", 10_000_000), ("10M", 10_000_000), ("1.5k", 1500), ("7", 7), ("2,000", 2000), ("1B", 10**9)],
+)
+def test_counts_are_read_as_people_write_them(text: str, number: int) -> None:
+    assert COUNT.convert(text, None, None) == number
+
+
+@pytest.mark.parametrize("text", ["", "ten", "1.5", "-3", "1e6", "3MM"])
+def test_what_is_not_a_count_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        COUNT.convert(text, None, None)
+
+
+@pytest.mark.parametrize(("text", "number"), [("2GB", 2 * 10**9), ("500M", 500 * 10**6), ("12", 12), ("1GiB", 10**9)])
+def test_sizes_take_a_unit(text: str, number: int) -> None:
+    assert SIZE.convert(text, None, None) == number
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(CorpusError("bad corpus"), 1), (UsageError("bad option"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_exit_codes_tell_a_disk_from_a_typo(
+    error: BaseException, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @click.command()
+    def command() -> None:
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["x"])
+    with pytest.raises(SystemExit) as stop:
+        main(command, "x")
+    assert stop.value.code == code
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    assert (str(error) or "run the same command again") in printed
+
+
+def test_a_wrong_option_exits_with_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["x", "--nope"])
+    with pytest.raises(SystemExit) as stop:
+        main(click.Command("x", callback=lambda: None), "x")
+    assert stop.value.code == 2
+
+
+def test_settings_become_options_a_list_repeats_and_true_is_a_flag() -> None:
+    words = options({"alpha": [0, 0.2], "recipe": "paper", "repair": True, "compile": False})
+    assert words == ["--alpha", "0", "--alpha", "0.2", "--recipe", "paper", "--repair"]
+
+
+@pytest.mark.parametrize("name", ["demo", "paper"])
+def test_shipped_experiments_are_readable_by_name(name: str, tmp_path: object) -> None:
+    from pathlib import Path
+
+    experiment = Experiment.read(Path(f"{name}.toml"))
+    assert experiment.train[0]["alpha"] == [0, 0.1, 0.2, 0.3, 0.5]

@@ -1,0 +1,70 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline import files
+from pipeline.errors import DamagedError, DiskError, MismatchError
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.bin"
+    with pytest.raises(RuntimeError), files.atomic(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert list(path.parent.iterdir()) == []
+    files.write_bytes(path, b"whole")
+    assert path.read_bytes() == b"whole"
+
+
+def test_an_old_file_stays_when_writing_its_successor_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"old": True})
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(path, {"new": float("nan")})
+    assert files.read_json(path) == {"old": True}
+
+
+def test_a_full_disk_is_one_error_that_names_the_path(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match=r"a\.bin: the disk is full"), files.atomic(tmp_path / "a.bin"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_read_only_folder_is_one_error_that_names_the_path(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match="choose another folder"), files.atomic(tmp_path / "a"):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    left, kept = tmp_path / "x" / f"c.{os.getpid()}.partial", tmp_path / "x" / "c"
+    left.touch()
+    kept.touch()
+    assert files.sweep_partials(tmp_path) == [left]
+    assert kept.exists()
+
+
+def test_configs_that_differ_are_named_field_by_field(tmp_path: Path) -> None:
+    files.require_same(tmp_path, {"a": 1}, {"a": 1}, "the store")
+    with pytest.raises(MismatchError, match=r"a: there 1, asked 2; b: there None, asked 3"):
+        files.require_same(tmp_path, {"a": 1}, {"a": 2, "b": 3}, "the store")
+
+
+def test_json_that_was_cut_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": 1')
+    with pytest.raises(DamagedError, match=r"a\.json: not readable as JSON"):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_too_little_room_says_how_much_is_needed(tmp_path: Path) -> None:
+    files.require_free(tmp_path / "not" / "yet", 1, "a store")
+    with pytest.raises(DiskError, match=r"a store needs 1000\.0 TB"):
+        files.require_free(tmp_path, 10**15, "a store")
+
+
+def test_equal_data_gives_equal_json_and_hash() -> None:
+    assert files.canonical_json({"b": 1, "a": [1.5, "é"]}) == '{"a":[1.5,"é"],"b":1}'
+    assert files.hash_config({"a": 1, "b": 2}) == files.hash_config({"b": 2, "a": 1})
+    assert files.crc32c(b"123456789") == 0xE3069283
