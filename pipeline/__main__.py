@@ -10,7 +10,7 @@ import click
 
 from pipeline import experiment as experiments
 from pipeline import stages
-from pipeline.cli import main, print_json
+from pipeline.cli import COUNT, main, print_json
 from pipeline.errors import DamagedError
 from pipeline.progress import say
 
@@ -105,6 +105,67 @@ def report(words: tuple[str, ...]) -> None:
     Example: python -m pipeline report demo/results --out report.html
     """
     stages.pass_on("evaluate.report", words)
+
+
+@cli.command()
+@click.argument("checkpoint", type=PATH)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["saelens", "dictionary-learning"]),
+    required=True,
+    help="Whose folder to write.",
+)
+@click.option("--out", type=PATH, required=True, help="Folder to write.")
+@click.option("--level", default=None, help="A level of the dictionary, 0 the innermost, or `all`: a folder each.")
+def export(checkpoint: Path, kind: str, out: Path, level: str | None) -> None:
+    """Write a checkpoint as a folder that SAELens or dictionary_learning loads; centre and scale are folded in.
+
+    The exported SAE takes raw residuals; its latents are in units of the residual. A LayerNorm SAE loads in SAELens
+    after `import pipeline.saelens`.
+
+    \b
+    Example: python -m pipeline export runs/a/checkpoints/step_004882.safetensors --format saelens --out exported
+    """
+    from pipeline.export import export as export_checkpoint
+    from pipeline.hub import find_checkpoint
+
+    chosen = None if level is None else -1 if level == "all" else COUNT.convert(level, None, None)
+    for folder in export_checkpoint(find_checkpoint(checkpoint), kind, out, chosen):  # type: ignore[arg-type]
+        click.echo(folder)
+
+
+@cli.command()
+@click.argument("checkpoint", type=PATH)
+@click.argument("repository")
+@click.option("--results", type=PATH, help="Its results file; the scores go into the model card.")
+@click.option("--private", is_flag=True, help="Make the repository private.")
+def push(checkpoint: Path, repository: str, results: Path | None, private: bool) -> None:
+    """Upload a checkpoint to the Hugging Face Hub with a model card made from its provenance and results.
+
+    The token is the one that `hf auth login` or HF_TOKEN holds; it is never printed or stored.
+
+    \b
+    Example: python -m pipeline push runs/paper/checkpoints/layer_19/alpha0.2-seed0-1a2b3c4d5e me/gemma-nested
+    """
+    from pipeline.hub import push as push_checkpoint
+
+    click.echo(push_checkpoint(checkpoint, repository, results, private))
+
+
+@cli.command()
+@click.argument("repository")
+@click.option("--out", type=PATH, required=True, help="Folder to write.")
+@click.option("--revision", help="Branch, tag or commit.  [default: main]")
+def pull(repository: str, out: Path, revision: str | None) -> None:
+    """Download a checkpoint, its card and its results from the Hugging Face Hub, checked.
+
+    \b
+    Example: python -m pipeline pull me/gemma-nested --out gemma-nested
+    """
+    from pipeline.hub import pull as pull_checkpoint
+
+    click.echo(pull_checkpoint(repository, out, revision))
 
 
 def outline(data: Any, indent: str = "") -> list[str]:

@@ -1,0 +1,91 @@
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_sae import KINDS, random_sae
+
+from pipeline.checkpoint import save_checkpoint
+from pipeline.errors import DiskError, UsageError
+from pipeline.export import FORMATS, export
+from pipeline.sae import NestedSAE
+
+PROVENANCE = {"store": {"model": "google/gemma-2-2b", "layer": 19, "context": 128}}
+
+
+def saved(path: Path, kind: str) -> NestedSAE:
+    sae = random_sae(KINDS[kind])
+    sae.W_dec.data /= sae.W_dec.data.norm(dim=-1, keepdim=True)
+    if kind == "batchtopk":
+        sae.threshold.data.fill_(1.3)
+    save_checkpoint(path, sae, 5, PROVENANCE)
+    return sae
+
+
+def rows() -> torch.Tensor:
+    return torch.randn(20, 16, generator=torch.Generator().manual_seed(3)) * 3 + 1
+
+
+def test_an_exported_sae_takes_raw_residuals_by_saelens_own_formula(tmp_path: Path) -> None:
+    sae = saved(tmp_path / "c", "relu")
+    export(tmp_path / "c", "saelens", tmp_path / "out")
+    cfg, w = json.loads((tmp_path / "out/cfg.json").read_text()), load_file(tmp_path / "out/sae_weights.safetensors")
+    assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"]) == ("standard", 16, 64)
+    assert cfg["metadata"]["hook_name"] == "blocks.19.hook_resid_post"
+    x = rows()
+    z = ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
+    assert torch.allclose(z, sae.encode(x) / sae.scale, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(z @ w["W_dec"] + w["b_dec"], sae(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "batchtopk"])
+def test_every_level_exports_as_an_sae_of_its_own(tmp_path: Path, kind: str) -> None:
+    sae = saved(tmp_path / "c", kind)
+    folders = export(tmp_path / "c", "saelens", tmp_path / "out", level=-1)
+    widths = [json.loads((folder / "cfg.json").read_text())["d_sae"] for folder in folders]
+    assert widths == list(sae.config.levels)
+    w = load_file(folders[0] / "sae_weights.safetensors")
+    z = sae.encode(rows())[:, : sae.config.levels[0]] / sae.scale
+    assert torch.allclose(z @ w["W_dec"] + w["b_dec"], sae.decode_level(sae.encode(rows()), 0), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_format_cannot_express_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "ln", "relu, LayerNorm")
+    with pytest.raises(UsageError, match="LayerNorm"):
+        export(tmp_path / "ln", "dictionary-learning", tmp_path / "out")
+    saved(tmp_path / "c", "relu")
+    with pytest.raises(UsageError, match="levels 0 to 1"):
+        export(tmp_path / "c", "saelens", tmp_path / "out", level=2)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    saved(tmp_path / "c", "relu")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(DiskError, match=r"thesis\.tex"):
+        export(tmp_path / "c", "saelens", tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PEERS_PYTHON" not in os.environ, reason="PEERS_PYTHON names no environment with sae-lens")
+def test_the_installed_peers_load_every_export_and_agree(tmp_path: Path) -> None:
+    for kind in KINDS:
+        for form in FORMATS:
+            folder = tmp_path / f"{kind}-{form}".replace(", ", "-")
+            folder.mkdir()
+            sae, x = saved(folder / "c", kind), rows()
+            try:
+                export(folder / "c", form, folder / "out")
+            except UsageError:
+                continue
+            z, x_hat = (sae.encode(x) / sae.scale).detach(), sae(x).detach()
+            save_file({"x": x, "z": z, "x_hat": x_hat}, folder / "reference.safetensors")
+    script = Path(__file__).parent / "peer_exports.py"
+    run = subprocess.run([os.environ["PEERS_PYTHON"], script, tmp_path], capture_output=True, text=True, check=True)
+    errors = json.loads(run.stdout.splitlines()[-1])
+    assert len(errors) == 10
+    for name, (encode, decode) in errors.items():
+        assert max(encode, decode) < 1e-5, name

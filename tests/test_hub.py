@@ -1,0 +1,182 @@
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from test_sae import KINDS, random_sae
+
+import pipeline
+from pipeline import hub
+from pipeline.checkpoint import save_checkpoint
+from pipeline.errors import CheckpointError
+from pipeline.files import hash_file, write_json
+
+TOKEN = "hf_secret_of_the_test"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """As much of the Hub's HTTP interface as create, commit and snapshot_download use."""
+
+    files: ClassVar[dict[str, bytes]]
+    seen: ClassVar[list[str]]
+
+    def log_message(self, format: str, *args: Any) -> None:
+        self.seen.append(self.path)
+
+    def answer(self, data: Any, code: int = 200, body: bool = True) -> None:
+        raw = data if isinstance(data, bytes) else json.dumps(data).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(raw)))
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hash(raw) & 0xFFFFFFFF:x}"')
+        self.end_headers()
+        if body:
+            self.wfile.write(raw)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            self.answer({"url": f"http://{self.headers['Host']}/owner/name", "name": "owner/name", "id": "1"})
+        elif "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            self.answer({"files": files})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer(
+                {
+                    "commitUrl": f"http://{self.headers['Host']}/owner/name/commit/{COMMIT}",
+                    "commitOid": COMMIT,
+                    "success": True,
+                }
+            )
+        else:
+            self.answer({"valid": True, "errors": [], "warnings": []})
+
+    def do_GET(self, body: bool = True) -> None:
+        name = self.path.split("?")[0].split("/")[-1]
+        if "/resolve/" in self.path and name in self.files:
+            self.answer(self.files[name], body=body)
+        elif "/revision/" in self.path and self.files:
+            siblings = [{"rfilename": file} for file in self.files]
+            self.answer({"id": "owner/name", "modelId": "owner/name", "sha": COMMIT, "siblings": siblings, "tags": []})
+        elif "/tree/" in self.path and self.files:
+            self.answer([{"type": "file", "path": f, "size": len(d), "oid": "0" * 40} for f, d in self.files.items()])
+        else:
+            self.answer({"error": "Repository not found"}, 404)
+
+    def do_HEAD(self) -> None:
+        self.do_GET(body=False)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[StandIn]]:
+    """A Hub on loopback that huggingface_hub talks to; its constants are read at import, so they are patched."""
+    import huggingface_hub.constants as constants
+    from huggingface_hub import HfApi, snapshot_download
+
+    class Handler(StandIn):
+        files: ClassVar[dict[str, bytes]] = {}
+        seen: ClassVar[list[str]] = []
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: HfApi(endpoint=endpoint, token=TOKEN))
+    cache = tmp_path / "hub-cache"
+
+    def download(repo_id: str, revision: str | None = None) -> str:
+        return str(snapshot_download(repo_id, revision=revision, endpoint=endpoint, cache_dir=cache, token=TOKEN))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    yield Handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def a_checkpoint(folder: Path) -> Path:
+    path = folder / "step_000005.safetensors"
+    provenance = {
+        "member": "alpha0.2-seed0",
+        "store": {"model": "google/gemma-2-2b", "layer": 19, "context": 128},
+        "train": {"recipe": "paper", "alpha": 0.2, "seed": 0},
+        "rows_seen": 10_000,
+    }
+    save_checkpoint(path, random_sae(KINDS["relu"]), 5, provenance)
+    return path
+
+
+def some_results(checkpoint: Path) -> Path:
+    scores = {"kl_nats": 0.5, "kl_score": 0.9, "ce_score": 0.91, "ev": 0.8, "l0": 12.0, "dead": None}
+    levels = [{"level": 0, "n_latents": 16, "scores": scores}, {"level": 1, "n_latents": 64, "scores": scores}]
+    write_json(checkpoint.parent / "r.json", {"checkpoint": {"sha256": hash_file(checkpoint)}, "levels": levels})
+    return checkpoint.parent / "r.json"
+
+
+def test_what_is_pushed_comes_back_by_id_as_the_same_sae(
+    stand_in: type[StandIn], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = a_checkpoint(tmp_path)
+    hub.push(checkpoint, "owner/name", some_results(checkpoint))
+    assert set(stand_in.files) == {"sae.safetensors", "README.md", "results.json"}
+    x = torch.randn(4, 16)
+    assert torch.equal(pipeline.load("owner/name").encode(x), pipeline.load(checkpoint).encode(x))
+    pulled = hub.pull("owner/name", tmp_path / "pulled")
+    assert pulled.read_bytes() == checkpoint.read_bytes()
+    printed = capfd.readouterr()
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert TOKEN not in printed.out + printed.err
+    assert not any(TOKEN.encode() in data for data in [*written, *stand_in.files.values()])
+
+
+def test_the_model_card_says_what_it_is_how_good_and_how_to_load_it(tmp_path: Path) -> None:
+    checkpoint = a_checkpoint(tmp_path)
+    results = json.loads(some_results(checkpoint).read_text())
+    card = hub.model_card(checkpoint, results, "owner/name")
+    for text in (
+        "base_model: google/gemma-2-2b",
+        "layer 19",
+        "| 16 |",
+        "| KL (nats/token) ↓",
+        'pipeline.load("owner/name")',
+    ):
+        assert text in card, text
+
+
+def test_results_of_another_checkpoint_are_not_pushed(stand_in: type[StandIn], tmp_path: Path) -> None:
+    checkpoint = a_checkpoint(tmp_path)
+    write_json(tmp_path / "r.json", {"checkpoint": {"sha256": "0" * 64}, "levels": []})
+    with pytest.raises(CheckpointError, match="another checkpoint"):
+        hub.push(checkpoint, "owner/name", tmp_path / "r.json")
+    assert not stand_in.files
+
+
+def test_an_unknown_repository_is_one_clear_error(stand_in: type[StandIn]) -> None:
+    with pytest.raises(CheckpointError, match="owner/none"):
+        pipeline.load("owner/none")
+
+
+def test_load_takes_a_file_a_member_folder_or_a_folder_with_one_checkpoint(tmp_path: Path) -> None:
+    member = tmp_path / "alpha0.2-seed0"
+    (member / "checkpoints").mkdir(parents=True)
+    checkpoint = a_checkpoint(member / "checkpoints")
+    with pytest.raises(CheckpointError, match="not finished"):
+        pipeline.load(member)
+    write_json(member / "complete.json", {"final": "checkpoints/step_000005.safetensors"})
+    for source in (checkpoint, str(checkpoint), member, member / "checkpoints"):
+        assert pipeline.load(source).config.width == 64
+    with pytest.raises(CheckpointError, match="found nothing"):
+        pipeline.load(tmp_path / "nothing")
