@@ -47,7 +47,15 @@ def demo(out: Path, seed: tuple[int, ...]) -> None:
 @click.argument("experiment", type=PATH)
 @click.option("--out", type=PATH, help="Folder that everything goes to.  [default: runs/NAME OF THE FILE]")
 @click.option("--dry-run", is_flag=True, help="Print the plan with disk, memory and time; do nothing.")
-def run(experiment: Path, out: Path | None, dry_run: bool) -> None:
+@click.option(
+    "--machine",
+    type=click.Choice(["local", "slurm"]),
+    default="local",
+    show_default=True,
+    help="slurm writes job scripts for a cluster to OUT/jobs instead of running.",
+)
+@click.option("--sbatch", default="", help="Further words for every Slurm job: '--partition=gpu --time=12:00:00'.")
+def run(experiment: Path, out: Path | None, dry_run: bool, machine: str, sbatch: str) -> None:
     """Make an experiment file true: harvest, train, evaluate and report what is missing of it.
 
     EXPERIMENT is a TOML file or the name of a shipped one: demo, paper, ablations. Run it again and nothing is done
@@ -60,6 +68,10 @@ def run(experiment: Path, out: Path | None, dry_run: bool) -> None:
     out = out or Path("runs") / experiment.stem
     if dry_run:
         experiments.dry_run(parsed, out)
+    elif machine == "slurm":
+        from pipeline.slurm import write_jobs
+
+        say(f"read the scripts, then run: bash {write_jobs(parsed, experiment, out, sbatch)}")
     else:
         say(f"report: {experiments.run(parsed, out)}")
 
