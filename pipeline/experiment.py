@@ -119,7 +119,8 @@ def harvest_words(experiment: Experiment, places: Places) -> list[str]:
 
 def train_words(grid: dict[str, Any], places: Places, layer: int) -> list[str]:
     """Options of one training grid on one layer."""
-    return stages.options({**grid, "store": places.store_of(layer), "out": places.checkpoints(layer)})
+    settings = {**grid, "store": places.store_of(layer), "out": places.checkpoints(layer)}
+    return stages.options(settings, negatable=True)
 
 
 def evaluate_words(experiment: Experiment, places: Places, layer: int, members: list[str]) -> list[str]:

@@ -20,8 +20,11 @@ ROOT = Path(__file__).parents[1]
 """The checkout: `data/` lies here, and stages run here so that `evaluate` is ours whatever else is installed."""
 
 
-def options(settings: Mapping[str, Any]) -> list[str]:
-    """Command-line options of a table of settings: a list repeats the option, true is a bare flag, false is left out."""
+def options(settings: Mapping[str, Any], *, negatable: bool = False) -> list[str]:
+    """Command-line options of a table of settings: a list repeats the option, true is a bare flag.
+
+    False is left out, or `--no-x` for a stage whose flags are `negatable` (train, where some are on by default).
+    """
     words: list[str] = []
     for name, value in settings.items():
         for one in value if isinstance(value, list) else [value]:
@@ -29,6 +32,8 @@ def options(settings: Mapping[str, Any]) -> list[str]:
                 words.append(f"--{name}")
             elif one is not False:
                 words += [f"--{name}", str(one)]
+            elif negatable:
+                words.append(f"--no-{name}")
     return words
 
 

@@ -55,6 +55,7 @@ def test_a_wrong_option_exits_with_two(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_become_options_a_list_repeats_and_true_is_a_flag() -> None:
     words = options({"alpha": [0, 0.2], "recipe": "paper", "repair": True, "compile": False})
     assert words == ["--alpha", "0", "--alpha", "0.2", "--recipe", "paper", "--repair"]
+    assert options({"layernorm-rescale": False}, negatable=True) == ["--no-layernorm-rescale"]
 
 
 @pytest.mark.parametrize("name", ["demo", "paper"])

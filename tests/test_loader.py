@@ -1,0 +1,239 @@
+"""Order and loader: every kept row once an epoch, any position restarts the same stream, bytes as in the store."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import make_store
+from torch import Tensor
+
+from pipeline.errors import DamagedError, StoreError, UsageError
+from pipeline.store import Split, Store
+from train.bodies import BodyCheck
+from train.loader import Loader, resolve_mode
+from train.order import Order, share_of
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> Order:
+    """Orders over small splits with a ragged end, few or many rows kept, exact or windowed."""
+    n_rows, chunk_rows = draw(st.integers(1, 200)), draw(st.integers(1, 40))
+    kept = np.array(draw(st.lists(st.booleans(), min_size=n_rows, max_size=n_rows)))
+    kept[draw(st.integers(0, n_rows - 1))] = True
+    return Order(kept, chunk_rows, draw(st.integers(0, 5)), draw(st.none() | st.integers(1, 120)))
+
+
+def delivered(order: Order, position: int, batch_size: int, n_batches: int) -> list[list[int]]:
+    """The rows of some batches, in order of delivery."""
+    batches = order.batches(position, batch_size)
+    return [
+        [int(row) for p in next(batches) for row in order.window(p.epoch, p.window).rows[p.start : p.stop]]
+        for _ in range(n_batches)
+    ]
+
+
+@given(orders(), st.integers(0, 3))
+def test_every_kept_row_comes_exactly_once_in_an_epoch(order: Order, epoch: int) -> None:
+    (rows,) = delivered(order, epoch * order.n_kept, order.n_kept, 1)
+    assert sorted(rows) == np.flatnonzero(order.kept).tolist()
+
+
+@given(orders(), st.integers(1, 50), st.integers(0, 12))
+def test_batches_have_their_size_and_any_position_restarts_the_same_stream(order: Order, size: int, skip: int) -> None:
+    whole = delivered(order, 0, size, skip + 3)
+    assert all(len(rows) == size for rows in whole)
+    assert delivered(order, skip * size, size, 3) == whole[skip:]
+
+
+@given(orders())
+def test_a_window_spans_no_more_rows_than_asked_unless_one_chunk_does(order: Order) -> None:
+    sizes = [len(chunks) for chunks in order.chunks(1)]
+    assert sum(sizes) == order.n_chunks
+    assert max(sizes) - min(sizes) <= 1
+    for index, chunks in enumerate(order.chunks(1)):
+        assert set(order.window(1, index).rows // order.chunk_rows) <= set(chunks.tolist())
+
+
+@given(orders(), st.integers(1, 6), st.integers(1, 20), st.integers(0, 50))
+def test_shares_of_a_batch_are_equal_and_together_the_batch(order: Order, n_parts: int, size: int, position: int) -> None:
+    batch = next(order.batches(position, n_parts * size))
+    rows = [(p.epoch, p.window, i) for p in batch for i in range(p.start, p.stop)]
+    shares = [
+        [(p.epoch, p.window, i) for p in share_of(batch, part, n_parts) for i in range(p.start, p.stop)]
+        for part in range(n_parts)
+    ]
+    assert all(len(share) == size for share in shares)
+    assert [row for share in shares for row in share] == rows
+
+
+def test_a_window_of_an_order_spans_its_rows_at_most() -> None:
+    order = Order(np.ones(1000, bool), 10, 0, 250)
+    assert [len(chunks) for chunks in order.chunks(0)] == [25, 25, 25, 25]
+    assert Order(np.ones(1000, bool), 10, 0, 240).n_windows == 5
+
+
+@pytest.mark.parametrize("window_rows", [None, 256])
+def test_epochs_and_seeds_have_orders_of_their_own(window_rows: int | None) -> None:
+    first = delivered(Order(np.ones(512, bool), 16, 0, window_rows), 0, 512, 2)
+    other = delivered(Order(np.ones(512, bool), 16, 1, window_rows), 0, 512, 1)
+    assert first[0] != first[1]
+    assert first[0] != other[0]
+
+
+def test_a_split_without_kept_rows_is_refused() -> None:
+    with pytest.raises(StoreError, match="no training row is left"):
+        Order(np.zeros(32, bool), 16, 0, None)
+
+
+@pytest.fixture(scope="module")
+def compressed_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compressed") / "zstd.zarr"
+    make_store(path, codec="zstd", n_sequences=100, dtype="float32", d_model=24)
+    return path
+
+
+def make_order(split: Split, exact: bool, seed: int = 0, window_rows: int = 512) -> Order:
+    return Order(split.kept(), split.chunk_rows, seed, None if exact else window_rows)
+
+
+def take(split: Split, order: Order, size: int, n: int, position: int = 0, threads: int = 2) -> list[Tensor]:
+    """Copies of some batches."""
+    with Loader(split, order, size, position=position, threads=threads) as loader:
+        return [loader.next().clone() for _ in range(n)]
+
+
+def bits(rows: Tensor) -> list[bytes]:
+    """Rows as bytes, sorted, so that two sets of rows can be compared bit for bit."""
+    return sorted(row.contiguous().view(torch.uint8).numpy().tobytes() for row in rows)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_an_epoch_of_batches_is_the_kept_rows_of_the_store_bit_for_bit(tiny_store: Path, exact: bool) -> None:
+    split = Store.open(tiny_store).train
+    order = make_order(split, exact)
+    n_batches = order.n_kept // 7
+    rows = torch.cat(take(split, order, 7, n_batches + 1))[: order.n_kept]
+    expected = split.read(0, split.n_rows)[torch.from_numpy(split.kept())]
+    assert rows.dtype == torch.bfloat16
+    in_epoch = bits(rows[: n_batches * 7])
+    assert len(in_epoch) == n_batches * 7
+    assert set(in_epoch) <= set(bits(expected))
+    assert len(set(bits(expected)) - set(in_epoch)) == order.n_kept - n_batches * 7
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_batch_holds_the_rows_that_its_order_names(tiny_store: Path, exact: bool) -> None:
+    split = Store.open(tiny_store).train
+    order = make_order(split, exact)
+    size = order.n_kept // 3 + 5  # the third crosses into the second epoch
+    batches = order.batches(0, size)
+    source = split.read(0, split.n_rows)
+    for found in take(split, order, size, 4):
+        rows = [np.sort(order.window(p.epoch, p.window).rows[p.start : p.stop]) for p in next(batches)]
+        assert torch.equal(found.view(torch.int16), source[np.concatenate(rows)].view(torch.int16))
+        assert found.is_contiguous()
+
+
+@settings(max_examples=15, deadline=None)
+@given(size=st.integers(1, 300), skip=st.integers(0, 12), exact=st.booleans(), threads=st.integers(1, 3))
+def test_a_loader_started_at_any_position_delivers_the_same_batches(
+    tiny_store: Path, size: int, skip: int, exact: bool, threads: int
+) -> None:
+    split = Store.open(tiny_store).train
+    order = make_order(split, exact)
+    whole = take(split, order, size, skip + 2)
+    again = take(split, order, size, 2, position=skip * size, threads=threads)
+    assert all(torch.equal(a, b) for a, b in zip(again, whole[skip:]))
+
+
+def test_compressed_and_mapped_stores_of_the_same_rows_deliver_the_same_batches(
+    tiny_store: Path, tmp_path: Path
+) -> None:
+    make_store(tmp_path / "lz4.zarr", codec="lz4")
+    plain, compressed = Store.open(tiny_store).train, Store.open(tmp_path / "lz4.zarr").train
+    for a, b in zip(
+        take(plain, make_order(plain, False), 100, 30), take(compressed, make_order(compressed, False), 100, 30)
+    ):
+        assert torch.equal(a, b)
+
+
+def test_a_compressed_float32_store_is_read_through_windows(compressed_store: Path) -> None:
+    split = Store.open(compressed_store).train
+    order = make_order(split, exact=False)
+    rows = torch.cat(take(split, order, order.n_kept, 1))
+    assert bits(rows) == bits(split.read(0, split.n_rows)[torch.from_numpy(split.kept())])
+
+
+def test_auto_maps_what_fits_and_windows_what_is_compressed_or_too_large(
+    tiny_store: Path, compressed_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, compressed = Store.open(tiny_store).train, Store.open(compressed_store).train
+    assert resolve_mode("auto", plain) == "global"
+    assert resolve_mode("auto", compressed) == "window"
+    with pytest.raises(UsageError, match="codec none"):
+        resolve_mode("global", compressed)
+    monkeypatch.setattr("train.loader.available_memory", lambda: 1000)
+    assert resolve_mode("auto", plain) == "window"
+    assert resolve_mode("global", plain) == "global"
+
+
+@pytest.fixture
+def damaged_store(tiny_store: Path, tmp_path: Path) -> Path:
+    """One byte flipped in the body of the second training shard."""
+    path = tmp_path / "damaged.zarr"
+    shutil.copytree(tiny_store, path)
+    shard = Store.open(path).train.shard_path(1)
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    return path
+
+
+def test_a_flipped_byte_is_found_when_its_window_is_loaded(damaged_store: Path) -> None:
+    split = Store.open(damaged_store).train
+    order = make_order(split, exact=False)
+    with pytest.raises(DamagedError, match=r"train/resid/c/1/0.*harvest --repair"):
+        take(split, order, 100, order.n_kept // 100)
+
+
+def test_a_flipped_byte_is_found_by_the_check_beside_mapped_rows(damaged_store: Path) -> None:
+    check = BodyCheck(Store.open(damaged_store).train)
+    check.begin()
+    with pytest.raises(DamagedError, match=r"train/resid/c/1/0.*harvest --repair"):
+        check.require()
+    with pytest.raises(DamagedError):
+        check.poll()
+    check.close()
+
+
+def test_the_check_of_a_whole_store_passes_and_reads_every_shard(tiny_store: Path) -> None:
+    split = Store.open(tiny_store).train
+    check = BodyCheck(split)
+    check.require()
+    assert check.n_done == split.n_shards
+    check.close()
+
+
+def test_a_loader_closed_in_the_middle_leaves_no_thread(tiny_store: Path) -> None:
+    split = Store.open(tiny_store).train
+    loader = Loader(split, make_order(split, False), 64)
+    loader.next()
+    loader.close()
+    assert not loader.producer.is_alive()
+
+
+def test_gathering_leaves_the_number_of_torch_threads_of_this_thread_alone(tiny_store: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        split = Store.open(tiny_store).train
+        take(split, make_order(split, True), 64, 3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,221 @@
+"""The hand-written gradients against autograd of the formulas, in float64, for every recipe and number of levels."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reference import reference_latents, reference_objective
+from torch import Tensor
+
+from train.config import TrainConfig
+from train.objectives import controlled, random_prefixes, reconstruction_terms, sparsity_ramp
+from train.recipes import RECIPES
+from train.selection import batch_threshold, row_thresholds
+from train.step import Member, Scratch, normalise_batch
+
+D_MODEL, WIDTH, ROWS = 12, 40, 24
+CPU = torch.device("cpu")
+LEVELS: dict[int, dict[str, Any]] = {
+    1: {"alpha": 0.0},
+    2: {"alpha": 0.2},
+    5: {"levels": (0.1, 0.2, 0.375, 0.5, 1.0)},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {"recipe": "paper", "lambda_shared": 0.03, "lambda_specialised": 0.05},
+    "paper, no LayerNorm": {"recipe": "paper", "layernorm": "none", "lambda_shared": 0.01},
+    "paper, LayerNorm after": {"recipe": "paper", "layernorm": "post"},
+    "paper, scale not restored": {"recipe": "paper", "layernorm_rescale": False},
+    "paper, additive": {"recipe": "paper", "objective": "additive"},
+    "paper, levels by size": {"recipe": "paper", "level_weighting": "size"},
+    "paper, random prefixes": {"recipe": "paper", "level_weighting": "random"},
+    "batchtopk": {"recipe": "batchtopk", "k": 5, "aux_k": 6, "dead_after_rows": 100},
+    "batchtopk, LayerNorm": {"recipe": "batchtopk", "k": 5, "aux_k": 6, "dead_after_rows": 100, "layernorm": "pre"},
+    "topk": {"recipe": "topk", "k": 5, "aux_k": 6, "dead_after_rows": 100},
+    "topk, no auxiliary loss": {"recipe": "topk", "k": 5, "aux_k": 0},
+    "jumprelu": {"recipe": "jumprelu", "bandwidth": 0.1, "lambda_shared": 0.02},
+    "jumprelu, L1": {"recipe": "jumprelu", "bandwidth": 0.1, "penalty": "l1"},
+    "jumprelu, LayerNorm": {"recipe": "jumprelu", "bandwidth": 0.5, "layernorm": "pre"},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Steps this small only wait for a second thread."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def tiny(**changes: Any) -> TrainConfig:
+    """A recipe at the size of these tests, with no schedule."""
+    schedule = {"steps": 20, "lr_warmup_steps": 0, "lr_decay_steps": 0, "sparsity_warmup_steps": 0}
+    fixed = {"width": WIDTH, "batch_size": ROWS, "dtype": "float64", "initial_threshold": 0.1} | schedule
+    changes = fixed | changes
+    return RECIPES[changes.pop("recipe", "paper")](**changes)
+
+
+def tiny_member(config: TrainConfig, d_model: int = D_MODEL, *, seed: int = 1) -> Member:
+    """A member whose weights are all away from their initial zeros and ones."""
+    member = Member(config, d_model, torch.zeros(d_model, dtype=torch.float64), 1.0, CPU, Scratch(CPU))
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in member.weights.items():
+        if name != "W_dec":
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    member.adam.refresh_low()
+    return member
+
+
+def tiny_rows(n: int = ROWS, d_model: int = D_MODEL, seed: int = 0) -> Tensor:
+    """Rows with a mean square norm of about 1 and norms that differ."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d_model, generator=generator, dtype=torch.float64) / d_model**0.5
+    return x * (0.5 + torch.rand(n, 1, generator=generator, dtype=torch.float64))
+
+
+def leaves(member: Member) -> dict[str, Tensor]:
+    """Copies of the weights that autograd follows."""
+    return {name: weight.clone().requires_grad_() for name, weight in member.weights.items()}
+
+
+@pytest.mark.parametrize("n_levels", LEVELS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_gradient_equals_autograd(variant: str, n_levels: int) -> None:
+    config = tiny(**VARIANTS[variant], **LEVELS[n_levels])
+    member, x = tiny_member(config), tiny_rows()
+    dead = None
+    if config.aux_k:
+        member.n_rows = 200
+        member.rows_since_fired[3:14] = torch.arange(101, 112)  # fewer dead than 2 · aux_k, more than aux_k
+        dead = (member.rows_since_fired >= config.dead_after_rows).double()
+    terms = reconstruction_terms(config, member.shape.levels, member.n_steps)
+    weights = leaves(member)
+    loss = reference_objective(weights, config, x, prefixes=terms.sizes, prefix_weights=terms.weights, dead=dead)
+    loss.backward()
+
+    forward = member._forward(normalise_batch(x, member.center, 1.0))
+    gradients = member._backward(forward)
+    torch.testing.assert_close(member._loss(forward), loss.detach(), rtol=1e-10, atol=1e-12)
+    assert gradients.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert weight.grad.abs().max() > 0, f"the reference says nothing about {name}"
+        torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-8, atol=1e-11)
+
+
+def test_the_additive_objective_does_not_depend_on_alpha_without_layernorm() -> None:
+    x, results = tiny_rows(), []
+    for alpha in (0.0, 0.1, 0.2, 0.5):
+        config = tiny(objective="additive", layernorm="none", alpha=alpha)
+        member = Member(config, D_MODEL, torch.zeros(D_MODEL, dtype=torch.float64), 1.0, CPU, Scratch(CPU))
+        for _ in range(10):
+            member.step(normalise_batch(x, member.center, 1.0))
+        results.append((member.metrics()["loss"], member.weights["W_dec"].clone()))
+    for loss, w_dec in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-12)
+        torch.testing.assert_close(w_dec, results[0][1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"objective": "nested"}, {"layernorm": "pre"}, {"lambda_shared": 0.01}],
+    ids=["nested", "LayerNorm", "lambda"],
+)
+def test_anything_else_makes_the_loss_depend_on_alpha(changes: dict[str, Any]) -> None:
+    losses = []
+    for alpha in (0.1, 0.5):
+        config = tiny(**({"objective": "additive", "layernorm": "none", "alpha": alpha} | changes))
+        member = tiny_member(config)
+        losses.append(float(member._loss(member._forward(normalise_batch(tiny_rows(), member.center, 1.0)))))
+    assert losses[0] != pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("guess", [0.0, 0.5, 1e9], ids=["none", "good", "too high"])
+def test_the_batch_threshold_is_the_last_value_of_torch_topk_whatever_the_guess(
+    dtype: torch.dtype, guess: float
+) -> None:
+    z = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)).relu().to(dtype)
+    for n in (1, 7, 500, 64 * 50):
+        assert batch_threshold(z, n, guess) == z.flatten().topk(n).values[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_row_thresholds_are_the_last_values_of_torch_topk(dtype: torch.dtype) -> None:
+    z = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)).relu().to(dtype)
+    for k in (1, 5, 50):
+        assert torch.equal(row_thresholds(z, k), z.topk(k, dim=1).values[:, -1:])
+
+
+def test_batchtopk_keeps_what_torch_topk_keeps() -> None:
+    config = tiny(recipe="batchtopk", k=5, aux_k=0)
+    member, x = tiny_member(config), tiny_rows()
+    member._forward(normalise_batch(x, member.center, 1.0))
+    before = reference_latents(member.weights, config, x)[0].flatten()
+    top = before.topk(5 * ROWS)
+    expected = torch.zeros_like(before).scatter(0, top.indices, top.values).view(ROWS, WIDTH)
+    torch.testing.assert_close(member.latents.z, expected)
+    assert torch.equal(member.latents.z > 0, expected > 0)
+
+
+def test_batchtopk_keeps_all_of_a_tie() -> None:
+    z = torch.tensor([[3.0, 1.0, 1.0], [1.0, 0.5, 0.0]])
+    assert int((z >= batch_threshold(z, 2)).sum()) == 4
+
+
+def test_batchtopk_keeps_no_zero_when_fewer_latents_are_positive_than_asked() -> None:
+    config = tiny(recipe="batchtopk", k=30, aux_k=0)
+    member = tiny_member(config)
+    member.weights["b_enc"].sub_(1.0)
+    forward = member._forward(normalise_batch(tiny_rows(), member.center, 1.0))
+    assert float(member.latents.threshold) == 0.0
+    assert 0 < float(forward.sums["counts"].sum()) < 30 * ROWS
+
+
+def test_size_weights_have_mean_one_and_grow_with_the_level() -> None:
+    terms = reconstruction_terms(tiny(level_weighting="size", alpha=0.25), (10, 40), 0)
+    assert terms.weights == (0.4, 1.6)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(levels=st.sets(st.integers(1, 60), min_size=2, max_size=12), seed=st.integers(0, 5), step=st.integers(0, 100))
+def test_random_prefixes_are_as_many_as_levels_and_end_with_the_whole(levels: set[int], seed: int, step: int) -> None:
+    sizes = tuple(sorted(levels))
+    drawn = random_prefixes(sizes, seed, step)
+    assert len(set(drawn)) == len(sizes)
+    assert list(drawn) == sorted(drawn)
+    assert drawn[0] >= sizes[0]
+    assert drawn[-1] == sizes[-1]
+
+
+def test_random_prefixes_are_a_function_of_seed_and_step() -> None:
+    drawn = [random_prefixes((2, 4, 8, 16), seed=0, step=step) for step in range(50)]
+    assert drawn == [random_prefixes((2, 4, 8, 16), seed=0, step=step) for step in range(50)]
+    assert len(set(drawn)) > 10
+
+
+def test_the_penalty_starts_at_zero_and_is_whole_after_its_warmup() -> None:
+    config = tiny(sparsity_warmup_steps=10)
+    assert [sparsity_ramp(config, step) for step in (0, 5, 10, 15)] == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_the_controller_raises_the_penalty_above_the_wanted_l0_and_lowers_it_below() -> None:
+    zero = torch.zeros((), dtype=torch.float64)
+    assert controlled(zero, torch.tensor(20.0, dtype=torch.float64), 10.0) > 0
+    assert controlled(zero, torch.tensor(5.0, dtype=torch.float64), 10.0) < 0
+    assert torch.isfinite(controlled(zero, torch.tensor(0.0, dtype=torch.float64), 10.0))
+
+
+def test_auxiliary_gradients_reach_only_dead_latents() -> None:
+    config = tiny(recipe="batchtopk", k=2, aux_k=4, dead_after_rows=100)
+    plain, member, x = tiny_member(dataclasses.replace(config, aux_k=0)), tiny_member(config), tiny_rows()
+    member.n_rows = 200
+    member.rows_since_fired[5:8] = 150
+    batch = normalise_batch(x, member.center, 1.0)
+    with_aux = {name: g.clone() for name, g in member._backward(member._forward(batch)).items()}
+    without = plain._backward(plain._forward(batch))
+    changed = (with_aux["W_dec"] != without["W_dec"]).any(1).nonzero().flatten().tolist()
+    assert changed == [5, 6, 7]

@@ -1,0 +1,120 @@
+"""One update of the weights: order, projection, renormalisation, schedules, the low-precision copy."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from train import optim
+from train.config import TrainConfig
+from train.optim import Adam, clip_factor, gradient_norm, learning_rate, remove_along_rows, row_chunks
+from train.recipes import paper
+
+
+def unit_rows(n: int, d: int) -> Tensor:
+    w = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+    return w / w.norm(dim=1, keepdim=True)
+
+
+def weights() -> dict[str, Tensor]:
+    w_dec = unit_rows(20, 8)
+    return {"W_enc": w_dec.T.contiguous(), "b_enc": torch.zeros(20), "W_dec": w_dec, "b_dec": torch.zeros(8)}
+
+
+def gradients(scale: float = 1.0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {name: scale * torch.randn(w.shape, generator=generator) for name, w in weights().items()}
+
+
+def config(**changes: Any) -> TrainConfig:
+    return paper(**{"width": 20, "steps": 100, "lr_warmup_steps": 10, "sparsity_warmup_steps": 0} | changes)
+
+
+def test_what_is_left_of_a_gradient_is_orthogonal_to_its_row() -> None:
+    w = unit_rows(20, 8)
+    g = torch.randn(20, 8, generator=torch.Generator().manual_seed(2))
+    before = g.clone()
+    remove_along_rows(g, w)
+    assert (g * w).sum(1).abs().max() < 1e-6
+    torch.testing.assert_close(before - g, (before * w).sum(1, keepdim=True) * w)
+
+
+def test_the_norm_is_over_all_gradients_together_and_before_clipping() -> None:
+    g = gradients(scale=30.0)
+    expected = torch.cat([part.flatten() for part in g.values()]).norm()
+    adam = Adam(weights(), torch.float32, config())
+    assert float(adam.update(g, 1e-3)) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_the_norm_of_bf16_gradients_is_summed_in_float32() -> None:
+    g = {"W_dec": torch.full((4096, 64), 0.01, dtype=torch.bfloat16)}
+    assert float(gradient_norm(g)) == pytest.approx(float(g["W_dec"].double().norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "norm", "expected"),
+    [
+        ({}, 0.5, 1.0),
+        ({}, 4.0, 0.25),
+        ({"clip_norm": 2.0}, 4.0, 0.5),
+        ({"clip_norm": 0.0}, 4.0, 1.0),
+        ({"normalize_gradients": True}, 0.5, 2.0),
+        ({}, 0.0, 1.0),
+    ],
+)
+def test_gradients_are_clipped_or_normalised(changes: dict[str, Any], norm: float, expected: float) -> None:
+    assert float(clip_factor(torch.tensor(norm), config(**changes))) == pytest.approx(expected)
+
+
+def test_the_clip_sees_the_gradient_before_its_projection() -> None:
+    w = weights()
+    g = {name: torch.zeros_like(part) for name, part in w.items()}
+    g["W_dec"] = 100 * w["W_dec"].clone()  # all of it along the rows: nothing is left after the projection
+    g["b_dec"][0] = 1.0
+    adam = Adam(w, torch.float32, config(eps=1.0))
+    adam.update(g, 1.0)
+    shrunk = 1 / (100**2 * 20 + 1) ** 0.5  # the only number that moves, clipped by a norm the decoder dominates
+    assert float(w["b_dec"][0]) == pytest.approx(-shrunk / (shrunk + 1), rel=1e-3)
+
+
+def test_decoder_rows_have_unit_norm_after_an_update() -> None:
+    adam = Adam(weights(), torch.float32, config())
+    adam.update(gradients(), 0.1)
+    torch.testing.assert_close(adam.weights["W_dec"].norm(dim=1), torch.ones(20))
+
+
+def test_the_copy_that_products_read_follows_the_weights() -> None:
+    adam = Adam(weights(), torch.bfloat16, config())
+    adam.update(gradients(), 0.1)
+    for name, low in adam.low.items():
+        assert torch.equal(low, adam.weights[name].bfloat16())
+
+
+def test_products_in_the_dtype_of_the_weights_read_the_weights_themselves() -> None:
+    adam = Adam(weights(), torch.float32, config())
+    assert adam.low["W_enc"] is adam.weights["W_enc"]
+
+
+def test_the_result_does_not_depend_on_the_size_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for size in (16, 1 << 18):
+        monkeypatch.setattr(optim, "CHUNK_NUMBERS", size)
+        adam = Adam(weights(), torch.float32, config(clip_norm=0.0))
+        for _ in range(3):
+            adam.update(gradients(), 0.01)
+        results.append(adam.weights)
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-6, atol=1e-7)
+
+
+def test_chunks_cover_every_row_once() -> None:
+    w = torch.empty(1001, 700)
+    rows = [r for chunk in row_chunks(w) for r in range(chunk.start, chunk.stop)]
+    assert rows == list(range(1001))
+
+
+def test_the_learning_rate_warms_up_stays_and_decays() -> None:
+    c = config(lr=1.0, lr_warmup_steps=10, lr_decay_steps=20)
+    rates = [learning_rate(c, step) for step in (0, 4, 9, 50, 80, 90, 99)]
+    assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0, 0.5, 0.05])

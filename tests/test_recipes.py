@@ -1,0 +1,82 @@
+"""Recipes return whole, valid configs; wrong ones are refused with what is wrong."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.files import canonical_json
+from train.config import TrainConfig
+from train.recipes import RECIPES, batchtopk, paper
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_names_itself_and_survives_json(name: str) -> None:
+    config = RECIPES[name]()
+    assert config.recipe == name
+    assert TrainConfig.from_dict(json.loads(canonical_json(config.to_dict()))) == config
+
+
+def test_paper_is_what_the_paper_states() -> None:
+    config = paper()
+    assert (config.activation, config.layernorm, config.penalty) == ("relu", "pre", "l1")
+    assert (config.lambda_shared, config.lambda_specialised) == (0.04, 0.04)
+    assert (config.lr, config.lr_warmup_steps, config.clip_norm) == (3e-4, 1000, 1.0)
+    assert (config.steps, config.batch_size, config.width, config.checkpoint_every) == (4882, 2048, 16384, 100)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_makes_flat_two_level_and_five_level_saes(name: str) -> None:
+    recipe = RECIPES[name]
+    assert recipe(alpha=0.0).level_sizes() == (16384,)
+    assert recipe(alpha=0.2).level_sizes() == (3277, 16384)
+    five = recipe(levels=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0))
+    assert five.level_sizes() == (1024, 2048, 4096, 8192, 16384)
+    assert five.alpha is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"alpha": 1.0}, "outside"),
+        ({"alpha": None}, "either alpha or levels"),
+        ({"alpha": 0.2, "levels": (0.5, 1.0)}, "either alpha or levels"),
+        ({"levels": (0.5, 0.25, 1.0)}, "must increase"),
+        ({"levels": (0.25, 0.5)}, "must increase"),
+        ({"activation": "batchtopk", "penalty": "none"}, "needs k"),
+        ({"activation": "batchtopk", "k": 4}, "penalty none"),
+        ({"penalty": "l0"}, "penalty l1"),
+        ({"aux_k": 8}, "auxiliary"),
+        ({"target_l0": 80.0, "lambda_shared": 0.0, "lambda_specialised": 0.0}, "both lambdas are 0"),
+        ({"steps": 500}, "lower them"),
+        ({"lr_warmup_steps": 0, "steps": 500}, "sparsity_warmup_steps"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"beta1": 1.0}, "beta1"),
+        ({"clip_norm": -1.0}, "clip_norm"),
+        ({"lambda_shared": float("nan")}, "lambda_shared"),
+        ({"max_norm": -1.0}, "max_norm"),
+        ({"no_such_field": 1}, "unknown training fields: no_such_field"),
+    ],
+)
+def test_a_contradiction_is_refused_with_what_is_wrong(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        paper(**changes)
+
+
+def test_an_unknown_choice_is_refused_with_the_ones_there_are() -> None:
+    config = paper()
+    object.__setattr__(config, "objective", "other")  # past the type checker that is on in tests
+    with pytest.raises(UsageError, match="'other' is not one of nested, additive"):
+        config._check_choices()
+
+
+def test_a_wanted_l0_is_refused_where_k_sets_it() -> None:
+    with pytest.raises(UsageError, match="k asks for"):
+        batchtopk(target_l0=80.0)
+
+
+def test_every_field_is_described() -> None:
+    for field in dataclasses.fields(TrainConfig):
+        assert field.name in (TrainConfig.__doc__ or "")

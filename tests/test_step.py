@@ -1,0 +1,437 @@
+"""A whole training step: against torch's own optimiser in float64, resumed, repeated, in bf16, in two processes."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reference import reference_objective, reference_update
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+from pipeline.sae import NestedSAE
+from train.config import TrainConfig
+from train.memory import SHARED_PARTS, memory_bytes
+from train.objectives import sparsity_ramp
+from train.optim import learning_rate
+from train.recipes import RECIPES, paper
+from train.scratch import Scratch, row_chunks
+from train.step import Batch, Member, normalise_batch, product_dtype
+
+D_MODEL, WIDTH, ROWS = 16, 64, 48
+CPU = torch.device("cpu")
+RECIPE_CHANGES: dict[str, dict[str, Any]] = {
+    "paper": {"level_weighting": "random", "target_l0": 9.0},
+    "batchtopk": {"k": 4, "aux_k": 4, "dead_after_rows": ROWS, "levels": (0.125, 0.25, 0.5, 0.75, 1.0)},
+    "topk": {"k": 4, "aux_k": 4, "dead_after_rows": ROWS},
+    "jumprelu": {"bandwidth": 0.05, "initial_threshold": 0.05},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Steps this small only wait for a second thread."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def config_of(recipe: str, **changes: Any) -> TrainConfig:
+    """A recipe at the size of these tests."""
+    schedule = {"steps": 40, "lr": 3e-3, "lr_warmup_steps": 5, "sparsity_warmup_steps": 0, "lr_decay_steps": 8}
+    return RECIPES[recipe](**({"width": WIDTH, "batch_size": ROWS, "dtype": "float32"} | schedule | changes))
+
+
+def member_of(config: TrainConfig, d_model: int = D_MODEL) -> Member:
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    return Member(config, d_model, torch.full((d_model,), 0.3, dtype=dtype), 1.7, CPU, Scratch(CPU))
+
+
+def raw_rows(step: int, n: int = ROWS, d_model: int = D_MODEL) -> Tensor:
+    """Raw rows in bf16: sparse mixtures of fixed directions, centred away from 0."""
+    generator = torch.Generator().manual_seed(step)
+    directions = torch.randn(4 * d_model, d_model, generator=torch.Generator().manual_seed(99))
+    chosen = torch.rand(n, 4 * d_model, generator=generator) < 0.05
+    x = chosen * torch.rand(n, 4 * d_model, generator=generator) @ directions
+    return (0.35 * x / d_model**0.5 + 0.3).bfloat16()
+
+
+def batch_for(member: Member, step: int) -> Batch:
+    return normalise_batch(raw_rows(step, d_model=member.shape.d_model), member.center, member.scale)
+
+
+def train(member: Member, start: int, stop: int) -> None:
+    for step in range(start, stop):
+        member.step(batch_for(member, step))
+
+
+def assert_same_state(a: Member, b: Member) -> None:
+    for name, tensor in a.state().items():
+        assert torch.equal(tensor, b.state()[name]), f"{name} differs"
+
+
+@pytest.mark.parametrize("changes", [{}, {"clip_norm": 0.1}, {"normalize_gradients": True}], ids=str)
+@pytest.mark.parametrize("layernorm", ["none", "pre"])
+def test_steps_equal_autograd_clip_projection_adam_and_renormalisation(layernorm: str, changes: dict[str, Any]) -> None:
+    config = config_of("paper", dtype="float64", layernorm=layernorm, sparsity_warmup_steps=4, **changes)
+    member = member_of(config)
+    weights = {name: weight.clone().requires_grad_() for name, weight in member.weights.items()}
+    adam = torch.optim.Adam(list(weights.values()), betas=(config.beta1, config.beta2), eps=config.eps)
+    norms = []
+    for step in range(6):
+        batch = batch_for(member, step)
+        loss = reference_objective(weights, config, batch.x, factor=sparsity_ramp(config, step))
+        norms.append(reference_update(weights, adam, config, learning_rate(config, step), loss))
+        member.step(batch)
+    for name, weight in weights.items():
+        torch.testing.assert_close(member.weights[name], weight.detach(), rtol=1e-6, atol=1e-9)
+    assert member.metrics()["grad_norm"] == pytest.approx(sum(norms) / 6, rel=1e-6)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_resumed_member_goes_on_bit_for_bit(recipe: str) -> None:
+    config = config_of(recipe, dtype="bf16", **RECIPE_CHANGES[recipe])
+    whole, first = member_of(config), member_of(config)
+    train(whole, 0, 20)
+    train(first, 0, 9)
+    saved = {name: tensor.clone() for name, tensor in first.state().items()}
+    second = member_of(config)
+    second.load_state(saved)
+    train(second, 9, 20)
+    assert_same_state(whole, second)
+    for name, tensor in whole.sae().state_dict().items():
+        assert torch.equal(tensor, second.sae().state_dict()[name]), f"{name} differs"
+    said = whole.metrics()
+    assert said == second.metrics()
+    assert said["aux"] > 0 or recipe in ("paper", "jumprelu")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_member_beside_others_is_bit_identical_to_one_alone(recipe: str) -> None:
+    config = config_of(recipe, dtype="bf16", **RECIPE_CHANGES[recipe])
+    alone = member_of(config)
+    train(alone, 0, 12)
+    scratch = Scratch(CPU)
+    others = [config_of("paper", width=96, seed=5, dtype="bf16"), config, config_of("topk", k=3, width=32, aux_k=0)]
+    members = [Member(c, D_MODEL, alone.center, alone.scale, CPU, scratch) for c in others]
+    for step in range(12):
+        for member in members:
+            member.step(batch_for(member, step))
+    assert_same_state(alone, members[1])
+
+
+def test_a_step_leaves_the_batch_as_it_was() -> None:
+    member = member_of(config_of("batchtopk", k=4))
+    batch = batch_for(member, 0)
+    before = [tensor.clone() for tensor in (batch.x, batch.norm, batch.total, batch.square)]
+    member.step(batch)
+    for kept, tensor in zip(before, (batch.x, batch.norm, batch.total, batch.square)):
+        assert torch.equal(kept, tensor)
+
+
+def test_another_seed_is_another_member() -> None:
+    a, b = member_of(config_of("paper", seed=0)), member_of(config_of("paper", seed=1))
+    assert not torch.equal(a.weights["W_dec"], b.weights["W_dec"])
+
+
+def test_a_new_member_has_unit_decoder_rows_its_encoder_is_their_transpose_and_b_dec_is_zero() -> None:
+    member = member_of(config_of("paper"))
+    torch.testing.assert_close(member.weights["W_dec"].norm(dim=1), torch.ones(WIDTH))
+    assert torch.equal(member.weights["W_enc"], member.weights["W_dec"].T)
+    assert not member.weights["b_dec"].any()
+
+
+@pytest.mark.parametrize("recipe", ["paper", "jumprelu", "batchtopk"])
+def test_the_sae_encodes_raw_rows_to_the_latents_of_training(recipe: str) -> None:
+    config = config_of(recipe, **RECIPE_CHANGES[recipe])
+    member = member_of(config)
+    train(member, 0, 15)
+    member._forward(batch_for(member, 15))
+    sae = member.sae()
+    if recipe == "batchtopk":
+        sae.threshold.data.fill_(float(member.latents.threshold) * (1 - 1e-5))  # that batch's own, which is inclusive
+    with torch.no_grad():
+        z = sae.encode(raw_rows(15))
+    torch.testing.assert_close(z, member.latents.z, rtol=1e-4, atol=1e-5)
+
+
+def test_every_level_of_a_trained_sae_is_itself_an_sae() -> None:
+    member = member_of(config_of("paper", levels=(0.25, 0.5, 1.0)))
+    train(member, 0, 10)
+    sae, x = member.sae(), raw_rows(11)
+    with torch.no_grad():
+        z = sae.encode(x)
+        for level, m in enumerate(sae.config.levels):
+            torch.testing.assert_close(sae.prefix(level).encode(x), z[:, :m], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(sae.prefix(level)(x), sae.decode_level(z, level), rtol=1e-5, atol=1e-5)
+
+
+def test_the_inference_threshold_keeps_about_k_latents_a_row() -> None:
+    member = member_of(config_of("batchtopk", k=4, steps=80, dtype="bf16"))
+    train(member, 0, 80)
+    with torch.no_grad():
+        l0 = (member.sae().encode(raw_rows(1000, n=500)) > 0).sum(1).float().mean()
+    assert 3.2 < float(l0) < 4.8
+
+
+def test_metrics_are_what_the_sae_does_to_those_rows() -> None:
+    config = config_of("paper", layernorm="none", steps=40)
+    member = member_of(config)
+    train(member, 0, 20)
+    member.metrics()
+    sae, batch = member.sae(), batch_for(member, 20)
+    member.step(batch)
+    said = member.metrics()
+    with torch.no_grad():
+        z = sae.encode_normalized(batch.x)
+        errors = [float((batch.x - x_hat).square().sum(1).mean()) for x_hat in sae.decode_normalized_levels(z)]
+    variance = float((batch.x - batch.x.mean(0)).square().sum(1).mean())
+    assert said["recon"] == pytest.approx(errors, rel=1e-4)
+    assert said["ev"] == pytest.approx([1 - error / variance for error in errors], rel=1e-4)
+    assert said["l0"] == pytest.approx(float((z > 0).sum(1).float().mean()), rel=1e-4)
+    n_shared = sae.config.n_shared
+    assert said["l1_shared"] == pytest.approx(float(z[:, :n_shared].sum(1).mean()), rel=1e-4)
+    assert said["l1_specialised"] == pytest.approx(float(z[:, n_shared:].sum(1).mean()), rel=1e-4)
+    penalty = 0.04 * (said["l1_shared"] + said["l1_specialised"])
+    assert said["loss"] == pytest.approx(sum(errors) + penalty, rel=1e-4)
+    assert (said["step"], said["rows"]) == (21, 21 * ROWS)
+
+
+def test_metrics_begin_anew_after_each_call() -> None:
+    member = member_of(config_of("paper"))
+    train(member, 0, 5)
+    member.metrics()
+    train(member, 5, 6)
+    once = member.metrics()["loss"]
+    again = member_of(config_of("paper"))
+    train(again, 0, 6)
+    assert again.metrics()["loss"] != once
+
+
+def test_latents_that_never_fired_are_dead_and_the_rows_counted_are_said() -> None:
+    member = member_of(config_of("paper", layernorm="none", dead_after_rows=100))
+    member.weights["b_enc"][:16] = -10.0
+    member.step(batch_for(member, 0))
+    share, n_rows = member.dead()
+    assert n_rows == ROWS
+    assert share >= 0.25
+    assert (member.rows_since_fired[:16] == ROWS).all()
+    train(member, 1, 5)
+    assert member.dead()[1] == 100
+
+
+def test_a_loss_that_is_not_finite_is_seen() -> None:
+    member = member_of(config_of("paper"))
+    train(member, 0, 2)
+    assert member.is_finite()
+    member.weights["b_dec"][0] = float("nan")
+    train(member, 2, 3)
+    assert not member.is_finite()
+
+
+@pytest.mark.slow
+def test_the_controller_brings_l0_to_the_wanted_number() -> None:
+    config = config_of("paper", layernorm="none", steps=1500, lr_decay_steps=0, target_l0=6.0, lr=2e-3)
+    member = member_of(config)
+    train(member, 0, 1400)
+    member.metrics()
+    train(member, 1400, 1500)
+    assert member.metrics()["l0"] == pytest.approx(6.0, rel=0.1)
+
+
+def test_rows_are_centred_and_scaled_in_float32_before_any_cast() -> None:
+    raw = (1000 + torch.randn(32, 8, generator=torch.Generator().manual_seed(0))).bfloat16()
+    center = raw.float().mean(0)
+    batch = normalise_batch(raw, center, 0.5)
+    torch.testing.assert_close(batch.x, (raw.float() - center) * 0.5, rtol=0, atol=0)
+    torch.testing.assert_close(batch.norm, batch.x.norm(dim=1))
+    torch.testing.assert_close(batch.total, batch.x.double().sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_can_be_written_again_into_its_own_buffers() -> None:
+    member = member_of(config_of("paper"))
+    first = batch_for(member, 0)
+    address = first.x.data_ptr()
+    again = normalise_batch(raw_rows(1), member.center, member.scale, out=first)
+    fresh = batch_for(member, 1)
+    assert again.x.data_ptr() == address
+    for name in ("x", "norm", "total", "square"):
+        assert torch.equal(getattr(again, name), getattr(fresh, name))
+
+
+def test_a_state_of_another_shape_is_refused() -> None:
+    state = member_of(config_of("paper")).state()
+    with pytest.raises(CheckpointError, match="W_enc"):
+        member_of(config_of("paper", width=32)).load_state(state)
+    with pytest.raises(CheckpointError, match="log_threshold"):
+        member_of(config_of("jumprelu")).load_state(state)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "jumprelu"])
+def test_a_warm_start_computes_what_its_source_did_in_another_space(recipe: str) -> None:
+    config = config_of(recipe, layernorm="none", **({} if recipe == "paper" else RECIPE_CHANGES[recipe]))
+    source = member_of(config)
+    train(source, 0, 10)
+    target = Member(config, D_MODEL, torch.full((D_MODEL,), 0.25), 1.1, CPU, Scratch(CPU))
+    target.load_weights(source.sae())
+    x = raw_rows(20)
+    with torch.no_grad():
+        torch.testing.assert_close(target.sae()(x), source.sae()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_warm_start_with_layernorm_keeps_another_scale_and_refuses_another_centre() -> None:
+    config = config_of("paper")
+    source = member_of(config)
+    train(source, 0, 10)
+    target = Member(config, D_MODEL, source.center, 1.1, CPU, Scratch(CPU))
+    target.load_weights(source.sae())
+    with torch.no_grad():
+        torch.testing.assert_close(target.sae()(raw_rows(20)), source.sae()(raw_rows(20)), rtol=1e-4, atol=1e-4)
+    elsewhere = Member(config, D_MODEL, source.center + 1, 1.7, CPU, Scratch(CPU))
+    with pytest.raises(CheckpointError, match="centre"):
+        elsewhere.load_weights(source.sae())
+
+
+def test_a_warm_start_from_another_width_is_refused() -> None:
+    sae = NestedSAE(config_of("paper", width=32).sae_config(D_MODEL))
+    with pytest.raises(CheckpointError, match="width 32"):
+        member_of(config_of("paper")).load_weights(sae)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_member_needs_no_more_memory_than_announced(recipe: str) -> None:
+    config = config_of(recipe, dtype="bf16", width=2048, batch_size=1024, **RECIPE_CHANGES[recipe])
+    member = member_of(config, d_model=64)
+    member.n_rows = 10**6
+    member.rows_since_fired.fill_(10**6)
+    member.step(normalise_batch(raw_rows(0, 1024, 64), member.center, member.scale))
+    parts = memory_bytes(config, 64, CPU)
+    shared = sum(parts[name] for name in SHARED_PARTS)
+    assert 0.5 * shared < member.scratch.n_bytes() <= shared
+    held = member.state() | {f"low.{name}": low for name, low in member.adam.low.items()}
+    own = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    assert own <= sum(parts.values()) - shared < 1.2 * own
+
+
+def test_scratch_grows_and_hands_out_the_same_memory() -> None:
+    scratch = Scratch(CPU)
+    small = scratch.take("a", (2, 3), torch.float32)
+    large = scratch.take("a", (10, 3), torch.float32)
+    assert scratch.take("a", (2, 3), torch.float32).data_ptr() == large.data_ptr() != small.data_ptr()
+    assert scratch.take("b", (2, 3), torch.float32).data_ptr() != large.data_ptr()
+    assert scratch.n_bytes() == 30 * 4 + 6 * 4
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(n_rows=st.integers(1, 3000), width=st.integers(1, 10**6))
+def test_row_chunks_cover_every_row_once_in_order(n_rows: int, width: int) -> None:
+    rows = [r for chunk in row_chunks(n_rows, width, CPU) for r in range(chunk.start, chunk.stop)]
+    assert rows == list(range(n_rows))
+
+
+def test_an_unresolved_dtype_is_our_own_mistake() -> None:
+    with pytest.raises(ValueError, match="resolve_dtype"):
+        product_dtype("auto")
+
+
+def test_a_batch_of_zeros_does_no_harm() -> None:
+    for recipe in RECIPES:
+        member = member_of(config_of(recipe, **RECIPE_CHANGES[recipe]))
+        zeros = torch.zeros(ROWS, D_MODEL)
+        member.step(normalise_batch(zeros, zeros[0], 1.0))
+        assert member.is_finite()
+        assert all(torch.isfinite(weight).all() for weight in member.weights.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["paper", "batchtopk"])
+def test_bf16_products_train_as_float32_ones(recipe: str) -> None:
+    evs = []
+    for dtype in ("bf16", "float32"):
+        changes = {"layernorm": "none"} if recipe == "paper" else {"k": 8}
+        config = config_of(recipe, dtype=dtype, width=256, steps=600, lr=1e-3, **changes)
+        member = member_of(config, d_model=64)
+        for step in range(600):
+            member.step(normalise_batch(raw_rows(step, 512, 64), member.center, member.scale))
+            if step == 549:
+                member.metrics()
+        evs.append(member.metrics()["ev"])
+    assert evs[0] == pytest.approx(evs[1], abs=0.004)
+    assert evs[1][-1] > 0.5
+
+
+def test_fields_that_do_not_shape_the_arithmetic_do_not_change_it() -> None:
+    config = config_of("paper")
+    a, b = member_of(config), member_of(dataclasses.replace(config, checkpoint_every=7, log_every=3))
+    train(a, 0, 5)
+    train(b, 0, 5)
+    assert_same_state(a, b)
+
+
+def test_paper_is_the_default_recipe() -> None:
+    assert TrainConfig() == paper()
+
+
+def train_one_of_two(rank: int, folder: str) -> None:
+    """A process of two that steps every recipe on its half of each batch; the first saves the states."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    for recipe in RECIPES:
+        config = config_of(recipe, dtype="float64", **RECIPE_CHANGES[recipe])
+        scratch, center = Scratch(CPU), torch.full((D_MODEL,), 0.3, dtype=torch.float64)
+        member = Member(config, D_MODEL, center, 1.7, CPU, scratch, torch.distributed.group.WORLD)
+        for step in range(8):
+            half = raw_rows(step)[rank * ROWS // 2 : (rank + 1) * ROWS // 2]
+            member.step(normalise_batch(half, member.center, member.scale))
+        if rank == 0:
+            save_file(member.state(), f"{folder}/{recipe}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one_does_on_the_global_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_one_of_two, args=(str(tmp_path),), nprocs=2)
+    for recipe in RECIPES:
+        alone = member_of(config_of(recipe, dtype="float64", **RECIPE_CHANGES[recipe]))
+        train(alone, 0, 8)
+        together = load_file(tmp_path / f"{recipe}.safetensors")
+        for name, tensor in alone.state().items():
+            torch.testing.assert_close(together[name], tensor, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_cuda_device_trains_as_the_cpu_does(recipe: str) -> None:
+    config = config_of(recipe, dtype="float64", **RECIPE_CHANGES[recipe])
+    cuda, cpu = torch.device("cuda"), member_of(config)
+    member = Member(config, D_MODEL, cpu.center.to(cuda), cpu.scale, cuda, Scratch(cuda))
+    train(cpu, 0, 8)
+    for step in range(8):
+        member.step(normalise_batch(raw_rows(step).to(cuda), member.center, member.scale))
+    for name, tensor in cpu.state().items():
+        torch.testing.assert_close(member.state()[name].cpu(), tensor, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_on_a_cuda_device_fetches_nothing_from_it(recipe: str) -> None:
+    config = config_of(recipe, dtype="bf16", **RECIPE_CHANGES[recipe])
+    cuda = torch.device("cuda")
+    center = torch.full((D_MODEL,), 0.3, device=cuda)
+    member = Member(config, D_MODEL, center, 1.7, cuda, Scratch(cuda))
+    batch = normalise_batch(raw_rows(0).to(cuda), center, 1.7)
+    for _ in range(5):
+        member.step(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        member.step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

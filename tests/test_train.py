@@ -1,0 +1,430 @@
+"""The training run: members side by side equal members alone, each resumes, fails and finishes on its own."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from stores import make_store
+from torch import Tensor
+from train_crasher import small
+
+from pipeline.checkpoint import load_checkpoint, read_header
+from pipeline.errors import DamagedError, DiskError, MismatchError, PipelineError, StoreError, UsageError
+from pipeline.store import Store
+from train.bodies import BodyCheck
+from train.config import TrainConfig
+from train.log import scalars
+from train.members import Keep, member_name
+from train.plan import RunConfig
+from train.run import run
+from train.trainee import Outcome, Trainee
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(store: Path, out: Path, *members: TrainConfig, **options: Any) -> list[Outcome]:
+    """One run on the CPU."""
+    return run(RunConfig(store, out, members, device="cpu", threads=1, **options))
+
+
+def weights(outcome: Outcome) -> dict[str, Tensor]:
+    """The final SAE's tensors."""
+    assert outcome.final is not None
+    return load_checkpoint(outcome.final)[0].state_dict()
+
+
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The lines of metrics or timings."""
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def assert_same(a: Outcome, b: Outcome) -> None:
+    """Two members ended with the same weights and the same metrics, bit for bit."""
+    x, y = weights(a), weights(b)
+    assert x.keys() == y.keys()
+    assert all(torch.equal(x[name], y[name]) for name in x)
+    assert (a.folder / "metrics.jsonl").read_bytes() == (b.folder / "metrics.jsonl").read_bytes()
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process SIGINT when a member reaches the step."""
+    after_step = Trainee.after_step
+
+    def after(self: Trainee, clock: Any) -> None:
+        after_step(self, clock)
+        if self.member.n_steps == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainee, "after_step", after)
+
+
+GRID = (small(alpha=0.0), small(alpha=0.25, seed=1), small("batchtopk"), small("jumprelu", steps=17), small("topk"))
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    """Every member of GRID trained in a run of its own."""
+    out = tmp_path_factory.mktemp("alone")
+    return [outcome for member in GRID for outcome in train(tiny_store, out, member)]
+
+
+def test_members_of_a_grid_are_bit_identical_to_the_same_saes_alone(
+    tiny_store: Path, tmp_path: Path, alone: list[Outcome]
+) -> None:
+    for side_by_side, by_itself in zip(train(tiny_store, tmp_path / "out", *GRID), alone):
+        assert_same(side_by_side, by_itself)
+
+
+def test_members_that_do_not_fit_side_by_side_are_trained_in_further_passes(
+    tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("train.plan.free_memory", lambda device: 2_900_000)
+    outcomes = train(tiny_store, tmp_path / "out", *GRID)
+    assert "5 members, 0 finished, 1 passes" not in capsys.readouterr().err
+    for a, b in zip(outcomes, alone):
+        assert_same(a, b)
+
+
+def test_a_member_that_does_not_fit_is_refused_before_the_first_step(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.plan.free_memory", lambda device: 10_000)
+    with pytest.raises(PipelineError, match=r"needs .* of memory, 10.0 kB are free on cpu"):
+        train(tiny_store, tmp_path / "out", GRID[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_writes_the_state_and_the_same_command_goes_on_bit_identically(
+    tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (3, 13):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(KeyboardInterrupt):
+                train(tiny_store, tmp_path / "out", *GRID[:3])
+    for a, b in zip(train(tiny_store, tmp_path / "out", *GRID[:3]), alone):
+        assert_same(a, b)
+
+
+def test_members_that_stand_at_different_steps_are_brought_to_the_end_together(
+    tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for member, step in ((GRID[0], 11), (GRID[1], 4)):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(KeyboardInterrupt):
+                train(tiny_store, tmp_path / "out", member)
+    outcomes = train(tiny_store, tmp_path / "out", *GRID)
+    assert "5 members, 0 finished, 1 passes" in capsys.readouterr().err
+    for a, b in zip(outcomes, alone):
+        assert_same(a, b)
+
+
+def test_finished_members_are_skipped_and_the_grid_may_grow(tiny_store: Path, tmp_path: Path) -> None:
+    first = train(tiny_store, tmp_path / "out", GRID[0])[0]
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
+    again, new = train(tiny_store, tmp_path / "out", GRID[0], GRID[1])
+    assert again.final == first.final
+    assert new.step == 23
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
+
+
+def test_a_member_that_diverges_keeps_its_last_good_checkpoint_and_the_others_go_on(
+    tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_of = Trainee.advance
+
+    def poisoned(self: Trainee, batch: Any, clock: Any) -> None:
+        if self.folder.name == member_name(GRID[1]) and self.member.n_steps == 13:
+            self.member.weights["b_dec"][0] = float("nan")
+        step_of(self, batch, clock)
+
+    monkeypatch.setattr(Trainee, "advance", poisoned)
+    good, bad = train(tiny_store, tmp_path / "out", GRID[0], GRID[1])
+    assert_same(good, alone[0])
+    assert bad.final is None
+    assert "not finite between steps 13 and 15" in bad.problem
+    assert "goes back to step 10" in bad.problem
+    monkeypatch.undo()
+    assert_same(train(tiny_store, tmp_path / "out", GRID[1])[0], alone[1])
+
+
+def test_a_learning_rate_that_is_too_high_is_a_problem_with_a_name_and_not_a_crash(
+    tiny_store: Path, tmp_path: Path
+) -> None:
+    (outcome,) = train(tiny_store, tmp_path / "out", small(lr=1e38, clip_norm=0.0))
+    assert "lower --lr" in outcome.problem
+    assert not list(outcome.folder.glob("checkpoints/*"))
+    assert not (outcome.folder / "complete.json").exists()
+
+
+def test_a_full_disk_stops_with_the_last_checkpoint_intact_and_the_run_goes_on_when_there_is_room(
+    tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_left, fsync = [9], os.fsync
+
+    def full(descriptor: int) -> None:
+        n_left[0] -= 1
+        if n_left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(DiskError, match="the disk is full"):
+            train(tiny_store, tmp_path / "out", GRID[0])
+    assert load_checkpoint(next(tmp_path.glob("out/*/checkpoints/step_*5.safetensors")))[1].step == 5
+    assert not list(tmp_path.rglob("*.partial"))
+    assert_same(train(tiny_store, tmp_path / "out", GRID[0])[0], alone[0])
+
+
+def test_nothing_is_written_of_a_training_on_a_damaged_store(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = BodyCheck._run
+
+    def slowly(self: BodyCheck) -> None:  # so that training is at its end before the damage is found
+        time.sleep(0 if self.stop else 1.0)
+        check(self)
+
+    monkeypatch.setattr(BodyCheck, "_run", slowly)
+    store = tmp_path / "damaged.zarr"
+    shutil.copytree(tiny_store, store)
+    shard = Store.open(store).train.shard_path(1)
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    for options in ({}, {"verify_first": True}, {"mode": "window", "window_rows": 10**6}):
+        out = tmp_path / f"out{len(options)}"
+        with pytest.raises(DamagedError, match="harvest --repair"):
+            train(store, out, GRID[0], **options)
+        assert not list(out.glob("*/checkpoints/*"))
+        assert not list(out.glob("*/state.safetensors"))
+
+
+def test_an_unfinished_store_and_a_path_without_a_store_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no activation store"):
+        train(tmp_path / "nothing", tmp_path / "out", GRID[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_window_order_is_recorded_and_gone_on_with(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"mode": "window", "window_rows": 512}
+    (whole,) = train(tiny_store, tmp_path / "whole", GRID[0], **options)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_store, tmp_path / "out", GRID[0], **options)
+    with pytest.raises(MismatchError, match="trained in order"):
+        train(tiny_store, tmp_path / "out", GRID[0], mode="global")
+    (outcome,) = train(tiny_store, tmp_path / "out", GRID[0])  # auto would be global for a new member
+    assert_same(outcome, whole)
+
+
+def test_a_folder_of_another_store_is_refused_naming_the_field(tiny_store: Path, tmp_path: Path) -> None:
+    train(tiny_store, tmp_path / "out", GRID[3])
+    make_store(tmp_path / "other.zarr", seed=7)
+    with pytest.raises(MismatchError, match=r"store\.id"):
+        train(tmp_path / "other.zarr", tmp_path / "out", GRID[3])
+
+
+def test_an_out_that_holds_something_else_is_refused(tiny_store: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "photos").mkdir(parents=True)
+    with pytest.raises(DiskError, match="holds something else \\(photos\\)"):
+        train(tiny_store, tmp_path / "out", GRID[0])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="is a file"):
+        train(tiny_store, tmp_path / "file", GRID[0])
+
+
+def test_two_processes_do_not_train_one_member_at_once(tiny_store: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / member_name(GRID[0])
+    folder.mkdir(parents=True)
+    other = os.open(folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(DiskError, match="another process is training this member"):
+        train(tiny_store, tmp_path / "out", GRID[0])
+    os.close(other)
+
+
+def test_a_flipped_byte_in_the_state_is_refused(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_store, tmp_path / "out", GRID[0])
+    path = next(tmp_path.glob("out/*/state.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"state\.safetensors to train this member from the start"):
+        train(tiny_store, tmp_path / "out", GRID[0])
+
+
+def test_checkpoints_say_where_they_come_from(tiny_store: Path, alone: list[Outcome]) -> None:
+    assert alone[1].final is not None
+    header, store = read_header(alone[1].final), Store.open(tiny_store)
+    p = header.provenance
+    assert (header.step, p["member"], p["rows_seen"]) == (23, member_name(GRID[1]), 23 * 64)
+    assert p["train"] == GRID[1].to_dict()
+    assert (p["store"]["id"], p["store"]["layer"], p["store"]["max_norm"]) == (store.id, 3, 3.0)
+    assert p["fired_rows"] == 500  # dead_after_rows, of the 1472 that there were
+    assert 0 <= p["dead"] <= 1
+    assert p["versions"]["torch"] == torch.__version__
+    assert p["git"]
+
+
+def test_metrics_have_their_fields_and_timings_are_apart(tiny_store: Path, alone: list[Outcome]) -> None:
+    metrics, timings = lines(alone[1].folder), lines(alone[1].folder, "timings.jsonl")
+    assert [line["step"] for line in metrics] == [4, 8, 12, 16, 20, 23] == [line["step"] for line in timings]
+    fields = {"step", "rows", "epoch", "loss", "recon", "l1_shared", "l1_specialised", "aux", "ev", "l0", "dead"}
+    fields |= {"grad_norm", "clipped", "lr", "lambda"}
+    assert fields <= metrics[0].keys()
+    assert timings[0].keys() == {"step", "rows_per_s", "wait", "seconds"}
+    assert metrics[-1]["epoch"] == 23 * 64 / Store.open(tiny_store).statistics.n_kept
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+
+
+def test_the_second_epoch_is_said_once(tiny_store: Path, tmp_path: Path, capsys: Any) -> None:
+    train(tiny_store, tmp_path / "out", small(steps=80, checkpoint_every=100))
+    assert capsys.readouterr().err.count("the second epoch begins") == 1
+
+
+def test_a_member_starts_from_the_checkpoint_that_it_names(
+    tiny_store: Path, tmp_path: Path, alone: list[Outcome]
+) -> None:
+    (warm,) = train(tiny_store, tmp_path / "out", small(alpha=0.0, seed=5, init_from=str(alone[0].final)))
+    cold = lines(alone[0].folder)
+    assert lines(warm.folder)[0]["recon"][-1] < 0.7 * cold[0]["recon"][-1]
+
+
+def test_massive_rows_are_left_out_unless_all_are_asked_for(tiny_store: Path, tmp_path: Path, capsys: Any) -> None:
+    train(tiny_store, tmp_path / "out", small(steps=6))
+    assert "left out: 24 massive and 152 special" in capsys.readouterr().err
+    (outcome,) = train(tiny_store, tmp_path / "out", small(steps=6, max_norm=0.0))
+    assert "left out: 0 massive and 152 special" in capsys.readouterr().err
+    assert outcome.final is not None
+    assert read_header(outcome.final).provenance["store"]["max_norm"] is None
+    assert float(weights(outcome)["scale"]) < float(Store.open(tiny_store).scale)
+
+
+@given(st.sets(st.integers(1, 5000), max_size=60), st.integers(1, 5), st.integers(0, 1000))
+def test_retention_keeps_the_last_and_the_multiples_and_deletes_the_rest(steps: set[int], last: int, every: int) -> None:
+    kept = Keep(last, every).kept(steps)
+    assert kept <= steps
+    assert set(sorted(steps)[-last:]) <= kept
+    assert all(step in kept for step in steps if every and step % every == 0)
+    assert len(kept) <= last + sum(1 for step in steps if every and step % every == 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "keep"),
+    [("last:3,every:1000", Keep(3, 1000)), ("every:50", Keep(1, 50)), ("last:2", Keep(2, 0)), ("all", Keep(1, 1))],
+)
+def test_a_rule_of_retention_is_read(text: str, keep: Keep) -> None:
+    assert Keep.parse(text) == keep
+
+
+@pytest.mark.parametrize("text", ["", "last:0", "first:3", "last:3;every:2", "last:-1"])
+def test_a_rule_of_retention_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--keep"):
+        Keep.parse(text)
+
+
+def test_retention_deletes_checkpoints_and_never_the_final_one(tiny_store: Path, tmp_path: Path) -> None:
+    (outcome,) = train(tiny_store, tmp_path / "out", small(checkpoint_every=2), keep="last:2,every:8")
+    assert sorted(path.name for path in outcome.folder.glob("checkpoints/*")) == [
+        f"step_{step:06d}.safetensors" for step in (8, 16, 22, 23)
+    ]
+
+
+def test_a_folder_is_named_by_what_is_in_the_config_and_not_by_how_it_was_written() -> None:
+    assert member_name(small(alpha=0)) == member_name(small(alpha=0.0))  # type: ignore[arg-type]
+    assert member_name(small(alpha=0.25)) != member_name(small(alpha=0.25, lr=1e-3))
+    assert member_name(small(alpha=0.25, seed=3)).startswith("alpha0.25-seed3-")
+    assert member_name(small(levels=(0.5, 1.0))).startswith("levels2-seed0-")
+
+
+def test_scalars_of_lists_are_named_by_level() -> None:
+    assert dict(scalars({"step": 3, "ev": [0.5, 0.7], "loss": 1})) == {"ev/level_1": 0.5, "ev/level_2": 0.7, "loss": 1.0}
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_a_log_whose_package_is_missing_is_refused_with_what_to_install(
+    tiny_store: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[kind], None)
+    with pytest.raises(UsageError, match="pip install"):
+        train(tiny_store, tmp_path / "out", small(steps=6), log=(kind,))
+
+
+def two_processes(store: Path, out: Path, options: str = "") -> list[int]:
+    """GRID trained by two processes as torchrun starts them; how many members each had."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from pathlib import Path; import torch; torch.set_num_threads(1)\n"
+        f"from test_train import GRID, train; print(len(train(Path(sys.argv[1]), Path(sys.argv[2]), *GRID{options})))"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(store), str(out)],
+            cwd=Path(__file__).parents[1], env=environment | {"RANK": str(r)}, stdout=subprocess.PIPE, text=True,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    return [int(process.communicate(timeout=120)[0]) for process in processes]
+
+
+def test_members_spread_over_two_processes_are_the_same_members(
+    tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    names = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        names.append([outcome.folder.name for outcome in train(tiny_store, tmp_path / "out", *GRID)])
+    assert [len(own) for own in names] == [3, 2]
+    monkeypatch.undo()
+    for outcome, by_itself in zip(train(tiny_store, tmp_path / "out", *GRID), alone):
+        assert_same(outcome, by_itself)
+
+
+def test_two_data_parallel_processes_equal_one_within_rounding(
+    tiny_store: Path, tmp_path: Path, alone: list[Outcome]
+) -> None:
+    assert two_processes(tiny_store, tmp_path / "out", ", data_parallel=True") == [5, 5]
+    for outcome, by_itself in zip(train(tiny_store, tmp_path / "out", *GRID), alone):
+        for name, tensor in weights(outcome).items():
+            torch.testing.assert_close(tensor, weights(by_itself)[name], rtol=2e-3, atol=2e-4, msg=name)
+        for a, b in zip(lines(outcome.folder), lines(by_itself.folder)):
+            assert (a["step"], a["rows"]) == (b["step"], b["rows"])
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+            assert a["l0"] == pytest.approx(b["l0"], rel=1e-2)

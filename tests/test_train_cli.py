@@ -1,0 +1,209 @@
+"""`python -m train`: options, grids, files, exit codes, and what a person sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from pipeline.cli import main
+from pipeline.errors import UsageError
+from train.__main__ import command
+from train.config import TrainConfig
+from train.options import HELP, make_grid
+from train.plan import RunConfig
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--width", "96", "--batch-size", "64", "--lr-warmup-steps", "4", "--sparsity-warmup-steps", "4", "--dtype", "float32",
+    "--device", "cpu", "--threads", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def invoke(*words: object) -> Result:
+    """The command in this process; errors of ours are raised."""
+    result = CliRunner().invoke(command, [str(word) for word in words], standalone_mode=False)
+    if result.exception is not None:
+        raise result.exception
+    return result
+
+
+def start(*words: object, **environment: str) -> subprocess.Popen[str]:
+    """The command as a person starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "train", *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_every_field_has_an_option_with_a_text_and_a_default() -> None:
+    assert HELP.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+    shown = invoke("--help").output
+    for field in dataclasses.fields(TrainConfig):
+        assert "--" + field.name.replace("_", "-") in shown
+    assert "[paper 0, batchtopk 64, topk 64, jumprelu 0]" in " ".join(shown.split())
+
+
+def test_repeated_options_span_their_product_without_duplicates() -> None:
+    grid = make_grid({"alpha": (0.0, 0.2, 0.2), "seed": (0, 1), "lambda_": (0.02, 0.04)})
+    assert len(grid) == 8
+    assert {(c.alpha, c.seed, c.lambda_shared, c.lambda_specialised) for c in grid} == {
+        (alpha, seed, weight, weight) for alpha in (0.0, 0.2) for seed in (0, 1) for weight in (0.02, 0.04)
+    }
+
+
+def test_no_option_is_one_member_of_the_paper_recipe() -> None:
+    assert make_grid({"alpha": ()}) == (TrainConfig(),)
+
+
+def test_an_option_goes_to_the_recipes_in_which_it_means_something() -> None:
+    grid = make_grid({"recipe": ("paper", "batchtopk"), "lambda_": (0.01, 0.02), "k": (8, 16)})
+    assert [(c.recipe, c.lambda_shared, c.k) for c in grid] == [
+        ("paper", 0.01, 0), ("paper", 0.02, 0), ("batchtopk", 0.0, 8), ("batchtopk", 0.0, 16)
+    ]  # fmt: skip
+
+
+def test_levels_take_the_place_of_alpha() -> None:
+    (config,) = make_grid({"levels": ((0.25, 0.5, 1.0),)})
+    assert config.alpha is None
+    assert config.level_sizes() == (4096, 8192, 16384)
+
+
+def test_lambda_beside_one_of_its_two_is_refused() -> None:
+    with pytest.raises(UsageError, match="--lambda sets both"):
+        make_grid({"lambda_": (0.1,), "lambda_shared": (0.2,)})
+
+
+def test_an_empty_grid_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the grid is empty"):
+        RunConfig(tmp_path, tmp_path, ())
+    (tmp_path / "grid.toml").write_text("seed = []\n")
+    with pytest.raises(UsageError, match="seed is an empty list, so the grid is empty"):
+        invoke("--store", tmp_path, "--out", tmp_path, "--config", tmp_path / "grid.toml")
+
+
+def test_a_file_holds_the_same_names_and_an_option_wins_over_it(tiny_store: Path, tmp_path: Path) -> None:
+    file = tmp_path / "grid.toml"
+    file.write_text(
+        f'store = "{tiny_store}"\nwidth = 96\nalpha = [0, 0.25]\nlambda = 0.01\nsteps = 6\nlr_warmup_steps = 2\nseed = 3\n'
+        'sparsity-warmup-steps = 2\nbatch_size = 64\ndtype = "float32"\nlayernorm_rescale = false\ndevice = "cpu"\n'
+    )
+    words = ("--config", file, "--out", tmp_path / "out", "--seed", 4, "--seed", 5, "--json")
+    members = json.loads(invoke(*words).stdout)["members"]
+    configs = [json.loads((Path(m["folder"]) / "config.json").read_text())["config"] for m in members]
+    assert [(c["alpha"], c["seed"]) for c in configs] == [(0.0, 4), (0.0, 5), (0.25, 4), (0.25, 5)]
+    assert all(c["lambda_shared"] == 0.01 and c["layernorm_rescale"] is False for c in configs)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("witdh = 3\n", "'witdh' is not an option"), ("width = \n", "not readable as TOML")]
+)
+def test_a_file_with_a_wrong_name_or_wrong_toml_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "grid.toml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        invoke("--store", tmp_path, "--out", tmp_path, "--config", tmp_path / "grid.toml")
+
+
+@pytest.mark.parametrize(
+    "words", [("--width", "many"), ("--levels", "a,b"), ("--max-norm", "much"), ("--recipe", "other"), ("--mode", "x")]
+)
+def test_a_value_of_the_wrong_kind_is_wrong_usage(tmp_path: Path, words: tuple[str, str]) -> None:
+    with pytest.raises(click.BadParameter):
+        invoke("--store", tmp_path, "--out", tmp_path, *words)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_store: Path, tmp_path: Path) -> None:
+    words = ("--store", tiny_store, "--out", tmp_path / "out", *SMALL, "--steps", 20, "--alpha", 0, "--alpha", 0.25)
+    shown = invoke(*words, "--dry-run").stderr
+    for part in ("2 members, 0 finished, 1 passes", "memory:", "disk: at most", "time: about", "width 96, 20 steps, new"):
+        assert part in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_json_names_every_member_and_its_final_checkpoint(tiny_store: Path, tmp_path: Path) -> None:
+    words = ("--store", tiny_store, "--out", tmp_path / "out", *SMALL, "--steps", 6, "--seed", 0, "--seed", 1, "--json")
+    found = json.loads(invoke(*words).stdout)
+    assert [member["step"] for member in found["members"]] == [6, 6]
+    assert all(Path(member["final"]).is_file() for member in found["members"])
+    assert json.loads(invoke(*words, "--dry-run").stdout) == found | {"members": found["members"]}
+
+
+def test_training_imports_no_language_model_and_ends_with_exit_code_0(tiny_store: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, runpy\n"
+        "try: runpy.run_module('train', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as stop: print(stop.code, sorted({'transformers', 'datasets'} & sys.modules.keys()))"
+    )
+    words = ["--store", tiny_store, "--out", tmp_path / "out", *SMALL, "--steps", 6]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0 []\n"
+    assert "train: 100 %, 384 of 384 rows" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_a_store_is_the_cause_of_is_one_line_and_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "--store", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        main(command, "train")
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_member_that_diverged_is_exit_code_1_after_the_others_are_done(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--store", tiny_store, "--out", tmp_path / "out", *SMALL, "--steps", 6, "--lr", "1e38", "--lr", "1e-3"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "--clip-norm", "0", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        main(command, "train")
+    shown = capsys.readouterr()
+    assert stop.value.code == 1
+    assert "1 of 2 members diverged" in shown.err
+    problems = [member["problem"] for member in json.loads(shown.out)["members"]]
+    assert "not finite between steps" in problems[0]
+    assert problems[1] is None
+
+
+def test_ctrl_c_ends_cleanly_says_how_to_go_on_and_exits_130(tiny_store: Path, tmp_path: Path) -> None:
+    words: list[Any] = ["--store", tiny_store, "--out", tmp_path / "out", *SMALL, "--steps", 100_000]
+    process = start(*words, "--checkpoint-every", 50_000)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in error
+    assert "Traceback" not in error
+    assert len(list(tmp_path.glob("out/*/state.safetensors"))) == 1

@@ -1,0 +1,109 @@
+"""`python -m train`: see `run.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli import COUNT, main, print_json
+from pipeline.errors import DivergedError
+from pipeline.files import human_bytes
+from pipeline.progress import format_seconds, say
+from pipeline.runtime import rank, resolve_device
+from pipeline.store import Store
+from train import plan
+from train.loader import Mode
+from train.log import KINDS
+from train.members import Keep, check_out
+from train.options import field_options, make_grid, read_config_file
+from train.parallel import Processes
+from train.plan import RunConfig
+from train.run import announce, own_members, run
+from train.trainee import Outcome
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--store", type=click.Path(path_type=Path), required=True, help="Activation store that harvest made.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the members; it may grow.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), is_eager=True, callback=read_config_file, expose_value=False,
+    help="TOML file with the same names as these options; a list repeats one. An option given here wins.",
+)  # fmt: skip
+@field_options
+@click.option(
+    "--mode", type=click.Choice(["auto", "global", "window"]), default="auto", show_default=True,
+    help="Order of rows. global: an exact permutation over mapped shards; window: permuted chunks in windows, for "
+    "stores larger than memory and compressed ones; auto: global where the store fits into memory.",
+)  # fmt: skip
+@click.option("--window-rows", type=COUNT, help="Rows a window spans; two are held in memory.  [262144]")
+@click.option("--threads", type=COUNT, default=2, show_default=True, help="Threads that gather rows.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--keep", default="last:3,every:1000", show_default=True,
+    help="Checkpoints that stay: the last so many, those at multiples of so many steps, or all. The final one always.",
+)  # fmt: skip
+@click.option(
+    "--log", type=click.Choice(KINDS), multiple=True, default=("jsonl",),
+    help="Further places for metrics; repeat it. metrics.jsonl is always written. wandb is offline unless WANDB_MODE is set.",
+)  # fmt: skip
+@click.option(
+    "--data-parallel", is_flag=True,
+    help="Under torchrun: all processes train every member, each on its share of the batch, instead of sharing members out.",
+)  # fmt: skip
+@click.option("--verify-first", is_flag=True, help="Check every byte of the store before the first step, not beside it.")
+@click.option("--dry-run", is_flag=True, help="Print members, memory, disk and a rough time; train nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the members and their final checkpoints as JSON on stdout.")
+def command(
+    store: Path, out: Path, mode: Mode, window_rows: int | None, threads: int, device: str, keep: str,
+    log: tuple[str, ...], data_parallel: bool, verify_first: bool, dry_run: bool, as_json: bool, **given: Any,
+) -> None:  # fmt: skip
+    """Train nested sparse autoencoders on an activation store.
+
+    Options of a training can be repeated, and the grid is their product: every member of it is trained on one read of
+    the store, bit for bit as if it were trained alone. A folder in OUT holds one member. Finished members are skipped
+    and stopped ones go on, so the same command can be run again at any time, and with more values.
+
+    Under torchrun, members are shared out over the processes, or with --data-parallel each member's batches are.
+
+    \b
+    Example: three seeds of a flat and of a nested SAE
+        python -m train --store acts.zarr --out sae --width 4096 --alpha 0 --alpha 0.2 --seed 0 --seed 1 --seed 2
+    """
+    members = make_grid(given)
+    config = RunConfig(store, out, members, device, mode, window_rows, threads, keep, log, verify_first, data_parallel)
+    outcomes = show_plan(config) if dry_run else run(config)
+    if as_json and not (data_parallel and rank()):
+        print_json({"members": [as_data(outcome) for outcome in outcomes]})
+    if failed := [outcome for outcome in outcomes if outcome.problem]:
+        raise DivergedError(
+            f"{len(failed)} of {len(outcomes)} members diverged: {', '.join(outcome.folder.name for outcome in failed)}"
+        )
+
+
+def as_data(outcome: Outcome) -> dict[str, Any]:
+    """One member's outcome as JSON data."""
+    final = None if outcome.final is None else str(outcome.final)
+    return {"folder": str(outcome.folder), "step": outcome.step, "final": final, "problem": outcome.problem or None}
+
+
+def show_plan(config: RunConfig) -> list[Outcome]:
+    """Print what `run` would do; where members stand as outcomes."""
+    check_out(config.out)
+    store, device = Store.open(config.store), resolve_device(config.device)
+    processes = Processes(0, 1, device, None)
+    tasks = plan.make_tasks(config, store, own_members(config, processes))
+    free = plan.free_memory(device)
+    passes = plan.make_passes(store, tasks, device, free)
+    announce(store, tasks, passes, device)
+    for task in tasks:
+        say(f"  {task.folder.name}: {task.config.recipe}, width {task.config.width}, {task.config.steps} steps, {task.status}")
+    disk = plan.disk_bytes(store, tasks, Keep.parse(config.keep))
+    say(f"memory free: {human_bytes(free)}; disk: at most {human_bytes(disk)}")
+    say(f"time: about {format_seconds(plan.estimate_seconds(store, tasks, device))} (five products a step, measured now)")
+    return [Outcome(task.folder.path, task.step, task.folder.final()) for task in tasks]
+
+
+if __name__ == "__main__":
+    main(command, "train", "the state of every member is written; run the same command again to go on")

@@ -1,0 +1,91 @@
+"""Where metrics go besides metrics.jsonl: TensorBoard and Weights & Biases, both optional and both without a network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from pipeline.errors import UsageError
+from train.members import Folder, plain
+
+KINDS = ("jsonl", "tensorboard", "wandb")
+
+
+@runtime_checkable
+class Log(Protocol):
+    """A further place for one member's scalars."""
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """One logged line, with its step."""
+
+    def close(self) -> None:
+        """Flush and close."""
+
+
+def scalars(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Name and value of each; lists by level become ev/level_1, ev/level_2, …"""
+    for name, value in metrics.items():
+        if isinstance(value, list):
+            yield from ((f"{name}/level_{i + 1}", float(one)) for i, one in enumerate(value))
+        elif name != "step":
+            yield name, float(value)
+
+
+class TensorBoard:
+    """OUT/tensorboard/<member>: `tensorboard --logdir OUT/tensorboard`. Steps after `step` are written again."""
+
+    def __init__(self, folder: Folder, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UsageError("--log tensorboard needs the package tensorboard: pip install 'nested-sae[log]'") from error
+        place = folder.out / "tensorboard" / folder.name
+        self.writer = SummaryWriter(str(place), purge_step=step + 1)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Every scalar at its step."""
+        for name, value in scalars(metrics):
+            self.writer.add_scalar(name, value, metrics["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run a member, of the member's name. Offline unless WANDB_MODE says otherwise; `wandb sync OUT/wandb/*` uploads."""
+
+    def __init__(self, folder: Folder, step: int) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UsageError("--log wandb needs the package wandb: pip install 'nested-sae[log]'") from error
+        folder.out.mkdir(parents=True, exist_ok=True)
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "nested-sae"),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            dir=str(folder.out),
+            id=folder.name,
+            name=folder.name,
+            config=plain(folder.config),
+            resume="allow",
+            reinit="create_new",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Every scalar at its step."""
+        self.run.log(dict(scalars(metrics)), step=metrics["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.run.finish()
+
+
+def open_logs(kinds: tuple[str, ...], folder: Folder, step: int) -> list[Log]:
+    """The logs asked for besides metrics.jsonl, for one member that goes on after `step`. Raises UsageError."""
+    makers: dict[str, Callable[[Folder, int], Log]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise UsageError(f"--log {unknown[0]}: known are {', '.join(KINDS)}")
+    return [makers[kind](folder, step) for kind in kinds if kind != "jsonl"]

@@ -1,0 +1,124 @@
+"""The optimiser: clip, projection, Adam, renormalisation and the low-precision copy, in one pass over the weights.
+
+Order of one update (DECISIONS 3): the norm over all gradients is clipped; the component of the decoder's gradient along
+each row is removed; Adam; decoder rows are scaled back to unit norm; the copy that products read is written. The big
+matrices go through in chunks of rows, so that the whole chain works on numbers that are still in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from train.config import TrainConfig
+
+CHUNK_NUMBERS = 1 << 18
+"""Numbers of a weight matrix that a CPU updates at a time: with gradient and both moments about 4 MB."""
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) over named weights, held in float32; `low` are the copies that products read.
+
+    `low[name]` is the weight itself when the products have the weights' dtype. Moments and weights are changed in place.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], low_dtype: torch.dtype, config: TrainConfig) -> None:
+        self.config, self.weights = config, weights
+        self.first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        self.second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        self.n_updates = torch.zeros((), dtype=torch.float32, device=weights["W_dec"].device)
+        self.low = {name: weights[name].to(low_dtype) for name in ("W_enc", "W_dec")}
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments, count of updates and weights by name, not copied."""
+        state = {"n_updates": self.n_updates}
+        for name, weight in self.weights.items():
+            state |= {name: weight, f"first.{name}": self.first[name], f"second.{name}": self.second[name]}
+        return state
+
+    def refresh_low(self) -> None:
+        """Write the low-precision copies again after the weights were changed from outside."""
+        for name, low in self.low.items():
+            low.copy_(self.weights[name])
+
+    def update(self, gradients: Mapping[str, Tensor], lr: float) -> Float[Tensor, ""]:
+        """One update; returns the norm of the whole gradient before clipping, float64, on the device.
+
+        `gradients` are overwritten. Matrices may be in the products' dtype; all else is in the weights'.
+        """
+        norm = gradient_norm(gradients)
+        shrink = clip_factor(norm, self.config)
+        self.n_updates += 1
+        for name, weight in self.weights.items():
+            for rows in row_chunks(weight):
+                gradient = gradients[name][rows].to(weight.dtype).mul_(shrink.to(weight.dtype))
+                self._update_rows(name, rows, gradient, lr)
+        return norm
+
+    def _update_rows(self, name: str, rows: slice, gradient: Tensor, lr: float) -> None:
+        weight = self.weights[name][rows]
+        if name == "W_dec":
+            remove_along_rows(gradient, weight)
+        torch._fused_adam_(
+            [weight],
+            [gradient],
+            [self.first[name][rows]],
+            [self.second[name][rows]],
+            [],
+            [self.n_updates],
+            lr=lr,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            weight_decay=0.0,
+            eps=self.config.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        if name == "W_dec":
+            weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True))
+        if name in self.low and self.low[name].dtype != weight.dtype:
+            self.low[name][rows].copy_(weight)
+
+
+def row_chunks(weight: Tensor) -> Iterator[slice]:
+    """Slices over the first dimension: pieces that stay in cache on a CPU, all of it on an accelerator."""
+    n_rows = len(weight)
+    size = max(1, CHUNK_NUMBERS * n_rows // max(weight.numel(), 1)) if weight.device.type == "cpu" else n_rows
+    return (slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size))
+
+
+def gradient_norm(gradients: Mapping[str, Tensor]) -> Float[Tensor, ""]:
+    """Euclidean norm over all gradients together; squares summed in float32 within a chunk, float64 over chunks."""
+    wide = {torch.float64: torch.float64}
+    norms = [
+        torch.linalg.vector_norm(gradient[rows], dtype=wide.get(gradient.dtype, torch.float32)).double()
+        for gradient in gradients.values()
+        for rows in row_chunks(gradient)
+    ]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
+
+
+def clip_factor(norm: Float[Tensor, ""], config: TrainConfig) -> Float[Tensor, ""]:
+    """What gradients are multiplied by: 1/norm when normalised, else min(1, clip_norm / norm), else 1."""
+    if config.normalize_gradients:
+        return 1 / norm.clamp(min=1e-30)
+    if config.clip_norm:
+        return (config.clip_norm / norm.clamp(min=1e-30)).clamp(max=1.0)
+    return torch.ones_like(norm)
+
+
+def remove_along_rows(gradient: Float[Tensor, "latent d_model"], rows: Float[Tensor, "latent d_model"]) -> None:
+    """Take from each gradient row, in place, its component along the weight row, which has unit norm."""
+    along = (gradient * rows).sum(1, keepdim=True)
+    gradient.addcmul_(rows, along, value=-1)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of the update that follows `step` finished ones: linear warm-up from lr/warmup, linear decay to lr/decay at the end."""
+    warm = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+    decay = min(1.0, (config.steps - step) / config.lr_decay_steps) if config.lr_decay_steps else 1.0
+    return config.lr * warm * max(decay, 0.0)

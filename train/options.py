@@ -1,0 +1,216 @@
+"""Options of `python -m train` made from the fields of TrainConfig, and the grid that repeated options span.
+
+Every field has an option, and every option may be repeated: the grid is the product of all that were. A file given with
+--config holds the same names; a list there is a repeated option, and an option on the command line wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import click
+
+from pipeline.cli import COUNT, read_toml
+from pipeline.errors import UsageError
+from train.config import TrainConfig
+from train.recipes import RECIPES
+
+HELP = {
+    "recipe": "what to begin with; every other option replaces the recipe's own value",
+    "width": "latents of the whole dictionary",
+    "alpha": "share of latents that are shared, the paper's two levels; 0 is flat, none when --levels is given",
+    "levels": "cumulative shares of the width, increasing to 1, as 0.0625,0.125,0.25,0.5,1; instead of --alpha",
+    "activation": "which latents a row keeps",
+    "k": "latents a row that topk and batchtopk keep",
+    "layernorm": "LayerNorm inside each level: pre on pre-activations, post after the ReLU",
+    "layernorm_rescale": "multiply the row's scale back into the latents, which LayerNorm takes away",
+    "layernorm_eps": "LayerNorm's eps; the variance it stands beside is about 1/d_model",
+    "objective": "nested: a reconstruction term a level; additive: one term, the paper's Eq. 5",
+    "level_weighting": "of the levels' terms; random draws prefixes at every step",
+    "penalty": "on latents: l1, l0 (jumprelu), none (topk, batchtopk)",
+    "lambda_shared": "weight of the penalty on shared latents",
+    "lambda_specialised": "weight of the penalty on specialised latents; a flat SAE has only those",
+    "sparsity_warmup_steps": "steps over which the penalty grows from 0",
+    "target_l0": "mean latents a row to hold by adapting the penalty; 0: off",
+    "aux_k": "dead latents that the auxiliary loss revives (topk, batchtopk); 0: off",
+    "aux_coefficient": "weight of the auxiliary loss",
+    "dead_after_rows": "rows without firing after which a latent is dead",
+    "threshold_decay": "of the running estimate of batchtopk's inference threshold, a step",
+    "bandwidth": "of jumprelu's rectangle kernel",
+    "initial_threshold": "where jumprelu's thresholds begin",
+    "lr": "learning rate of Adam",
+    "beta1": "of Adam",
+    "beta2": "of Adam",
+    "eps": "of Adam",
+    "lr_warmup_steps": "steps over which the learning rate grows from 0",
+    "lr_decay_steps": "last steps, over which the learning rate falls to 0",
+    "clip_norm": "largest norm of the gradient; 0: off",
+    "normalize_gradients": "scale every gradient to norm 1",
+    "steps": "optimiser steps",
+    "batch_size": "activation rows a step",
+    "seed": "of initialisation and own draws",
+    "data_seed": "of the order of rows, the same for all members of a run",
+    "max_norm": "leave out rows beyond this multiple of the median norm; none: as the store says; 0: keep all",
+    "dtype": "of matrix products; auto is bf16 where the hardware multiplies it, weights are float32 always",
+    "log_every": "steps between lines of metrics.jsonl",
+    "checkpoint_every": "steps between checkpoints",
+    "init_from": "checkpoint of an SAE of the same shape to start from",
+}
+"""What each field is, for --help. Field names and texts belong together: a test holds that none is missing."""
+
+ONLY_WITH: dict[str, Callable[[TrainConfig], bool]] = {
+    **dict.fromkeys(
+        ("lambda_shared", "lambda_specialised", "sparsity_warmup_steps", "target_l0"), lambda c: c.penalty != "none"
+    ),
+    **dict.fromkeys(("k", "aux_k", "aux_coefficient"), lambda c: c.activation in ("topk", "batchtopk")),
+    "threshold_decay": lambda c: c.activation == "batchtopk",
+    **dict.fromkeys(("bandwidth", "initial_threshold"), lambda c: c.activation == "jumprelu"),
+}
+"""Fields that mean something for some recipes only. In a grid of several recipes they go to those."""
+
+
+class Levels(click.ParamType[tuple[float, ...]]):
+    """Cumulative shares: 0.25,0.5,1."""
+
+    name = "shares"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple | list):
+            return tuple(float(share) for share in value)
+        try:
+            return tuple(float(share) for share in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of shares; write 0.25,0.5,1", param, ctx)
+
+
+class NumberOrNone(click.ParamType[float | None]):
+    """A number, or the word none."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+        if str(value).lower() == "none":
+            return None
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor none", param, ctx)
+
+
+def option_type(name: str) -> click.ParamType[Any]:
+    """How the option of a field reads its text."""
+    hint = get_type_hints(TrainConfig)[name]
+    choices = get_args(hint)
+    if name == "recipe":
+        return click.Choice(list(RECIPES))
+    if name == "levels":
+        return Levels()
+    if NoneType in choices:
+        return NumberOrNone()
+    if choices:
+        return click.Choice(choices)
+    return {int: COUNT, float: click.FLOAT, bool: click.BOOL, str: click.STRING}[hint]
+
+
+def defaults_text(name: str) -> str:
+    """The default of a field: one value, or each recipe's own where they differ."""
+    values = {recipe: getattr(make(), name) for recipe, make in RECIPES.items()}
+    written = {recipe: write(value) for recipe, value in values.items()}
+    if len(set(written.values())) == 1:
+        return next(iter(written.values()))
+    return ", ".join(f"{recipe} {value}" for recipe, value in written.items())
+
+
+def write(value: Any) -> str:
+    """A value as a person types it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return {None: "none", True: "yes", False: "no", "": "none"}.get(value, str(value)) if not is_number(value) else f"{value:g}"
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number and not a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def field_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a click command one option for every field of TrainConfig, and --lambda for both lambdas."""
+    for field in reversed(dataclasses.fields(TrainConfig)):
+        flag = "--" + field.name.replace("_", "-")
+        is_flag = get_type_hints(TrainConfig)[field.name] is bool
+        text = f"{HELP[field.name]}  [{'paper' if field.name == 'recipe' else defaults_text(field.name)}]"
+        if is_flag:
+            decorate = click.option(f"{flag}/--no-{flag[2:]}", field.name, multiple=True, default=(), help=text)
+        else:
+            decorate = click.option(flag, field.name, type=option_type(field.name), multiple=True, help=text)
+        command = decorate(command)
+        if field.name == "lambda_shared":
+            both = "weight of the penalty on all latents: --lambda-shared and --lambda-specialised at once"
+            command = click.option("--lambda", "lambda_", type=click.FLOAT, multiple=True, help=both)(command)
+    return command
+
+
+def make_grid(given: Mapping[str, Sequence[Any]]) -> tuple[TrainConfig, ...]:
+    """The product of all options that were given, each a sequence of values; duplicates are removed, order is kept.
+
+    `given` maps names of fields, and `lambda_`, to values; those not given, or given no value, are the recipe's own.
+    Raises UsageError when values contradict each other.
+    """
+    order = [*HELP, "lambda_"]
+    axes = {name: list(given[name]) for name in sorted(given, key=order.index) if given[name]}
+    if "lambda_" in axes and axes.keys() & {"lambda_shared", "lambda_specialised"}:
+        raise UsageError("--lambda sets both --lambda-shared and --lambda-specialised; give it or them")
+    recipes = axes.pop("recipe", ["paper"])
+    members: dict[TrainConfig, None] = {}
+    for recipe in recipes:
+        own = {name: values for name, values in axes.items() if takes(recipe, recipes, name, axes)}
+        for values in itertools.product(*own.values()):
+            members[RECIPES[recipe](**spread_lambda(dict(zip(own, values))))] = None
+    return tuple(members)
+
+
+def takes(recipe: str, recipes: Sequence[str], name: str, axes: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether an option goes to the members of a recipe: unless it means nothing there and another recipe takes it."""
+    applies = ONLY_WITH.get("lambda_shared" if name == "lambda_" else name)
+    if applies is None or axes.keys() & {"activation", "penalty"}:
+        return True
+    return applies(RECIPES[recipe]()) or not any(applies(RECIPES[one]()) for one in recipes)
+
+
+def spread_lambda(changes: dict[str, Any]) -> dict[str, Any]:
+    """Changes with `lambda_` written out as the two fields it stands for."""
+    if "lambda_" not in changes:
+        return changes
+    both = changes.pop("lambda_")
+    return changes | {"lambda_shared": both, "lambda_specialised": both}
+
+
+def read_config_file(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Callback of --config: its values become the command's defaults. Raises UsageError on a name that is no option."""
+    if path is None:
+        return None
+    options = {p.name: p for p in ctx.command.params if isinstance(p, click.Option) and p.name != param.name}
+    defaults = {}
+    for name, value in read_toml(path).items():
+        key = {"lambda": "lambda_"}.get(name, name.replace("-", "_"))
+        if key not in options:
+            raise UsageError(f"{path}: {name!r} is not an option of this command; python -m train --help lists them")
+        defaults[key] = file_value(path, name, value, options[key].multiple)
+    ctx.default_map = defaults
+    return path
+
+
+def file_value(path: Path, name: str, value: Any, multiple: bool) -> Any:
+    """A value of a file as click takes it: a list for what can be repeated, one value otherwise."""
+    if isinstance(value, list) and not value:
+        raise UsageError(f"{path}: {name} is an empty list, so the grid is empty; give at least one value or leave it out")
+    if not multiple:
+        return value
+    if name == "levels" and not isinstance(value[0], list):
+        return [value]
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,233 @@
+"""What a training run will do, before it does it: members, passes over the store, memory, disk and time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import MismatchError, PipelineError, UsageError
+from pipeline.files import human_bytes
+from pipeline.runtime import available_memory, world_size
+from pipeline.store import Store
+from train.config import TrainConfig
+from train.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
+from train.members import Folder, Keep
+from train.memory import SHARED_PARTS, memory_bytes
+from train.order import Order
+from train.step import product_dtype
+
+PENDING_BYTES = 2 * 10**9
+"""Snapshots that may wait to be written before training waits for the disk; one of any size always may."""
+
+STEP_OVER_PRODUCTS = 1.5
+"""A step's time over that of its five products, for the estimate of --dry-run."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One `python -m train`: which members, and what may differ from machine to machine. Raises UsageError.
+
+    mode, window_rows: the order of rows (`order.py`); a member that is there goes on in its own unless another is asked
+    for. threads: that gather rows. keep: which checkpoints stay (`Keep`). log: besides metrics.jsonl, which is always
+    written. data_parallel: all processes of torchrun train every member together, instead of sharing members out.
+    """
+
+    store: Path
+    out: Path
+    members: tuple[TrainConfig, ...]
+    device: str = "auto"
+    mode: Mode = "auto"
+    window_rows: int | None = None
+    threads: int = 2
+    keep: str = "last:3,every:1000"
+    log: tuple[str, ...] = ("jsonl",)
+    verify_first: bool = False
+    data_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise UsageError("the grid is empty: no member to train; give each repeated option at least one value")
+        if self.threads < 1 or (self.window_rows is not None and self.window_rows < 1):
+            raise UsageError("--threads and --window-rows must be at least 1")
+        if self.window_rows is not None and self.mode == "global":
+            raise UsageError("--window-rows goes with --mode window; a global order has no windows")
+        if self.data_parallel and (odd := [c.batch_size for c in self.members if c.batch_size % world_size()]):
+            raise UsageError(f"--batch-size {odd[0]} does not divide evenly over {world_size()} processes")
+        Keep.parse(self.keep)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One member and where it stands."""
+
+    folder: Folder
+    order: Mapping[str, Any]
+    step: int
+    finished: bool
+
+    @property
+    def config(self) -> TrainConfig:
+        """Its config, dtype resolved."""
+        return self.folder.config
+
+    @property
+    def stream(self) -> tuple[Any, ...]:
+        """Members with equal streams can be fed by the same batches."""
+        c = self.config
+        return (c.data_seed, c.batch_size, c.max_norm, c.dtype == "float64", tuple(sorted(self.order.items())))
+
+    @property
+    def status(self) -> str:
+        """In a word."""
+        return "finished" if self.finished else f"at step {self.step}" if self.step else "new"
+
+
+def max_norm_of(store: Store, config: TrainConfig) -> float | None:
+    """The multiple of the median norm beyond which rows are left out; None: none is."""
+    return store.statistics.massive_multiple if config.max_norm is None else config.max_norm or None
+
+
+def store_identity(store: Store, config: TrainConfig) -> dict[str, Any]:
+    """What checkpoints say of the store they were trained on: FORMAT.md, `provenance.store`."""
+    names = ("model", "revision", "weights_sha256", "layer", "d_model", "context")
+    own = {name: store.config[name] for name in names}
+    multiple = store.statistics.massive_multiple
+    return {"id": store.id, **own, "massive_multiple": multiple, "max_norm": max_norm_of(store, config)}
+
+
+def make_order(store: Store, task: Task) -> Order:
+    """The order of rows of a member's stream."""
+    kept = store.train.kept(max_norm_of(store, task.config))
+    return Order(kept, store.train.chunk_rows, task.config.data_seed, task.order.get("window_rows"))
+
+
+def make_tasks(run: RunConfig, store: Store, members: Sequence[TrainConfig]) -> list[Task]:
+    """Where every member stands. `members` have their dtype resolved. Raises MismatchError for a folder of another config."""
+    mode = resolve_mode(run.mode, store.train)
+    window_rows = run.window_rows or WINDOW_ROWS
+    new: dict[str, Any] = {"mode": mode} | ({"window_rows": window_rows} if mode == "window" else {})
+    return [make_task(run, Folder(run.out, config, store_identity(store, config)), new) for config in members]
+
+
+def make_task(run: RunConfig, folder: Folder, new: Mapping[str, Any]) -> Task:
+    """One member: in its recorded order when it is there, else in the run's."""
+    recorded = folder.recorded_order()
+    order = new if recorded is None else recorded
+    if (run.mode != "auto" and order["mode"] != run.mode) or (
+        run.window_rows is not None and order.get("window_rows") != run.window_rows
+    ):
+        raise MismatchError(
+            f"{folder.path}: trained in order {dict(order)}, asked mode {run.mode}, window_rows {run.window_rows}; "
+            "leave both options out to go on, or choose another --out"
+        )
+    return Task(folder, order, folder.step(), folder.final() is not None)
+
+
+def stream_memory(store: Store, task: Task) -> int:
+    """Bytes that feeding takes on the host: batches ahead, the normalised batch, the bookkeeping, and of a compressed
+    store two windows."""
+    row = store.d_model * store.dtype.itemsize
+    batches: int = task.config.batch_size * (row * (AHEAD + 1) + 2 * store.d_model * 4)
+    window_rows: int = min(task.order.get("window_rows", 0), store.train.n_rows) if store.layout.codec != "none" else 0
+    return batches + 17 * store.train.n_rows + 2 * row * window_rows
+
+
+def member_memory(store: Store, task: Task, device: torch.device) -> dict[str, int]:
+    """Bytes by part, with the snapshots from which its checkpoints are written."""
+    parts = memory_bytes(task.config, store.d_model, device)
+    state = parts["weights"] + parts["optimiser"] + parts["counters"]
+    return parts | {"snapshot": 4 * state}
+
+
+def pass_memory(store: Store, tasks: Sequence[Task], device: torch.device) -> dict[str, int]:
+    """Bytes by part that members side by side take."""
+    parts = [member_memory(store, task, device) for task in tasks]
+    shared = (*SHARED_PARTS, "snapshot")
+    total = {name: (max if name in shared else sum)(part[name] for part in parts) for name in parts[0]}
+    total["snapshot"] = max(total["snapshot"], min(sum(part["snapshot"] for part in parts), PENDING_BYTES))
+    return total | {"feed": stream_memory(store, tasks[0])}
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may use where members live; processes on one machine share its memory evenly."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return available_memory() // n_processes
+
+
+def make_passes(store: Store, tasks: Sequence[Task], device: torch.device, free: int) -> list[list[Task]]:
+    """Unfinished members in passes over the store: one stream a pass, as many side by side as fit into `free` bytes.
+
+    Raises PipelineError when one alone does not fit.
+    """
+    passes: list[list[Task]] = []
+    for task in sorted((task for task in tasks if not task.finished), key=lambda task: task.step):
+        alone = sum(on_device(pass_memory(store, [task], device), device).values())
+        if alone > free:
+            raise PipelineError(
+                f"{task.folder.name} needs {human_bytes(alone)} of memory, {human_bytes(free)} are free on {device}; "
+                "lower --width or --batch-size, or free some"
+            )
+        for group in passes:
+            together = on_device(pass_memory(store, [*group, task], device), device)
+            if group[0].stream == task.stream and sum(together.values()) <= free:
+                group.append(task)
+                break
+        else:
+            passes.append([task])
+    return passes
+
+
+def memory_text(parts: Mapping[str, int]) -> str:
+    """1.3 GB (weights 0.6 GB, …)."""
+    return f"{human_bytes(sum(parts.values()))} ({', '.join(f'{name} {human_bytes(n)}' for name, n in parts.items())})"
+
+
+def on_device(parts: Mapping[str, int], device: torch.device) -> dict[str, int]:
+    """The parts that lie where members live: on an accelerator all but the feed and the snapshots."""
+    if device.type == "cpu":
+        return dict(parts)
+    return {name: n for name, n in parts.items() if name not in ("feed", "snapshot")}
+
+
+def disk_bytes(store: Store, tasks: Sequence[Task], keep: Keep) -> int:
+    """Bytes that unfinished members will have on disk at most: kept checkpoints, state, and one of each being written."""
+    total = 0
+    for task in tasks:
+        if task.finished:
+            continue
+        config = task.config
+        parts = memory_bytes(config, store.d_model, torch.device("cpu"))
+        weights, state = 4 * (2 * store.d_model + 4) * config.width, parts["optimiser"] * 3 // 2 + parts["counters"]
+        steps = {*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps}
+        total += (len(keep.kept(steps)) + 1) * weights + state
+    largest = max((2 * 4 * 3 * store.d_model * task.config.width for task in tasks if not task.finished), default=0)
+    return total + largest
+
+
+def estimate_seconds(store: Store, tasks: Sequence[Task], device: torch.device) -> float:
+    """A rough time for the unfinished members: five products a step at the rate of one measured now."""
+    seconds = 0.0
+    for task in tasks:
+        n_left = task.config.steps - task.step
+        if not task.finished and n_left:
+            seconds += n_left * 5 * STEP_OVER_PRODUCTS * product_seconds(task.config, store.d_model, device)
+    return seconds
+
+
+def product_seconds(config: TrainConfig, d_model: int, device: torch.device) -> float:
+    """Seconds of one [row, d_model] by [d_model, latent] product, from a measured part of it."""
+    rows = min(config.batch_size, 256)
+    dtype = product_dtype(config.dtype)
+    x, w = torch.zeros(rows, d_model, dtype=dtype, device=device), torch.zeros(d_model, config.width, dtype=dtype, device=device)
+    x @ w
+    start = time.perf_counter()
+    (x @ w).sum().item()
+    return (time.perf_counter() - start) * config.batch_size / rows

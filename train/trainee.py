@@ -1,0 +1,207 @@
+"""One member with its folder: advances, logs, is checkpointed, fails or finishes, all on its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pipeline.checkpoint import load_checkpoint
+from pipeline.errors import DivergedError
+from pipeline.files import disk_errors
+from pipeline.progress import say
+from pipeline.runtime import git_state, versions
+from train.loader import Loader
+from train.log import Log, open_logs
+from train.members import Keep
+from train.plan import RunConfig, Task
+from train.step import Batch, Member
+from train.writer import Writer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one member: its final checkpoint, or the problem that ended it."""
+
+    folder: Path
+    step: int
+    final: Path | None
+    problem: str = ""
+
+
+class Trainee:
+    """A member with its folder: advances, logs, is checkpointed, fails."""
+
+    def __init__(
+        self, run: RunConfig, task: Task, member: Member, writer: Writer, n_kept: int, writes: bool
+    ) -> None:
+        self.run, self.task, self.folder, self.member = run, task, task.folder, member
+        self.writer, self.n_kept, self.keep = writer, n_kept, Keep.parse(run.keep)
+        self.writes = writes
+        self.problem, self.logged, self.saved = "", 0, task.step
+        self.metrics: dict[str, Any] = {}
+        self.stack = contextlib.ExitStack()
+        self.logs: list[Log] = []
+
+    def __enter__(self) -> Trainee:
+        if self.writes:
+            self.stack.callback(os.close, self.folder.prepare(self.task.order))
+        if self.task.step:
+            self.member.load_state(self.folder.read_state()[0])
+        elif self.task.config.init_from:
+            self.member.load_weights(load_checkpoint(Path(self.task.config.init_from))[0])
+        self.logged = self.member.n_steps
+        if self.writes:
+            self.folder.truncate(self.member.n_steps)
+            self.open_logs()
+        return self
+
+    def open_logs(self) -> None:
+        """Open what --log asks for."""
+        for log in open_logs(self.run.log, self.folder, self.member.n_steps):
+            self.logs.append(log)
+            self.stack.callback(log.close)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stack.close()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it still needs a batch, of now or later."""
+        return not self.problem and self.member.n_steps < self.task.config.steps
+
+    def takes(self, step: int) -> bool:
+        """Whether it needs the batch of this step."""
+        return self.waits and self.member.n_steps == step
+
+    def advance(self, batch: Batch, clock: Clock) -> None:
+        """One step, and what is due after it. A loss that is not finite ends this member alone."""
+        try:
+            self.member.step(batch)
+            self.after_step(clock)
+        except DivergedError as error:
+            self.problem = str(error)
+            say(f"error: {error}")
+
+    def after_step(self, clock: Clock) -> None:
+        """Log and checkpoint when it is time. Raises DivergedError."""
+        step, config = self.member.n_steps, self.task.config
+        last = step == config.steps
+        if last or step % config.log_every == 0:
+            self.require_finite()
+            self.log(clock)
+        if last or step % config.checkpoint_every == 0:
+            self.require_finite()
+            self.save(checkpoint=True)
+
+    def require_finite(self) -> None:
+        """Raise DivergedError when a loss or gradient since the last logged step was not finite."""
+        if self.member.is_finite():
+            return
+        there = f"goes back to step {self.saved}" if self.saved else "has no checkpoint before it"
+        raise DivergedError(
+            f"{self.folder.path}: the loss or a gradient was not finite between steps {self.logged + 1} and "
+            f"{self.member.n_steps}; what is on disk {there}; lower --lr or raise --lr-warmup-steps"
+        )
+
+    def log(self, clock: Clock) -> None:
+        """One line of metrics, a function of the config, and one of timings, a function of the machine."""
+        self.metrics = self.member.metrics() | {"epoch": self.member.n_rows / self.n_kept}
+        self.logged = self.member.n_steps
+        if not self.writes:
+            return
+        self.folder.append("metrics.jsonl", self.metrics)
+        self.folder.append("timings.jsonl", {"step": self.member.n_steps} | clock.lap(self.folder.name))
+        for log in self.logs:
+            log.write(self.metrics)
+
+    def save(self, checkpoint: bool) -> None:
+        """Snapshot the member and have it written in the background: checkpoint first, then state, then retention."""
+        step, folder = self.member.n_steps, self.folder
+        self.saved = step
+        if not self.writes:
+            return
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.member.state().items()}
+        sae, provenance = (self.member.sae(), self.provenance()) if checkpoint else (None, {})
+
+        def write() -> None:
+            with disk_errors(folder.path):
+                if sae is not None:
+                    folder.write_checkpoint(sae, step, provenance)
+                folder.write_state(state, step)
+                folder.retain(self.keep)
+
+        self.writer.submit(write, sum(tensor.nbytes for tensor in state.values()))
+
+    def provenance(self) -> dict[str, Any]:
+        """FORMAT.md, "Checkpoint": where this SAE comes from."""
+        dead, fired_rows = self.member.dead()
+        return {
+            "member": self.folder.name,
+            "train": self.folder.description(self.task.order)["config"],
+            "store": dict(self.folder.store),
+            "versions": versions(),
+            "git": git_state(),
+            "rows_seen": self.member.n_rows,
+            "fired_rows": fired_rows,
+            "dead": dead,
+        }
+
+    def outcome(self) -> Outcome:
+        """The end: a finished member's final checkpoint is named on disk."""
+        final = self.folder.checkpoint_path(self.task.config.steps) if not self.problem else None
+        if final is not None and self.writes:
+            self.folder.finish()
+        return Outcome(self.folder.path, self.member.n_steps, final, self.problem)
+
+
+class Clock:
+    """Rows/s and the share of time spent waiting for data, since each member's last line and overall."""
+
+    def __init__(self, loader: Loader, batch_size: int) -> None:
+        self.loader, self.batch_size = loader, batch_size
+        self.start = time.perf_counter()
+        self.laps: dict[str, tuple[float, float, int]] = {}
+
+    def lap(self, name: str) -> dict[str, float]:
+        """rows_per_s of the stream and wait (fraction) since this name's last lap; seconds since the pass began."""
+        now, waited, rows = time.perf_counter(), self.loader.waited, self.loader.n_delivered * self.batch_size
+        t0, waited0, rows0 = self.laps.get(name, (self.start, 0.0, 0))
+        self.laps[name] = now, waited, rows
+        seconds = max(now - t0, 1e-9)
+        return {"rows_per_s": (rows - rows0) / seconds, "wait": (waited - waited0) / seconds, "seconds": now - self.start}
+
+    @property
+    def wait(self) -> float:
+        """Share of the time since the pass began that was spent waiting for data."""
+        return self.loader.waited / max(time.perf_counter() - self.start, 1e-9)
+
+    def say_if_starved(self) -> None:
+        """Say so when the feed, and not arithmetic, set the pace."""
+        if self.wait > 0.2 and self.loader.n_delivered > 50:
+            say(f"waited {100 * self.wait:.0f} % of the time for data: this run is bound by the feed, not by arithmetic")
+
+
+def summary(trainees: Sequence[Trainee], clock: Clock) -> str:
+    """The short line behind the progress bar: one value for one member, smallest–largest for several."""
+    lines = [t.metrics for t in trainees if t.metrics and not t.problem]
+    if not lines:
+        return ""
+    parts = [
+        f"{name} {spread([line[name][-1] if isinstance(line[name], list) else line[name] for line in lines])}"
+        for name in ("loss", "ev", "l0", "dead")
+    ]
+    return " ".join([*parts, f"wait {100 * clock.wait:.0f}%"])
+
+
+def spread(values: Sequence[float]) -> str:
+    """0.61, or 0.61–0.74."""
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low}–{high}"
