@@ -9,12 +9,13 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
-from pipeline.errors import DamagedError
+from pipeline.errors import DamagedError, DiskError
 from pipeline.files import atomic, disk_errors, sync_folder
 
 
+@runtime_checkable
 class Files(Protocol):
     """The few operations a store needs. Writes appear whole or not at all; all raise DiskError when they cannot."""
 
@@ -55,12 +56,12 @@ class LocalFiles:
 
     def read(self, key: str) -> bytes:
         """All bytes of a file."""
-        with missing_is_damage(self.where(key)):
+        with disk_errors(self.root / key), missing_is_damage(self.where(key)):
             return (self.root / key).read_bytes()
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """One preadv; goes on where the kernel returns early."""
-        with missing_is_damage(self.where(key)):
+        with disk_errors(self.root / key), missing_is_damage(self.where(key)):
             descriptor = os.open(self.root / key, os.O_RDONLY)
         try:
             left = [buffer.cast("B") for buffer in buffers]
@@ -78,10 +79,9 @@ class LocalFiles:
 
     def size(self, key: str) -> int | None:
         """Bytes of a file; None when it is not there."""
-        try:
+        with disk_errors(self.root / key), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return (self.root / key).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        return None
 
     def write(self, key: str, data: bytes) -> None:
         """Temporary name, fsync, rename."""
@@ -105,8 +105,11 @@ class LocalFiles:
             sync_folder(path.parent)
 
     def keys(self) -> list[str]:
-        """Every file below the folder."""
-        return sorted(str(p.relative_to(self.root)) for p in self.root.rglob("*") if not p.is_dir())
+        """Every file below the folder. Raises DiskError when the path is a file."""
+        with disk_errors(self.root):
+            if self.root.exists() and not self.root.is_dir():
+                raise DiskError(f"{self.root}: is a file, expected a folder; choose another path")
+            return sorted(str(p.relative_to(self.root)) for p in self.root.rglob("*") if not p.is_dir())
 
 
 @contextlib.contextmanager

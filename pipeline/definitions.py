@@ -72,6 +72,74 @@ METRICS: dict[str, Metric] = {
             "scr", "SCR", "fraction", "higher",
             "spurious correlation removal after zero-ablating n latents (SAEBench's scr_metric_threshold_n)",
         ),
+        Metric(
+            "scr_dir1", "SCR, direction 1", "fraction", "higher",
+            "scr when the latents of the spurious attribute are ablated and the other attribute is tested",
+        ),
+        Metric(
+            "scr_dir2", "SCR, direction 2", "fraction", "higher",
+            "scr when the latents of the other attribute are ablated and the spurious one is tested",
+        ),
         Metric("tpp", "TPP", "fraction", "higher", "targeted probe perturbation after zero-ablating n latents"),
+        Metric(
+            "tpp_intended", "TPP, intended", "fraction", "higher",
+            "fall in accuracy of the probe of the class whose n latents are ablated, mean over classes",
+        ),
+        Metric(
+            "tpp_unintended", "TPP, unintended", "fraction", "lower",
+            "fall in accuracy of the other classes' probes, mean over classes; tpp = tpp_intended − tpp_unintended",
+        ),
+        Metric(
+            "tpp_intended", "TPP, intended", "accuracy", "higher",
+            "accuracy that a class's own probe loses when the n latents of that class are ablated",
+        ),
+        Metric(
+            "tpp_unintended", "TPP, unintended", "accuracy", "lower",
+            "mean accuracy that the other classes' probes lose by it; tpp is intended − unintended",
+        ),
+        Metric(
+            "k_sparse_probe", "k-sparse probe", "fraction", "higher",
+            "test accuracy of a logistic regression on the k latents with the largest difference of class means",
+        ),
+        Metric(
+            "dead_in_training", "dead in training", "fraction", "lower",
+            "share of latents that never fired on the last rows of training; features.training.fired_rows says how many",
+        ),
+        Metric(
+            "density", "density", "fraction of tokens", "neither",
+            "share of kept tokens on which a latent fires; histogram of log10 a block, latents that never fired apart",
+        ),
+        Metric(
+            "freq_over_1_percent", "latents over 1 %", "fraction", "neither", "share of a block's latents of density > 0.01"
+        ),
+        Metric(
+            "freq_over_10_percent", "latents over 10 %", "fraction", "neither", "share of a block's latents of density > 0.1"
+        ),
+        Metric(
+            "mass_over_1_percent", "firings over 1 %", "fraction", "neither",
+            "share of a block's firings that latents of density > 0.01 make",
+        ),
+        Metric(
+            "mass_over_10_percent", "firings over 10 %", "fraction", "neither",
+            "share of a block's firings that latents of density > 0.1 make",
+        ),
+        Metric(
+            "entropy", "utilisation (entropy)", "fraction", "higher",
+            "entropy of the shares of a block's firings over its maximum, ln of the number of latents; 1 is even use",
+        ),
+        Metric("gini", "utilisation (Gini)", "fraction", "lower", "Gini coefficient of a block's densities; 0 is even use"),
+        Metric("encoder_decoder", "encoder–decoder cosine", "cosine", "neither", "cos of each encoder column and decoder row"),
+        Metric(
+            "nearest", "nearest neighbour", "cosine", "lower",
+            "largest cosine of each decoder row with another of the block named",
+        ),
+        Metric(
+            "pearson", "correlation (Pearson)", "correlation", "neither",
+            "of the activations of pairs of sampled latents over kept tokens that are not massive",
+        ),
+        Metric(
+            "jaccard", "co-activation (Jaccard)", "fraction", "neither",
+            "tokens on which both latents of a pair fire over tokens on which either does, same tokens and pairs",
+        ),
     )
 }  # fmt: skip

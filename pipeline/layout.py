@@ -62,6 +62,11 @@ class Array:
         return np.dtype(self.dtype).newbyteorder("<")
 
     @property
+    def padding(self) -> int | float:
+        """The fill value as a number."""
+        return math.nan if self.fill == "NaN" else int(self.fill)
+
+    @property
     def n_files(self) -> int:
         """Chunks (or shards) along the first dimension."""
         return -(-self.shape[0] // self.chunk[0])
@@ -240,11 +245,15 @@ def pad_rows(array: npt.NDArray[Any], n_rows: int, fill: int | float) -> npt.NDA
     return np.concatenate([array, np.full((n_rows - len(array), *array.shape[1:]), fill, dtype=array.dtype)])
 
 
+ROOT_REST = 2048
+"""Bytes of the root's zarr.json beside config and files: hashes, versions, statistics."""
+
+
 def estimate_bytes(config: Mapping[str, Any], n_train: int, n_eval: int) -> int:
     """Bytes of a finished store of so many sequences: exact to a few kB for codec none, an upper bound when compressed."""
-    layout = Layout.from_config(config)
-    total = sum(map(len, metadata_files(config, {"train": n_train, "eval": n_eval}).values())) + layout.mean.file_nbytes
-    total += 8192  # the root's zarr.json: config, hashes of files, statistics
+    layout, metadata = Layout.from_config(config), metadata_files(config, {"train": n_train, "eval": n_eval})
+    root = group_metadata({"config": config, "files": dict.fromkeys(metadata, "0" * 64)})
+    total = len(root) + ROOT_REST + sum(map(len, metadata.values())) + layout.mean.file_nbytes
     for name, n_sequences in (("train", n_train), ("eval", n_eval)):
         split = SplitLayout(name, layout, n_sequences)
         n_chunks = sum(split.n_chunks(k) for k in range(split.n_shards))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as WholeOutput
 
 from pipeline.errors import ModelError
-from pipeline.files import hash_file, sha256
-from pipeline.model_files import hub_errors, model_folder
+from pipeline.model_files import hub_errors, model_folder, weights_sha256
+from pipeline.patching import overridden, removed, with_hidden_states
 from pipeline.runtime import DTYPES, resolve_device, resolve_dtype
 
 Part = Literal["prefix", "suffix", "whole"]
@@ -32,17 +33,83 @@ class _Reached(Exception):
     """Raised out of the forward pass when the last layer asked for has run."""
 
 
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model's files say before any weight is read. `revision` is the Hub commit, `local` for a folder."""
+
+    name: str
+    folder: Path
+    revision: str
+    config: Any
+
+    @staticmethod
+    def read(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ModelInfo:
+        """Find the files of a folder or Hub id and read their config. Raises ModelError."""
+        folder, commit = model_folder(model, revision, trust_remote_code=trust_remote_code)
+        with hub_errors(model), quiet():
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return ModelInfo(model, folder, commit, config)
+
+    @property
+    def text(self) -> Any:
+        """The config of the language model proper, where others stand beside it."""
+        return self.config.get_text_config()
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers."""
+        return int(self.text.num_hidden_layers)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.text.hidden_size)
+
+    @property
+    def vocab(self) -> int:
+        """Token ids are below this."""
+        return int(self.text.vocab_size)
+
+    @property
+    def context_limit(self) -> int | None:
+        """The most positions the model has; None when it does not say."""
+        limit = getattr(self.text, "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash over the names and contents of the safetensors files; reads them all."""
+        return weights_sha256(self.folder)
+
+    def require_layers(self, layers: Sequence[int]) -> None:
+        """Raise ModelError naming the range when a layer is outside it."""
+        outside = [layer for layer in layers if not 0 <= layer < self.n_layers]
+        if outside or not layers:
+            raise ModelError(f"{self.name}: layer {outside} is out of range; it has layers 0 to {self.n_layers - 1}")
+
+    def require_context(self, context: int) -> None:
+        """Raise ModelError when `context` positions are more than the model has."""
+        if self.context_limit is not None and context > self.context_limit:
+            raise ModelError(
+                f"{self.name}: a context of {context} is longer than the model's {self.context_limit} positions; "
+                f"use a context of {self.context_limit} or less"
+            )
+
+
 class SplitLM:
     """One part of a language model, in evaluation mode, without gradients. Made by `load`."""
 
-    def __init__(self, model: nn.Module, folder: Path, part: Part, layers: Sequence[int], n_layers: int) -> None:
-        self.model, self.folder, self.part = model, folder, part
-        self.layers, self.layer, self.n_layers = tuple(layers), layers[0], n_layers
-        self.config: Any = model.config
-        text = self.config.get_text_config()
-        self.d_model, self.vocab = int(text.hidden_size), int(text.vocab_size)
-        self.context_limit: int | None = getattr(text, "max_position_embeddings", None)
-        self._blocks = find_layers(model, text.num_hidden_layers)
+    def __init__(self, model: Any, info: ModelInfo, part: Part, layers: Sequence[int]) -> None:
+        self.model, self.info, self.part = model, info, part
+        self.layers, self.layer = tuple(layers), layers[0]
+        self.config = info.config
+        self.n_layers, self.d_model, self.vocab, self.context_limit = (
+            info.n_layers,
+            info.d_model,
+            info.vocab,
+            info.context_limit,
+        )
+        self._blocks = find_layers(model, max(layers) + 1 if part == "prefix" else info.n_layers)
 
     @staticmethod
     def load(
@@ -62,15 +129,14 @@ class SplitLM:
         head are kept; `whole`: everything, cut after layers[0]. Raises ModelError when the model is missing, gated, of a
         code that needs trust_remote_code, incomplete, or has no such layer.
         """
-        folder, _ = model_folder(model, revision, trust_remote_code=trust_remote_code)
+        info = ModelInfo.read(model, revision, trust_remote_code=trust_remote_code)
+        info.require_layers(layers)
         device = resolve_device(str(device))
+        auto: Any = transformers.AutoModelForCausalLM
         with hub_errors(model), quiet():
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            n_layers = int(config.get_text_config().num_hidden_layers)
-            require_layers(model, layers, n_layers)
-            loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=truncated(config, max(layers) + 1) if part == "prefix" else config,
+            loaded, report = auto.from_pretrained(
+                info.folder,
+                config=truncated(info.config, max(layers) + 1) if part == "prefix" else info.config,
                 dtype=DTYPES[resolve_dtype(dtype, device)],
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
@@ -78,7 +144,7 @@ class SplitLM:
                 output_loading_info=True,
             )
         require_complete(model, report)
-        split = SplitLM(loaded.eval().requires_grad_(False), folder, part, layers, n_layers)
+        split = SplitLM(loaded.eval().requires_grad_(False), info, part, layers)
         split._drop_unused()
         for tensor in (*loaded.parameters(), *loaded.buffers()):
             if not tensor.is_meta:
@@ -87,7 +153,7 @@ class SplitLM:
 
     def _drop_unused(self) -> None:
         """Free what this part never runs: an untied head in a prefix, the layers before the cut in a suffix."""
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()  # type: ignore[operator]
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if self.part == "prefix" and head is not None and head.weight is not embedding.weight:
             head.to("meta")
         if self.part == "suffix":
@@ -102,36 +168,29 @@ class SplitLM:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights and of the residual stream."""
-        return self.model.dtype  # type: ignore[return-value]
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
         """Where tokens and residuals are expected."""
         return self._blocks[-1 if self.part == "suffix" else 0].parameters().__next__().device
 
-    @cached_property
+    @property
     def weights_sha256(self) -> str:
-        """Hash over the names and contents of the folder's safetensors files; reads them all."""
-        files = sorted(self.folder.glob("*.safetensors"))
-        return sha256("".join(f"{path.name} {hash_file(path)}\n" for path in files))
+        """Hash over the names and contents of the model's safetensors files; reads them all, once."""
+        return self.info.weights_sha256
 
     @property
     def unembedding(self) -> Float[Tensor, "vocab d_model"]:
         """W_U, for a logit lens: before it come the final norm, after it any soft cap."""
-        return self.model.get_output_embeddings().weight  # type: ignore[operator, no-any-return]
-
-    def require_context(self, context: int) -> None:
-        """Raise ModelError when `context` positions are more than the model has."""
-        if self.context_limit is not None and context > self.context_limit:
-            raise ModelError(
-                f"{self.folder}: a context of {context} is longer than the model's {self.context_limit} positions; "
-                f"use --context {self.context_limit} or less"
-            )
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
 
     def compile(self) -> None:
         """torch.compile every layer. Faster on some devices, and no longer bit for bit what the plain model computes."""
         for block in self._blocks:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign, assignment]
+            block.forward = torch.compile(block.forward)
 
     @torch.no_grad()
     def prefix(self, tokens: Int[Tensor, "seq pos"]) -> dict[int, Float[Tensor, "seq pos d_model"]]:
@@ -140,7 +199,7 @@ class SplitLM:
         Stops after the last of them: no later layer, norm or head runs.
         """
         assert self.part != "suffix", "a suffix has no layers before the cut"
-        self.require_context(tokens.shape[1])
+        self.info.require_context(tokens.shape[1])
         captured: dict[int, Tensor] = {}
 
         def capture(layer: int) -> Callable[[nn.Module, Any, Any], None]:
@@ -170,20 +229,23 @@ class SplitLM:
         residual = residual.to(self.dtype)
         entry = self._blocks[self._first_run]
         if self.layer + 1 < self.n_layers:
-            inject = entry.register_forward_pre_hook(lambda _m, args, kw: replaced(args, kw, residual), with_kwargs=True)
+            inject = entry.register_forward_pre_hook(
+                lambda _m, args, kwargs: with_hidden_states(args, kwargs, residual), with_kwargs=True
+            )
         else:
             inject = entry.register_forward_hook(
                 lambda _m, _args, out: residual if isinstance(out, Tensor) else (residual, *out[1:])
             )
         start = {"inputs_embeds": residual} if tokens is None else {"input_ids": tokens}
-        with removed(inject), overridden(self._blocks[: self._first_run], lambda *_args, **_kw: residual):
-            return self._base(**start, use_cache=False)[0]  # type: ignore[no-any-return]
+        with removed(inject), overridden(list(self._blocks)[: self._first_run], lambda *_args, **_kw: residual):
+            hidden: Tensor = self._base(**start, use_cache=False)[0]
+        return hidden
 
     @torch.no_grad()
     def unembed(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Logits of normed hidden states, soft cap and the like included, in the model's dtype. Any leading shape."""
         flat = hidden.reshape(1, -1, self.d_model)
-        output = WholeOutput(last_hidden_state=flat)  # type: ignore[arg-type]
+        output = WholeOutput(last_hidden_state=flat)
         anything = torch.zeros((1, flat.shape[1]), dtype=torch.long, device=flat.device)
         with overridden([self._base], lambda *_args, **_kw: output):
             logits: Tensor = self.model(input_ids=anything, use_cache=False).logits
@@ -192,23 +254,17 @@ class SplitLM:
     @property
     def _base(self) -> nn.Module:
         """The model without its head."""
-        return self.model.base_model  # type: ignore[return-value]
+        base: nn.Module = self.model.base_model
+        return base
 
 
-def find_layers(model: nn.Module, n_layers: int) -> nn.ModuleList:
+def find_layers(model: Any, n_layers: int) -> nn.ModuleList:
     """The decoder layers: the only ModuleList of that length under the text decoder. Raises ModelError otherwise."""
-    decoder = model.get_decoder()  # type: ignore[operator]
+    decoder = model.get_decoder()
     found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not found:
         raise ModelError(f"{type(model).__name__}: no list of {n_layers} decoder layers was found; it cannot be split")
     return found[0]  # modules() is outermost first; a list inside a layer comes after the list of layers
-
-
-def require_layers(model: str, layers: Sequence[int], n_layers: int) -> None:
-    """Raise ModelError naming the range when a layer is outside it."""
-    outside = [layer for layer in layers if not 0 <= layer < n_layers]
-    if outside or not layers:
-        raise ModelError(f"{model}: layer {outside} is out of range; it has layers 0 to {n_layers - 1}")
 
 
 def truncated(config: Any, n_layers: int) -> Any:
@@ -230,39 +286,10 @@ def require_complete(model: str, report: dict[str, Any]) -> None:
         raise ModelError(f"{model}: {len(bad)} weights are missing or of another shape ({bad[0]} …); get it again")
 
 
-def replaced(args: tuple[Any, ...], kwargs: dict[str, Any], residual: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A layer's arguments with the hidden states, its first argument, replaced."""
-    return ((residual, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": residual})
-
-
-@contextlib.contextmanager
-def removed(handle: Any) -> Iterator[None]:
-    """Remove a hook at the end, whatever happens."""
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def overridden(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Let the modules' forward be another function for a while; their attributes stay as the model expects them."""
-    own = [vars(module).get("forward") for module in modules]
-    try:
-        for module in modules:
-            module.forward = forward  # type: ignore[method-assign]
-        yield
-    finally:
-        for module, before in zip(modules, own, strict=True):
-            del module.forward
-            if before is not None:
-                module.forward = before  # type: ignore[method-assign]
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars or reports from transformers: unexpected weights are what a truncated model is meant to have."""
-    log = transformers.utils.logging
+    log: Any = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     try:
         log.set_verbosity_error()

@@ -27,11 +27,12 @@ class Moments:
         return Moments(zero, torch.zeros(d_model, dtype=torch.float64, device=device), zero.clone())
 
     def update(self, x: Float[Tensor, "row d_model"], weights: Float[Tensor, " row"] | None = None) -> None:
-        """Add rows. Their squared norms are float32, everything summed over rows is float64."""
+        """Add rows of any dtype; all arithmetic is float64."""
         w = torch.ones(len(x), dtype=torch.float64, device=x.device) if weights is None else weights.double()
+        x = x.double()
         self.n = self.n + w.sum()
-        self.sum_x = self.sum_x + w @ x.double()
-        self.sum_sq = self.sum_sq + w @ row_squares(x).double()
+        self.sum_x = self.sum_x + w @ x
+        self.sum_sq = self.sum_sq + w @ x.square().sum(-1)
 
     @property
     def centred_sum_sq(self) -> Float[Tensor, ""]:
@@ -47,7 +48,8 @@ def row_squares(x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
 def explained_variance(residual_sum_sq: Float[Tensor, "*levels"], moments: Moments) -> Float[Tensor, "*levels"]:
     """Centred explained variance, 1 − Σ‖x − x̂‖² / Σ‖x − mean‖²; the sums run over the same rows.
 
-    1 is perfect, 0 is no better than the mean, NaN where the rows do not vary. Invariant to a shift and a scale of x.
+    1 is perfect, 0 is no better than the mean; NaN where the rows do not vary beyond float64 rounding. Invariant to a
+    shift and a scale of x.
     """
     total = moments.centred_sum_sq
-    return torch.where(total > 0, 1 - residual_sum_sq.double() / total, torch.nan)
+    return torch.where(total > 1e-12 * moments.sum_sq, 1 - residual_sum_sq.double() / total, torch.nan)

@@ -29,12 +29,20 @@ def model_folder(model: str, revision: str | None, *, trust_remote_code: bool = 
         if not (local / "config.json").is_file():
             raise ModelError(f"{local}: not a Hugging Face model folder, it has no config.json")
         return local, "local"
-    if model.startswith((".", "/", "~")) or model.count("/") != 1 and "/" in model:
-        raise ModelError(f"{local}: no such folder; give a Hugging Face model folder or a Hub id such as google/gemma-2-2b")
+    if model.startswith((".", "/", "~")) or "/" in model.partition("/")[2]:
+        raise ModelError(
+            f"{local}: no such folder; give a Hugging Face model folder or a Hub id such as google/gemma-2-2b"
+        )
     patterns = [*WANTED, "*.py"] if trust_remote_code else list(WANTED)
     with hub_errors(model):
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     return folder, folder.name
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash over the names and contents of the safetensors files in a model folder; reads them all."""
+    files = sorted(folder.glob("model*.safetensors"))
+    return sha256("".join(f"{path.name} {hash_file(path)}\n" for path in files))
 
 
 def tokenizer_sha256(folder: Path) -> str:

@@ -1,13 +1,13 @@
 """The bytes of chunks and shards: compression, crc32c, the shard index. Zarr v3, sharding_indexed, index at the end.
 
-    chunk  = [compressed] little-endian rows, then crc32c as uint32
-    shard  = chunk 0, chunk 1, …, index
-    index  = (offset, nbytes) as uint64 for each slot, 2⁶⁴ − 1 twice where a slot is empty, then crc32c as uint32
+chunk  = [compressed] little-endian rows, then crc32c as uint32
+shard  = chunk 0, chunk 1, …, index
+index  = (offset, nbytes) as uint64 for each slot, 2⁶⁴ − 1 twice where a slot is empty, then crc32c as uint32
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, BinaryIO
 
@@ -65,7 +65,7 @@ def as_bytes(array: npt.NDArray[Any]) -> Bytes:
     return array.reshape(-1).view(np.uint8)
 
 
-def seal(data: Bytes | bytes) -> bytes:
+def crc_bytes(data: Bytes | bytes) -> bytes:
     """The crc32c of the data, as it stands behind it."""
     return crc32c(data).to_bytes(4, "little")
 
@@ -73,42 +73,69 @@ def seal(data: Bytes | bytes) -> bytes:
 def with_crc(array: npt.NDArray[Any]) -> bytes:
     """A whole chunk file of an array that is not sharded."""
     data = np.ascontiguousarray(array).tobytes()
-    return data + seal(data)
+    return data + crc_bytes(data)
 
 
 def without_crc(data: bytes, where: str) -> bytes:
     """The data of a chunk file. Raises DamagedError when it does not fit its crc32c."""
-    if len(data) < 4 or seal(data[:-4]) != data[-4:]:
+    if len(data) < 4 or crc_bytes(data[:-4]) != data[-4:]:
         raise DamagedError(f"{where}: bytes changed since it was written (crc32c); run harvest --repair")
     return data[:-4]
+
+
+def digest(checksums: Iterable[bytes]) -> int:
+    """What a commit record holds of a file: the crc32c of its chunks' checksums, 4 bytes each, in order.
+
+    Not the crc32c of the file: bytes followed by their own crc32c leave every crc32c in one and the same state, so that
+    of a file made of such parts depends on the parts' lengths alone and never on what is in them.
+    """
+    return crc32c(b"".join(checksums))
 
 
 class ShardStream:
     """Writes a shard into an open file, chunk by chunk, and no chunk is held after it is written."""
 
     def __init__(self, file: BinaryIO, codec: str, n_slots: int) -> None:
-        self.file, self.codec, self.crc, self.offset, self.n = file, codec, 0, 0, 0
+        self.file, self.codec, self.offset = file, codec, 0
         self.index = np.full((n_slots, 2), ABSENT, "<u8")
-
-    def _write(self, data: Bytes | bytes) -> None:
-        self.file.write(data)
-        self.crc = crc32c(data, self.crc)
+        self.checksums: list[bytes] = []
 
     def append(self, chunk: npt.NDArray[Any]) -> None:
         """The next chunk, contiguous [chunk_rows, d_model], a ragged one already padded."""
-        raw = as_bytes(chunk)
-        data = raw if self.codec == "none" else np.frombuffer(compressor(self.codec).encode(chunk), np.uint8)
-        self._write(data)
-        self._write(seal(data))
-        self.index[self.n] = self.offset, len(data) + 4
+        data = (
+            as_bytes(chunk) if self.codec == "none" else np.frombuffer(compressor(self.codec).encode(chunk), np.uint8)
+        )
+        checksum = crc_bytes(data)
+        self.file.write(data.data)
+        self.file.write(checksum)
+        self.index[len(self.checksums)] = self.offset, len(data) + 4
         self.offset += len(data) + 4
-        self.n += 1
+        self.checksums.append(checksum)
 
     def close(self) -> int:
-        """Write the index; returns the crc32c of the whole file."""
-        data = self.index.tobytes()
-        self._write(data + seal(data))
-        return self.crc
+        """Write the index; returns the digest of the file."""
+        self.file.write(with_crc(self.index))
+        return digest(self.checksums)
+
+
+def check_bodies(files: Files, key: str, index: Index) -> int:
+    """Read every chunk of a shard; returns the digest of the file. Raises DamagedError where a checksum is wrong."""
+    buffer = np.empty(int(index[:, 1].max()), np.uint8)
+    checksums = []
+    for offset, nbytes in index.tolist():
+        chunk = buffer[:nbytes]
+        files.read_into(key, offset, [chunk.data])
+        checksums.append(chunk[-4:].tobytes())
+        require_crc(files.where(key), (offset, nbytes), chunk[:-4], checksums[-1])
+    return digest(checksums)
+
+
+def require_crc(where: str, entry: tuple[int, int], data: Bytes, checksum: bytes) -> None:
+    """Raise DamagedError unless a chunk fits its checksum."""
+    if crc_bytes(data) != checksum:
+        raise DamagedError(
+            f"{where}: bytes {entry[0]} to {sum(entry)} changed since they were written (crc32c); run harvest --repair"
+        )
 
 
 def read_index(files: Files, key: str, n_slots: int, n_chunks: int) -> Index:
@@ -143,13 +170,11 @@ def read_chunk(files: Files, key: str, entry: tuple[int, int], codec: str, out: 
     stored = bytearray(4)
     data = as_bytes(out) if codec == "none" else np.empty(max(nbytes - 4, 0), np.uint8)
     if len(data) != nbytes - 4:
-        raise DamagedError(f"{files.where(key)}: a chunk of {nbytes} bytes, expected {len(data) + 4}; run harvest --repair")
-    files.read_into(key, offset, [memoryview(data), memoryview(stored)])
-    if seal(data) != stored:
         raise DamagedError(
-            f"{files.where(key)}: bytes {offset} to {offset + nbytes} changed since they were written (crc32c); "
-            f"run harvest --repair"
+            f"{files.where(key)}: a chunk of {nbytes} bytes, expected {len(data) + 4}; run harvest --repair"
         )
+    files.read_into(key, offset, [data.data, memoryview(stored)])
+    require_crc(files.where(key), entry, data, bytes(stored))
     if codec != "none":
         decompress(compressor(codec).decode, data, out, f"{files.where(key)}, byte {offset}")
 

@@ -1,0 +1,108 @@
+"""`python -m evaluate`: scores checkpoints on a store's held-out rows."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli import COUNT, SIZE, main, print_json
+from pipeline.errors import UsageError
+
+PROBING = ("scr", "tpp", "k_sparse_probe")
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("places", metavar="CHECKPOINT_OR_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--store", required=True, type=click.Path(path_type=Path), help="Activation store; its eval split is used.")
+@click.option("--model", help="Folder or Hub id of the model that made the store.  [default: the one the store names]")
+@click.option("--revision", help="Of a Hub model.  [default: the store's]")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for results; may hold others already.")
+@click.option("--scores", help="Comma-separated: kl, ev, l0, coding, features, scr, tpp, k_sparse_probe.  [default: all]")
+@click.option("--levels", default="all", help="all, last, or indices from the innermost, like 0,1.")
+@click.option("--all-steps", is_flag=True, help="Every checkpoint of a member, not only the final one.")
+@click.option("--rows", "--tokens", "rows", type=COUNT, help="Evaluation rows, up to whole sequences.  [default: all]")
+@click.option("--batch-size", default=16, type=COUNT, help="Sequences a batch; changes speed and rounding only.")
+@click.option("--max-memory", type=SIZE, help="Bytes, like 8GB.  [default: four fifths of what is free]")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N.")
+@click.option("--dtype", default="store", help="Of the language model: store, bf16, float32. SAEs run in float32.")
+@click.option("--seed", default=0, help="Draws the latents whose correlations are taken.")
+@click.option("--scr", "sources", multiple=True, help="Texts with two attributes: folder, TRAIN,TEST or Hub id.")
+@click.option("--scr-text", help="Column of the text, where it is not plain.")
+@click.option("--scr-attributes", help="Two columns, like profession,gender, where they are not plain.")
+@click.option("--scr-seeds", default=3, type=click.IntRange(1), help="How often draws and probes are repeated, for intervals.")
+@click.option("--scr-train-size", default=4000, type=COUNT, help="Texts a probe is trained on, at most.")
+@click.option("--scr-test-size", default=1000, type=COUNT, help="Texts a probe is tested on, at most.")
+@click.option("--scr-context", default=128, type=COUNT, help="Positions a text is cut to.")
+@click.option("--latents", is_flag=True, help="Also write pages of every latent: contexts, logit lens, relatives.")
+@click.option("--allow-other-store", is_flag=True, help="Evaluate on a store other than the one trained on.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the model's own code from its folder or the Hub.")
+@click.option("--dry-run", is_flag=True, help="Print what it would take, and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print {results, failed} to stdout as JSON.")
+def evaluate(places: tuple[Path, ...], as_json: bool, all_steps: bool, dry_run: bool, **options: Any) -> None:
+    """Score checkpoints: what they do to the language model when spliced in, how well they rebuild the residual stream,
+    and how they use their latents; at every level, with and without massive rows.
+
+    A folder of train stands for the final checkpoint of each member in it. Starts from the store's cached residuals: only
+    the layers after the cut run, the clean ones once for all checkpoints. Results are one JSON file a checkpoint and
+    results.csv in --out; what is done already is skipped. Exits 1 when a checkpoint failed; the others are finished.
+
+    \b
+    python -m evaluate runs/paper --store acts.zarr --model google/gemma-2-2b --out results
+    python -m evaluate runs/paper/alpha0.2-seed0-1a2b3c4d5e/checkpoints/step_001000.safetensors \\
+        --store acts.zarr --model google/gemma-2-2b --out results --scores kl,ev --rows 100k
+    torchrun --nproc-per-node 8 -m evaluate runs/paper --store acts.zarr --model google/gemma-2-2b --out results
+    """
+    from evaluate.run import run
+
+    outcome = run(make_config(**options), places, all_steps=all_steps, dry_run=dry_run)
+    if as_json:
+        failed = [{"path": str(path), "error": str(error)} for path, error in outcome.failed]
+        print_json({"out": str(options["out"]), "results": outcome.results, "failed": failed})
+    if outcome.failed:
+        print(f"error: {len(outcome.failed)} checkpoints failed, {len(outcome.results)} have results", file=sys.stderr)
+        sys.exit(1)
+
+
+def make_config(
+    scores: str | None,
+    sources: tuple[str, ...],
+    scr_text: str | None,
+    scr_attributes: str | None,
+    scr_seeds: int,
+    scr_train_size: int,
+    scr_test_size: int,
+    scr_context: int,
+    **options: Any,
+) -> Any:
+    """The config that the options mean. Raises UsageError when scores of texts are asked for without texts."""
+    from evaluate.probing import ProbingConfig
+    from evaluate.run import EvaluateConfig
+    from evaluate.scorer import SCORES
+
+    asked = [name.strip() for name in scores.split(",")] if scores else [*SCORES, *(PROBING if sources else ())]
+    of_texts = tuple(name for name in asked if name in PROBING)
+    if of_texts and not sources:
+        raise UsageError(f"--scores {of_texts[0]} needs texts with two attributes; give --scr PATH_OR_ID")
+    attributes = scr_attributes.split(",") if scr_attributes else None
+    if attributes is not None and len(attributes) != 2:
+        raise UsageError(f"--scr-attributes {scr_attributes!r}: give two columns, like profession,gender")
+    probing = None
+    if of_texts:
+        probing = ProbingConfig(
+            sources=sources,
+            scores=of_texts,
+            text=scr_text,
+            attributes=(attributes[0], attributes[1]) if attributes else None,
+            seeds=tuple(range(42, 42 + scr_seeds)),
+            train_size=scr_train_size,
+            test_size=scr_test_size,
+            context=scr_context,
+        )
+    return EvaluateConfig(scores=tuple(name for name in asked if name not in PROBING), probing=probing, **options)
+
+
+if __name__ == "__main__":
+    main(evaluate, "evaluate", "what is finished is kept; run the same command again to go on")

@@ -1,0 +1,92 @@
+"""What an evaluation job is asked for, and which part of that identifies its results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluate.checkpoints import valid_levels
+from evaluate.features import MIN_FIRED, N_SAMPLED
+from evaluate.probing import ProbingConfig
+from evaluate.sample import GROUP_SEQUENCES
+from evaluate.scorer import SCORES
+from pipeline.errors import UsageError
+from pipeline.files import hash_file, sha256
+from pipeline.runtime import DTYPES
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """One evaluation job. Raises UsageError when fields contradict.
+
+    store, out: paths. model: folder or Hub id, None: the one the store names; revision: None: the store's.
+    scores: families of SCORES. levels: all, last, or indices like 0,1. rows: residual rows of the evaluation split, rounded
+    up to whole sequences; None: all. dtype: of the language model, `store` takes the store's; SAEs run in float32.
+    probing: texts for scr, tpp and k-sparse probing; None: none. latents: also write pages of every latent.
+    batch_size (sequences) and max_memory (bytes, None: four fifths of what is free) change speed and rounding only.
+    seed draws the latents whose correlations are taken.
+    """
+
+    store: Path
+    out: Path
+    model: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    scores: tuple[str, ...] = SCORES
+    levels: str = "all"
+    rows: int | None = None
+    batch_size: int = 16
+    max_memory: int | None = None
+    device: str = "auto"
+    dtype: str = "store"
+    seed: int = 0
+    probing: ProbingConfig | None = None
+    latents: bool = False
+    allow_other_store: bool = False
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.scores) - set(SCORES)):
+            raise UsageError(f"--scores {unknown[0]!r} is not one of {', '.join(SCORES)}")
+        if not self.scores and self.probing is None and not self.latents:
+            raise UsageError("no score is asked for; see --scores")
+        if not valid_levels(self.levels):
+            raise UsageError(f"--levels {self.levels!r}: use all, last, or indices like 0,1")
+        if self.dtype not in ("store", *DTYPES):
+            raise UsageError(f"--dtype {self.dtype!r}: use store, {' or '.join(DTYPES)}")
+        if self.batch_size < 1 or (self.rows is not None and self.rows < 1):
+            raise UsageError("--batch-size and --rows must be at least 1")
+
+    def identity(self, n_sequences: int, massive_multiple: float, dtype: str) -> dict[str, Any]:
+        """What results carry and are keyed by: everything that shapes numbers beyond rounding, plain JSON."""
+        return {
+            "scores": [name for name in SCORES if name in self.scores],
+            "levels": self.levels,
+            "n_sequences": n_sequences,
+            "dtype": dtype if "kl" in self.scores or self.probing is not None else None,
+            "massive_multiple": massive_multiple,
+            "group_sequences": GROUP_SEQUENCES,
+            "correlation": {"seed": self.seed, "n_sampled": N_SAMPLED, "min_fired": MIN_FIRED},
+            "probing": plain(self.probing),
+            "latents": self.latents,
+        }
+
+
+def plain(config: ProbingConfig | None) -> dict[str, Any] | None:
+    """A probing config as plain JSON data; local sources by the name and hash of what is in them."""
+    if config is None:
+        return None
+    named = dataclasses.replace(config, sources=tuple(source_identity(source) for source in config.sources))
+    return dict(json.loads(json.dumps(dataclasses.asdict(named))))
+
+
+def source_identity(source: str) -> str:
+    """A Hub id as it is; of local files their names and one hash over their contents, wherever they lie."""
+    places = [Path(part) for part in source.split(",")]
+    if not all(place.exists() for place in places):
+        return source
+    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file()]
+    digest = sha256("".join(f"{file.name} {hash_file(file)}\n" for file in files))
+    return f"{','.join(place.resolve().name for place in places)} sha256 {digest[:16]}"

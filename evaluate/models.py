@@ -1,0 +1,65 @@
+"""The language model of a job: one part of it at a time, and proof that it is the one that made the store."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from evaluate.config import EvaluateConfig
+from pipeline.errors import ModelError
+from pipeline.store import Store
+
+if TYPE_CHECKING:
+    from pipeline.lm import Part, SplitLM
+
+
+class Models:
+    """Loads parts of the language model on demand; every part is checked against the store."""
+
+    def __init__(self, config: EvaluateConfig, store: Store, device: torch.device) -> None:
+        self.config, self.store, self.device = config, store, device
+        self.name = config.model or str(store.config["model"])
+        self.dtype = str(store.config["dtype"]) if config.dtype == "store" else config.dtype
+        self.layer = int(store.config["layer"])
+
+    @property
+    def revision(self) -> str | None:
+        """As asked, else the store's when the model is the store's."""
+        recorded = self.store.config.get("revision") if self.name == self.store.config["model"] else None
+        return self.config.revision or (None if recorded == "local" else recorded)
+
+    def load(self, part: Part) -> SplitLM:
+        """A part of the model. Raises ModelError, naming both, when its weights are not those that made the store."""
+        from pipeline.lm import ModelInfo, SplitLM
+
+        trust, made_by = self.config.trust_remote_code, self.store.config
+        info = ModelInfo.read(self.name, self.revision, trust_remote_code=trust)
+        if info.weights_sha256 != made_by["weights_sha256"]:
+            raise ModelError(
+                f"{self.name}: its weights ({info.weights_sha256[:10]}…) are not those that made store {self.store.path} "
+                f"({made_by['model']}, {made_by['weights_sha256'][:10]}…); give that model"
+            )
+        return SplitLM.load(
+            self.name,
+            revision=self.revision,
+            dtype=self.dtype,
+            device=self.device,
+            part=part,
+            layers=[self.layer],
+            attention=made_by["attention"],
+            trust_remote_code=trust,
+        )
+
+    @cached_property
+    def suffix(self) -> SplitLM | None:
+        """The layers after the cut and the head; None when no score of behaviour is asked for."""
+        return self.load("suffix") if "kl" in self.config.scores else None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        from pipeline.lm import load_tokenizer
+
+        return load_tokenizer(self.name, self.revision, trust_remote_code=self.config.trust_remote_code)

@@ -1,0 +1,138 @@
+"""What a job will take, before it runs: memory by a stated formula that --max-memory holds, and arithmetic.
+
+    peak = fixed + batch · sequence + chunk · row + group · checkpoint        (bytes)
+
+    fixed       weights of the remaining layers and the head, probing's residuals; context · vocab · 4 for zero ablation;
+                the survey; copies while one checkpoint loads
+    sequence    context · (vocab · 4 kept distributions + activations of one layer + 6 · width · 4 + 12 · d_model · 4)
+    row         vocab · (itemsize + 8): logits, log-softmax, one more copy
+    checkpoint  its weights in float32, counts of its latents, products of sampled latents
+
+`chunk` is rows unembedded at once, `batch` sequences, `group` checkpoints held at once. A job beyond the limit halves the
+chunk, then holds fewer checkpoints (down to MIN_GROUP), then halves the batch, then holds fewer still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from evaluate.checkpoints import Checkpoint, resolve_levels
+from evaluate.features import N_SAMPLED
+from evaluate.sample import GROUP_SEQUENCES
+from pipeline.errors import UsageError
+from pipeline.files import human_bytes
+from pipeline.sae import SAEConfig
+
+if TYPE_CHECKING:
+    from pipeline.lm import SplitLM
+
+MIN_GROUP = 8
+CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+"""float32 log-probabilities of a chunk, unless memory is short."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of each part of the formula in this module's docstring."""
+
+    fixed: int
+    sequence: int
+    row: int
+    checkpoint: int
+
+    def peak(self, batch: int, chunk: int, group: int) -> int:
+        """The formula."""
+        return self.fixed + batch * self.sequence + chunk * self.row + group * self.checkpoint
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a job runs: sequences a batch, rows unembedded at once, checkpoints held at once; its peak memory in bytes."""
+
+    batch: int
+    chunk: int
+    group: int
+    peak: int
+
+
+def model_sizes(lm: SplitLM, context: int) -> tuple[int, int, int]:
+    """Bytes of a model part's weights, of its activations a position (one layer at a time), and of a row's logits."""
+    held = [t for t in (*lm.model.parameters(), *lm.model.buffers()) if not t.is_meta]
+    weights = sum({t.data_ptr(): t.nbytes for t in held}.values())
+    text, item = lm.config.get_text_config(), lm.dtype.itemsize
+    hidden = getattr(text, "intermediate_size", None) or 4 * lm.d_model
+    attention = text.num_attention_heads * context * (2 * item + 8)  # eager: scores, float32 softmax, copies
+    return weights, item * (10 * lm.d_model + 4 * hidden) + attention, lm.vocab * (item + 8)
+
+
+def sizes(
+    configs: Sequence[SAEConfig], lm: SplitLM | None, d_model: int, context: int, n_sequences: int, held: int
+) -> Sizes:
+    """The parts of the formula for the widest of the checkpoints; `held` bytes are taken already."""
+    width, levels = max(c.width for c in configs), max(c.n_levels for c in configs)
+    weights = 4 * (2 * d_model * width + 4 * width + 2 * d_model)
+    groups = -(-n_sequences // GROUP_SEQUENCES)
+    survey = 2 * groups * (d_model + 3) * 8 * 2
+    counts = (2 + levels) * width * 8 + levels * 3 * 8 * groups + 2 * min(2 * N_SAMPLED, width) ** 2 * 8
+    model, activations, row, vocab = 0, 0, 0, 0
+    if lm is not None:
+        model, activations, row = model_sizes(lm, context)
+        vocab = lm.vocab
+    return Sizes(
+        fixed=held + model + context * vocab * 4 + survey + 2 * weights,
+        sequence=context * (vocab * 4 + activations + 6 * width * 4 + 12 * d_model * 4),
+        row=row,
+        checkpoint=weights + counts,
+    )
+
+
+def make_plan(parts: Sizes, n_checkpoints: int, batch: int, context: int, vocab: int, limit: int, device: str) -> Plan:
+    """The largest batch, chunk and group that hold the limit, in the order of this module's docstring.
+
+    Raises UsageError when not even one sequence, a few rows and one checkpoint fit.
+    """
+    whole = batch * context
+    chunk = max(1, min(whole, CHUNK_BYTES["cuda" if device == "cuda" else "cpu"] // max(4 * vocab, 1)))
+    while parts.peak(batch, chunk, n_checkpoints) > limit and chunk > 32:
+        chunk //= 2
+    while True:
+        group = (limit - parts.peak(batch, chunk, 0)) // parts.checkpoint
+        if group >= min(MIN_GROUP, n_checkpoints) or (batch == 1 and group >= 1):
+            group = min(group, n_checkpoints)
+            return Plan(batch, chunk, group, parts.peak(batch, chunk, group))
+        if batch == 1:
+            least = parts.peak(1, chunk, 1)
+            raise UsageError(
+                f"{human_bytes(limit)} of memory are allowed, at least {human_bytes(least)} are needed; raise --max-memory"
+            )
+        batch = max(1, batch // 2)
+
+
+def suffix_passes(checkpoints: Sequence[Checkpoint], levels: str) -> int:
+    """Suffix forwards a batch takes for all checkpoints together; clean and mean ablation come on top."""
+    return sum(len(resolve_levels(levels, checkpoint)) for checkpoint in checkpoints)
+
+
+def suffix_flop(lm: SplitLM) -> float:
+    """Floating-point operations a token takes in the layers after the cut and the unembedding: 2 a weight."""
+    held = {p.data_ptr(): p.numel() for p in lm.model.parameters() if not p.is_meta}
+    embedding = lm.model.get_input_embeddings().weight
+    looked_up = 0 if embedding is lm.unembedding else embedding.numel()
+    return 2.0 * float(sum(held.values()) - looked_up)
+
+
+def sae_flop(config: SAEConfig) -> float:
+    """Floating-point operations a token takes to encode and decode: every level is decoded from the one before."""
+    return 4.0 * config.d_model * config.width
+
+
+def memory_limit(asked: int | None, device: torch.device, available: int, share: int) -> int:
+    """Bytes that this process may use: as asked, else four fifths of what is free, divided by the processes that share."""
+    if asked is not None:
+        return asked
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available // max(share, 1)
+    return free * 4 // 5

@@ -1,0 +1,115 @@
+"""Results on disk: one JSON file a checkpoint, written whole, and a CSV made again from all of them. No torch.
+
+Layout: FORMAT.md, "Results". Several jobs may write to one folder: files have names of their own, the CSV has a lock.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.definitions import METRICS
+from pipeline.errors import CheckpointError, DamagedError
+from pipeline.files import disk_errors, read_json, write_bytes, write_json
+
+FORMAT, VERSION = "nested-sae-results", 1
+CSV_NAME = "results.csv"
+
+
+def result_path(folder: Path, member: str, step: int, key: str) -> Path:
+    """Where the results of a checkpoint are, or will be."""
+    return folder / f"{member}-step_{step:06d}-{key[:10]}.json"
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read one results file. Raises DamagedError when it is not one, or of another version."""
+    data = read_json(path)
+    found = (data.get("format"), data.get("version")) if isinstance(data, dict) else (None, None)
+    if found != (FORMAT, VERSION):
+        raise DamagedError(f"{path}: expected {FORMAT} of version {VERSION}, found {found[0]!r} {found[1]!r}; move it away")
+    return dict(data)
+
+
+def is_done(path: Path, key: str) -> bool:
+    """Whether these results are there: the file exists and holds the whole key. Raises DamagedError when it does not."""
+    if not path.exists():
+        return False
+    if (found := read_result(path).get("key")) != key:
+        raise DamagedError(f"{path}: its key is {found!r}, its name says {key[:10]}; move it away")
+    return True
+
+
+def write_result(path: Path, data: Mapping[str, Any]) -> None:
+    """Write one results file. Raises CheckpointError naming the first number that is not finite: NaN is never written."""
+    if bad := next(not_finite(data), None):
+        raise CheckpointError(f"{data['checkpoint']['path']}: {bad} is not a finite number; its weights or latents overflow")
+    write_json(path, {"format": FORMAT, "version": VERSION, **data})
+
+
+def not_finite(data: Any, name: str = "") -> Iterator[str]:
+    """Paths, like levels.0.scores.ev, of floats that are NaN or infinite."""
+    if isinstance(data, float) and not math.isfinite(data):
+        yield name
+    items = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, list | tuple) else ()
+    for key, value in items:
+        yield from not_finite(value, f"{name}.{key}" if name else str(key))
+
+
+def definitions() -> dict[str, dict[str, str]]:
+    """Unit, direction and definition of every metric: results explain themselves."""
+    return {m.id: {"unit": m.unit, "better": m.better, "definition": m.definition} for m in METRICS.values()}
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: one process at a time, let go of when it dies."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def write_csv(folder: Path) -> Path:
+    """Make results.csv again from every results file in the folder: a row a checkpoint and level."""
+    with locked(folder):
+        rows = [row for path in sorted(folder.glob("*-step_*.json")) for row in csv_rows(path.name, read_result(path))]
+        names = dict.fromkeys(name for part in zip(*rows) for columns in part for name in columns)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(names), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: value for part in row for name, value in part.items()} for row in rows)
+        write_bytes(folder / CSV_NAME, text.getvalue().encode())
+    return folder / CSV_NAME
+
+
+def csv_rows(file: str, data: Mapping[str, Any]) -> list[tuple[dict[str, Any], ...]]:
+    """One results file as rows in four parts: what was trained and the level, scores, series at each n, scores without
+    massive rows.
+
+    A score that is not defined is an empty field.
+    """
+    checkpoint = data["checkpoint"]
+    provenance = checkpoint.get("provenance") or {}
+    train = provenance.get("train") or {}
+    about = {"file": file, "member": provenance.get("member"), "step": checkpoint["step"]}
+    about |= {name: train.get(name) for name in ("recipe", "objective", "alpha", "seed")}
+    about |= {"width": checkpoint["sae"]["width"], "activation": checkpoint["sae"].get("activation")}
+    about |= {"layer": data["store"]["layer"], "store": data["store"]["id"][:10]}
+    rows: list[tuple[dict[str, Any], ...]] = []
+    for level in data["levels"]:
+        which = about | {"level": level["level"], "n_latents": level["n_latents"]}
+        without = {f"{name}_without_massive": value for name, value in level["scores_without_massive"].items()}
+        rows.append((which, dict(level["scores"]), series_columns(data["series"], level["level"]), without))
+    return rows
+
+
+def series_columns(series: Mapping[str, Sequence[Mapping[str, Any]]], level: int) -> dict[str, Any]:
+    """A column a metric and n of one level: sparse_coding_rate_20, scr_10."""
+    return {f"{name}_{p['n']}": p["value"] for name, points in series.items() for p in points if p["level"] == level}

@@ -1,0 +1,210 @@
+"""Behaviour with a reconstruction spliced in: KL, cross-entropy, top-1 agreement, from the cached residual onwards.
+
+The clean distributions of a batch are computed once and serve every checkpoint and level. The unembedding goes `chunk`
+rows at a time: float32 log-softmax whatever the model's dtype, float64 sums. Only kept (not special) positions are
+spliced and counted; zero ablation zeroes every position. KL is KL(clean ‖ spliced), in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from evaluate.sample import Batch
+from pipeline.errors import ModelError
+
+if TYPE_CHECKING:
+    from pipeline.lm import SplitLM
+
+
+@dataclass(frozen=True)
+class Clean:
+    """The untouched model on a batch's kept rows, float32: distribution, Σ p log p, most likely token, CE of the target."""
+
+    p: Float[Tensor, "row vocab"]
+    negative_entropy: Float[Tensor, " row"]
+    top: Int[Tensor, " row"]
+    ce: Float[Tensor, " row"]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per kept row, float32: KL(clean ‖ other), CE of the target (0 without one), 1 where the most likely tokens agree."""
+
+    kl: Float[Tensor, " row"]
+    ce: Float[Tensor, " row"]
+    top1: Float[Tensor, " row"]
+
+
+def splice(batch: Batch, x_hat: Float[Tensor, "row d_model"]) -> Float[Tensor, "seq pos d_model"]:
+    """The residual stream with its kept rows replaced, in the residual's dtype; special positions stay as they are."""
+    spliced = batch.residual.clone()
+    spliced[batch.kept] = x_hat.to(spliced.dtype)
+    return spliced
+
+
+def kept_hidden(lm: SplitLM, batch: Batch, residual: Float[Tensor, "seq pos d_model"]) -> Float[Tensor, "row d_model"]:
+    """Normed hidden states of the kept rows after the model's remaining layers: what `unembed` takes."""
+    return lm.suffix(residual, batch.tokens)[batch.kept]
+
+
+def log_probabilities(lm: SplitLM, hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
+    """float32 log-softmax of the logits of some rows."""
+    return torch.log_softmax(lm.unembed(hidden), -1, dtype=torch.float32)
+
+
+def chunks(n_rows: int, chunk: int) -> Iterator[slice]:
+    """Slices of at most `chunk` rows."""
+    return (slice(start, min(start + chunk, n_rows)) for start in range(0, n_rows, chunk))
+
+
+def cross_entropy(
+    log_q: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"]
+) -> Float[Tensor, " row"]:
+    """−log q of each row's target in nats; 0 where there is none (−1)."""
+    return -torch.where(targets >= 0, log_q.gather(1, targets.clamp(min=0)[:, None])[:, 0], 0.0)
+
+
+def clean_pass(lm: SplitLM, batch: Batch, chunk: int) -> Clean:
+    """Run the clean residual through the suffix once and keep its distributions: rows × vocab × 4 bytes.
+
+    Raises ModelError when the model's own output is not finite.
+    """
+    hidden = kept_hidden(lm, batch, batch.residual)
+    p = torch.empty(len(hidden), lm.vocab, device=hidden.device)
+    parts = []
+    for rows in chunks(len(hidden), chunk):
+        log_p = log_probabilities(lm, hidden[rows])
+        torch.exp(log_p, out=p[rows])
+        parts.append((torch.linalg.vecdot(p[rows], log_p), log_p.argmax(1), cross_entropy(log_p, batch.targets[rows])))
+    if not parts:
+        return Clean(p, p.new_zeros(0), batch.targets, p.new_zeros(0))
+    clean = Clean(p, *(torch.cat(column) for column in zip(*parts)))
+    if not clean.negative_entropy.isfinite().all():
+        raise ModelError(f"{lm.info.folder}: the clean model's log-probabilities are not finite; try --dtype float32")
+    return clean
+
+
+def compare(
+    clean: Clean, rows: slice, log_q: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"]
+) -> TokenScores:
+    """Scores of some rows from their log-probabilities under the changed model: Σ p log p − Σ p log q, and so on."""
+    kl = clean.negative_entropy[rows] - torch.linalg.vecdot(clean.p[rows], log_q)
+    return TokenScores(kl, cross_entropy(log_q, targets), (log_q.argmax(1) == clean.top[rows]).float())
+
+
+def score_residual(
+    lm: SplitLM, batch: Batch, clean: Clean, residual: Float[Tensor, "seq pos d_model"], chunk: int
+) -> TokenScores:
+    """Run a changed residual stream through the suffix and compare it with the clean model on every kept row."""
+    hidden = kept_hidden(lm, batch, residual)
+    parts = [
+        compare(clean, rows, log_probabilities(lm, hidden[rows]), batch.targets[rows])
+        for rows in chunks(len(hidden), chunk)
+    ]
+    return joined(parts, clean)
+
+
+def zero_log_probabilities(lm: SplitLM, context: int, chunk: int) -> Float[Tensor, "pos vocab"]:
+    """Log-probabilities after zero ablation of every position, BOS included; they depend on the position alone."""
+    residual = torch.zeros(1, context, lm.d_model, dtype=lm.dtype, device=lm.device)
+    hidden = lm.suffix(residual)[0]
+    return torch.cat([log_probabilities(lm, hidden[rows]) for rows in chunks(context, chunk)])
+
+
+def score_zero(batch: Batch, clean: Clean, log_q: Float[Tensor, "pos vocab"], chunk: int) -> TokenScores:
+    """Compare zero ablation, given by position, with the clean model on every kept row."""
+    position = batch.kept.nonzero()[:, 1]
+    parts = [
+        compare(clean, rows, log_q[position[rows]], batch.targets[rows]) for rows in chunks(len(position), chunk)
+    ]
+    return joined(parts, clean)
+
+
+def joined(parts: list[TokenScores], clean: Clean) -> TokenScores:
+    """Token scores of consecutive chunks as one."""
+    if not parts:
+        return TokenScores(clean.ce, clean.ce, clean.ce)
+    return TokenScores(*(torch.cat(column) for column in zip(*((s.kl, s.ce, s.top1) for s in parts))))
+
+
+class Behaviour:
+    """Streaming float64 sums of token scores, over all kept rows and without massive ones; `means` at the end."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.sums = torch.zeros(2, 3, dtype=torch.float64, device=device)  # Σ kl, ce, top1
+        self.counts = torch.zeros_like(self.sums)
+
+    def update(self, batch: Batch, scores: TokenScores) -> None:
+        """Add a batch's rows; CE counts only rows with a target."""
+        has_target = (batch.targets >= 0).double()
+        self.sums += batch.weights @ torch.stack([scores.kl, scores.ce, scores.top1], 1).double()
+        self.counts += batch.weights @ torch.stack([torch.ones_like(has_target), has_target, torch.ones_like(has_target)], 1)
+
+    def means(self, k: int) -> dict[str, float]:
+        """Mean kl, ce, top1 for weighting k; NaN when no row counts or a score was not finite."""
+        return dict(zip(("kl", "ce", "top1"), (self.sums[k] / self.counts[k]).tolist()))
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What a job computes once: the clean model, zero ablation of all positions, mean ablation of the kept ones.
+
+    `log_zero`: log-probabilities after zero ablation by position; `store_mean`: that of the kept training rows.
+    """
+
+    log_zero: Float[Tensor, "pos vocab"]
+    store_mean: Float[Tensor, " d_model"]
+    clean: Behaviour
+    zero: Behaviour
+    mean: Behaviour
+
+    @staticmethod
+    def empty(log_zero: Float[Tensor, "pos vocab"], store_mean: Float[Tensor, " d_model"]) -> Baselines:
+        """Baselines of no rows."""
+        device = log_zero.device
+        return Baselines(log_zero, store_mean.to(device), Behaviour(device), Behaviour(device), Behaviour(device))
+
+    def update(self, lm: SplitLM, batch: Batch, clean: Clean, chunk: int) -> None:
+        """Add a batch."""
+        self.clean.update(batch, TokenScores(-clean.negative_entropy, clean.ce, torch.ones_like(clean.ce)))
+        self.zero.update(batch, score_zero(batch, clean, self.log_zero, chunk))
+        ablated = splice(batch, self.store_mean.expand_as(batch.x))
+        self.mean.update(batch, score_residual(lm, batch, clean, ablated, chunk))
+
+    def numbers(self, k: int) -> dict[str, float]:
+        """Baselines of weighting k by the names that FORMAT.md gives them; entropy is the clean model's, in nats."""
+        clean, zero, mean = (b.means(k) for b in (self.clean, self.zero, self.mean))
+        return {
+            "kl_zero": zero["kl"],
+            "kl_mean": mean["kl"],
+            "ce_clean": clean["ce"],
+            "ce_zero": zero["ce"],
+            "ce_mean": mean["ce"],
+            "entropy": clean["kl"],
+        }
+
+
+def behaviour_scores(spliced: Behaviour, baselines: dict[str, float], k: int) -> dict[str, float | None]:
+    """Scores of one level for weighting k; a share whose baseline leaves nothing to remove is None."""
+    means = spliced.means(k)
+    kl, ce, clean = means["kl"], means["ce"], baselines["ce_clean"]
+    return {
+        "kl_nats": kl,
+        "kl_score": share(baselines["kl_zero"] - kl, baselines["kl_zero"]),
+        "kl_score_mean": share(baselines["kl_mean"] - kl, baselines["kl_mean"]),
+        "ce": ce,
+        "ce_score": share(baselines["ce_zero"] - ce, baselines["ce_zero"] - clean),
+        "ce_score_mean": share(baselines["ce_mean"] - ce, baselines["ce_mean"] - clean),
+        "top1": means["top1"],
+    }
+
+
+def share(part: float, whole: float) -> float | None:
+    """part / whole; None where the whole is not positive."""
+    return None if whole <= 0 else part / whole

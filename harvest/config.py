@@ -1,0 +1,85 @@
+"""What a harvest is asked for: one option each."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.backend import is_url
+from pipeline.errors import UsageError
+
+CHUNK_ROWS, SHARD_CHUNKS = 1024, 64
+"""Rows of an inner chunk, rounded down to whole sequences, and chunks of a shard: 4.7 MB and 302 MB at d_model 2304."""
+
+EVAL_SHARE = 20
+"""Without --eval-tokens, evaluation gets one token for so many training tokens."""
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """Everything a harvest is asked for. None and `auto` are settled by `plan.settle`: from the store that is there, else
+    from the machine. Raises UsageError when fields contradict.
+
+    `tokens` and `eval_tokens` count BOS; `batch_size` is in sequences, `shard_rows` and `chunk_rows` in tokens,
+    `max_buffer` in documents. `bos`: auto, none, or a token id.
+    """
+
+    store: str
+    model: str = "google/gemma-2-2b"
+    revision: str | None = None
+    layers: tuple[int, ...] = (19,)
+    corpus: str = "monology/pile-uncopyrighted"
+    subset: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    eval_corpus: str | None = None
+    tokens: int = 10_000_000
+    eval_tokens: int | None = None
+    context: int = 128
+    bos: str = "auto"
+    seed: int = 0
+    max_buffer: int = 10_000
+    dtype: Literal["auto", "bf16", "float32"] = "bf16"
+    device: str = "auto"
+    batch_size: int | None = None
+    attention: str = "eager"
+    compile: bool = False
+    trust_remote_code: bool = False
+    shard_rows: int | None = None
+    chunk_rows: int | None = None
+    codec: Literal["none", "lz4", "zstd"] = "none"
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise UsageError(f"--layer: give at least one layer and each once, got {list(self.layers)}")
+        if self.context < 2:
+            raise UsageError(f"--context {self.context}: a sequence needs at least 2 tokens")
+        for name, value in (("--tokens", self.tokens), ("--eval-tokens", self.eval_tokens)):
+            if value is not None and value < self.context:
+                raise UsageError(f"{name} {value}: fewer than one sequence of {self.context} tokens")
+        for name in ("batch_size", "max_buffer", "shard_rows", "chunk_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+    @property
+    def n_train(self) -> int:
+        """Training sequences asked for."""
+        return self.tokens // self.context
+
+    def stores(self) -> dict[int, str]:
+        """Layer → path or URL of its store: PATH itself for one layer, PATH/layer_L.zarr for several.
+
+        Raises UsageError when PATH holds a store of one layer and several are asked for.
+        """
+        if len(self.layers) == 1:
+            return {self.layers[0]: self.store}
+        if not is_url(self.store) and (Path(self.store) / "zarr.json").exists():
+            raise UsageError(f"{self.store}: holds the store of one layer; choose a folder for several layers")
+        return {layer: f"{self.store.rstrip('/')}/layer_{layer}.zarr" for layer in self.layers}
+
+    def replace(self, **changes: object) -> HarvestConfig:
+        """The same config with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,214 @@
+"""From what was asked to what will be done: every `auto` settled, the model and corpus found, the stores' configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harvest.config import CHUNK_ROWS, EVAL_SHARE, SHARD_CHUNKS, HarvestConfig
+from harvest.corpus import Corpus, Source, open_corpus
+from harvest.tokens import Packing
+from pipeline.backend import is_url
+from pipeline.errors import DamagedError, ModelError, StoreError
+from pipeline.layout import estimate_bytes
+from pipeline.lm import ModelInfo, load_tokenizer, resolve_bos, special_ids
+from pipeline.model_files import tokenizer_sha256
+from pipeline.runtime import local_rank, resolve_device, resolve_dtype
+from pipeline.store import Store
+
+BATCH_ROWS = {"cpu": 2048, "cuda": 32_768}
+"""Tokens of one forward pass when no batch size is asked for."""
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """Where documents come from; opened when first needed. Without one of its own, evaluation shares the training corpus."""
+
+    training: Source
+    evaluation: Source | None
+    scratch: Path
+
+    @cached_property
+    def opened(self) -> tuple[Corpus, Corpus | None]:
+        """Training corpus, separate evaluation corpus. Raises CorpusError."""
+        other = None if self.evaluation is None else open_corpus(self.evaluation, self.scratch)
+        return open_corpus(self.training, self.scratch), other
+
+    def identities(self, held: Mapping[str, Any]) -> dict[str, Any]:
+        """What the store's config says of them."""
+        training, other = self.opened
+        return {
+            "corpus": keep_name(training.identity, held.get("corpus")),
+            "eval_corpus": None if other is None else keep_name(other.identity, held.get("eval_corpus")),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A harvest with nothing left open. `stores`: layer → path; `configs`: layer → the config its store records;
+    `segments`: cumulative training sequences, this harvest's last."""
+
+    config: HarvestConfig
+    info: ModelInfo
+    tokenizer: Any
+    corpora: Corpora
+    device: torch.device
+    packing: Packing
+    segments: tuple[int, ...]
+    n_train: int
+    n_eval: int
+    stores: Mapping[int, str]
+    configs: Mapping[int, dict[str, Any]]
+
+    @property
+    def estimate(self) -> int:
+        """Bytes of all stores when finished; an upper bound when compressed."""
+        return sum(estimate_bytes(config, self.n_train, self.n_eval) for config in self.configs.values())
+
+
+def make_plan(config: HarvestConfig, *, repair: bool = False) -> Plan:
+    """Settle a harvest; reads no text and no weights but to hash them. Raises UsageError, ModelError, CorpusError.
+
+    With `repair` the corpus is taken to be the one on record, and a store whose root is damaged is as none.
+    """
+    stores = config.stores()
+    info = ModelInfo.read(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    info.require_layers(config.layers)
+    info.require_context(config.context)
+    tokenizer = load_tokenizer(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    recorded = recorded_store(stores, repair)
+    held: dict[str, Any] = recorded.config if recorded else {}
+    config, device = settle(config, held)
+    packing = make_packing(config, tokenizer)
+    shared = shared_config(config, info, device, packing, special_ids(tokenizer), held)
+    sources = find_corpora(config, held)
+    kept = {"corpus": held["corpus"], "eval_corpus": held["eval_corpus"]} if repair and held else None
+    shared |= kept or sources.identities(held)
+    earlier = tuple(recorded.attributes["segments"]) if recorded else ()
+    return Plan(
+        config=config,
+        info=info,
+        tokenizer=tokenizer,
+        corpora=sources,
+        device=device,
+        packing=packing,
+        segments=earlier if config.n_train in earlier[-1:] else (*earlier, config.n_train),
+        n_train=config.n_train,
+        n_eval=n_eval(config, recorded),
+        stores=stores,
+        configs={layer: shared | {"layer": layer} for layer in config.layers},
+    )
+
+
+def recorded_store(stores: Mapping[int, str], repair: bool) -> Store | None:
+    """The first of the stores that is there, read but not checked. Raises DamagedError unless `repair`."""
+    for path in stores.values():
+        try:
+            return Store.load(path)
+        except StoreError:
+            continue
+        except DamagedError:
+            if not repair:
+                raise
+    return None
+
+
+def settle(config: HarvestConfig, held: Mapping[str, Any]) -> tuple[HarvestConfig, torch.device]:
+    """Replace every `auto` and None: by what the store on disk was made with, else by what suits the machine."""
+    device = resolve_device(held.get("device_type", "auto") if config.device == "auto" else config.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank())
+    chunk = config.chunk_rows or held.get("chunk_rows") or max(CHUNK_ROWS // config.context, 1) * config.context
+    shard = config.shard_rows or held.get("shard_rows") or SHARD_CHUNKS * chunk
+    fitting = max(1, min(BATCH_ROWS.get(device.type, BATCH_ROWS["cpu"]), shard) // config.context)
+    dtype = held.get("dtype", "auto") if config.dtype == "auto" else config.dtype
+    settled = config.replace(
+        chunk_rows=chunk,
+        shard_rows=shard,
+        dtype=resolve_dtype(dtype, device),
+        batch_size=config.batch_size or held.get("batch_size") or 1 << (fitting.bit_length() - 1),
+    )
+    return settled, device
+
+
+def make_packing(config: HarvestConfig, tokenizer: Any) -> Packing:
+    """BOS and separator of the rows. Raises ModelError when the tokenizer has neither BOS nor EOS."""
+    bos = resolve_bos(tokenizer, config.bos)
+    separator = tokenizer.eos_token_id if bos is None else bos
+    if separator is None:
+        raise ModelError(f"{config.model}: its tokenizer has no BOS and no EOS to put between documents; give --bos ID")
+    return Packing(config.context, bos, int(separator))
+
+
+def n_eval(config: HarvestConfig, recorded: Store | None) -> int:
+    """Evaluation sequences: as asked, as the store has them, or one for every EVAL_SHARE of training, at least one."""
+    if config.eval_tokens is not None:
+        return config.eval_tokens // config.context
+    return recorded.eval.n_sequences if recorded else max(1, config.n_train // EVAL_SHARE)
+
+
+def shared_config(
+    config: HarvestConfig,
+    info: ModelInfo,
+    device: torch.device,
+    packing: Packing,
+    special: list[int],
+    held: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What the stores of all layers record, without the corpus and the layer. FORMAT.md lists the fields.
+
+    A model that moved to another folder but has the same bytes keeps the name it has on record.
+    """
+    files = {"weights_sha256": info.weights_sha256, "tokenizer_sha256": tokenizer_sha256(info.folder)}
+    same = all(held.get(name) == value for name, value in files.items())
+    return {
+        "model": held["model"] if same else config.model,
+        "revision": held["revision"] if same else info.revision,
+        **files,
+        "n_layers": info.n_layers,
+        "d_model": info.d_model,
+        "vocab": info.vocab,
+        "context": config.context,
+        "seed": config.seed,
+        "bos": packing.bos,
+        "separator": packing.separator,
+        "special_ids": special,
+        "dtype": config.dtype,
+        "attention": config.attention,
+        "compile": config.compile,
+        "batch_size": config.batch_size,
+        "device_type": device.type,
+        "shard_rows": config.shard_rows,
+        "chunk_rows": config.chunk_rows,
+        "codec": config.codec,
+    }
+
+
+def keep_name(identity: dict[str, Any], held: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A local corpus that moved but has the same bytes keeps the name it has on record."""
+    same = held is not None and "sha256" in identity and identity["sha256"] == held.get("sha256")
+    return identity | {"id": held["id"]} if held is not None and same else identity
+
+
+def find_corpora(config: HarvestConfig, held: Mapping[str, Any]) -> Corpora:
+    """The sources that the options name; a streamed dataset stays at the commit on record."""
+
+    def source(name: str, corpus: str, subset: str | None) -> Source:
+        revision = (held.get(name) or {}).get("revision")
+        return Source(corpus, subset, config.split, config.text_field, config.seed, config.max_buffer, revision)
+
+    return Corpora(
+        training=source("corpus", config.corpus, config.subset),
+        evaluation=None if config.eval_corpus is None else source("eval_corpus", config.eval_corpus, None),
+        scratch=beside(config.store),
+    )
+
+
+def beside(store: str) -> Path:
+    """A local folder beside a store, for temporary files and for asking how much is free."""
+    return Path.cwd() if is_url(store) else Path(store).absolute().parent

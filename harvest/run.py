@@ -1,0 +1,193 @@
+"""The harvest stage as a list of steps: plan, check the disk, prepare the tokens, run the shards, finish."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from harvest.config import HarvestConfig
+from harvest.forward import harvest_shards, pending_shards
+from harvest.plan import Plan, beside, make_plan
+from harvest.tokens import Tokens, pack, shuffled, special_mask, tokenized
+from pipeline.backend import is_url
+from pipeline.errors import DamagedError, MismatchError, StoreError
+from pipeline.files import free_bytes, human_bytes, require_free
+from pipeline.lm import SplitLM
+from pipeline.progress import Progress, say
+from pipeline.runtime import cpu_has_bf16, rank, versions, world_size
+from pipeline.store import Store
+from pipeline.store_prepare import SplitTokens, prepare, resume
+from pipeline.store_writer import StoreWriter
+
+Barrier = Callable[[], None]
+
+
+def run(config: HarvestConfig, *, repair: bool = False, dry_run: bool = False, quiet: bool = False) -> list[str]:
+    """Harvest into one store a layer, or go on with a harvest that was stopped; returns the stores' paths.
+
+    Under torchrun rank 0 prepares and finishes, and every rank makes its own shards. Raises any PipelineError.
+    """
+    with workers() as barrier:
+        plan = make_plan(config, repair=repair)
+        if rank() == 0 and not quiet:
+            say(describe(plan))
+        if dry_run:
+            return list(plan.stores.values())
+        if rank() == 0:
+            check_space(plan)
+            prepare_stores(plan, repair, quiet)
+        barrier()
+        harvest(plan, quiet)
+        barrier()
+        if rank() == 0:
+            for path in plan.stores.values():
+                report(StoreWriter.open(path).finish(), quiet)
+        barrier()
+    return list(plan.stores.values())
+
+
+@contextlib.contextmanager
+def workers() -> Iterator[Barrier]:
+    """The processes of torchrun, as a barrier among them; alone it does nothing."""
+    if world_size() == 1:
+        yield lambda: None
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    try:
+        yield lambda: dist.barrier() and None
+    finally:
+        dist.destroy_process_group()
+
+
+def describe(plan: Plan) -> str:
+    """What will be done, in a few lines, with the estimate of its size."""
+    c, at_most = plan.config, "" if plan.config.codec == "none" else "at most "
+    rows, n_stores = (plan.n_train + plan.n_eval) * c.context, len(plan.stores)
+    free = "" if is_url(c.store) else f", {human_bytes(free_bytes(beside(c.store)))} free"
+    lines = [
+        f"model    {c.model}, layer {', '.join(map(str, c.layers))} of {plan.info.n_layers}, d_model {plan.info.d_model}",
+        f"tokens   {plan.n_train * c.context:,} for training, {plan.n_eval * c.context:,} for evaluation, "
+        f"in sequences of {c.context}, "
+        + (f"BOS {plan.packing.bos} first" if plan.packing.bos is not None else "no BOS"),
+        f"compute  {plan.device}, {c.dtype}, {c.attention} attention, {c.batch_size} sequences a batch",
+        f"store    {c.store}: {rows:,} rows × {n_stores} stores, {at_most}{human_bytes(plan.estimate)}{free}",
+    ]
+    if c.dtype == "bf16" and plan.device.type == "cpu" and not cpu_has_bf16():
+        lines.append("note     this CPU has no bf16 arithmetic: --dtype float32 is faster here")
+    return "\n".join(lines)
+
+
+def check_space(plan: Plan) -> None:
+    """Raise DiskError unless what is still to be written fits on the disk."""
+    if is_url(plan.config.store):
+        return
+    there = sum(p.stat().st_size for path in plan.stores.values() for p in Path(path).rglob("*") if p.is_file())
+    require_free(Path(plan.config.store), max(0, plan.estimate - there), "the store")
+
+
+def prepare_stores(plan: Plan, repair: bool, quiet: bool) -> None:
+    """Make every layer's store ready for its shards; tokenises only when a store needs it."""
+    made: tuple[SplitTokens, SplitTokens] | None = None
+    for layer, path in plan.stores.items():
+        writer = None if repair else resume(path, plan.configs[layer], plan.n_train, plan.n_eval)
+        if writer is None:
+            made = made or (repair and stored_tokens(plan, path)) or make_tokens(plan, quiet)
+            writer = prepare(path, plan.configs[layer], *made, versions(), repair=repair)
+        writer.sweep()
+
+
+def stored_tokens(plan: Plan, path: str) -> tuple[SplitTokens, SplitTokens] | None:
+    """The tokens that a store holds, when they are whole and as many as asked, so that a repair needs no corpus."""
+    try:
+        store = Store.load(path)
+        store.check_metadata()
+        train, evaluation = (SplitTokens(split.tokens, split.special) for split in store.splits)
+    except (StoreError, DamagedError):
+        return None
+    wanted = (plan.n_train, plan.n_eval)
+    return (train, evaluation) if (len(train.tokens), len(evaluation.tokens)) == wanted else None
+
+
+def make_tokens(plan: Plan, quiet: bool) -> tuple[SplitTokens, SplitTokens]:
+    """Tokens of both splits: documents split first, then packed, then the sequences of each segment shuffled.
+
+    Without a corpus of its own, evaluation takes the first documents and training goes on with the next one.
+    """
+    training, other = plan.corpora.opened
+    stream = tokenized(training.documents(), plan.tokenizer)
+    eval_stream = stream if other is None else tokenized(other.documents(), plan.tokenizer)
+    with contextlib.closing(stream), contextlib.closing(eval_stream):
+        eval_rows = pack_split(plan, eval_stream, plan.n_eval, "evaluation", quiet)
+        train_rows = pack_split(plan, stream, plan.n_train, "training", quiet)
+    seed = plan.config.seed
+    return (
+        with_special(plan, shuffled(train_rows, plan.segments, seed)),
+        with_special(plan, shuffled(eval_rows, (plan.n_eval,), seed)),
+    )
+
+
+def pack_split(plan: Plan, documents: Iterator[list[int]], n_sequences: int, what: str, quiet: bool) -> Tokens:
+    """The next rows of a stream of tokenised documents, with progress."""
+    with Progress(n_sequences, f"tokenise {what}", "sequence", quiet=quiet) as bar:
+
+        def advance(rows: int, n_documents: int) -> None:
+            bar.advance(rows - bar.n, f"{n_documents:,} documents")
+
+        rows, _ = pack(documents, plan.packing, n_sequences, what, advance)
+        return rows
+
+
+def with_special(plan: Plan, rows: Tokens) -> SplitTokens:
+    """Rows with their mask of special tokens."""
+    special = plan.configs[plan.config.layers[0]]["special_ids"]
+    return SplitTokens(rows, special_mask(rows, special, plan.info.vocab))
+
+
+def harvest(plan: Plan, quiet: bool) -> None:
+    """Make this process's shards. Layers after the last one that still needs a shard are not loaded."""
+    writers = {layer: StoreWriter.open(path) for layer, path in plan.stores.items()}
+    require_same_tokens(writers)
+    shards = pending_shards(writers, rank(), world_size())
+    if not shards:
+        return
+    c = plan.config
+    assert c.batch_size is not None, "settled by the plan"
+    lm = SplitLM.load(
+        str(plan.info.folder),
+        dtype=c.dtype,
+        device=plan.device,
+        part="prefix",
+        layers=sorted({layer for shard in shards for layer in shard.layers}),
+        attention=c.attention,
+        trust_remote_code=c.trust_remote_code,
+    )
+    if c.compile:
+        lm.compile()
+    n_rows = sum(shard.n_rows for shard in shards)
+    label = "harvest" if world_size() == 1 else f"harvest, worker {rank()}"
+    with Progress(n_rows, label, "row", quiet=quiet) as bar:
+        harvest_shards(lm, writers, shards, c.batch_size, bar)
+
+
+def require_same_tokens(writers: Mapping[int, StoreWriter]) -> None:
+    """Raise MismatchError unless the stores hold the same tokens, so that one pass serves them all."""
+    tokens = {layer: writer.store.attributes["tokens_sha256"] for layer, writer in writers.items()}
+    if len({sha["train"] + sha["eval"] for sha in tokens.values()}) > 1:
+        raise MismatchError(
+            f"{', '.join(writer.store.where for writer in writers.values())}: hold different tokens (one was extended, the "
+            f"other not in the same steps); harvest one layer at a time"
+        )
+
+
+def report(store: Store, quiet: bool) -> None:
+    """One line about a finished store."""
+    s = store.statistics
+    if not quiet:
+        say(
+            f"{store.path}: complete, {s.n_rows:,} training rows ({s.n_special:,} special, {s.n_massive:,} massive), "
+            f"{store.eval.n_rows:,} evaluation rows, median norm {s.median_norm:.4g}, id {store.id[:10]}"
+        )

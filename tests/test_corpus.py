@@ -1,0 +1,181 @@
+"""Documents from files and from a stream: all of them, in an order that is a function of the seed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harvest import corpus
+from harvest.corpus import LocalCorpus, Source, StreamedCorpus, open_corpus
+from pipeline.errors import CorpusError
+
+TEXTS = [f"document {n}" for n in range(50)]
+
+
+def write_lines(path: Path, texts: list[str], field: str = "text") -> Path:
+    """JSON lines, compressed as the name says."""
+    data = "".join(json.dumps({field: text, "meta": {}}) + "\n" for text in texts).encode()
+    if path.suffix == ".zst":
+        data = zstandard.compress(data)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def read(path: Path, **options: Any) -> list[str]:
+    """All documents of a local corpus in order."""
+    return list(open_corpus(Source(str(path), **options), path.parent).documents())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz", "a.json.gz"])
+def test_every_document_of_a_json_lines_file_comes_once(tmp_path: Path, name: str) -> None:
+    assert sorted(read(write_lines(tmp_path / name, TEXTS))) == sorted(TEXTS)
+
+
+def test_a_parquet_column_is_read(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS, "n": range(50)}), tmp_path / "a.parquet")
+    assert sorted(read(tmp_path / "a.parquet", text_field="body")) == sorted(TEXTS)
+    with pytest.raises(CorpusError, match="no field 'text'; fields found: 'body', 'n'"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_folder_is_all_its_files_and_a_text_file_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_lines(tmp_path / "in" / "b.jsonl", TEXTS)
+    (tmp_path / "in" / "a.txt").write_text("one document\nof two lines")
+    (tmp_path / "in" / "README").write_text("not a corpus file")
+    assert sorted(read(tmp_path / "in")) == sorted([*TEXTS, "one document\nof two lines"])
+
+
+def test_the_order_is_a_function_of_the_seed(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", TEXTS)
+    assert read(path, seed=1) == read(path, seed=1)
+    assert read(path, seed=1) != read(path, seed=2)
+    assert read(path, seed=1) != TEXTS
+
+
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=30))
+def test_any_text_survives_the_temporary_copy(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    path = write_lines(tmp_path_factory.mktemp("c") / "a.jsonl", ["something", *texts])
+    expected = sorted(t.encode("utf-8", "replace").decode() for t in ["something", *texts])
+    assert sorted(read(path)) == expected
+
+
+def test_the_temporary_copy_is_gone_when_reading_stops_early(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", TEXTS)
+    documents = LocalCorpus(Source(str(path)), tmp_path / "scratch").documents()
+    next(documents)
+    documents.close()  # type: ignore[attr-defined]
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_the_identity_follows_the_bytes_and_not_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    a, b = write_lines(tmp_path / "a.jsonl", TEXTS), write_lines(tmp_path / "x" / "a.jsonl", TEXTS)
+    sha = open_corpus(Source(str(a)), tmp_path).identity["sha256"]
+    assert open_corpus(Source(str(b)), tmp_path).identity["sha256"] == sha
+    write_lines(b, [*TEXTS, "more"])
+    assert open_corpus(Source(str(b)), tmp_path).identity["sha256"] != sha
+
+
+@pytest.mark.parametrize("name", ["/no/such.jsonl", "nowhere.jsonl.zst", "./folder"])
+def test_a_missing_corpus_is_said_to_be_missing(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CorpusError, match="no such file or folder"):
+        open_corpus(Source(name), tmp_path)
+
+
+@pytest.mark.parametrize("texts", [[], ["", ""]])
+def test_an_empty_corpus_is_refused(tmp_path: Path, texts: list[str]) -> None:
+    with pytest.raises(CorpusError, match="no text in it"):
+        read(write_lines(tmp_path / "a.jsonl", texts))
+
+
+def test_a_folder_without_corpus_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="no corpus files"):
+        read(tmp_path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(CorpusError, match="not a corpus file"):
+        read(tmp_path / "a.csv")
+
+
+def test_a_missing_text_field_is_refused_naming_those_there_are(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", TEXTS, field="content")
+    with pytest.raises(CorpusError, match=r"a\.jsonl:1: no field 'text'; fields found: 'content', 'meta'"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"text": ', r"a\.jsonl:51: cannot be read"),
+        (b"[1, 2]", r"a\.jsonl:51: expected a JSON object, found list"),
+        (b'{"text": 3}', r"a\.jsonl:51: field 'text' is int"),
+        (b'{"text": "\xff"}', r"a\.jsonl:\d+: cannot be read .*utf-8"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: bytes, says: str) -> None:
+    path = write_lines(tmp_path / "a.jsonl", TEXTS)
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(CorpusError, match=says):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz"])
+def test_a_compressed_file_that_was_cut_short_is_refused(tmp_path: Path, name: str) -> None:
+    path = write_lines(tmp_path / name, [f"{n} {n * n}" for n in range(5000)])
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(CorpusError, match="cannot be read"):
+        read(path)
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The Hub, played by `datasets` itself over local files in three parts."""
+    import datasets
+
+    files = [str(write_lines(tmp_path / f"{part}.jsonl", TEXTS[part::3])) for part in range(3)]
+    monkeypatch.setattr(corpus, "dataset_commit", lambda name: "abc123")
+    monkeypatch.setattr(
+        corpus,
+        "load_stream",
+        lambda source, revision: datasets.load_dataset("json", data_files=files, split="train", streaming=True),
+    )
+
+
+@pytest.mark.usefixtures("stream")
+def test_a_stream_gives_every_document_once_in_a_seeded_order(tmp_path: Path) -> None:
+    first = list(open_corpus(Source("some/set", seed=1, buffer=10), tmp_path).documents())
+    assert sorted(first) == sorted(TEXTS)
+    assert first != TEXTS
+    assert first == list(open_corpus(Source("some/set", seed=1, buffer=10), tmp_path).documents())
+    assert first != list(open_corpus(Source("some/set", seed=2, buffer=10), tmp_path).documents())
+
+
+@pytest.mark.usefixtures("stream")
+def test_a_stream_is_pinned_to_a_commit_and_says_how_it_was_shuffled() -> None:
+    identity = StreamedCorpus(Source("some/set", buffer=10)).identity
+    assert identity["revision"] == "abc123"
+    assert identity["order"] == "streamed, shuffled within 10 documents by seed 0"
+    assert StreamedCorpus(Source("some/set", revision="older")).identity["revision"] == "older"
+
+
+def test_a_data_set_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def offline(name: str) -> str:
+        raise ConnectionError("no network\nmore")
+
+    monkeypatch.setattr(corpus, "dataset_commit", offline)
+    with pytest.raises(CorpusError, match=r"some/set: .*no network") as caught:
+        open_corpus(Source("some/set"), tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,306 @@
+"""Attribute data: columns found or refused, SAEBench's selection of rows, what bad files say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evaluate import datasets as module
+from evaluate.datasets import HUB, AttributeData, Columns, Table, find_columns, load_attribute_data, oriented
+from evaluate.tasks import Sizes, balanced, cells, class_tasks, one_against_rest, scr_contrasts, scr_task
+from pipeline.errors import CorpusError, UsageError
+
+
+def rows(n: int, seed: int = 0, **more: Any) -> list[dict[str, Any]]:
+    """Texts with an author of two and a gender of two, cells of unequal size, in an order without a pattern."""
+    rng = np.random.default_rng(seed)
+    pairs = [("austen", "female")] * 4 + [("other", "male")] * 4 + [("austen", "male"), ("other", "female")] * 2
+    return [
+        {"text": f"text {i}", "author": author, "gender": gender, **more}
+        for i, (author, gender) in enumerate(pairs[j] for j in rng.integers(0, len(pairs), n))
+    ]
+
+
+def write(path: Path, data: list[dict[str, Any]]) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in data).encode()
+    path.write_bytes(zstandard.ZstdCompressor().compress(text) if path.suffix == ".zst" else text)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "train.jsonl.zst", rows(300, 0, source="book", document="7"))
+    write(tmp_path / "test.jsonl", rows(150, 1, source="book", document="8"))
+    return tmp_path
+
+
+def test_a_folder_and_a_pair_of_files_read_the_same(folder: Path) -> None:
+    one = load_attribute_data(str(folder))
+    two = load_attribute_data(f"{folder / 'train.jsonl.zst'},{folder / 'test.jsonl'}")
+    assert (one.train, one.test) == (two.train, two.test)
+    assert one.columns == Columns("text", "author", "gender")
+    assert len(one.train) == 300
+    assert (
+        one.sha256() == two.sha256() != load_attribute_data(f"{folder / 'test.jsonl'},{folder / 'test.jsonl'}").sha256()
+    )
+
+
+def test_named_columns_win_over_found_ones(folder: Path) -> None:
+    data = load_attribute_data(str(folder), "text", ("gender", "author"))
+    assert data.columns == Columns("text", "gender", "author")
+
+
+def test_two_valued_columns_are_the_attributes_even_beside_others_of_few_values() -> None:
+    data = [row | {"place": "abc"[i % 3]} for i, row in enumerate(rows(60))]
+    assert find_columns(Path("x"), data, None, None) == Columns("text", "author", "gender")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: {"third": "xy"[i % 2]}, "3 columns may be the attributes"),
+        (lambda i: {"gender": "same"}, "1 columns may be the attributes"),
+    ],
+)
+def test_ambiguous_columns_are_refused_by_name(folder: Path, change: Any, message: str) -> None:
+    write(folder / "test.jsonl", rows(60))
+    (folder / "train.jsonl.zst").unlink()
+    write(folder / "train.jsonl", [row | change(i) for i, row in enumerate(rows(60))])
+    with pytest.raises(UsageError, match=message):
+        load_attribute_data(str(folder))
+
+
+def test_a_column_that_is_not_there_is_named(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"no column 'sex'; there are text, author"):
+        load_attribute_data(str(folder), None, ("author", "sex"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\nnot json\n', "line 2 is not JSON"),
+        (b"[1, 2]\n", "line 1 is not a JSON object"),
+        (b"\n", "there is no row"),
+        (b"\xff\xfe\n", "cannot be read"),
+    ],
+)
+def test_a_malformed_file_says_where(folder: Path, content: bytes, message: str) -> None:
+    (folder / "test.jsonl").write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        load_attribute_data(str(folder))
+
+
+def test_missing_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"expected one of train.jsonl and train.jsonl.zst, found 0"):
+        load_attribute_data(str(tmp_path))
+    with pytest.raises(CorpusError, match="not a folder"):
+        load_attribute_data(str(tmp_path / "nowhere"))
+    with pytest.raises(CorpusError, match="no such file"):
+        load_attribute_data("a.jsonl,b.jsonl")
+
+
+def test_blank_texts_are_left_out_and_counted(folder: Path) -> None:
+    write(folder / "test.jsonl", [*rows(40), rows(1)[0] | {"text": "  \n"}])
+    data = load_attribute_data(str(folder))
+    assert (len(data.test), data.test.n_blank) == (40, 1)
+
+
+def test_a_row_without_the_column_is_named(folder: Path) -> None:
+    write(folder / "test.jsonl", [*rows(40), {"text": "a", "author": "austen"}])
+    with pytest.raises(CorpusError, match="row 40 has no column 'gender'"):
+        load_attribute_data(str(folder))
+
+
+def test_more_than_two_first_values_need_pairs_and_give_classes(folder: Path) -> None:
+    more = [row | {"author": ["a", "b", "c"][i % 3]} for i, row in enumerate(rows(120))]
+    write(folder / "train.jsonl.zst", more)
+    write(folder / "test.jsonl", more)
+    with pytest.raises(UsageError, match="'author' has 3 values"):
+        load_attribute_data(str(folder), None, ("author", "gender"))
+    data = load_attribute_data(str(folder), None, ("author", "gender"), (("c", "a"),))
+    assert (data.first_pairs, data.classes) == ((("c", "a"),), ("a", "b", "c"))
+
+
+def test_the_second_pair_is_turned_so_that_the_larger_cells_agree() -> None:
+    first = ("a",) * 6 + ("b",) * 6
+    second = ("x",) * 2 + ("y",) * 4 + ("x",) * 4 + ("y",) * 2
+    table = Table(("t",) * 12, first, second)
+    assert oriented(table, ("a", "b"), ("x", "y")) == ("y", "x")
+    assert oriented(table, ("b", "a"), ("x", "y")) == ("x", "y")
+
+
+# ---- the Hub sets, from local tables of the same shape ----
+
+
+def hub_table(source: str, n: int, seed: int) -> list[dict[str, Any]]:
+    """Rows as the Hub has them: columns, types and values."""
+    columns, rng = HUB[source].columns, np.random.default_rng(seed)
+    values = sorted({v for pair in HUB[source].first_pairs for v in pair} | set(HUB[source].classes))
+    return [
+        {
+            columns.text: f"{source} {i}",
+            columns.first: int(rng.choice(values)),
+            columns.second: rng.choice(HUB[source].second_pair).item(),
+        }
+        for i in range(n)
+    ]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: dict[tuple[str, str], list[dict[str, Any]]] = {
+        (source, split): hub_table(source, n, seed)
+        for source in HUB
+        for seed, (split, n) in enumerate({"train": 900, "test": 700}.items())
+    }
+
+    def rows_of(source: str, split: str) -> list[Mapping[str, Any]]:
+        return list(tables[source, split])
+
+    monkeypatch.setattr(module, "hub_rows", rows_of)
+
+
+@pytest.mark.parametrize("source", list(HUB))
+def test_hub_sets_give_saebench_pairs_and_classes(hub: None, source: str) -> None:
+    data = load_attribute_data(source)
+    assert len(data.first_pairs) == 4
+    assert len(data.classes) == 5
+    task = scr_task(data, data.first_pairs[0], (42,), True, Sizes(60, 40))
+    expected = {
+        "LabHC/bias_in_bios": "professor / nurse",
+        "canrager/amazon_reviews_mcauley_1and5": "Books / CDs_and_Vinyl",
+    }
+    assert task.name == f"{source}: {expected[source]}"
+    assert task.n_rows() == {"train": 4 * 15, "test": 4 * 10}
+    (classes,) = class_tasks(data, (42,), True, Sizes(40, 32))
+    assert classes.scores == ("tpp", "k_sparse_probe")
+    assert classes.probes == tuple(str(c) for c in HUB[source].classes)
+
+
+def saebench_lists(
+    frame: pd.DataFrame, pair: tuple[Any, Any], second: tuple[Any, Any], n: int, seed: int
+) -> list[list[str]]:
+    """The six lists as EVALUATION.md 2.1 gives them, with pandas and shuffled texts."""
+    q = {(a, b): frame[(frame["c1"] == a) & (frame["c2"] == b)]["text"].tolist() for a in pair for b in second}
+    (p, m), (ng, f) = (pair[0], second[0]), (pair[1], second[1])
+    lists = [
+        q[p, m][:n] + q[ng, m][:n],
+        q[p, f][:n] + q[ng, f][:n],
+        q[p, m][:n] + q[p, f][:n],
+        q[ng, m][:n] + q[ng, f][:n],
+        q[p, m][: 2 * n],
+        q[ng, f][: 2 * n],
+    ]
+    rng = np.random.default_rng(seed)
+    for texts in lists:
+        rng.shuffle(texts)
+    return lists
+
+
+def table_of(n: int, seed: int) -> Table:
+    rng = np.random.default_rng(seed)
+    return Table(
+        tuple(f"t{i}" for i in range(n)),
+        tuple(rng.integers(0, 3, n).tolist()),
+        tuple(rng.choice([1.0, 5.0], n).tolist()),
+    )
+
+
+@given(seed=st.integers(0, 20), n=st.integers(8, 20))
+def test_the_first_seed_takes_saebench_rows_in_file_order(seed: int, n: int) -> None:
+    table = table_of(600, seed)
+    frame = pd.DataFrame({"text": table.text, "c1": table.first, "c2": table.second})
+    found = scr_contrasts(cells(table, (2, 0), (1.0, 5.0)), n, 42, False, "x")
+    lists = [part for name in ("second", "first", "both") for part in (found[name].positive, found[name].negative)]
+    assert [[table.text[i] for i in part] for part in lists] == saebench_lists(frame, (2, 0), (1.0, 5.0), n, 42)
+
+
+@given(seed=st.integers(0, 20), n=st.integers(8, 25))
+def test_class_rows_are_what_pandas_samples(seed: int, n: int) -> None:
+    table = table_of(400, seed)
+    frame = pd.DataFrame({"text": table.text, "c1": table.first, "c2": table.second})
+    strata = {
+        str(c): [np.array([i for i in range(400) if table.first[i] == c and table.second[i] == v]) for v in (1.0, 5.0)]
+        for c in range(3)
+    }
+    found = balanced(strata, 2 * n, 42, "x")
+    for c in range(3):
+        expected = [
+            t for _, group in frame[frame["c1"] == c].groupby("c2") for t in group.sample(n=n, random_state=42)["text"]
+        ]
+        assert [table.text[i] for i in found[str(c)]] == expected
+
+
+def local_data(n: int = 400) -> AttributeData:
+    data = [Table(*zip(*((r["text"], r["author"], r["gender"]) for r in rows(n, seed)))) for seed in (0, 1)]
+    return AttributeData(
+        "local", Columns("text", "author", "gender"), data[0], data[1], (("austen", "other"),), ("female", "male")
+    )
+
+
+def test_further_seeds_use_other_rows_of_the_same_cells_or_the_same_rows() -> None:
+    data = local_data()
+    fixed, resampled = (scr_task(data, ("austen", "other"), (42, 43), r, Sizes(40, 40)) for r in (False, True))
+    first = {name: [set(c.positive.tolist()) for c in pair] for name, pair in fixed.draws[0].items()}
+    assert all([set(c.positive.tolist()) for c in pair] == first[name] for name, pair in fixed.draws[1].items())
+    assert fixed.draws[0]["first"][0].positive.tolist() != fixed.draws[1]["first"][0].positive.tolist()  # other order
+    assert set(resampled.draws[1]["first"][0].positive.tolist()) != first["first"][0]
+    for train, test in resampled.draws[1].values():
+        assert train.rows.max() < len(data.train) <= test.rows.min()
+    positive = resampled.draws[1]["both"][0].positive
+    assert {(data.train.first[i], data.train.second[i]) for i in positive} == {("austen", "female")}
+
+
+def test_two_by_two_values_give_cells_to_tpp_and_each_attribute_to_probing() -> None:
+    tasks = class_tasks(local_data(), (42,), True, Sizes(80, 80))
+    assert [(t.name, t.scores) for t in tasks] == [
+        ("local: cells", ("tpp",)),
+        ("local: author", ("k_sparse_probe",)),
+        ("local: gender", ("k_sparse_probe",)),
+    ]
+    assert tasks[0].probes == ("austen, female", "austen, male", "other, female", "other, male")
+    assert tasks[2].probes == ("female", "male")
+
+
+@given(n_classes=st.integers(2, 6), n=st.integers(1, 30))
+def test_negatives_are_as_many_as_positives_and_even_over_the_other_classes(n_classes: int, n: int) -> None:
+    positives = {str(c): np.arange(c * 100, c * 100 + n) for c in range(n_classes)}
+    for name, contrast in one_against_rest(positives, 1, "train").items():
+        assert len(contrast.positive) == len(contrast.negative) == n
+        classes = contrast.negative // 100
+        assert int(name) not in classes
+        counts = np.bincount(classes, minlength=n_classes)
+        assert counts.max() <= -(-n // (n_classes - 1))
+        assert len(set(contrast.negative.tolist())) == n
+
+
+def test_a_data_set_that_holds_less_gives_what_it_has_and_too_little_is_refused() -> None:
+    data = local_data(200)
+    sizes = scr_task(data, ("austen", "other"), (42,), True, Sizes()).n_rows()
+    cell = cells(data.train, ("austen", "other"), ("female", "male"))
+    n = min(*(len(v) for v in cell.values()), (min(len(cell[True, True]), len(cell[False, False])) - 1) // 2)
+    assert sizes["train"] == 4 * n
+    with pytest.raises(CorpusError, match="at least 8 of each"):
+        scr_task(local_data(20), ("austen", "other"), (42,), True, Sizes())
+    with pytest.raises(CorpusError, match="at least 8 are needed"):
+        class_tasks(local_data(20), (42,), True, Sizes())
+
+
+def test_a_hub_set_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fail(*_args: Any, **_kw: Any) -> None:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(CorpusError, match=r"LabHC/bias_in_bios: split 'train' cannot be loaded \(offline\)"):
+        load_attribute_data("LabHC/bias_in_bios")

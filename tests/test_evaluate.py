@@ -1,0 +1,394 @@
+"""The evaluate stage as a whole: one pass for all checkpoints equals each alone, the slow way, in any batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lm_stores
+import pytest
+import tiny_models
+import torch
+from reference import reference_behaviour, reference_firing, reference_reconstruction
+
+from evaluate import plan as planning
+from evaluate.checkpoints import find_checkpoints, loss_curve, open_checkpoint, require_fit, resolve_levels
+from evaluate.config import source_identity
+from evaluate.results import read_result
+from evaluate.run import EvaluateConfig, run
+from pipeline.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.errors import CheckpointError, DamagedError, ModelError, StoreError, UsageError
+from pipeline.store import Store
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model, acts.zarr and three members in runs: two nested SAEs and a flat one. Read-only."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    store = lm_stores.make_lm_store(folder, eval_sequences=20)
+    for seed in (0, 1):
+        lm_stores.save_member(folder / "runs", store, lm_stores.make_sae(store, seed=seed), seed=seed)
+    lm_stores.save_member(folder / "runs", store, lm_stores.make_sae(store, levels=(96,)), seed=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(place: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Results of all three members, evaluated together, by seed."""
+    outcome = run(config(place, tmp_path_factory.mktemp("out")), [place / "runs"])
+    assert not outcome.failed
+    return [read_result(Path(entry["path"])) for entry in outcome.results]
+
+
+def config(place: Path, out: Path, **changes: Any) -> EvaluateConfig:
+    return EvaluateConfig(store=place / "acts.zarr", out=out, **changes)
+
+
+def members(place: Path) -> list[Path]:
+    return sorted((place / "runs").iterdir())
+
+
+def evaluated(place: Path, out: Path, places: list[Path] | None = None, **changes: Any) -> list[dict[str, Any]]:
+    outcome = run(config(place, out, **changes), places or [place / "runs"])
+    assert not outcome.failed
+    return [read_result(Path(entry["path"])) for entry in outcome.results]
+
+
+def numbers(data: Any, name: str = "") -> dict[str, float]:
+    """Every number of nested JSON data by its path."""
+    if isinstance(data, int | float) and not isinstance(data, bool):
+        return {name: float(data)}
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return {path: value for key, part in items for path, value in numbers(part, f"{name}.{key}").items()}
+
+
+def copied_member(place: Path, out: Path, seed: int = 0) -> Path:
+    """A copy of a member that a test may damage."""
+    return Path(shutil.copytree(members(place)[seed], out / members(place)[seed].name))
+
+
+def resaved(folder: Path, store: dict[str, Any] | None = None, change: Any = None) -> Path:
+    """The member's checkpoint written again with other provenance or weights, as a file of its own."""
+    source = next((folder / "checkpoints").iterdir())
+    sae, header = load_checkpoint(source)
+    if change is not None:
+        with torch.no_grad():
+            change(sae)
+    provenance = header.provenance | {"store": header.provenance["store"] | (store or {})}
+    path = folder.parent / f"changed-{folder.name}.safetensors"
+    save_checkpoint(path, sae, header.step, provenance)
+    return path
+
+
+def test_every_level_equals_the_slow_way_of_hooking_the_whole_model(place: Path, results: list[dict[str, Any]]) -> None:
+    store = Store.open(place / "acts.zarr")
+    whole = tiny_models.whole_model(place / "model", store.dtype)
+    tokens, kept = torch.from_numpy(store.eval.tokens).long(), torch.from_numpy(~store.eval.special)
+    clean = hooked(whole, tokens, lambda residual: residual)
+    sae = load_checkpoint(next((members(place)[0] / "checkpoints").iterdir()))[0].requires_grad_(False)
+    x = store.eval.read(0, store.eval.n_rows)[kept.flatten()]
+    groups = (torch.arange(store.eval.n_rows) // (16 * store.context))[kept.flatten()]
+    for level, found in enumerate(results[0]["levels"]):
+        x_hat = sae.decode_level(sae.encode(x), level)
+        other = hooked(whole, tokens, lambda residual, new=x_hat: residual.masked_scatter(kept[..., None], new))
+        expected = reference_behaviour(clean, other, tokens, kept)
+        scores = found["scores"]
+        assert scores["kl_nats"] == pytest.approx(expected["kl"], rel=1e-4, abs=2e-7)
+        assert (scores["ce"], scores["top1"]) == pytest.approx((expected["ce"], expected["top1"]), rel=1e-5)
+        for name, value in reference_reconstruction(x, x_hat, groups).items():
+            assert scores[name] == pytest.approx(value, rel=1e-5), name
+        for name, value in reference_firing(sae.encode(x)[:, : sae.config.levels[level]]).items():
+            assert scores[name] == pytest.approx(value, rel=1e-5), name
+
+
+def hooked(whole: Any, tokens: torch.Tensor, change: Any) -> torch.Tensor:
+    handle = whole.model.layers[lm_stores.LAYER].register_forward_hook(lambda _m, _a, output: change(output))
+    with torch.no_grad():
+        logits: torch.Tensor = whole(input_ids=tokens, use_cache=False).logits
+    handle.remove()
+    return logits
+
+
+def test_scores_of_the_job_follow_from_its_baselines(results: list[dict[str, Any]]) -> None:
+    base, scores = results[0]["baselines"], results[0]["levels"][1]["scores"]
+    assert base["ce_zero"] == pytest.approx(math.log(tiny_models.VOCAB), rel=1e-6)
+    assert scores["kl_score"] == pytest.approx((base["kl_zero"] - scores["kl_nats"]) / base["kl_zero"])
+    assert scores["kl_score_mean"] == pytest.approx((base["kl_mean"] - scores["kl_nats"]) / base["kl_mean"])
+    assert results[1]["baselines"] == base
+
+
+def test_the_sample_says_what_the_averages_are_over(place: Path, results: list[dict[str, Any]]) -> None:
+    store, sample = Store.open(place / "acts.zarr"), results[0]["sample"]
+    assert sample["n_rows"] == store.eval.n_rows == 20 * 16
+    assert sample["n_tokens"] == int((~store.eval.special).sum())
+    assert sample["n_tokens_without_massive"] == int(store.eval.kept().sum())
+    assert results[0]["levels"][1]["scores"]["dead_in_training"] == 0.25
+    assert results[0]["features"]["training"] == {"dead": 0.25, "fired_rows": 4096, "rows_seen": 4096}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_results_do_not_depend_on_the_batch_size(
+    place: Path, results: list[dict[str, Any]], tmp_path: Path, batch_size: int
+) -> None:
+    found = evaluated(place, tmp_path, members(place)[:1], batch_size=batch_size)[0]
+    for part in ("levels", "baselines", "features", "series"):
+        expected = numbers(results[0][part])
+        assert numbers(found[part]) == pytest.approx(expected, rel=1e-5, abs=2e-7), part
+    assert found["key"] == results[0]["key"]  # so a batch that fits another machine finds the work done
+
+
+def test_checkpoints_in_groups_score_as_all_at_once(
+    place: Path, results: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "make_plan", lambda *args: planning.Plan(batch=16, chunk=256, group=2, peak=0))
+    found = evaluated(place, tmp_path)
+    for one, other in zip(found, results):
+        for part in ("levels", "baselines", "features", "series", "key", "curve"):
+            assert one[part] == other[part], part
+
+
+def test_the_flat_sae_has_one_level_and_no_shared_block(results: list[dict[str, Any]]) -> None:
+    assert [level["n_latents"] for level in results[2]["levels"]] == [96]
+    assert "shared" not in results[2]["features"]["density"]
+    assert results[0]["features"]["utilisation"].keys() == {"shared", "specialised"}
+
+
+def test_the_sparse_coding_rate_reaches_one_when_all_latents_are_kept(results: list[dict[str, Any]]) -> None:
+    points = {(p["level"], p["n"]): p["value"] for p in results[0]["series"]["sparse_coding_rate"]}
+    assert [n for level, n in points if level == 0] == [2, 5, 10, 20]  # the inner level has 32 latents
+    assert points[1, 100] == pytest.approx(1, abs=1e-5)
+    values = [points[1, n] for n in (2, 5, 10, 20, 50, 100)]
+    assert values == sorted(values)
+
+
+def test_the_curve_stops_at_the_checkpoints_step(results: list[dict[str, Any]]) -> None:
+    curve = results[0]["curve"]
+    assert curve["step"] == list(range(1, 21))
+    assert curve["ev"][0] == [0.1, 0.2]
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_ends(place: Path, tmp_path: Path) -> None:
+    folder = copied_member(place, tmp_path)
+    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": {i}}}\n' for i in range(21)) * 100 + '{"step": 2')
+    checkpoint = dataclasses.replace(open_checkpoint(next((folder / "checkpoints").iterdir())), step=20)
+    curve = loss_curve(checkpoint)
+    assert len(curve["step"]) == len(curve["loss"]) == 500
+    assert (curve["step"][0], curve["step"][-1]) == (0, 20)
+
+
+def test_a_broken_line_of_metrics_is_an_error(place: Path, tmp_path: Path) -> None:
+    folder = copied_member(place, tmp_path)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(DamagedError, match=r"metrics\.jsonl: line 2 is not JSON"):
+        loss_curve(open_checkpoint(next((folder / "checkpoints").iterdir())))
+
+
+def test_done_checkpoints_are_skipped_and_other_settings_are_other_work(place: Path, tmp_path: Path) -> None:
+    asked = config(place, tmp_path, scores=("l0",))
+    first = run(asked, members(place)[:1])
+    written = Path(first.results[0]["path"]).stat().st_mtime_ns
+    again = run(asked, members(place))
+    assert [entry["skipped"] for entry in again.results] == [True, False, False]
+    assert Path(again.results[0]["path"]).stat().st_mtime_ns == written
+    other = run(dataclasses.replace(asked, rows=32), members(place)[:1])
+    assert other.results[0]["path"] != first.results[0]["path"]
+    assert len(list(tmp_path.glob("*-step_*.json"))) == 4
+
+
+def test_without_behaviour_no_language_model_is_loaded(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluate.models.Models.load", lambda *_: pytest.fail("the model was loaded"))
+    found = evaluated(place, tmp_path, members(place)[:1], scores=("ev", "l0"))[0]
+    assert found["baselines"] == {}
+    assert "kl_nats" not in found["levels"][0]["scores"]
+
+
+def test_rows_are_rounded_up_to_whole_sequences(place: Path, tmp_path: Path) -> None:
+    found = evaluated(place, tmp_path, members(place)[:1], rows=33, scores=("ev",))[0]
+    assert (found["sample"]["n_sequences"], found["sample"]["n_rows"]) == (3, 48)
+
+
+def test_levels_can_be_chosen(place: Path, tmp_path: Path, results: list[dict[str, Any]]) -> None:
+    found = evaluated(place, tmp_path, members(place)[:1], levels="last")[0]
+    assert found["levels"] == results[0]["levels"][1:]
+    checkpoint = open_checkpoint(next((members(place)[2] / "checkpoints").iterdir()))
+    assert resolve_levels("0,1", checkpoint) == [0]  # the flat SAE has one
+    with pytest.raises(CheckpointError, match="has levels 0 to 0, --levels 1 names none"):
+        resolve_levels("1", checkpoint)
+
+
+def test_one_damaged_checkpoint_is_reported_and_the_others_are_finished(place: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(place / "runs", runs)
+    broken = next((sorted(runs.iterdir())[1] / "checkpoints").iterdir())
+    data = bytearray(broken.read_bytes())
+    data[-100] ^= 1
+    broken.write_bytes(data)
+    outcome = run(config(place, tmp_path / "out", scores=("ev",)), [runs])
+    assert len(outcome.results) == 2
+    assert [(path, type(error)) for path, error in outcome.failed] == [(broken.parent.parent, DamagedError)]
+    outcome = run(config(place, tmp_path / "out", scores=("ev",)), [broken])
+    assert "bytes changed" in str(outcome.failed[0][1])
+
+
+@pytest.mark.parametrize(("value", "what"), [(math.nan, "reconstruction"), (1e30, "reconstruction|KL")])
+def test_a_checkpoint_whose_numbers_are_not_finite_is_an_error_not_minus_one(
+    place: Path, tmp_path: Path, value: float, what: str
+) -> None:
+    bad = resaved(copied_member(place, tmp_path), change=lambda sae: sae.b_dec.fill_(value))
+    outcome = run(config(place, tmp_path / "out"), [bad, *members(place)[1:2]])
+    assert [entry["member"] for entry in outcome.results] == [members(place)[1].name]
+    assert len(outcome.failed) == 1
+    with pytest.raises(CheckpointError, match=f"the ({what}).* is not finite"):
+        raise outcome.failed[0][1]
+
+
+@pytest.mark.parametrize(
+    ("store", "message"),
+    [
+        ({"layer": 12}, "trained on layer 12, store .* has 1"),
+        ({"weights_sha256": "f" * 64, "model": "other/model"}, "trained on model weights 'ffff.*other/model against"),
+        ({"id": "e" * 64}, "trained on store 'eeee.*--allow-other-store"),
+    ],
+)
+def test_a_checkpoint_of_another_layer_model_or_store_is_refused_naming_both(
+    place: Path, tmp_path: Path, store: dict[str, Any], message: str
+) -> None:
+    path = resaved(copied_member(place, tmp_path), store)
+    outcome = run(config(place, tmp_path / "out", scores=("ev",)), [path])
+    with pytest.raises(CheckpointError, match=message):
+        raise outcome.failed[0][1]
+
+
+def test_a_checkpoint_of_another_width_is_refused_naming_both(place: Path, tiny_store: Path) -> None:
+    checkpoint = open_checkpoint(next((members(place)[0] / "checkpoints").iterdir()))
+    narrow = dataclasses.replace(checkpoint, sae=dataclasses.replace(checkpoint.sae, d_model=32))
+    with pytest.raises(CheckpointError, match=r"rows have 32 dimensions, those of store .* have 64"):
+        require_fit(narrow, Store.open(tiny_store), allow_other_store=False)
+
+
+def test_another_store_of_the_same_model_and_layer_is_allowed_when_asked_for(place: Path, tmp_path: Path) -> None:
+    path = resaved(copied_member(place, tmp_path), {"id": "e" * 64})
+    assert evaluated(place, tmp_path / "out", [path], scores=("ev",), allow_other_store=True)
+
+
+def test_another_model_than_the_stores_is_refused_naming_both(place: Path, tmp_path: Path) -> None:
+    other = tiny_models.make_model(tmp_path / "other", "llama")
+    with pytest.raises(ModelError, match=r"other: its weights .* are not those that made store .*acts\.zarr"):
+        run(config(place, tmp_path / "out", model=str(other)), members(place))
+
+
+def test_a_store_that_is_not_there_is_an_error(tmp_path: Path, place: Path) -> None:
+    with pytest.raises(StoreError, match="there is no activation store here"):
+        run(EvaluateConfig(store=tmp_path / "none.zarr", out=tmp_path), members(place))
+
+
+def test_more_rows_than_the_split_has_are_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has 320 rows; ask for fewer"):
+        run(config(place, tmp_path, rows=10_000), members(place))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"scores": ("kl", "fid")}, {"scores": ()}, {"levels": "first"}, {"dtype": "fp8"}, {"batch_size": 0}]
+)
+def test_settings_that_mean_nothing_are_refused(place: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        config(place, tmp_path, **changes)
+
+
+def test_a_folder_stands_for_the_final_checkpoint_of_each_member_or_all_steps(place: Path, tmp_path: Path) -> None:
+    folder = copied_member(place, tmp_path / "runs")
+    final = folder / "checkpoints" / "step_000020.safetensors"
+    early = Path(shutil.copy(final, folder / "checkpoints" / "step_000010.safetensors"))
+    assert find_checkpoints([tmp_path / "runs"], all_steps=False) == ([final], [])
+    assert find_checkpoints([folder], all_steps=True) == ([early, final], [])
+    assert find_checkpoints([early, tmp_path / "runs", early], all_steps=False) == ([early, final], [])
+
+
+def test_an_unfinished_member_is_a_failure_and_its_latest_step_is_not_guessed(place: Path, tmp_path: Path) -> None:
+    folder = copied_member(place, tmp_path / "runs")
+    (folder / "complete.json").unlink()
+    copied_member(place, tmp_path / "runs", seed=1)
+    found, failed = find_checkpoints([tmp_path / "runs"], all_steps=False)
+    assert [path.parent.parent.name for path in found] == [members(place)[1].name]
+    assert "its training is not complete" in str(failed[0][1])
+
+
+def test_places_without_anything_of_ours_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint or folder"):
+        find_checkpoints([tmp_path / "none"], all_steps=False)
+    with pytest.raises(CheckpointError, match="holds no training member"):
+        find_checkpoints([tmp_path], all_steps=False)
+
+
+def test_processes_of_a_torchrun_share_the_checkpoints(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        outcome = run(config(place, tmp_path, scores=("ev",)), [place / "runs"])
+        done.append([entry["member"][-12] for entry in outcome.results])
+    assert done == [["0", "2"], ["1"]]
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 2 + 2 + 1
+
+
+@pytest.mark.parametrize("limit", [2 * 10**6, 4 * 10**6, 20 * 10**6, 10**9, 10**12])
+def test_a_plan_holds_its_limit(limit: int) -> None:
+    parts = planning.Sizes(fixed=1_000_000, sequence=200_000, row=5000, checkpoint=300_000)
+    plan = planning.make_plan(parts, 50, 16, 128, 1000, limit, "cpu")
+    assert plan.peak == parts.peak(plan.batch, plan.chunk, plan.group) <= limit
+    assert 1 <= plan.group <= 50
+    if limit == 10**12:
+        assert (plan.batch, plan.group) == (16, 50)
+    with pytest.raises(UsageError, match=r"at least 1\.7 MB are needed; raise --max-memory"):
+        planning.make_plan(parts, 50, 16, 128, 1000, 10**6, "cpu")
+
+
+def test_a_small_memory_gives_the_same_scores(place: Path, results: list[dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="raise --max-memory"):
+        run(config(place, tmp_path, max_memory=100_000), members(place))
+    found = evaluated(place, tmp_path, members(place)[:1], max_memory=4_000_000)
+    assert found[0]["sample"]["batch_size"] < 16
+    assert numbers(found[0]["levels"]) == pytest.approx(numbers(results[0]["levels"]), rel=1e-5, abs=2e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [2 * 10**9, 450 * 10**6])
+def test_a_job_stays_within_the_memory_its_plan_states(tmp_path: Path, limit: int) -> None:
+    script = Path(__file__).with_name("measure_memory.py")
+    done = subprocess.run([sys.executable, str(script), str(tmp_path), str(limit)], capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["peak"] <= limit
+    assert found["peak"] / 4 < found["grown"] < found["peak"] + 100 * 10**6  # allocator and libraries come on top
+
+
+def test_texts_are_known_by_their_content_not_their_path(tmp_path: Path) -> None:
+    names = []
+    for folder in ("a", "b"):
+        (tmp_path / folder / "texts").mkdir(parents=True)
+        (tmp_path / folder / "texts" / "train.jsonl").write_text("{}")
+        names.append(source_identity(str(tmp_path / folder / "texts")))
+    assert names[0] == names[1]
+    (tmp_path / "b" / "texts" / "train.jsonl").write_text("{} ")
+    assert source_identity(str(tmp_path / "b" / "texts")) != names[0]
+    assert source_identity("LabHC/bias_in_bios") == "LabHC/bias_in_bios"
+
+
+def test_a_dry_run_writes_nothing(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run(config(place, tmp_path / "out"), [place / "runs"], dry_run=True)
+    assert not (tmp_path / "out").exists()
+    assert outcome.results == []
+    said = capsys.readouterr().err
+    assert "3 checkpoints on 320 tokens" in said
+    assert "peak memory at most" in said
+
+
+def test_results_are_plain_json_with_their_definitions(results: list[dict[str, Any]]) -> None:
+    assert json.loads(json.dumps(results[0], allow_nan=False)) == results[0]
+    for level in results[0]["levels"]:
+        assert level["scores"].keys() <= results[0]["definitions"].keys()

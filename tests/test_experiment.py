@@ -1,0 +1,149 @@
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import experiment as experiments
+from pipeline import stages
+from pipeline.errors import PipelineError, UsageError
+
+ROOT = Path(__file__).parents[1]
+MINI = """
+[harvest]
+model = "{root}/data/tiny-gemma2"
+layer = [3]
+corpus = "{root}/data/corpus/train.jsonl.zst"
+eval-corpus = "{root}/data/corpus/eval.jsonl.zst"
+tokens = "8k"
+eval-tokens = "1k"
+shard-rows = 2048
+[train]
+recipe = "paper"
+alpha = {alphas}
+seed = [0, 1]
+width = 64
+batch-size = 128
+steps = 20
+lr-warmup-steps = 5
+sparsity-warmup-steps = 5
+checkpoint-every = 10
+[evaluate]
+scores = "kl,ev,l0,coding"
+"""
+
+
+def write(path: Path, alphas: str = "[0, 0.25]") -> Path:
+    path.write_text(MINI.format(root=ROOT, alphas=alphas))
+    return path
+
+
+def command(path: Path, out: Path) -> list[str]:
+    return [sys.executable, "-m", "pipeline", "run", str(path), "--out", str(out)]
+
+
+def test_paths_that_begin_with_a_dot_are_taken_from_the_files_own_folder(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('[harvest]\nmodel = "../m"\ncorpus = "owner/name"\n[train]\nalpha = 0.2\n')
+    read = experiments.Experiment.read(path)
+    assert read.harvest == {"model": str(tmp_path.parent / "m"), "corpus": "owner/name"}
+    assert read.train == [{"alpha": 0.2}]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[harvest]\n[train]\n[trian]\n", "trian"),
+        ("[harvest]\n", r"needs a \[harvest\] and a \[train\]"),
+        ("x = [", "not readable as TOML"),
+    ],
+)
+def test_a_file_that_is_not_an_experiment_says_why(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        experiments.Experiment.read(tmp_path / "a.toml")
+
+
+def test_only_members_that_the_file_asks_for_are_evaluated_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, list[str]]] = []
+
+    def ask(stage: str, words: list[str], log: Path) -> Any:
+        calls.append((stage, words))
+        if stage == "train":
+            return {"members": [{"folder": "/c/alpha0-seed0"}, {"folder": "/c/alpha0.25-seed0"}]}
+        return {"results": [{"path": "/r/one.json"}, {"path": "/r/two.json"}]}
+
+    monkeypatch.setattr(stages, "ask_stage", ask)
+    monkeypatch.setattr(stages, "run_stage", lambda stage, words, log: calls.append((stage, words)))
+    experiments.run(experiments.Experiment.read(write(tmp_path / "a.toml")), tmp_path / "out")
+    assert [stage for stage, _ in calls] == ["harvest", "train", "evaluate", "evaluate.report"]
+    assert calls[2][1][:2] == ["/c/alpha0-seed0", "/c/alpha0.25-seed0"]
+    assert calls[3][1][:2] == ["/r/one.json", "/r/two.json"]
+
+
+def test_several_layers_get_a_store_each_and_folders_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('[harvest]\nmodel = "m"\nlayer = [3, 5]\n[train]\nalpha = 0.2\n')
+    read = experiments.Experiment.read(tmp_path / "a.toml")
+    places = experiments.Places.of(read, tmp_path / "out")
+    words = experiments.train_words(read.train[0], places, 5)
+    assert words[-4:] == [
+        "--store",
+        str(tmp_path / "out/stores/layer_5.zarr"),
+        "--out",
+        str(tmp_path / "out/checkpoints/layer_5"),
+    ]
+
+
+def test_a_stage_that_fails_ends_the_run_with_its_command_and_log(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"python -m harvest --nope: exit code 2"):
+        stages.run_stage("harvest", ["--nope"], tmp_path / "log")
+    assert "$ python -m harvest --nope" in (tmp_path / "log").read_text()
+
+
+def snapshot(out: Path) -> dict[str, bytes]:
+    """Every file that must not depend on when or how often the run was killed, by path."""
+    skipped = ("logs", "timings.jsonl", "report_files", "report.html", "results")
+    files = [p for p in out.rglob("*") if p.is_file() and not set(p.relative_to(out).parts) & set(skipped)]
+    return {str(p.relative_to(out)): p.read_bytes() for p in files}
+
+
+@pytest.mark.slow
+def test_run_again_does_nothing_and_a_changed_line_does_only_what_it_asks(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    subprocess.run(command(write(tmp_path / "a.toml"), out), cwd=ROOT, check=True)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} | {
+        p: p.stat().st_mtime_ns for p in (out / "results").rglob("*.json")
+    }
+    assert len(before) > 4
+    subprocess.run(command(tmp_path / "a.toml", out), cwd=ROOT, check=True)
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+    subprocess.run(command(write(tmp_path / "a.toml", "[0, 0.25, 0.5]"), out), cwd=ROOT, check=True)
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+    assert len(list((out / "results").rglob("*.json"))) == 6
+    assert "0.5" in (out / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    path, whole, out = write(tmp_path / "a.toml"), tmp_path / "whole", tmp_path / "killed"
+    start = time.monotonic()
+    subprocess.run(command(path, whole), cwd=ROOT, check=True)
+    length = time.monotonic() - start
+    rng = random.Random(0)
+    for _ in range(4):
+        process = subprocess.Popen(command(path, out), cwd=ROOT, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.2, 0.9) * length)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(0.5)
+    subprocess.run(command(path, out), cwd=ROOT, check=True)
+    assert snapshot(out) == snapshot(whole)
+    shutil.rmtree(out)

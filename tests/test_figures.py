@@ -1,0 +1,202 @@
+"""Figures: what they hold, that they can stand together on a page, and that a missing score leaves out a figure only."""
+
+from __future__ import annotations
+
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from results_files import write_results
+
+from evaluate import svg
+from evaluate.drawing import band_of
+from evaluate.figures import Figure, Missing, across_n, by_level, curve_of, loss
+from evaluate.figures_across import ablation, density, front, make_figures, median, pareto
+from evaluate.report_runs import Results, Run, read_results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("results")
+    write_results(folder, alphas=(0.0, 0.2), steps=(200, 400))
+    return read_results([folder])
+
+
+@pytest.fixture(scope="module")
+def drawn(results: Results) -> dict[str, list[str]]:
+    """Every figure's panels as they stand in the page."""
+    figures = [f for f in make_figures(results) if isinstance(f, Figure)]
+    return {figure.id: [svg.inline(panel) for panel in figure.panels] for figure in figures}
+
+
+def figure(made: Figure | Missing) -> Figure:
+    assert isinstance(made, Figure), made
+    return made
+
+
+def test_every_panel_is_well_formed_xml_without_scripts_styles_or_dates(drawn: dict[str, list[str]]) -> None:
+    for panels in drawn.values():
+        for panel in panels:
+            root = ElementTree.fromstring(panel)
+            names = {element.tag.rpartition("}")[2] for element in root.iter()}
+            assert not names & {"script", "style", "metadata", "image", "foreignObject"}
+            assert not re.search(r"20\d\d-\d\d-\d\d", panel)
+
+
+def test_ids_of_all_panels_differ_and_every_reference_has_its_target(drawn: dict[str, list[str]]) -> None:
+    whole = "".join(panel for panels in drawn.values() for panel in panels)
+    ids = re.findall(r'\bid="([^"]*)"', whole)
+    assert len(ids) == len(set(ids)) > 100
+    assert set(re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', whole))
+    references = {a or b for a, b in re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', whole)}
+    assert references <= set(ids)
+
+
+def test_text_stays_text_and_colours_follow_the_page(drawn: dict[str, list[str]]) -> None:
+    panel = drawn["loss"][0]
+    assert "<text" in panel
+    assert "total loss" in panel
+    assert "var(--s1)" in panel
+    assert "currentColor" in panel
+    assert "#0102" not in "".join(p for panels in drawn.values() for p in panels)
+
+
+def test_the_same_results_draw_the_same_bytes(results: Results) -> None:
+    one, other = (figure(loss(results)).panels[0] for _ in range(2))
+    assert svg.standalone(one, 2) == svg.standalone(other, 2)
+    assert svg.inline(one) == svg.inline(other)
+
+
+def test_a_saved_panel_stands_alone_with_a_legend_and_real_colours(results: Results) -> None:
+    saved = svg.standalone(figure(loss(results)).panels[0], 2).decode()
+    ElementTree.fromstring(saved)
+    assert "α = 0.2" in saved
+    assert "var(--" not in saved
+    assert "#0102" not in saved
+
+
+def test_colours_of_ways_of_sharing_differ_in_lightness_in_order() -> None:
+    for colours in svg.palette(5):
+        parts = [[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in colours[1:]]
+        light = [0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in parts]
+        assert light == sorted(light)
+        assert min(b - a for a, b in zip(light, light[1:])) > 0.04
+
+
+def test_loss_has_a_panel_a_term_and_says_that_totals_are_not_comparable(results: Results) -> None:
+    made = figure(loss(results))
+    assert [panel.id for panel in made.panels] == [
+        "loss-0-loss", "loss-0-recon_innermost", "loss-0-recon_whole", "loss-0-l1_shared", "loss-0-l1_specialised"
+    ]  # fmt: skip
+    assert "not comparable" in made.caption
+    rows = [row for row in made.numbers if row["term"] == "recon_innermost"]
+    assert {row["row"] for row in rows} == {"α = 0.2"}
+    assert all(row["low"] < row["mean"] < row["high"] and row["seeds"] == 3 for row in rows)
+
+
+def test_the_ratio_of_nested_to_flat_loss_in_the_caption_is_that_of_the_last_means(results: Results) -> None:
+    last = {
+        row.sharing: sum(run.data["curve"]["loss"][-1] for run in row.runs) / len(row.runs) for row in results.main.rows
+    }
+    assert f"{last[(0.2,)] / last[()]:.2f} at α = 0.2" in figure(loss(results)).caption
+
+
+def test_a_curve_with_gaps_leaves_them_out(results: Results) -> None:
+    data = results.runs[0].data | {
+        "curve": {"step": [1, 2, 3], "loss": [3.0, None, 1.0], "recon": [[2.0], None, [1.0]]}
+    }
+    run = Run(Path("x.json"), data)
+    assert curve_of(run, "loss") == {1: 3.0, 3: 1.0}
+    assert curve_of(run, "recon_whole") == {1: 2.0, 3: 1.0}
+
+
+def test_bands_take_every_x_or_only_those_that_all_seeds_have() -> None:
+    points = [{1: 1.0, 2: 2.0}, {2: 4.0, 3: 9.0}]
+    assert [(x, e.mean, e.n) for x, e in band_of(points)] == [(1, 1, 1), (2, 3, 2), (3, 9, 1)]
+    assert [x for x, _ in band_of(points, common=True)] == [2]
+    assert band_of([]) == band_of([], common=True) == []
+
+
+def test_scores_across_n_are_means_over_seeds_at_each_n(results: Results) -> None:
+    made = figure(across_n(results))
+    row = next(row for row in results.main.rows if row.sharing)
+    expected = sum(run.at("scr")[20] for run in row.runs) / 3
+    found = [r for r in made.numbers if (r["row"], r["score"], r["n"]) == ("α = 0.2", "scr", 20)]
+    assert math.isclose(found[0]["mean"], expected)
+    assert "n = 20" in made.caption
+
+
+def test_levels_give_the_shared_dictionary_alone_and_the_whole(results: Results) -> None:
+    made = figure(by_level(results))
+    assert {r["latents"] for r in made.numbers if r["row"] == "α = 0.2"} == {205, 1024}
+    assert {r["latents"] for r in made.numbers if r["row"] == "α = 0"} == {1024}
+    assert "205 of 1,024 latents" in made.caption
+
+
+def test_every_checkpoint_is_a_point_that_says_which_it_is(results: Results, drawn: dict[str, list[str]]) -> None:
+    made = figure(pareto(results))
+    assert len(made.numbers) == 2 * len(results.runs) == 24
+    for panel, markup in zip(made.panels, drawn["pareto"]):
+        titles = re.findall(r"<title>([^<]*)</title>", markup)
+        assert len(titles) == len(results.runs)
+        assert all(any(run.name in title for title in titles) for run in results.runs)
+        assert len(panel.tips) == len(results.runs)
+
+
+def test_a_tooltip_from_a_hostile_name_is_text(results: Results) -> None:
+    panel = figure(pareto(results)).panels[0]
+    hostile = svg.Panel(
+        panel.id, panel.title, "", "", panel.draw, dict.fromkeys(panel.tips, "</title><script>alert(1)</script>")
+    )
+    assert "<script" not in svg.inline(hostile)
+
+
+def test_the_front_holds_what_nothing_as_sparse_beats(results: Results) -> None:
+    run = results.runs[0]
+    points = [(run, 10.0, 0.5), (run, 20.0, 0.4), (run, 20.0, 0.45), (run, 30.0, 0.6), (run, 40.0, 0.1)]
+    assert [(x, y) for _, x, y in front(False, points)] == [(10, 0.5), (20, 0.4), (40, 0.1)]
+    assert [(x, y) for _, x, y in front(True, points)] == [(10, 0.5), (30, 0.6)]
+
+
+def test_density_histograms_add_seeds_and_have_their_median(results: Results) -> None:
+    made = figure(density(results))
+    shared = [r["latents"] for r in made.numbers if (r["row"], r["block"]) == ("α = 0.2", "shared")]
+    assert sum(shared) == 3 * 205
+    assert median([0.0, 1.0, 2.0], [1.0, 3.0]) == pytest.approx(4 / 3)
+
+
+def test_ablations_are_drawn_for_numeric_settings_that_differ_and_hold_the_others(tmp_path: Path) -> None:
+    write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,))
+    for change in ({"width": 2048}, {"lr": 3e-3}, {"layer": 4}):
+        write_results(tmp_path, alphas=(0.0,), steps=(400,), **change)  # type: ignore[arg-type]
+    made = figure(ablation(read_results([tmp_path])))
+    assert {r["setting"]: None for r in made.numbers}.keys() == {"layer", "width", "lr"}
+    widths = {r["value"] for r in made.numbers if (r["setting"], r["row"]) == ("width", "α = 0")}
+    assert widths == {1024, 2048}
+    assert "no test is made" in made.caption
+
+
+@pytest.mark.parametrize(
+    ("drop", "missing"),
+    [
+        (["curve"], {"Training loss over steps"}),
+        (["series"], {"Scores across the number of latents n"}),
+        (["features"], {"How often latents fire"}),
+        (["l0"], {"Quality against sparsity, every checkpoint"}),
+        (["kl_nats", "ev"], {"Quality against sparsity, every checkpoint"}),
+        (["curve", "series", "features", "kl_nats", "ev", "l0"], {
+            "Training loss over steps", "Scores across the number of latents n", "How often latents fire",
+            "Quality against sparsity, every checkpoint", "Each level alone",
+        }),
+    ],
+)  # fmt: skip
+def test_what_is_missing_leaves_out_its_figure_with_a_reason(
+    tmp_path: Path, drop: list[str], missing: set[str]
+) -> None:
+    write_results(tmp_path, alphas=(0.0, 0.2), seeds=(0, 1), steps=(400,), drop=drop)
+    made = make_figures(read_results([tmp_path]))
+    left_out = [f for f in made if isinstance(f, Missing)]
+    assert {f.title for f in left_out} == missing | {"Ablations"}
+    assert all(f.reason for f in left_out)

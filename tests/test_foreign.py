@@ -1,0 +1,185 @@
+"""SAELens and dictionary_learning folders, written by hand as their libraries write them, read as checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lm_stores
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from evaluate.checkpoints import find_checkpoints, open_checkpoint, require_fit
+from evaluate.foreign import load_foreign
+from evaluate.results import read_result
+from evaluate.run import EvaluateConfig, run
+from pipeline.errors import CheckpointError, DamagedError
+from pipeline.store import Store
+
+D, F = 64, 96
+
+
+def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights by our names: W_enc [d, F], W_dec [F, d]."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"W_enc": (D, F), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,)}
+    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def rows(seed: int = 1) -> torch.Tensor:
+    return torch.randn(40, D, generator=torch.Generator().manual_seed(seed))
+
+
+def saelens(folder: Path, tensors: dict[str, torch.Tensor], **cfg: Any) -> Path:
+    folder.mkdir()
+    metadata = {"sae_lens_version": "6.54.12", "hook_name": "blocks.1.hook_resid_post", "model_name": "tiny"}
+    plain = {"architecture": "standard", "d_in": D, "d_sae": F, "dtype": "float32", "metadata": metadata}
+    (folder / "cfg.json").write_text(json.dumps(plain | cfg))
+    save_file(tensors, folder / "sae_weights.safetensors")
+    return folder
+
+
+def dictionary(folder: Path, kind: str, state: Any, **trainer: Any) -> Path:
+    folder.mkdir()
+    about = {"dict_class": kind, "activation_dim": D, "dict_size": F, "layer": 1, "lm_name": "tiny"}
+    (folder / "config.json").write_text(json.dumps({"trainer": about | trainer, "buffer": {"ctx_len": 16}}))
+    torch.save(state, folder / "ae.pt")
+    return folder
+
+
+def linear_style(w: dict[str, torch.Tensor], bias: str = "bias") -> dict[str, torch.Tensor]:
+    """nn.Linear names: encoder.weight [F, d], decoder.weight [d, F]."""
+    return {"encoder.weight": w["W_enc"].T.clone(), "decoder.weight": w["W_dec"].T.clone()} | {
+        "encoder.bias": w["b_enc"],
+        bias: w["b_dec"],
+    }
+
+
+def same(folder: Path, z: torch.Tensor, w: dict[str, torch.Tensor]) -> None:
+    """The folder's SAE has these latents on `rows()` and decodes them with W_dec and b_dec."""
+    sae, _ = load_foreign(folder)
+    torch.testing.assert_close(sae.encode(rows()), z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sae.decode(z), z @ w["W_dec"] + w["b_dec"], rtol=1e-4, atol=1e-5)
+
+
+def centred(w: dict[str, torch.Tensor]) -> torch.Tensor:
+    return (rows() - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+
+
+def top(a: torch.Tensor, k: int) -> torch.Tensor:
+    a = a.relu()
+    return torch.where(a >= a.topk(k, dim=1).values[:, -1:], a, 0.0)
+
+
+def test_a_saelens_standard_sae(tmp_path: Path) -> None:
+    w = weights()
+    same(saelens(tmp_path / "s", w), centred(w).relu(), w)
+
+
+def test_a_saelens_sae_that_does_not_subtract_b_dec(tmp_path: Path) -> None:
+    w = weights()
+    same(saelens(tmp_path / "s", w, apply_b_dec_to_input=False), (rows() @ w["W_enc"] + w["b_enc"]).relu(), w)
+
+
+def test_a_saelens_topk_sae(tmp_path: Path) -> None:
+    w = weights()
+    same(saelens(tmp_path / "s", w, architecture="topk", k=7), top(centred(w), 7), w)
+
+
+def test_a_saelens_jumprelu_sae(tmp_path: Path) -> None:
+    w, threshold = weights(), torch.linspace(0, 1, F)
+    a = centred(w)
+    same(saelens(tmp_path / "s", w | {"threshold": threshold}, architecture="jumprelu"), a.relu() * (a > threshold), w)
+
+
+def test_a_dictionary_learning_autoencoder(tmp_path: Path) -> None:
+    w = weights()
+    same(dictionary(tmp_path / "d", "AutoEncoder", linear_style(w)), centred(w).relu(), w)
+
+
+def test_a_dictionary_learning_topk_sae(tmp_path: Path) -> None:
+    w = weights()
+    state = linear_style(w, "b_dec") | {"k": torch.tensor(5), "threshold": torch.tensor(-1.0)}
+    same(dictionary(tmp_path / "d", "AutoEncoderTopK", state), top(centred(w), 5), w)
+
+
+def test_a_dictionary_learning_matryoshka_sae_keeps_its_groups_as_levels(tmp_path: Path) -> None:
+    w = weights()
+    state = w | {"threshold": torch.tensor(0.3), "k": torch.tensor(20), "group_sizes": torch.tensor([16, 32, 48])}
+    folder = dictionary(tmp_path / "d", "MatryoshkaBatchTopKSAE", state)
+    a = centred(w).relu()
+    same(folder, a * (a > 0.3), w)
+    assert load_foreign(folder)[0].config.levels == (16, 48, 96)
+
+
+def test_a_dictionary_learning_jumprelu_sae_does_not_subtract_b_dec(tmp_path: Path) -> None:
+    w, threshold = weights(), torch.full((F,), 0.25)
+    a = rows() @ w["W_enc"] + w["b_enc"]
+    same(dictionary(tmp_path / "d", "JumpReluAutoEncoder", w | {"threshold": threshold}), a.relu() * (a > threshold), w)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"architecture": "gated"}, "architecture 'gated' cannot be read"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm' cannot be read"),
+        ({"metadata": {"hook_name": "blocks.1.hook_mlp_out"}}, "made for 'blocks.1.hook_mlp_out'"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_foreign(saelens(tmp_path / "s", weights(), **cfg))
+
+
+def test_a_batchtopk_sae_without_a_threshold_is_refused(tmp_path: Path) -> None:
+    state = linear_style(weights(), "b_dec") | {"k": torch.tensor(5), "threshold": torch.tensor(-1.0)}
+    with pytest.raises(CheckpointError, match="its threshold was never set"):
+        load_foreign(dictionary(tmp_path / "d", "BatchTopKSAE", state))
+
+
+def test_tensors_that_do_not_agree_with_the_config_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="config and tensors do not agree"):
+        load_foreign(saelens(tmp_path / "s", weights() | {"b_enc": torch.zeros(3)}))
+
+
+class Evil:
+    """Unpickling this would run code."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return (print, ("code from a pickle ran",))
+
+
+def test_no_code_of_a_pickle_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = dictionary(tmp_path / "d", "AutoEncoder", {"encoder.weight": Evil()})
+    with pytest.raises(DamagedError, match=r"ae\.pt: cannot be read"):
+        load_foreign(folder)
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_an_sae_made_elsewhere_is_evaluated_beside_ours(tmp_path: Path) -> None:
+    store = lm_stores.make_lm_store(tmp_path, eval_sequences=4)
+    lm_stores.save_member(tmp_path / "all", store, lm_stores.make_sae(store))
+    saelens(tmp_path / "all" / "theirs", weights())
+    outcome = run(EvaluateConfig(store.path, tmp_path / "out", scores=("ev", "l0")), [tmp_path / "all"])
+    assert not outcome.failed
+    ours, theirs = (read_result(Path(entry["path"])) for entry in outcome.results)
+    assert theirs["checkpoint"]["provenance"]["source"] == "SAELens"
+    assert theirs["curve"] == {}
+    assert theirs["levels"][0]["scores"].keys() == ours["levels"][1]["scores"].keys() - {"dead_in_training"}
+
+
+def test_an_sae_of_another_layer_is_refused(tmp_path: Path, tiny_store: Path) -> None:
+    folder = saelens(tmp_path / "s", weights(), metadata={"hook_name": "blocks.4.hook_resid_pre"})
+    require_fit(open_checkpoint(folder), Store.open(tiny_store), allow_other_store=False)  # resid_pre 4 is resid_post 3
+    folder = saelens(tmp_path / "t", weights(), metadata={"hook_name": "blocks.4.hook_resid_post"})
+    with pytest.raises(CheckpointError, match=r"trained on layer 4, store .* has 3"):
+        require_fit(open_checkpoint(folder), Store.open(tiny_store), allow_other_store=False)
+
+
+def test_a_folder_of_folders_is_searched(tmp_path: Path) -> None:
+    saelens(tmp_path / "a", weights())
+    dictionary(tmp_path / "b", "AutoEncoder", linear_style(weights()))
+    (tmp_path / "notes").mkdir()
+    assert find_checkpoints([tmp_path], all_steps=False) == ([tmp_path / "a", tmp_path / "b"], [])

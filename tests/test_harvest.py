@@ -1,0 +1,497 @@
+"""The harvest stage: exact rows, whole stores, refusals that say why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from click.testing import CliRunner
+from harvests import BATCH, CONTEXT, harvest_config, plain_rows, store_bytes
+from safetensors.torch import load_file, save_file
+
+import harvest.forward
+import harvest.run
+from harvest.__main__ import command
+from harvest.config import HarvestConfig
+from harvest.run import run
+from pipeline.errors import CorpusError, DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
+from pipeline.lm import SplitLM, load_tokenizer
+from pipeline.store import Store
+from pipeline.store_writer import ShardWriter
+
+Folder = Callable[[str], Path]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 120 short documents."""
+    return tiny_models.make_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+@pytest.fixture
+def config(lm_folder: Folder, corpus_file: Path, tmp_path: Path) -> HarvestConfig:
+    """A harvest of layer 1 of a tiny Gemma-2 in bf16."""
+    return harvest_config(lm_folder("gemma2"), corpus_file, tmp_path / "acts.zarr")
+
+
+@pytest.fixture(scope="session")
+def finished(lm_folder: Folder, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> HarvestConfig:
+    """The same harvest, done. Copy its store to damage it."""
+    config = harvest_config(lm_folder("gemma2"), corpus_file, tmp_path_factory.mktemp("finished") / "acts.zarr")
+    run(config, quiet=True)
+    return config
+
+
+@pytest.fixture
+def copy(finished: HarvestConfig, tmp_path: Path) -> HarvestConfig:
+    """The config of a copy of the finished harvest."""
+    return finished.replace(store=str(shutil.copytree(finished.store, tmp_path / "copy.zarr")))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_what_is_stored_is_a_plain_forward_bit_for_bit(
+    lm_folder: Folder, corpus_file: Path, tmp_path: Path, kind: str, dtype: Any
+) -> None:
+    config = harvest_config(lm_folder(kind), corpus_file, tmp_path / "acts.zarr", dtype=dtype)
+    run(config, quiet=True)
+    store = Store.open(config.store)
+    for split in (store.train, store.eval):
+        plain = plain_rows(lm_folder(kind), store, split.name, layer=1)
+        assert torch.equal(split.read(0, split.n_rows), plain)
+
+
+def test_a_wide_layer_is_stored_bit_for_bit_at_the_recorded_batch_size(corpus_file: Path, tmp_path: Path) -> None:
+    wide = {"hidden_size": 2304, "intermediate_size": 512, "num_hidden_layers": 1, "head_dim": 64}
+    folder = tiny_models.make_model(tmp_path / "wide", "gemma2", dtype=torch.bfloat16, **wide)
+    config = harvest_config(folder, corpus_file, tmp_path / "acts.zarr", layers=(0,), tokens=400, eval_tokens=64)
+    run(config, quiet=True)
+    store = Store.open(config.store)
+    assert torch.equal(store.train.read(0, 400), plain_rows(folder, store, "train", layer=0))
+
+
+def test_the_store_says_how_it_was_made(finished: HarvestConfig) -> None:
+    store = Store.open(finished.store)
+    held = store.config
+    assert (store.train.n_sequences, store.eval.n_sequences, store.context) == (100, 20, CONTEXT)
+    assert (held["layer"], held["n_layers"], held["d_model"], held["vocab"]) == (1, 4, 64, tiny_models.VOCAB)
+    assert (held["bos"], held["separator"], held["special_ids"]) == (2, 2, [0, 1, 2, 3])
+    assert (held["dtype"], held["attention"], held["batch_size"], held["device_type"]) == (
+        "bf16",
+        "eager",
+        BATCH,
+        "cpu",
+    )
+    assert held["corpus"]["order"] == "documents permuted by seed 0"
+    assert all(len(held[name]) == 64 for name in ("weights_sha256", "tokenizer_sha256"))
+    assert {"torch", "transformers", "zarr"} <= store.attributes["versions"].keys()
+
+
+def test_every_sequence_starts_with_bos_and_special_tokens_are_marked(finished: HarvestConfig) -> None:
+    store = Store.open(finished.store)
+    for split in (store.train, store.eval):
+        assert (split.tokens[:, 0] == 2).all()
+        assert (split.special == (split.tokens == 2)).all()
+        assert not split.kept()[::CONTEXT].any()
+
+
+def test_no_document_is_in_both_splits(finished: HarvestConfig) -> None:
+    store, tokenizer = Store.open(finished.store), load_tokenizer(finished.model)
+    names = {}
+    for split in (store.train, store.eval):
+        text = " ".join(tokenizer.decode(row[row != 2]) for row in split.tokens)
+        names[split.name] = {n for n in range(120) if f"0-{n}:" in text}
+    assert len(names["train"]) > 5
+    assert len(names["eval"]) > 1
+    assert not names["train"] & names["eval"]
+
+
+def test_an_evaluation_corpus_of_its_own_is_all_that_evaluation_sees(config: HarvestConfig, tmp_path: Path) -> None:
+    other = tiny_models.make_corpus(tmp_path / "other.jsonl", seed=7)
+    config = config.replace(eval_corpus=str(other))
+    run(config, quiet=True)
+    store, tokenizer = Store.open(config.store), load_tokenizer(config.model)
+    texts = {s.name: " ".join(tokenizer.decode(row) for row in s.tokens) for s in (store.train, store.eval)}
+    assert ("0-" in texts["train"], "7-" in texts["train"]) == (True, False)
+    assert ("0-" in texts["eval"], "7-" in texts["eval"]) == (False, True)
+    assert store.config["eval_corpus"]["id"] == str(other)
+
+
+def test_sequences_are_shuffled_by_the_seed(config: HarvestConfig, finished: HarvestConfig) -> None:
+    other = config.replace(seed=1)
+    run(other, quiet=True)
+    one, two = Store.open(finished.store).train.tokens, Store.open(other.store).train.tokens
+    assert not np.array_equal(one, two)
+
+
+def test_several_layers_in_one_pass_are_the_stores_of_each_alone(
+    config: HarvestConfig, finished: HarvestConfig, tmp_path: Path
+) -> None:
+    several = config.replace(store=str(tmp_path / "stores"), layers=(2, 1))
+    assert run(several, quiet=True) == [str(tmp_path / "stores" / f"layer_{layer}.zarr") for layer in (2, 1)]
+    assert store_bytes(tmp_path / "stores" / "layer_1.zarr") == store_bytes(Path(finished.store))
+    alone = config.replace(layers=(2,))
+    run(alone, quiet=True)
+    assert store_bytes(tmp_path / "stores" / "layer_2.zarr") == store_bytes(Path(alone.store))
+
+
+def test_a_layer_added_later_leaves_the_one_there_alone(
+    config: HarvestConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = config.replace(store=str(tmp_path / "stores"), layers=(1, 2))
+    run(both, quiet=True)
+    before = store_bytes(tmp_path / "stores" / "layer_1.zarr")
+    shutil.rmtree(tmp_path / "stores" / "layer_2.zarr")
+    loaded = record_loads(monkeypatch)
+    run(both, quiet=True)
+    assert store_bytes(tmp_path / "stores" / "layer_1.zarr") == before
+    assert loaded == [[2]]
+
+
+def record_loads(patch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The layers of every model that is loaded from now on."""
+    loaded: list[list[int]] = []
+    original = SplitLM.load
+
+    def load(*args: Any, **options: Any) -> SplitLM:
+        loaded.append(list(options["layers"]))
+        return original(*args, **options)
+
+    patch.setattr(SplitLM, "load", load)
+    return loaded
+
+
+def test_one_layer_and_several_do_not_share_a_path(copy: HarvestConfig) -> None:
+    with pytest.raises(UsageError, match="holds the store of one layer"):
+        run(copy.replace(layers=(1, 2)), quiet=True)
+
+
+def test_the_same_command_again_changes_nothing_and_loads_no_model(
+    copy: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, loaded = store_bytes(Path(copy.store)), record_loads(monkeypatch)
+    run(copy, quiet=True)
+    assert store_bytes(Path(copy.store)) == before
+    assert loaded == []
+
+
+def test_more_tokens_extend_the_store_and_leave_its_whole_shards_as_they_are(copy: HarvestConfig) -> None:
+    before, store = store_bytes(Path(copy.store)), Store.open(copy.store)
+    tokens = store.train.tokens.copy()
+    run(copy.replace(tokens=2400), quiet=True)
+    after, extended = store_bytes(Path(copy.store)), Store.open(copy.store)
+    assert extended.attributes["segments"] == [100, 150]
+    assert (extended.train.tokens[:100] == tokens).all()
+    whole = [f"train/{name}/c/{k}" for name in ("resid", "norm", "moments", "commit") for k in range(6)]
+    assert all(
+        before[key] == after[key] for name in whole for key in before if key == name or key.startswith(name + "/")
+    )
+    assert {key for key in before if key.startswith("eval/resid")} <= {k for k in before if before[k] == after.get(k)}
+    plain = plain_rows(Path(copy.model), extended, "train", layer=1)
+    assert torch.equal(extended.train.read(0, 2400), plain)
+
+
+def test_fewer_tokens_than_there_are_is_refused(copy: HarvestConfig) -> None:
+    with pytest.raises(MismatchError, match="holds 100 training sequences, asked fewer"):
+        run(copy.replace(tokens=800), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"layers": (2,)}, "layer: there 1, asked 2"),
+        ({"dtype": "float32"}, "dtype: there 'bf16', asked 'float32'"),
+        ({"seed": 1}, "seed: there 0, asked 1"),
+        ({"batch_size": 4}, "batch_size: there 6, asked 4"),
+        ({"bos": "3"}, "bos: there 2, asked 3"),
+        ({"attention": "sdpa"}, "attention: there 'eager', asked 'sdpa'"),
+        ({"shard_rows": 512}, "shard_rows: there 256, asked 512"),
+        ({"codec": "zstd"}, "codec: there 'none', asked 'zstd'"),
+        ({"context": 32, "chunk_rows": 64}, "context: there 16, asked 32"),
+        ({"eval_tokens": 640}, "holds 20 evaluation sequences, asked 40"),
+    ],
+)
+def test_another_config_on_the_same_path_is_refused_naming_the_fields(
+    copy: HarvestConfig, changes: dict[str, Any], field: str
+) -> None:
+    before = store_bytes(Path(copy.store))
+    with pytest.raises(MismatchError, match=field):
+        run(copy.replace(**changes), quiet=True)
+    assert store_bytes(Path(copy.store)) == before
+
+
+def test_what_was_left_to_the_machine_is_taken_from_the_record(copy: HarvestConfig) -> None:
+    before = store_bytes(Path(copy.store))
+    again = copy.replace(
+        batch_size=None, shard_rows=None, chunk_rows=None, eval_tokens=None, dtype="auto", device="auto"
+    )
+    run(again, quiet=True)
+    assert store_bytes(Path(copy.store)) == before
+
+
+def test_a_model_and_a_corpus_that_moved_go_on_and_changed_ones_do_not(copy: HarvestConfig, tmp_path: Path) -> None:
+    moved = copy.replace(
+        model=str(shutil.copytree(copy.model, tmp_path / "moved")),
+        corpus=str(shutil.copy(copy.corpus, tmp_path / "corpus.jsonl")),
+    )
+    run(moved, quiet=True)
+    with open(moved.corpus, "a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(MismatchError, match="corpus"):
+        run(moved, quiet=True)
+    weights = load_file(Path(moved.model) / "model.safetensors")
+    save_file(
+        {name: tensor + 1 for name, tensor in weights.items()},
+        Path(moved.model) / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(MismatchError, match="weights_sha256"):
+        run(moved.replace(corpus=copy.corpus), quiet=True)
+
+
+def damage(kind: str, store: Path) -> None:
+    """One way in which a store can be hurt."""
+    shard, commit, root = store / "train/resid/c/2/0", store / "train/commit/c/3/0", store / "zarr.json"
+    files = {
+        "body": shard,
+        "commit": commit,
+        "metadata": store / "train/resid/zarr.json",
+        "tokens": store / "train/tokens/c/1/0",
+    }
+    files |= {
+        "norm": store / "train/norm/c/4",
+        "root": root,
+        "mean": store / "mean/c/0",
+        "eval": store / "eval/resid/c/0/0",
+    }
+    if kind == "deleted":
+        shard.unlink()
+    elif kind == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-7])
+    else:
+        data = bytearray(files[kind].read_bytes())
+        data[len(data) // 2] ^= 4
+        files[kind].write_bytes(data)
+
+
+DAMAGES = ("body", "commit", "metadata", "tokens", "norm", "root", "mean", "eval", "deleted", "truncated")
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_repair_makes_exactly_the_damaged_shards_again(
+    copy: HarvestConfig, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    before = store_bytes(Path(copy.store))
+    damage(kind, Path(copy.store))
+    assert Store.open(copy.store).verify() if kind == "body" else store_bytes(Path(copy.store)) != before
+    made: list[tuple[str, int]] = []
+    original = harvest.forward.batches
+    monkeypatch.setattr(
+        harvest.forward, "batches", lambda w, shard, n: made.append((shard.split, shard.k)) or original(w, shard, n)
+    )
+    run(copy, quiet=True, repair=True)
+    assert store_bytes(Path(copy.store)) == before
+    redone = {"body": [("train", 2)], "deleted": [("train", 2)], "truncated": [("train", 2)], "commit": [("train", 3)]}
+    assert made == (redone | {"norm": [("train", 4)], "eval": [("eval", 0)]}).get(kind, [])
+
+
+def test_a_repair_of_shards_needs_no_corpus(copy: HarvestConfig) -> None:
+    before = store_bytes(Path(copy.store))
+    damage("body", Path(copy.store))
+    run(copy.replace(corpus="/gone/corpus.jsonl"), quiet=True, repair=True)
+    assert store_bytes(Path(copy.store)) == before
+
+
+@pytest.mark.parametrize("kind", ["deleted", "truncated", "metadata", "root"])
+def test_damage_is_refused_without_repair(copy: HarvestConfig, kind: str) -> None:
+    damage(kind, Path(copy.store))
+    with pytest.raises((DamagedError, StoreError), match="--repair"):
+        run(copy, quiet=True)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_work(
+    config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.files.free_bytes", lambda path: 100_000)
+    with pytest.raises(DiskError, match=r"the store needs 2\d\d\.\d kB, 100\.0 kB are free"):
+        run(config, quiet=True)
+    assert not Path(config.store).exists()
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_the_estimate_of_the_size_is_right(config: HarvestConfig, codec: Any) -> None:
+    config = config.replace(codec=codec)
+    run(config, quiet=True)
+    estimate = harvest.run.make_plan(config).estimate
+    actual = sum(p.stat().st_size for p in Path(config.store).rglob("*") if p.is_file())
+    assert actual <= estimate
+    if codec == "none":
+        assert estimate - actual < 8192  # the slack for the root's zarr.json
+
+
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
+    config: HarvestConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(config, dry_run=True)
+    said = capsys.readouterr().err
+    assert "1,600 for training, 320 for evaluation" in said
+    assert "1,920 rows × 1 stores" in said
+    assert not Path(config.store).exists()
+
+
+def test_an_error_of_the_writing_thread_ends_the_harvest_and_leaves_nothing_half(
+    config: HarvestConfig, finished: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = ShardWriter.write, []
+
+    def full(writer: ShardWriter, rows: torch.Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 8:
+            raise OSError(28, "No space left on device")
+        original(writer, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", full)
+        with pytest.raises(DiskError, match="the disk is full"):
+            run(config, quiet=True)
+    assert not list(Path(config.store).rglob("*.partial"))
+    run(config, quiet=True)
+    assert store_bytes(Path(config.store)) == store_bytes(Path(finished.store))
+
+
+def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(
+    config: HarvestConfig, finished: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = SplitLM.prefix, []
+
+    def interrupted(lm: SplitLM, tokens: torch.Tensor) -> dict[int, torch.Tensor]:
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return original(lm, tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitLM, "prefix", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, quiet=True)
+    assert not list(Path(config.store).rglob("*.partial"))
+    with pytest.raises(StoreError, match="unfinished"):
+        Store.open(config.store)
+    run(config, quiet=True)
+    assert store_bytes(Path(config.store)) == store_bytes(Path(finished.store))
+
+
+def test_a_residual_that_is_not_finite_is_refused(config: HarvestConfig, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(config.model, tmp_path / "broken"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="not finite"):
+        run(config.replace(model=str(folder)), quiet=True)
+
+
+def test_without_a_bos_documents_are_separated_by_eos(corpus_file: Path, tmp_path: Path) -> None:
+    folder = tiny_models.make_model(tmp_path / "lm", "llama", adds_bos=False)
+    config = harvest_config(folder, corpus_file, tmp_path / "acts.zarr")
+    run(config, quiet=True)
+    store = Store.open(config.store)
+    assert (store.config["bos"], store.config["separator"]) == (None, 1)
+    assert not (store.train.tokens == 2).any()
+    assert (store.train.tokens == 1).any()
+    assert (store.train.special == ((store.train.tokens == 1) | (np.arange(CONTEXT) == 0))).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"layers": (4,)}, ModelError, "out of range; it has layers 0 to 3"),
+        ({"context": 65, "chunk_rows": 65, "shard_rows": 65}, ModelError, "longer than the model's 64"),
+        ({"corpus": "/no/corpus.jsonl"}, CorpusError, "no such file or folder"),
+        ({"tokens": 10_000_000}, CorpusError, r"the training corpus is shorter than asked: [\d,]+ tokens"),
+        ({"chunk_rows": 100}, UsageError, "must be a multiple"),
+        ({"device": "cuda:99" if not torch.cuda.is_available() else "tpu"}, UsageError, "--device"),
+        ({"bos": "first"}, ModelError, "--bos first"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_no_store(
+    config: HarvestConfig, changes: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        run(config.replace(**changes), quiet=True)
+    assert not Path(config.store).exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"layers": ()}, {"layers": (1, 1)}, {"context": 1}, {"tokens": 5}, {"eval_tokens": 0}, {"batch_size": 0}],
+)
+def test_a_config_that_makes_no_sense_is_refused_when_it_is_made(
+    config: HarvestConfig, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError):
+        config.replace(**changes)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(config: HarvestConfig) -> None:
+    Path(config.store).mkdir()
+    (Path(config.store) / "thesis.tex").write_text("years of work")
+    with pytest.raises(DiskError, match="holds something else"):
+        run(config, quiet=True)
+    assert [p.name for p in Path(config.store).iterdir()] == ["thesis.tex"]
+
+
+def test_the_command_has_an_option_for_every_field() -> None:
+    names = {option.name for option in command.params} - {"dry_run", "repair"}
+    assert names == {field.name for field in dataclasses.fields(HarvestConfig)}
+    assert {o.name: o.default for o in command.params if o.name in ("tokens", "context", "model", "dtype", "seed")} == {
+        "tokens": 10_000_000, "context": 128, "model": "google/gemma-2-2b", "dtype": "bf16", "seed": 0,
+    }  # fmt: skip
+
+
+def test_the_command_reads_counts_with_suffixes_and_makes_the_store(config: HarvestConfig) -> None:
+    arguments = f"--model {config.model} --layer 1 --corpus {config.corpus} --store {config.store} --tokens 1.6k"
+    arguments += " --eval-tokens 320 --context 16 --batch-size 6 --chunk-rows 64 --shard-rows 256 --device cpu"
+    result = CliRunner().invoke(command, arguments.split(), catch_exceptions=False)
+    assert result.exit_code == 0
+    assert Store.open(config.store).train.n_rows == 1600
+
+
+def test_the_help_shows_an_example_and_the_defaults() -> None:
+    text = CliRunner().invoke(command, ["--help"]).output
+    assert "python -m harvest --model data/tiny-gemma2" in text
+    assert "10000000" in text
+    assert "kB a token" in text
+
+
+def test_a_zarr_reader_sees_what_the_model_computed(finished: HarvestConfig) -> None:
+    import zarr
+
+    group = zarr.open_group(finished.store, mode="r")
+    assert json.loads(json.dumps(dict(group.attrs)))["state"] == "complete"
+    bits = np.asarray(group["train/resid"][:])
+    rows = Store.open(finished.store).train.read(0, 1600)
+    assert (bits == rows.view(torch.uint16).numpy()).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_on_a_gpu_the_store_is_a_plain_forward_bit_for_bit_too(config: HarvestConfig) -> None:
+    config = config.replace(device="cuda")
+    run(config, quiet=True)
+    store = Store.open(config.store)
+    model = SplitLM.load(config.model, device="cuda", part="whole", layers=[1])
+    seen = []
+    for start in range(0, 100, 16):
+        for batch in torch.from_numpy(store.train.tokens[start : start + 16].astype("int64")).split(BATCH):
+            with torch.no_grad():
+                seen.append(model.model(batch.cuda(), output_hidden_states=True).hidden_states[2].flatten(0, 1).cpu())
+    assert torch.equal(store.train.read(0, 1600), torch.cat(seen))

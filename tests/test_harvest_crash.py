@@ -1,0 +1,211 @@
+"""Killed at any moment, alone or with another worker, the same command makes the same bytes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.process
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from harvests import harvest_config, harvest_process, store_bytes
+
+from harvest.config import HarvestConfig
+from harvest.run import run
+from pipeline.errors import DamagedError, StoreError
+from pipeline.store import Store
+
+Start = Callable[..., list[multiprocessing.process.BaseProcess]]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Start]:
+    """Starts harvests in processes forked from one that has imported everything already, so that a kill is cheap."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["harvests", "harvest.run"])
+    running: list[Any] = []
+
+    def start(config: HarvestConfig, n_workers: int = 1) -> list[multiprocessing.process.BaseProcess]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        shared = {"WORLD_SIZE": str(n_workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        workers: list[Any] = [
+            context.Process(
+                target=harvest_process, args=(config, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            )
+            for rank in range(n_workers)
+        ]
+        for worker in workers:
+            worker.start()
+        running.extend(workers)
+        return workers
+
+    yield start
+    for worker in running:
+        worker.kill()
+        worker.join()
+
+
+def finish(workers: list[multiprocessing.process.BaseProcess]) -> list[int | None]:
+    """Exit codes of processes that are left alone."""
+    for worker in workers:
+        worker.join(120)
+    return [worker.exitcode for worker in workers]
+
+
+@pytest.fixture(scope="module")
+def configs(
+    lm_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], HarvestConfig]:
+    """The config of a harvest under a name; `expected` is done already, never interrupted, in this process."""
+    folder = tmp_path_factory.mktemp("crash")
+    corpus = tiny_models.make_corpus(folder / "corpus.jsonl")
+
+    def config(name: str) -> HarvestConfig:
+        return harvest_config(lm_folder("gemma2"), corpus, folder / f"{name}.zarr", batch_size=2, layers=(2,))
+
+    run(config("expected"), quiet=True)
+    return config
+
+
+def kill_rounds(start: Start, config: HarvestConfig, n_rounds: int, n_workers: int, seed: int) -> set[str]:
+    """Start, wait until a random number of new files is there and a moment more, kill -9 all workers, again.
+
+    Returns the states in which the store was left. After each kill, what says that it is committed must be right.
+    """
+    draw, states = random.Random(seed), set()
+    for _ in range(n_rounds):
+        wanted, deadline = n_files(config) + draw.randrange(30), time.monotonic() + 60
+        workers = start(config, n_workers)
+        while n_files(config) < wanted and all(worker.exitcode is None for worker in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.02))
+        for worker in workers:
+            worker.kill()
+        finish(workers)
+        states.add(state(Path(config.store)))
+    return states
+
+
+def n_files(config: HarvestConfig) -> int:
+    """Files of a store, half-written ones included."""
+    return sum(len(files) for _, _, files in os.walk(config.store))
+
+
+def state(path: Path) -> str:
+    """How far a killed harvest came. Raises DamagedError when a committed shard is not right."""
+    try:
+        store = Store.open(path, complete=False)
+    except StoreError:
+        return "none"
+    except DamagedError:
+        assert Store.load(path).attributes["state"] == "preparing"
+        return "preparing"
+    committed = 0
+    for split in store.splits:
+        for k in range(split.n_shards):
+            if split.commit(k) is not None:
+                split.check_shard(k)
+                committed += 1
+    return "complete" if store.complete else f"{committed} shards"
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_killed_and_started_again_the_bytes_are_those_of_a_harvest_never_stopped(
+    start: Start, configs: Callable[[str], HarvestConfig], n_workers: int
+) -> None:
+    config = configs(f"few-{n_workers}")
+    kill_rounds(start, config, 3, n_workers, seed=n_workers)
+    assert finish(start(config, n_workers)) == [0] * n_workers
+    assert store_bytes(Path(config.store)) == store_bytes(Path(configs("expected").store))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_many_kills_at_random_moments_leave_the_same_bytes(
+    start: Start, configs: Callable[[str], HarvestConfig], n_workers: int, seed: int
+) -> None:
+    config = configs(f"many-{n_workers}-{seed}")
+    states = kill_rounds(start, config, 8, n_workers, seed=100 * n_workers + seed)
+    print(n_workers, seed, sorted(states))
+    assert finish(start(config, n_workers)) == [0] * n_workers
+    assert store_bytes(Path(config.store)) == store_bytes(Path(configs("expected").store))
+
+
+@pytest.mark.slow
+def test_an_extension_that_is_killed_makes_the_same_bytes_as_one_that_is_not(
+    start: Start, configs: Callable[[str], HarvestConfig]
+) -> None:
+    for name in ("extended", "extended-killed"):
+        run(configs(name), quiet=True)
+    whole, killed = configs("extended").replace(tokens=2400), configs("extended-killed").replace(tokens=2400)
+    run(whole, quiet=True)
+    kill_rounds(start, killed, 8, 1, seed=7)
+    assert finish(start(killed)) == [0]
+    assert store_bytes(Path(killed.store)) == store_bytes(Path(whole.store))
+
+
+def test_committed_shards_are_not_made_again(start: Start, configs: Callable[[str], HarvestConfig]) -> None:
+    config = configs("kept")
+    (worker,) = start(config)
+    shard = Path(config.store) / "train/commit/c/1/0"
+    deadline = time.monotonic() + 60
+    while not shard.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    worker.kill()
+    finish([worker])
+    body = Path(config.store) / "train/resid/c/1/0"
+    before = body.stat().st_mtime_ns, body.stat().st_ino
+    assert finish(start(config)) == [0]
+    assert (body.stat().st_mtime_ns, body.stat().st_ino) == before
+    assert not list(Path(config.store).rglob("*.partial"))
+
+
+def test_two_workers_make_the_bytes_of_one(start: Start, configs: Callable[[str], HarvestConfig]) -> None:
+    config = configs("two")
+    assert finish(start(config, 2)) == [0, 0]
+    assert store_bytes(Path(config.store)) == store_bytes(Path(configs("expected").store))
+
+
+@pytest.mark.slow
+def test_torchrun_with_two_processes_makes_the_bytes_of_one(configs: Callable[[str], HarvestConfig]) -> None:
+    config = configs("torchrun")
+    arguments = f"--model {config.model} --layer 2 --corpus {config.corpus} --store {config.store} --tokens 1600"
+    arguments += " --eval-tokens 320 --context 16 --batch-size 2 --chunk-rows 64 --shard-rows 256 --device cpu"
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "harvest", *arguments.split()],
+        check=True, cwd=ROOT, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert store_bytes(Path(config.store)) == store_bytes(Path(configs("expected").store))
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on_and_exits_130(configs: Callable[[str], HarvestConfig]) -> None:
+    config = configs("ctrl-c")
+    arguments = f"--model {config.model} --layer 2 --corpus {config.corpus} --store {config.store} --tokens 1600"
+    arguments += " --eval-tokens 320 --context 16 --batch-size 1 --chunk-rows 64 --shard-rows 256 --device cpu"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harvest", *arguments.split()], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while not (Path(config.store) / "train/commit/c/0/0").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(2)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in said
+    assert "Traceback" not in said

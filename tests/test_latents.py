@@ -1,0 +1,269 @@
+"""Latent pages: peaks, windows, counts, relatives and logit lens against slow references; hostile text in the files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from evaluate import latents as latents_module
+from evaluate.hierarchy import Firing, both_ways, relate
+from evaluate.latent_files import TokenText, begin, latents_folder, read_summary, script_json, visible, write_index
+from evaluate.latents import N_CONTEXTS, RADIUS, TopContexts, choose_chunks, write_latents
+from pipeline.errors import DamagedError
+from pipeline.runtime import torch_rng
+from pipeline.sae import NestedSAE, SAEConfig
+from pipeline.store import Store
+
+WIDTH, N_SHARED = 300, 60
+
+
+class Words:
+    """A stand-in tokenizer: token 7 is the word ' t7', and a decoder that drops the space before the first word."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [1]
+
+    def decode(
+        self, token_ids: list[int], *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        return "".join(f" t{i}" for i in token_ids)[1:]
+
+
+def make_sae(store: Store, levels: tuple[int, ...] = (N_SHARED, WIDTH)) -> NestedSAE:
+    """Random unit directions and a bias that leaves each latent firing on a part of the rows."""
+    sae = NestedSAE(SAEConfig(store.d_model, WIDTH, levels))
+    weights = torch.nn.functional.normalize(torch.randn(WIDTH, store.d_model, generator=torch_rng("latents")), dim=1)
+    sae.W_dec.data, sae.W_enc.data = weights, weights.T.contiguous()
+    sae.b_enc.data.fill_(-0.2)
+    sae.center.copy_(store.mean)
+    sae.scale.fill_(store.scale)
+    return sae.requires_grad_(False)
+
+
+def read_script(path: Path) -> Any:
+    """The data that a data file passes on."""
+    text = path.read_text(encoding="ascii")
+    return json.loads(text[text.index("{") : text.rindex("}") + 1])
+
+
+def read_latents(folder: Path) -> list[dict[str, Any]]:
+    """All latents of all pages, with tokens as text."""
+    found = []
+    for path in sorted(folder.glob("page_*.js")):
+        data = read_script(path)
+        found += [one | {"strings": data["strings"]} for one in data["latents"]]
+    return found
+
+
+@pytest.fixture(scope="module")
+def store(tiny_store: Path) -> Store:
+    return Store.open(tiny_store)
+
+
+@pytest.fixture(scope="module")
+def unembedding(store: Store) -> Tensor:
+    return torch.randn(97, store.d_model, generator=torch_rng("unembedding"))
+
+
+@pytest.fixture(scope="module")
+def written(store: Store, unembedding: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("latents")
+    write_latents(make_sae(store), store, Words(), folder, unembedding=unembedding, quiet=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def activations(store: Store) -> np.ndarray:
+    """Latents of the whole evaluation split in one go, 0 where a row does not count [seq, pos, latent]."""
+    z = make_sae(store).encode(store.eval.read(0, store.eval.n_rows)).numpy()
+    return (z * store.eval.kept()[:, None]).reshape(-1, store.context, WIDTH)
+
+
+def test_each_context_is_a_sequences_peak_and_the_list_is_of_the_largest(
+    written: Path, activations: np.ndarray
+) -> None:
+    for latent in read_latents(written):
+        z = activations[..., latent["id"]]
+        peaks = np.sort(z.max(1))[::-1][:N_CONTEXTS]
+        found = [context[4][context[2]] for context in latent["contexts"]]
+        assert found == pytest.approx(peaks[peaks > 0], rel=6e-3)
+        assert len({context[0] for context in latent["contexts"]}) == len(found)
+
+
+def test_a_context_holds_the_tokens_and_activations_around_its_peak(
+    written: Path, activations: np.ndarray, store: Store
+) -> None:
+    for latent in read_latents(written)[::7]:
+        for seq, pos, peak, tokens, acts in latent["contexts"]:
+            start, stop = max(0, pos - RADIUS), min(store.context, pos + RADIUS + 1)
+            assert peak == pos - start
+            assert [latent["strings"][t] for t in tokens] == [f" t{i}" for i in store.eval.tokens[seq, start:stop]]
+            assert acts == pytest.approx(activations[seq, start:stop, latent["id"]], rel=6e-3, abs=1e-6)
+
+
+def test_special_and_massive_rows_neither_peak_nor_count(written: Path, activations: np.ndarray, store: Store) -> None:
+    index = read_script(written / "index.js")
+    kept = store.eval.kept()
+    assert 0 < kept.sum() < len(kept)
+    assert index["summary"]["n_tokens"] == kept.sum()
+    density = (activations.reshape(-1, WIDTH) > 0).sum(0) / kept.sum()
+    assert index["density"] == pytest.approx(density, rel=6e-3)
+    rows = {(c[0] * store.context + c[1]) for latent in read_latents(written) for c in latent["contexts"]}
+    assert all(kept[row] for row in rows)
+
+
+def test_the_index_gives_level_peak_and_what_a_latent_peaks_on(written: Path, activations: np.ndarray) -> None:
+    index = read_script(written / "index.js")
+    assert index["level"] == [0] * N_SHARED + [1] * (WIDTH - N_SHARED)
+    assert index["max"] == pytest.approx(activations.max((0, 1)), rel=6e-3)
+    for latent in read_latents(written)[:20]:
+        peaks = {latent["strings"][tokens[peak]].strip() for _, _, peak, tokens, _ in latent["contexts"]}
+        assert set(index["label"][latent["id"]].split(" · ")) - {""} <= peaks
+    assert read_summary(written)["dead"] == int((activations.max((0, 1)) == 0).sum())
+
+
+def test_relatives_are_the_pairs_that_fire_together_far_more_than_chance(
+    written: Path, activations: np.ndarray
+) -> None:
+    fires = (activations > 0).reshape(-1, WIDTH).astype(np.float64)
+    n_tokens = read_summary(written)["n_tokens"]
+    count, together = fires.sum(0), fires.T @ fires
+    n_pairs = N_SHARED * (WIDTH - N_SHARED)
+    latents, listed = read_latents(written), 0
+    for s in range(N_SHARED):
+        far = {}
+        for f in range(N_SHARED, WIDTH):
+            c, e = together[s, f], count[s] * count[f] / n_tokens
+            if c >= 10 and c / e >= 2 and c * math.log(c / e) - c + e >= math.log(n_pairs / 0.01):
+                far[f] = c / e
+        links = latents[s]["related"]
+        assert len(links) == min(12, len(far))
+        assert [link[2] for link in links] == pytest.approx(sorted(far.values(), reverse=True)[: len(links)], rel=6e-3)
+        for f, c, _, share, cosine in links:
+            assert (c, share) == (together[s, f], pytest.approx(together[s, f] / count[f], rel=6e-3))
+            assert -1 <= cosine <= 1
+        listed += len(links)
+    assert listed > 20
+
+
+def test_the_counts_do_not_depend_on_how_many_pairs_are_held_at_once(
+    written: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents_module, "PAIR_VALUES", 17 * (WIDTH - N_SHARED))
+    monkeypatch.setattr(latents_module, "BATCH_VALUES", 7 * store.context * WIDTH)
+    write_latents(make_sae(store), store, Words(), tmp_path, quiet=True)
+    for one, other in zip(read_latents(written), read_latents(tmp_path)):
+        assert [link[:2] for link in one["related"]] == [link[:2] for link in other["related"]]
+        assert [c[:3] for c in one["contexts"]] == [c[:3] for c in other["contexts"]]
+
+
+def test_a_flat_dictionary_has_no_relatives(store: Store, tmp_path: Path) -> None:
+    summary = write_latents(make_sae(store, (WIDTH,)), store, Words(), tmp_path, quiet=True)
+    assert (summary["n_shared"], summary["related_latents"], summary["logit_lens"]) == (0, 0, False)
+    assert all(latent["related"] == [] and "up" not in latent for latent in read_latents(tmp_path))
+
+
+def test_cosines_of_relatives_are_those_of_decoder_rows() -> None:
+    firing = Firing(torch.tensor([50.0, 50.0, 40.0], dtype=torch.float64), n_shared=1, n_tokens=1000)
+    decoder = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0]])
+    pairs = relate(torch.tensor([[45.0, 40.0]]), firing, decoder, 0)
+    assert [(s, f, c) for s, f, c, *_ in pairs] == [(0, 1, 45), (0, 2, 40)]
+    assert [round(pair[3], 3) for pair in pairs] == [18.0, 20.0]  # 45 / (50·50/1000), 40 / (50·40/1000)
+    assert [round(pair[4], 3) for pair in pairs] == [0.9, 1.0]
+    assert [round(pair[5], 6) for pair in pairs] == [0.6, 0.0]
+    assert [link[0] for link in both_ways(pairs, 3)[0]] == [2, 1]
+    assert [link[0] for link in both_ways(pairs, 3)[1]] == [0]
+
+
+def test_independent_latents_are_not_related() -> None:
+    fires = (torch.rand(4000, 60, generator=torch_rng("independent")) < 0.1).float()
+    firing = Firing(fires.double().sum(0), n_shared=20, n_tokens=4000)
+    assert relate(fires[:, :20].T @ fires[:, 20:], firing, torch.eye(60), 0) == []
+
+
+def test_the_logit_lens_is_the_decoder_row_times_the_unembedding(
+    written: Path, store: Store, unembedding: Tensor
+) -> None:
+    sae = make_sae(store)
+    for latent in read_latents(written)[::41]:
+        logits = sae.W_dec[latent["id"]] / sae.scale @ unembedding.T
+        order = (logits - logits.mean()).sort(descending=True)
+        strings = latent["strings"]
+        assert [strings[token] for token, _ in latent["up"]] == [f" t{i}" for i in order.indices[:10]]
+        assert [strings[token] for token, _ in latent["down"]] == [f" t{i}" for i in order.indices.flip(0)[:10]]
+        assert [value for _, value in latent["up"]] == pytest.approx(order.values[:10].tolist(), rel=6e-3)
+
+
+def test_peaks_do_not_depend_on_the_batches_they_come_in() -> None:
+    z = torch.rand(40, 9, 5, generator=torch_rng("peaks"))
+    whole, parts = TopContexts(5, torch.device("cpu")), TopContexts(5, torch.device("cpu"))
+    whole.update(z, 0)
+    for start in range(0, 40, 7):
+        parts.update(z[start : start + 7], start)
+    assert torch.equal(whole.value, parts.value)
+    assert torch.equal(whole.row, parts.row)
+    assert torch.equal(whole.window, parts.window)
+
+
+def test_rows_are_whole_chunks_drawn_by_seed_and_at_most_as_many_as_asked(store: Store) -> None:
+    assert sum(stop - start for start, stop in choose_chunks(store.train, 10**9, 0)) == store.train.n_rows
+    some = choose_chunks(store.train, 700, 0)
+    assert some == choose_chunks(store.train, 700, 0) != choose_chunks(store.train, 700, 1)
+    assert sum(stop - start for start, stop in some) <= 700
+    assert choose_chunks(store.train, 1, 0)
+
+
+def test_a_token_keeps_its_leading_space_though_decoders_drop_it() -> None:
+    assert TokenText(Words())(7) == " t7"
+
+
+def test_a_token_longer_than_any_real_one_is_cut() -> None:
+    class Long(Words):
+        def decode(self, token_ids: list[int], **_: bool) -> str:
+            return "x" * 1_000_000 if token_ids != [1] else ""
+
+    assert TokenText(Long())(7) == "x" * 100 + "…"
+
+
+def test_characters_that_reorder_hide_or_break_text_are_spelled_out() -> None:
+    assert visible("a\u202eb\u2066c\x00\u2028\n\t") == "a⟨U+202E⟩b⟨U+2066⟩c⟨U+0000⟩⟨U+2028⟩↵⇥"
+    assert visible("naïve ünïcode שלום 日本 👩‍🚀") == "naïve ünïcode שלום 日本 👩‍🚀"
+
+
+@given(st.text())
+def test_data_in_a_script_reads_back_and_can_neither_end_the_script_nor_leave_ascii(text: str) -> None:
+    written = script_json({"text": text})
+    assert written.isascii()
+    assert "<" not in written
+    assert json.loads(written) == {"text": text}
+
+
+def test_a_folder_whose_writing_was_stopped_does_not_look_complete(written: Path, tmp_path: Path) -> None:
+    write_index(tmp_path, read_summary(written), {"level": [0]})
+    (tmp_path / "page_0009.js").write_text("old")
+    begin(tmp_path, 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_index_of_another_version_or_cut_short_is_refused(written: Path, tmp_path: Path) -> None:
+    write_index(tmp_path, read_summary(written) | {"version": 2}, {"level": [0]})
+    with pytest.raises(DamagedError, match="version 1"):
+        read_summary(tmp_path)
+    text = (written / "index.js").read_bytes()
+    (tmp_path / "index.js").write_bytes(text[: len(text) // 2])
+    with pytest.raises(DamagedError, match="evaluate again"):
+        read_summary(tmp_path)
+
+
+def test_latents_lie_beside_their_results() -> None:
+    path = Path("results/alpha0.2-seed0-0123456789-step_000400-abcdef0123.json")
+    assert latents_folder(path).name == "alpha0.2-seed0-0123456789-step_000400-abcdef0123.latents"

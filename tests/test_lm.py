@@ -1,0 +1,311 @@
+"""Splitting a language model: prefix and suffix are the untouched model's own arithmetic, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from huggingface_hub import errors as hub
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline import model_files
+from pipeline.errors import ModelError
+from pipeline.lm import ModelInfo, SplitLM, load_tokenizer, resolve_bos, special_ids
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+Folder = Callable[[str], Path]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def whole_run(folder: Path, dtype: str, tokens: Tensor) -> Any:
+    """The untouched model's outputs, with all hidden states."""
+    with torch.no_grad():
+        return tiny_models.whole_model(folder, DTYPES[dtype])(tokens, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_prefix_then_suffix_is_the_whole_model_bit_for_bit(lm_folder: Folder, kind: str, dtype: str) -> None:
+    folder, tokens = lm_folder(kind), tiny_models.tokens(3, 33)
+    whole = whole_run(folder, dtype, tokens)
+    for layer in (1, tiny_models.LAYERS - 1):
+        residual = SplitLM.load(str(folder), dtype=dtype, part="prefix", layers=[layer]).prefix(tokens)[layer]
+        suffix = SplitLM.load(str(folder), dtype=dtype, part="suffix", layers=[layer])
+        hidden = suffix.suffix(residual)
+        if layer < tiny_models.LAYERS - 1:  # the last of hidden_states is after the final norm
+            assert torch.equal(residual, whole.hidden_states[layer + 1])
+        assert torch.equal(hidden, whole.hidden_states[-1])
+        assert torch.equal(suffix.unembed(hidden), whole.logits)
+
+
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_one_model_cut_in_memory_gives_both_parts(lm_folder: Folder, kind: str) -> None:
+    tokens = tiny_models.tokens(2, 20)
+    lm = SplitLM.load(str(lm_folder(kind)), dtype="bf16", part="whole", layers=[1])
+    hidden = lm.suffix(lm.prefix(tokens)[1], tokens)
+    assert torch.equal(lm.unembed(hidden), whole_run(lm_folder(kind), "bf16", tokens).logits)
+    with torch.no_grad():
+        assert torch.equal(lm.model(tokens).logits, lm.unembed(hidden))  # and the model is left as it was
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_wide_layer_is_equal_bit_for_bit_too(tmp_path: Path, dtype: str) -> None:
+    wide = {"hidden_size": 2304, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64}
+    folder = tiny_models.make_model(tmp_path / "wide", "gemma2", dtype=torch.bfloat16, **wide)
+    tokens = tiny_models.tokens(5, 31)
+    whole = whole_run(folder, dtype, tokens)
+    residual = SplitLM.load(str(folder), dtype=dtype, part="prefix", layers=[0]).prefix(tokens)[0]
+    suffix = SplitLM.load(str(folder), dtype=dtype, part="suffix", layers=[0])
+    assert torch.equal(residual, whole.hidden_states[1])
+    assert torch.equal(suffix.unembed(suffix.suffix(residual)), whole.logits)
+
+
+def test_several_layers_come_out_of_one_pass(lm_folder: Folder) -> None:
+    tokens = tiny_models.tokens(2, 16)
+    both = SplitLM.load(str(lm_folder("gemma2")), dtype="bf16", part="prefix", layers=[2, 0]).prefix(tokens)
+    assert sorted(both) == [0, 2]
+    for layer, residual in both.items():
+        alone = SplitLM.load(str(lm_folder("gemma2")), dtype="bf16", part="prefix", layers=[layer])
+        assert torch.equal(alone.prefix(tokens)[layer], residual)
+
+
+def test_logits_may_be_asked_for_a_few_rows_at_a_time(lm_folder: Folder) -> None:
+    tokens = tiny_models.tokens(2, 16)
+    lm = SplitLM.load(str(lm_folder("gemma2")), dtype="float32", part="whole", layers=[1])
+    hidden = lm.suffix(lm.prefix(tokens)[1])
+    rows = lm.unembed(hidden.reshape(-1, lm.d_model)[:7])
+    assert rows.shape == (7, lm.vocab)
+    assert torch.allclose(rows, lm.unembed(hidden).reshape(-1, lm.vocab)[:7], atol=1e-5)
+
+
+def test_logits_carry_the_soft_cap_of_the_architecture(lm_folder: Folder) -> None:
+    lm = SplitLM.load(str(lm_folder("gemma2")), dtype="float32", part="suffix", layers=[1])
+    hidden = 1e3 * torch.randn(4, lm.d_model, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(lm.unembed(hidden), 30 * torch.tanh(hidden @ lm.unembedding.T / 30), atol=1e-4)
+    assert float(lm.unembed(hidden).abs().max()) > 29
+
+
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_a_prefix_loads_its_own_layers_only_and_loads_them_right(lm_folder: Folder, kind: str) -> None:
+    folder = lm_folder(kind)
+    prefix = SplitLM.load(str(folder), dtype="float32", part="prefix", layers=[1])
+    whole = tiny_models.whole_model(folder, torch.float32).state_dict()
+    held = {name: tensor for name, tensor in prefix.model.state_dict().items() if not tensor.is_meta}
+    assert len(prefix._blocks) == 2
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in held.items())
+    assert not [name for name in held if ".2." in name or ".3." in name]
+    assert prefix.n_layers == tiny_models.LAYERS
+
+
+def test_lists_with_one_entry_a_layer_are_cut_with_the_layers(lm_folder: Folder) -> None:
+    prefix = SplitLM.load(str(lm_folder("gemma3")), dtype="float32", part="prefix", layers=[1])
+    assert prefix.model.config.layer_types == ["full_attention", "sliding_attention"]
+
+
+def test_layers_after_the_last_one_asked_for_never_run(lm_folder: Folder) -> None:
+    lm = SplitLM.load(str(lm_folder("llama")), dtype="float32", part="whole", layers=[1])
+    ran: list[int] = []
+    for n, block in enumerate(lm._blocks):
+        block.mlp.register_forward_hook(lambda *_args, n=n: ran.append(n))
+    residual = lm.prefix(tiny_models.tokens(1, 8))[1]
+    assert ran == [0, 1]
+    ran.clear()
+    lm.suffix(residual)
+    assert ran == [2, 3]
+
+
+def test_a_suffix_holds_no_weights_of_the_layers_before_the_cut(lm_folder: Folder) -> None:
+    suffix = SplitLM.load(str(lm_folder("llama")), dtype="float32", part="suffix", layers=[1])
+    on_meta = [all(p.is_meta for p in block.parameters()) for block in suffix._blocks]
+    assert on_meta == [True, True, False, False]
+
+
+def test_a_prefix_holds_no_untied_head(lm_folder: Folder) -> None:
+    assert SplitLM.load(str(lm_folder("llama")), dtype="float32", part="prefix", layers=[0]).unembedding.is_meta
+
+
+class TupleLayer(nn.Module):
+    """A decoder layer as older code has it: the hidden states come in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor, mask: None = None) -> tuple[Tensor, None]:
+        return hidden_states + self.linear(hidden_states), mask
+
+
+class TupleLM(nn.Module):
+    """The least that SplitLM asks of a model, with layers that return tuples."""
+
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(16, 8), nn.ModuleList(TupleLayer() for _ in range(3))
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def get_decoder(self) -> nn.Module:
+        return self
+
+    def forward(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, use_cache: bool = True
+    ) -> Any:
+        hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        for layer in self.layers:
+            hidden = layer(hidden, mask=None)[0]
+        return (2 * hidden,)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_layers_may_return_tuples(layer: int) -> None:
+    torch.manual_seed(0)
+    model = TupleLM()
+    text = SimpleNamespace(num_hidden_layers=3, hidden_size=8, vocab_size=16, max_position_embeddings=None)
+    info = ModelInfo("tuple", Path(), "local", SimpleNamespace(get_text_config=lambda: text))
+    lm = SplitLM(model, info, "whole", [layer])
+    tokens = torch.arange(10).reshape(2, 5)
+    with torch.no_grad():
+        assert torch.equal(lm.suffix(lm.prefix(tokens)[layer]), model(tokens)[0])
+
+
+@pytest.mark.parametrize("layers", [[4], [-1], [0, 9]])
+def test_a_layer_out_of_range_is_refused_with_the_range(lm_folder: Folder, layers: list[int]) -> None:
+    with pytest.raises(ModelError, match="out of range; it has layers 0 to 3"):
+        SplitLM.load(str(lm_folder("llama")), part="prefix", layers=layers)
+
+
+def test_a_context_longer_than_the_models_is_refused(lm_folder: Folder) -> None:
+    lm = SplitLM.load(str(lm_folder("gpt2")), part="prefix", layers=[0])
+    with pytest.raises(ModelError, match="context of 65 is longer than the model's 64"):
+        lm.prefix(tiny_models.tokens(1, 65))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "a/b/c"])
+def test_a_missing_folder_is_said_to_be_missing(name: str) -> None:
+    with pytest.raises(ModelError, match="no such folder"):
+        SplitLM.load(name, layers=[0])
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        SplitLM.load(str(tmp_path), layers=[0])
+
+
+@pytest.fixture
+def copy(lm_folder: Folder, tmp_path: Path) -> Path:
+    """A llama folder to damage."""
+    return Path(shutil.copytree(lm_folder("llama"), tmp_path / "model"))
+
+
+def test_a_model_without_weights_is_refused(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        SplitLM.load(str(copy), layers=[0])
+
+
+def test_a_truncated_weight_file_is_refused(copy: Path) -> None:
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        SplitLM.load(str(copy), layers=[0])
+
+
+def test_a_missing_weight_is_never_replaced_by_random_numbers(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    name = next(name for name in weights if ".0." in name)
+    del weights[name]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="1 weights are missing"):
+        SplitLM.load(str(copy), part="prefix", layers=[0])
+
+
+def test_a_model_of_its_own_code_needs_the_flag(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.LM"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "code.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        SplitLM.load(str(copy), layers=[0])
+
+
+def refused(kind: type[Exception]) -> Exception:
+    """An error of the Hub's library, without the answer that it carries."""
+    return kind.__new__(kind, "401 Client Error\nmore lines")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (refused(hub.GatedRepoError), "accept its licence at https://huggingface.co/google"),
+        (refused(hub.RepositoryNotFoundError), "neither a folder here nor a model you may see"),
+        (refused(hub.RevisionNotFoundError), "no such revision"),
+        (hub.LocalEntryNotFoundError("offline"), "the Hub cannot be reached"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_with_the_next_step(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
+) -> None:
+    def refuse(*_args: Any, **_kwargs: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(model_files, "snapshot_download", refuse)
+    with pytest.raises(ModelError, match=says) as caught:
+        SplitLM.load("google/gemma-2-2b", layers=[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(copy: Path) -> None:
+    for path in copy.glob("token*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="no tokenizer"):
+        load_tokenizer(str(copy))
+
+
+def test_special_ids_are_all_that_the_tokenizer_declares(lm_folder: Folder) -> None:
+    assert special_ids(load_tokenizer(str(lm_folder("llama")))) == [0, 1, 2, 3]
+
+
+def test_auto_takes_the_bos_that_the_tokenizer_puts_first_itself() -> None:
+    assert resolve_bos(tiny_models.build_tokenizer(adds_bos=True), "auto") == 2
+    assert resolve_bos(tiny_models.build_tokenizer(adds_bos=False), "auto") is None
+    assert resolve_bos(tiny_models.build_tokenizer(), "none") is None
+    assert resolve_bos(tiny_models.build_tokenizer(), "7") == 7
+
+
+@pytest.mark.parametrize("bos", ["yes", "-1", "100000"])
+def test_a_bos_that_is_no_token_is_refused(bos: str) -> None:
+    with pytest.raises(ModelError, match="not a token id"):
+        resolve_bos(tiny_models.build_tokenizer(), bos)
+
+
+def test_the_weight_hash_follows_the_bytes(lm_folder: Folder, copy: Path) -> None:
+    before = ModelInfo.read(str(copy)).weights_sha256
+    assert before == ModelInfo.read(str(lm_folder("llama"))).weights_sha256
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    assert ModelInfo.read(str(copy)).weights_sha256 != before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_on_a_gpu_prefix_then_suffix_is_the_whole_model_too(lm_folder: Folder, kind: str) -> None:
+    tokens = tiny_models.tokens(3, 33).cuda()
+    with torch.no_grad():
+        logits = tiny_models.whole_model(lm_folder(kind), torch.bfloat16).cuda()(tokens).logits
+    prefix = SplitLM.load(str(lm_folder(kind)), device="cuda", part="prefix", layers=[1])
+    suffix = SplitLM.load(str(lm_folder(kind)), device="cuda", part="suffix", layers=[1])
+    assert torch.equal(suffix.unembed(suffix.suffix(prefix.prefix(tokens)[1])), logits)

@@ -1,0 +1,200 @@
+"""The job: texts through a real (tiny) language model, probes, every score of an SAE; what is stable and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from probing_cases import random_sae
+from torch import Tensor
+
+from evaluate.probes import ProbeConfig
+from evaluate.probing import ProbingConfig, ProbingScores, prepare
+from evaluate.scores import merge, series
+from evaluate.texts import TextModel, make_bank, pool_latents, text_model, whole_texts
+from pipeline.errors import CorpusError, UsageError
+from pipeline.lm import SplitLM, load_tokenizer, resolve_bos
+
+WORDS = {"austen": "residual stream", "other": "small model", "female": "best times", "male": "worst line"}
+FAST = ProbeConfig(epochs=3, lr=0.02)
+
+
+@pytest.fixture(scope="module")
+def texts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts whose words give both attributes away, of different lengths."""
+    folder = tmp_path_factory.mktemp("scr")
+    for split, n in (("train", 40), ("test", 24)):
+        rng, lines = np.random.default_rng(n), []
+        for author, gender, times in (
+            ("austen", "female", 2),
+            ("austen", "male", 1),
+            ("other", "female", 1),
+            ("other", "male", 2),
+        ):
+            for i in range(times * n + 1):
+                text = " ".join([WORDS[author], WORDS[gender]] * int(rng.integers(1, 3)) + [f"line {i}"])
+                lines.append(json.dumps({"text": text, "author": author, "gender": gender}))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def tiny_text_model(folder: Path) -> TextModel:
+    lm = SplitLM.load(str(folder), dtype="float32", part="prefix", layers=[1])
+    tokenizer = load_tokenizer(str(folder))
+    return text_model(lm, tokenizer, 1, resolve_bos(tokenizer, "auto"))
+
+
+@pytest.fixture(scope="module")
+def model(lm_folder: Callable[[str], Path]) -> TextModel:
+    return tiny_text_model(lm_folder("gemma2"))
+
+
+def config(folder: Path, **changes: object) -> ProbingConfig:
+    fields = {
+        "n_values": (2, 5, 20),
+        "seeds": (42, 43),
+        "train_size": 60,
+        "test_size": 40,
+        "context": 24,
+        "probe": FAST,
+    }
+    return ProbingConfig((str(folder),), **(fields | changes))  # type: ignore[arg-type]
+
+
+def test_a_job_gives_every_score_at_every_level_with_intervals(texts_folder: Path, model: TextModel) -> None:
+    job = prepare(config(texts_folder), model)
+    scores = job.score(random_sae(d=64))
+    assert set(scores.series) == {
+        "scr",
+        "scr_dir1",
+        "scr_dir2",
+        "tpp",
+        "tpp_intended",
+        "tpp_unintended",
+        "k_sparse_probe",
+    }
+    assert [(r["level"], r["n"]) for r in scores.series["tpp"]] == [(0, 2), (0, 5), (1, 2), (1, 5), (1, 20)]
+    for row in scores.series["k_sparse_probe"]:
+        assert row["low"] is not None
+        assert row["low"] <= row["value"] <= row["high"]
+    assert len(job.sample) == 4
+    for found in job.sample.values():
+        assert found["rows"] == {"train": 60, "test": 40}
+    (scr,) = (found for found in job.sample.values() if found["scores"] == ["scr"])
+    assert set(scr["accuracy_clean"]) == {"second", "first", "both"}
+    json.dumps([scores.series, scores.tasks, job.sample], allow_nan=False)
+    assert job.n_bytes == sum(g.bank.rows.nbytes + g.bank.mean.nbytes for g in job.groups)
+
+
+def test_two_jobs_from_nothing_give_the_same_numbers_and_kept_probes_too(
+    texts_folder: Path, lm_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    sae, found = random_sae(d=64), []
+    for _ in range(2):
+        job = prepare(config(texts_folder, scores=("scr", "tpp")), tiny_text_model(lm_folder("gemma2")), tmp_path)
+        found.append(job.score(sae))
+    assert found[0] == found[1]
+    assert len(list(tmp_path.glob("probes-*.safetensors"))) == 2
+
+
+def test_only_asked_scores_and_levels_are_computed(texts_folder: Path, model: TextModel) -> None:
+    job = prepare(config(texts_folder, scores=("tpp",), seeds=(7,)), model)
+    assert len(job.sample) == 1
+    scores = job.score(random_sae(d=64), levels=[1])
+    assert {r["level"] for r in scores.series["tpp"]} == {1}
+    assert all(r["low"] is None for r in scores.series["tpp"])  # one seed has no interval
+    whole = job.score(random_sae(d=64))
+    assert scores.series["tpp"] == [r for r in whole.series["tpp"] if r["level"] == 1]
+    assert isinstance(scores, ProbingScores)
+
+
+def test_residuals_are_those_of_each_text_alone_at_its_real_positions(model: TextModel) -> None:
+    texts = [
+        "residual stream",
+        "a small model, line by line: it was",
+        "times",
+        "best of times of times of times of times",
+    ]
+    bank = make_bank(texts, model, 8, 3, "x")
+    start = 0
+    for i, text in enumerate(texts):
+        ids = [model.bos, *model.tokenize([text])[0]][:8]
+        n = int(bank.n_real[i])
+        assert n == len(ids) - 1  # all but BOS
+        assert n + int(bank.n_masked[i]) == 8
+        alone = model.residual(torch.tensor([ids]))[0, 1:]
+        torch.testing.assert_close(bank.rows[start : start + n], alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(bank.mean[i], alone.mean(0), rtol=1e-4, atol=1e-4)
+        start += n
+    assert start == len(bank.rows)
+
+
+def plain_model(special: tuple[int, ...] = ()) -> TextModel:
+    """One token a character; the residual is the token in every one of 3 dimensions."""
+
+    def tokenize(texts: Sequence[str]) -> list[list[int]]:
+        return [[ord(c) for c in text] for text in texts]
+
+    def residual(tokens: Tensor) -> Tensor:
+        return tokens[..., None].expand(-1, -1, 3).to(torch.bfloat16)
+
+    return TextModel(tokenize, residual, None, special, {})
+
+
+def test_the_first_position_and_special_tokens_are_masked_and_the_dtype_is_kept() -> None:
+    bank = make_bank(["abcb", "xaab"], plain_model(special=(ord("b"),)), 10, 2, "x")
+    assert bank.rows[:, 0].tolist() == [99, 97, 97]
+    assert bank.n_real.tolist() == [1, 2]
+    assert bank.n_masked.tolist() == [9, 8]
+    assert bank.rows.dtype == torch.bfloat16
+    assert bank.mean.dtype == torch.float32
+
+
+def test_a_text_of_special_tokens_alone_is_refused() -> None:
+    with pytest.raises(CorpusError, match="no token beside special ones"):
+        make_bank(["abc", "a"], plain_model(), 10, 2, "x")
+
+
+@pytest.mark.parametrize("limit", [1, 7, 64, 10_000])
+def test_pooled_latents_do_not_depend_on_the_chunk(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = make_bank(["abcb", "xaab", "abcdefgh", "zz"], plain_model(), 10, 2, "x")
+    sae = random_sae(d=3)
+    whole = pool_latents(sae, bank)
+    monkeypatch.setitem(__import__("evaluate.texts", fromlist=["x"]).CHUNK_ELEMENTS, "cpu", limit)
+    torch.testing.assert_close(pool_latents(sae, bank).mean, whole.mean, rtol=1e-5, atol=1e-5)
+    one_by_one = sae.encode(bank.rows).split(bank.n_real.tolist())
+    torch.testing.assert_close(whole.mean, torch.stack([part.mean(0) for part in one_by_one]), rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_are_whole_texts_and_never_none() -> None:
+    assert whole_texts([3, 4, 5], 7) == (2, 7)
+    assert whole_texts([3, 4, 5], 2) == (1, 3)
+    assert whole_texts([3, 4, 5], 100) == (3, 12)
+
+
+def test_missing_values_are_left_out_of_the_mean_over_tasks_and_seeds() -> None:
+    one = {("scr", 0, 2): [0.1, None, None]}
+    two = {("scr", 0, 2): [0.3, 0.4, None], ("scr", 0, 5): [1.0, 1.0, 1.0]}
+    merged = merge([one, two])
+    assert merged == {("scr", 0, 2): [0.2, 0.4, None], ("scr", 0, 5): [1.0, 1.0, 1.0]}
+    first, second = series(merged)["scr"]
+    assert first["value"] == pytest.approx(0.3)
+    assert first["high"] == pytest.approx(0.3 + 12.7062047 * 0.1)  # t(0.975, 1 degree of freedom) · 0.2 / √2 / √2
+    assert (second["low"], second["high"]) == (1.0, 1.0)
+    assert series({("scr", 0, 2): [None, None]})["scr"] == [
+        {"n": 2, "level": 0, "value": None, "low": None, "high": None}
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"scores": ("srr",)}, {"seeds": ()}, {"seeds": (1, 1)}, {"n_values": (0,)}, {"context": 1}, {"scores": ()}],
+    ids=str,
+)
+def test_a_config_that_cannot_be_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        config(Path("x"), **changes)

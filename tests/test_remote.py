@@ -1,0 +1,195 @@
+"""Stores on object storage: the same bytes as on a disk, read and verified there, staged to a disk for training."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zarr
+from stores import make_rows, make_store, prepare_store, store_config
+from test_store import SMALL, tree
+
+from pipeline import remote
+from pipeline.backend import LocalFiles, open_files
+from pipeline.errors import DamagedError, DiskError, MismatchError, StoreError, UsageError
+from pipeline.store import Store, describe_store
+
+SIZES: dict[str, Any] = {"n_sequences": 19, "eval_sequences": 5, **SMALL}
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The URL of an empty bucket on a local S3 server."""
+    pytest.importorskip("s3fs", reason="needs s3fs (pip install '.[remote]')")
+    boto3 = pytest.importorskip("boto3", reason="needs boto3")
+    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
+    server = server_module.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3").create_bucket(Bucket="stores")
+        yield "s3://stores"
+    server.stop()
+
+
+@pytest.fixture(params=["memory", pytest.param("s3", marks=pytest.mark.slow)])
+def url(request: pytest.FixtureRequest) -> str:
+    """A URL at which no store is."""
+    pytest.importorskip("fsspec", reason="needs fsspec (pip install '.[remote]')")
+    base = request.getfixturevalue("s3") if request.param == "s3" else "memory://stores"
+    return f"{base}/{uuid.uuid4().hex}.zarr"
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    """The same store on a disk."""
+    return make_store(tmp_path / "local.zarr", **SIZES).path
+
+
+def remote_tree(url: str) -> dict[str, bytes]:
+    """Every object of a store and its bytes."""
+    files = open_files(url)
+    return {key: files.read(key) for key in files.keys()}  # noqa: SIM118 (not a dict)
+
+
+def test_a_store_at_a_url_has_the_bytes_of_one_on_a_disk(url: str, local: Path) -> None:
+    store = make_store(url, **SIZES)
+    assert remote_tree(url) == tree(local)
+    assert store.verify() == []
+    assert describe_store(store) == describe_store(Store.open(local))
+
+
+def test_rows_are_read_in_order_from_a_url(url: str) -> None:
+    store = make_store(url, **SIZES)
+    assert torch.equal(store.train.read(3, 70), make_rows(store.config, "train", 3, 70))
+
+
+def test_zarr_opens_the_same_url(url: str) -> None:
+    if url.startswith("memory"):
+        pytest.skip("zarr-python has its own memory:// which is not fsspec's")
+    store = make_store(url, **SIZES)
+    group = zarr.open_group(url, mode="r")
+    assert torch.equal(torch.from_numpy(group["train/norm"][:]), torch.from_numpy(store.train.norm.copy()))
+
+
+def test_a_flipped_byte_and_a_missing_shard_are_found_at_a_url(url: str) -> None:
+    files = make_store(url, **SIZES).files
+    body = files.read("train/resid/c/0/0")
+    files.write("train/resid/c/0/0", bytes([body[0] ^ 1]) + body[1:])
+    files.delete("eval/resid/c/0/0")
+    problems = Store.open(url, check=False).verify()
+    assert len(problems) == 2
+    assert all(problem.startswith(url) for problem in problems)
+    with pytest.raises(DamagedError, match="gone"):
+        Store.open(url)
+
+
+def test_a_harvest_to_a_url_that_was_stopped_goes_on(url: str, local: Path) -> None:
+    writer = prepare_store(url, store_config(**SMALL), 19, 5)
+    with writer.shard("train", 2) as shard:
+        shard.write(make_rows(writer.store.config, "train", 64, 76))
+    with pytest.raises(RuntimeError), writer.shard("train", 0) as shard:
+        shard.write(make_rows(writer.store.config, "train", 0, 20))
+        raise RuntimeError("stopped")
+    with pytest.raises(StoreError, match="1 of 4 shards"):
+        Store.open(url)
+    make_store(url, **SIZES)
+    assert remote_tree(url) == tree(local)
+
+
+def test_a_store_at_a_url_cannot_be_mapped(url: str) -> None:
+    with pytest.raises(UsageError, match="pipeline stage"):
+        make_store(url, **SIZES).train.mapped_shard(0)
+
+
+def test_a_staged_store_has_the_same_bytes_and_can_be_mapped(url: str, local: Path, tmp_path: Path) -> None:
+    make_store(url, **SIZES)
+    store = remote.stage(url, tmp_path / "staged.zarr", quiet=True)
+    assert tree(tmp_path / "staged.zarr") == tree(local)
+    assert store.train.mapped_shard(0).view.shape[1] == 6
+
+
+def test_staging_again_copies_only_what_is_damaged(url: str, local: Path, tmp_path: Path) -> None:
+    make_store(url, **SIZES)
+    path = tmp_path / "staged.zarr"
+    remote.stage(url, path, quiet=True)
+    inodes = {p: p.stat().st_ino for p in path.rglob("resid/c/*/0")}
+    body = path / "train/resid/c/1/0"
+    body.write_bytes(bytes([body.read_bytes()[0] ^ 1]) + body.read_bytes()[1:])
+    remote.stage(url, path, quiet=True)
+    assert tree(path) == tree(local)
+    assert {p for p, inode in inodes.items() if p.stat().st_ino != inode} == {body}
+
+
+def test_a_staging_that_was_stopped_is_no_store_and_goes_on(
+    url: str, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(url, **SIZES)
+    copy_file, left = remote.copy_file, [25]
+
+    def stopping(*args: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        copy_file(*args)
+
+    monkeypatch.setattr(remote, "copy_file", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        remote.stage(url, tmp_path / "staged.zarr", quiet=True)
+    with pytest.raises(StoreError, match="stopped before"):
+        Store.open(tmp_path / "staged.zarr")
+    left[0] = 1000
+    remote.stage(url, tmp_path / "staged.zarr", quiet=True)
+    assert tree(tmp_path / "staged.zarr") == tree(local)
+
+
+def test_staging_notices_a_shard_that_is_broken_at_the_source(url: str, tmp_path: Path) -> None:
+    files = make_store(url, **SIZES).files
+    body = files.read("train/resid/c/0/0")
+    files.write("train/resid/c/0/0", body[:9] + bytes([body[9] ^ 1]) + body[10:])
+    with pytest.raises(DamagedError, match="resid/c/0/0"):
+        remote.stage(url, tmp_path / "staged.zarr", quiet=True)
+    with pytest.raises(StoreError):
+        Store.open(tmp_path / "staged.zarr")
+
+
+def test_staging_leaves_another_store_and_other_files_alone(url: str, local: Path, tmp_path: Path) -> None:
+    make_store(url, **(SIZES | {"seed": 1}))
+    before = tree(local)
+    with pytest.raises(MismatchError, match="use another folder"):
+        remote.stage(url, local, quiet=True)
+    assert tree(local) == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(DiskError, match="something else"):
+        remote.stage(url, tmp_path / "notes", quiet=True)
+
+
+def test_staging_needs_room_on_the_disk(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(url, **SIZES)
+    monkeypatch.setattr("pipeline.files.free_bytes", lambda path: 1000)
+    with pytest.raises(DiskError, match="the copy of the store needs"):
+        remote.stage(url, tmp_path / "staged.zarr", quiet=True)
+    assert not os.path.exists(tmp_path / "staged.zarr")
+
+
+def test_no_store_at_a_url_is_said_so(url: str) -> None:
+    with pytest.raises(StoreError, match="no activation store here"):
+        Store.open(url)
+
+
+def test_a_url_of_an_unknown_kind_is_refused() -> None:
+    pytest.importorskip("fsspec", reason="needs fsspec (pip install '.[remote]')")
+    with pytest.raises(UsageError, match="not a URL that fsspec knows"):
+        Store.open("carrier-pigeon://loft/acts.zarr")
+
+
+def test_a_path_without_a_scheme_is_a_local_folder(tmp_path: Path) -> None:
+    assert isinstance(open_files(str(tmp_path)), LocalFiles)

@@ -1,0 +1,190 @@
+"""The report: rows and groups, what the table and the sentences claim, escaping, and that it needs nothing but files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+import unittest.mock
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from results_files import write_latent_pages, write_results
+
+from evaluate.markup import h, json_script, text
+from evaluate.report import cli, write_report
+from evaluate.report_runs import read_results
+from pipeline.errors import DamagedError, UsageError
+from pipeline.files import read_json, write_json
+
+ROOT = Path(__file__).parents[1]
+HOSTILE = "</script><script>alert('x')</script><img src=x onerror=alert(1)>\u202eright to left\u2028\x00&amp;\"'"
+
+
+class Page(HTMLParser):
+    """Elements and texts of a page, as a browser would find them."""
+
+    def __init__(self, markup: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.unbalanced: list[str] = []
+        self.text: list[str] = []
+        self.feed(markup)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "input", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def report(folder: Path, out: Path | None = None) -> str:
+    """A report's markup, without figures: drawing them is most of the work."""
+    with unittest.mock.patch("evaluate.report.make_figures", return_value=[]):
+        return write_report([folder], out or folder / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with all its figures."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_results(folder, alphas=(0.0, 0.2), steps=(200, 400))
+    return write_report([folder], folder / "report.html")
+
+
+def test_the_report_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))
+    script = (
+        "import sys, pathlib; from evaluate.report import write_report;"
+        f"write_report([pathlib.Path({str(tmp_path)!r})], pathlib.Path({str(tmp_path / 'r.html')!r}));"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'zarr') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_page_is_balanced_and_fetches_nothing(whole: Path) -> None:
+    page = Page(whole.read_text())
+    assert not page.unbalanced
+    assert not page.open
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "img")
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            assert not re.match(r"(?i)(https?:)?//|javascript:|data:", attributes.get(name) or "")
+        assert not any(name.startswith("on") for name in attributes)
+    policy = next(a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert "'unsafe-inline'" not in policy.split("script-src")[1]
+
+
+def test_numbers_do_not_part_from_their_signs_at_the_end_of_a_line(whole: Path) -> None:
+    prose = re.findall(r"<(?:p class=\"lead\"|figcaption)>(.*?)</(?:p|figcaption)>", whole.read_text(), re.DOTALL)
+    assert len(prose) == 6
+    assert not any(re.search(" [=±] ", sentence) for sentence in prose)
+
+
+def test_ids_are_unique_and_links_within_the_page_and_beside_it_have_their_targets(whole: Path) -> None:
+    page = Page(whole.read_text())
+    ids = [a["id"] for _, a in page.tags if a.get("id")]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.tags:
+        target = attributes.get("href")
+        if target and target.startswith("#"):
+            assert target[1:] in ids
+        elif target:
+            assert (whole.parent / target).is_file()
+
+
+def test_every_figure_is_saved_as_svg_and_its_numbers_as_csv(whole: Path) -> None:
+    folder = whole.parent / "report_files"
+    for name in ("table1", "table2", "loss", "across-n", "levels", "pareto", "density"):
+        rows = list(csv.DictReader((folder / f"{name}.csv").read_text().splitlines()))
+        assert rows, name
+    assert len(list(folder.glob("*.svg"))) == 5 + 2 + 3 + 2 + 2
+
+
+def test_the_same_results_give_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+    again = write_report([whole.parent], tmp_path / "report.html")
+    assert again.read_bytes() == whole.read_bytes()
+
+
+def test_no_results_a_missing_path_and_a_wrong_version_are_each_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no results"):
+        read_results([tmp_path])
+    with pytest.raises(UsageError, match="no such results"):
+        read_results([tmp_path / "nowhere"])
+    path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]
+    write_json(path, read_json(path) | {"version": 2})
+    with pytest.raises(DamagedError, match="version 1"):
+        read_results([tmp_path])
+    write_json(path, {"format": "nested-sae-results", "version": 1, "key": "x"})
+    with pytest.raises(DamagedError, match="without checkpoint, store, levels"):
+        read_results([tmp_path])
+
+
+def test_the_command_refuses_an_out_that_is_not_an_html_file(tmp_path: Path) -> None:
+    write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))
+    done = CliRunner().invoke(cli, [str(tmp_path), "--out", str(tmp_path / "report")])
+    assert isinstance(done.exception, UsageError)
+    done = CliRunner().invoke(cli, [str(tmp_path), "--out", str(tmp_path / "report.html"), "--title", "A & B"])
+    assert done.exit_code == 0, done.output
+    assert "<bdi>A &amp; B</bdi>" in (tmp_path / "report.html").read_text()
+
+
+def test_latent_pages_beside_results_are_carried_along_and_linked(tmp_path: Path) -> None:
+    path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]
+    folder = write_latent_pages(path, ["one", "two"])
+    page = Page(report(tmp_path))
+    link = next(a["href"] for _, a in page.tags if (a.get("href") or "").endswith("index.html"))
+    assert link is not None
+    target = (tmp_path / link).parent
+    assert {file.name for file in target.iterdir()} == {"index.html", "index.js", "page_0000.js"}
+    assert (target / "page_0000.js").read_bytes() == (folder / "page_0000.js").read_bytes()
+
+
+def test_names_in_results_are_shown_as_text_wherever_they_come_from(tmp_path: Path) -> None:
+    for path in write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,), recipe=HOSTILE):
+        data = read_json(path)
+        data["store"]["model"] = data["git"] = HOSTILE
+        data["store"]["corpus"] = {"id": HOSTILE}
+        data["checkpoint"]["provenance"]["member"] = HOSTILE + str(data["checkpoint"]["provenance"]["train"]["seed"])
+        data["definitions"]["ev"]["definition"] = HOSTILE
+        data["versions"] = {HOSTILE: HOSTILE}
+        data["levels"][0]["scores"][HOSTILE] = 1.0
+        write_json(path, data)
+    page = Page(report(tmp_path))
+    assert not page.unbalanced
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert "img" not in {tag for tag, _ in page.tags}
+    assert any(HOSTILE[:30] in part for part in page.text)
+
+
+@given(st.text())
+def test_any_text_stays_text_in_an_element_an_attribute_and_a_data_island(value: str) -> None:
+    page = Page(h("p", text(value), title=value))
+    assert [tag for tag, _ in page.tags] == ["p", "bdi"]
+    assert (
+        page.tags[0][1]["title"] == value.replace("\r\n", "\n").replace("\r", "\n") or "\r" in value or "\x00" in value
+    )
+    island = json_script({"v": value}, "data")
+    assert island.count("</script") == 1
+    assert not set("\u2028\u2029") & set(island)
+    assert json.loads(island[island.index(">") + 1 : island.rindex("<")]) == {"v": value}

@@ -1,0 +1,225 @@
+"""The report and the latent pages in a real browser: they run, fetch nothing, show hostile text as text, and can be driven."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from browser import Browser, browse, needs_chromium
+from results_files import write_results
+
+from evaluate.latent_files import latents_folder
+from evaluate.latents import write_latents
+from evaluate.report import write_report
+from pipeline.runtime import torch_rng
+from pipeline.sae import NestedSAE, SAEConfig
+
+pytestmark = needs_chromium
+HOSTILE = (
+    "</script><script>document.title = 'taken'</script>",
+    "<img src=x onerror=\"document.title='taken'\">",
+    "\u202eright to left\u2066",
+    "\u2028line\u2029separators\x00",
+    "x" * 100_000,
+    "&lt;b&gt;&amp;",
+    "</bdi></p></main><h1>taken</h1>",
+    "שלום",
+)
+WIDTH, CONTEXT = 600, 12
+
+
+class Hostile:
+    """A tokenizer each of whose tokens is an attack on a page; token 0 is the known one."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [0]
+
+    def decode(
+        self, token_ids: list[int], *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        return "".join("a" if i == 0 else HOSTILE[i % len(HOSTILE)] for i in token_ids)
+
+
+class Rows:
+    """The part of a store's split that latent pages read: Gaussian rows, all kept, tokens in turn."""
+
+    chunk_rows, n_rows = 40 * CONTEXT, 40 * CONTEXT
+    tokens = np.arange(1, 40 * CONTEXT + 1, dtype=np.int32).reshape(40, CONTEXT)
+
+    def kept(self) -> np.ndarray:
+        return np.ones(self.n_rows, dtype=np.bool_)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return torch.randn(self.n_rows, 8, generator=torch_rng("rows"))[start:stop]
+
+
+class Held:
+    """A store of these rows alone."""
+
+    id, context, eval, train = "s" * 64, CONTEXT, Rows(), Rows()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with browse() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with latent pages whose every token is hostile."""
+    folder = tmp_path_factory.mktemp("page")
+    paths = write_results(
+        folder, alphas=(0.0, 0.2), seeds=(0, 1), steps=(400,), recipe=HOSTILE[0], objective=HOSTILE[1]
+    )
+    sae = NestedSAE(SAEConfig(8, WIDTH, (120, WIDTH)))
+    sae.W_dec.data = torch.nn.functional.normalize(torch.randn(WIDTH, 8, generator=torch_rng("w")), dim=1)
+    sae.W_enc.data = sae.W_dec.data.T.clone()
+    sae.b_enc.data.fill_(-1.5)
+    sae.requires_grad_(False)
+    write_latents(sae, Held(), Hostile(), latents_folder(paths[-1]), quiet=True)  # type: ignore[arg-type]
+    return write_report([folder], folder / "report.html", title=HOSTILE[0])
+
+
+@pytest.fixture
+def latents(report: Path) -> Path:
+    return next((report.parent / "report_files" / "latents").glob("*/index.html"))
+
+
+def open_latents(browser: Browser, page: Path, fragment: str = "") -> None:
+    browser.problems.clear()
+    browser.size(1280)
+    browser.open(page, fragment)
+    browser.wait(
+        "document.querySelectorAll('#list li').length > 0 || document.querySelector('#count').textContent[0] === '0'"
+    )
+
+
+def listed(browser: Browser) -> list[int]:
+    """Numbers of the latents in the list."""
+    return [
+        int(text) for text in browser.evaluate("[...document.querySelectorAll('#list .id')].map(e => e.textContent)")
+    ]
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_the_report_fits_its_window_and_meets_no_problem(browser: Browser, report: Path, width: int) -> None:
+    browser.problems.clear()
+    browser.size(width)
+    browser.open(report)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate("document.querySelectorAll('figure svg').length") > 10
+    assert browser.evaluate(
+        "[...document.querySelectorAll('.panel svg')].every(s => s.getBoundingClientRect().width > 200)"
+    )
+    assert browser.problems == []
+
+
+def test_hostile_names_are_text_in_the_report(browser: Browser, report: Path) -> None:
+    browser.size(1200)
+    browser.open(report)
+    assert browser.evaluate("document.querySelector('h1').textContent") == HOSTILE[0]
+    assert browser.evaluate("[document.scripts.length, document.images.length]") == [1, 0]
+    assert browser.evaluate("document.title") == HOSTILE[0]
+
+
+def test_pointing_at_a_checkpoint_says_which_it_is(browser: Browser, report: Path) -> None:
+    browser.size(1200)
+    browser.open(report)
+    browser.click("#figure-pareto .tip")
+    said = browser.evaluate("document.querySelector('#figure-pareto .pointed').textContent")
+    assert "step 400: L0" in said
+
+
+def test_figures_take_the_colours_of_light_and_dark(browser: Browser, report: Path) -> None:
+    found = set()
+    for dark in (False, True):
+        browser.size(1200, dark=dark)
+        browser.open(report)
+        found.add(browser.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill"))
+    assert len(found) == 2
+
+
+def test_typing_in_the_search_field_lists_what_matches(browser: Browser, latents: Path) -> None:
+    open_latents(browser, latents)
+    assert browser.evaluate("document.querySelectorAll('#list li').length") == 50
+    browser.type("#q", "RIGHT TO")
+    browser.wait("document.querySelector('#count').textContent.includes('of 600')")
+    labels = browser.evaluate("[...document.querySelectorAll('#list .label')].map(e => e.textContent)")
+    assert labels
+    assert all("right to" in label for label in labels)
+    browser.evaluate("document.querySelector('#q').select()")
+    browser.type("#q", "37")
+    browser.wait("location.hash.includes('q=37')")
+    assert 37 in listed(browser)
+    assert browser.problems == []
+
+
+def test_sorting_and_filtering_by_level_order_the_list(browser: Browser, latents: Path) -> None:
+    open_latents(browser, latents, "sort=density&desc=1")
+    shares = browser.evaluate(
+        "[...document.querySelectorAll('#list li a > :last-child')].map(e => parseFloat(e.textContent.split(', ')[1]))"
+    )
+    assert shares == sorted(shares, reverse=True)
+    assert len(set(shares)) > 1
+    browser.evaluate(
+        "(s => { s.value = '0'; s.dispatchEvent(new Event('change')); })(document.querySelector('#level'))"
+    )
+    assert browser.evaluate("document.querySelector('#count').textContent").startswith("120 of 600")
+    assert max(listed(browser)) < 120
+    browser.click("#next")
+    assert len(listed(browser)) == 50
+    assert browser.evaluate("document.querySelector('#back').disabled") is False
+
+
+def test_a_click_opens_a_latent_and_its_relative_opens_from_there(browser: Browser, latents: Path) -> None:
+    open_latents(browser, latents)
+    browser.click("#list li:nth-child(3) a")
+    browser.wait("document.querySelector('#latent h2')?.textContent === 'Latent 2'")
+    browser.wait("document.querySelectorAll('#latent .context').length > 0")
+    browser.click("#latent tbody a")
+    browser.wait("document.querySelector('#latent h2').textContent !== 'Latent 2'")
+    assert int(browser.evaluate("document.querySelector('#latent h2').textContent").split()[1]) >= 120
+    assert browser.problems == []
+
+
+def test_hostile_tokens_are_text_in_contexts_and_lists(browser: Browser, latents: Path) -> None:
+    open_latents(browser, latents, "latent=130")
+    browser.wait("document.querySelectorAll('#latent .context').length > 0")
+    shown = browser.evaluate("[...document.querySelectorAll('.context bdi')].map(e => e.textContent).join('')")
+    for attack in (
+        HOSTILE[0],
+        HOSTILE[1],
+        HOSTILE[5],
+        HOSTILE[6],
+        HOSTILE[7],
+        "⟨U+202E⟩right to left⟨U+2066⟩",
+        "⟨U+0000⟩",
+    ):
+        assert attack in shown
+    assert browser.evaluate("[document.images.length, document.querySelectorAll('h1').length]") == [0, 1]
+    assert "taken" not in browser.evaluate("document.title")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 1280
+    assert browser.problems == []
+
+
+def test_on_a_phone_a_latent_takes_the_place_of_the_list_and_leads_back(browser: Browser, latents: Path) -> None:
+    open_latents(browser, latents)
+    browser.size(390)
+    browser.evaluate("location.hash = 'latent=5'")
+    browser.wait("document.querySelectorAll('#latent .context').length > 0")
+    hidden = "getComputedStyle(document.querySelector('{}')).display === 'none'"
+    assert browser.evaluate(hidden.format("#browse"))
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+    browser.click("#latent .all")
+    browser.wait("!(" + hidden.format("#browse") + ")")
+
+
+def test_a_missing_data_file_is_said(browser: Browser, latents: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "index.html"
+    alone.write_bytes(latents.read_bytes())
+    browser.open(alone)
+    browser.wait("document.querySelector('#count').textContent.includes('index.js is missing')")

@@ -1,0 +1,109 @@
+"""Results on disk: whole, finite, recognised by key, and one CSV from all of them however many jobs write."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from results_files import write_results
+
+from evaluate.results import is_done, not_finite, read_result, result_path, write_csv, write_result
+from pipeline.definitions import METRICS
+from pipeline.errors import CheckpointError, DamagedError
+
+ROOT = Path(__file__).parents[1]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def data(key: str = "a" * 64, **scores: Any) -> dict[str, Any]:
+    """The parts of a results file that the CSV reads."""
+    level = {"level": 0, "n_latents": 8, "scores": {"ev": 0.5, **scores}, "scores_without_massive": {"ev": None}}
+    provenance = {"member": "m", "train": {"seed": 4}}
+    return {
+        "key": key,
+        "checkpoint": {"path": "x.safetensors", "step": 3, "sae": {"width": 8}, "provenance": provenance},
+        "store": {"id": "b" * 64, "layer": 19},
+        "levels": [level],
+        "series": {"scr": [{"n": 5, "level": 0, "value": 0.25, "low": None, "high": None}]},
+    }
+
+
+def test_results_that_were_written_are_done_under_their_key_only(tmp_path: Path) -> None:
+    path = result_path(tmp_path, "m", 3, "a" * 64)
+    assert path.name == "m-step_000003-aaaaaaaaaa.json"
+    assert not is_done(path, "a" * 64)
+    write_result(path, data())
+    assert is_done(path, "a" * 64)
+    with pytest.raises(DamagedError, match="its key is"):
+        is_done(path, "a" * 10 + "b" * 54)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_an_error_that_names_it_and_nothing_is_written(tmp_path: Path, bad: float) -> None:
+    path = tmp_path / "m-step_000003-aaaaaaaaaa.json"
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: levels\.0\.scores\.kl_nats is not a finite number"):
+        write_result(path, data(kl_nats=bad))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_undefined_scores_are_null_and_an_empty_field(tmp_path: Path) -> None:
+    path = result_path(tmp_path, "m", 3, "a" * 64)
+    write_result(path, data(ce_score=None))
+    assert json.loads(path.read_text())["levels"][0]["scores"]["ce_score"] is None
+    row = read_csv(write_csv(tmp_path))[0]
+    assert row["ce_score"] == row["ev_without_massive"] == ""
+
+
+def test_the_csv_has_a_row_a_checkpoint_and_level_with_training_scores_and_series(tmp_path: Path) -> None:
+    paths = write_results(tmp_path, alphas=(0.0, 0.2), seeds=(0, 1), steps=(100,))
+    rows = read_csv(write_csv(tmp_path))
+    assert len(rows) == 2 * 1 + 2 * 2  # a flat SAE has one level, a nested one two
+    assert {row["file"] for row in rows} == {path.name for path in paths}
+    nested = next(row for row in rows if row["alpha"] == "0.2" and row["level"] == "1")
+    result = next(read_result(path) for path in paths if path.name == nested["file"])
+    assert float(nested["kl_nats"]) == result["levels"][1]["scores"]["kl_nats"]
+    points = [p["value"] for p in result["series"]["scr"] if (p["n"], p["level"]) == (20, 1)]
+    assert [float(nested["scr_20"])] == points
+
+
+def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m-step_000003-aaaaaaaaaa.json"
+    path.write_text('{"format": "nested-sae-results", "version": 2}')
+    with pytest.raises(DamagedError, match="of version 1, found 'nested-sae-results' 2"):
+        read_result(path)
+
+
+def test_not_finite_looks_into_lists_and_mappings() -> None:
+    assert list(not_finite({"a": [1.0, {"b": math.nan}], "c": None, "d": "nan", "e": 3})) == ["a.1.b"]
+
+
+def test_jobs_that_write_at_the_same_time_leave_a_csv_of_all_results(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.path[:0] = ['tests']\n"
+        "from pathlib import Path; from evaluate.results import *; from results_files import write_results\n"
+        "out, seed = Path(sys.argv[1]), int(sys.argv[2])\n"
+        "for step in (1, 2, 3): write_results(out, alphas=(0.2,), seeds=(seed,), steps=(step,)); write_csv(out)\n"
+    )
+    jobs = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path), str(seed)], cwd=ROOT) for seed in range(3)]
+    assert [job.wait() for job in jobs] == [0, 0, 0]
+    rows = read_csv(tmp_path / "results.csv")
+    assert sorted((row["seed"], row["step"]) for row in rows if row["level"] == "1") == [
+        (str(seed), str(step)) for seed in range(3) for step in (1, 2, 3)
+    ]
+
+
+def test_every_metric_has_a_unit_a_direction_and_a_definition() -> None:
+    for name, metric in METRICS.items():
+        assert name == metric.id
+        assert metric.unit
+        assert metric.definition
+        assert metric.better in ("lower", "higher", "neither")

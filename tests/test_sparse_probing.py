@@ -1,0 +1,63 @@
+"""k-sparse probing: which latents are looked at, what the classifier then gets right, the baseline."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from probing_cases import random_draw
+from sklearn.linear_model import LogisticRegression
+
+from evaluate.sparse_probing import fitted_accuracy, k_sparse_scores, residual_accuracy
+from evaluate.tasks import Contrast
+from evaluate.texts import PooledLatents
+
+
+def latents_with_one_informative(
+    width: int = 8, informative: int = 6
+) -> tuple[PooledLatents, dict[str, tuple[Contrast, Contrast]]]:
+    """80 texts whose class one latent tells apart and the others do not; the first 40 train, the rest test."""
+    rng = torch.Generator().manual_seed(0)
+    label = torch.arange(80) % 2
+    mean = torch.rand(80, width, generator=rng)
+    mean[:, informative] += 5.0 * label
+    rows = np.arange(80)
+    train, test = (Contrast(part[part % 2 == 1], part[part % 2 == 0]) for part in (rows[:40], rows[40:]))
+    return PooledLatents(mean, torch.zeros(width), torch.zeros(80)), {"c": (train, test)}
+
+
+def test_the_informative_latent_is_found_where_the_level_has_it() -> None:
+    latents, draw = latents_with_one_informative()
+    scores = k_sparse_scores([draw], latents, {0: 4, 1: 8}, (1, 2, 5))
+    assert set(scores) == {("k_sparse_probe", *key) for key in ((0, 1), (0, 2), (1, 1), (1, 2), (1, 5))}
+    assert scores["k_sparse_probe", 1, 1] == [1.0]
+    assert scores["k_sparse_probe", 0, 1][0] < 0.8  # the inner level does not have it
+
+
+def test_scores_equal_scikit_learn_on_the_columns_of_largest_mean_difference() -> None:
+    rng = torch.Generator().manual_seed(3)
+    latents = PooledLatents(torch.randn(200, 12, generator=rng), torch.zeros(12), torch.zeros(200))
+    draw = random_draw(("a", "b"), 120, 80)
+    found = k_sparse_scores([draw], latents, {0: 12}, (1, 3))
+    x = latents.mean.numpy()
+    for k in (1, 3):
+        expected = []
+        for train, test in draw.values():
+            difference = np.abs(
+                x[train.positive].mean(0, dtype=np.float64) - x[train.negative].mean(0, dtype=np.float64)
+            )
+            columns = np.argsort(-difference)[:k]
+            fit = LogisticRegression(max_iter=1000).fit(x[train.rows][:, columns], train.labels)
+            expected.append(fit.score(x[test.rows][:, columns], test.labels))
+        assert found["k_sparse_probe", 0, k] == [pytest.approx(np.mean(expected))]
+
+
+def test_the_baseline_looks_at_the_whole_residual() -> None:
+    latents, draw = latents_with_one_informative()
+    assert residual_accuracy(latents.mean, draw) == 1.0
+
+
+def test_a_classifier_that_meets_the_iteration_limit_counts_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluate.sparse_probing.MAX_ITERATIONS", 1)
+    latents, draw = latents_with_one_informative()
+    assert 0 <= fitted_accuracy(latents.mean, *draw["c"]) <= 1

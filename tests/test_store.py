@@ -1,0 +1,438 @@
+"""What goes into a store comes out, bit for bit; anybody's Zarr reads it; statistics are those of the rows."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import make_rows, make_store, make_tokens, prepare_store, store_config, write_shards
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+
+from pipeline.errors import DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
+from pipeline.layout import Layout, estimate_bytes
+from pipeline.moments import norms_and_moments
+from pipeline.split import Split, to_numpy
+from pipeline.store import Store, describe_store
+from pipeline.store_prepare import SplitTokens, prepare, resume, segments
+
+SMALL: dict[str, Any] = {"d_model": 6, "context": 4, "shard_rows": 32, "chunk_rows": 8}
+KINDS = [("bf16", "none"), ("bf16", "lz4"), ("bf16", "zstd"), ("float32", "none"), ("float32", "zstd")]
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    """Every file of a store and its bytes."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def all_rows(store: Store, split: Split) -> torch.Tensor:
+    """What the test wrote into a split."""
+    return make_rows(store.config, split.name, 0, split.n_rows)
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(kind))
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """19 training sequences of 4 rows of width 6: two shards of 32 rows and a ragged one whose last chunk is ragged."""
+    dtype, codec = request.param
+    path = tmp_path_factory.mktemp("store") / "small.zarr"
+    return make_store(path, n_sequences=19, eval_sequences=5, dtype=dtype, codec=codec, **SMALL)
+
+
+def test_every_row_comes_out_as_it_went_in(small: Store) -> None:
+    for split in small.splits:
+        assert torch.equal(split.read(0, split.n_rows), all_rows(small, split))
+
+
+@given(data=st.data())
+def test_any_range_of_rows_can_be_read(tiny_store: Path, data: st.DataObject) -> None:
+    split = Store.open(tiny_store).eval
+    start = data.draw(st.integers(0, split.n_rows))
+    stop = data.draw(st.integers(start, split.n_rows))
+    assert torch.equal(split.read(start, stop), make_rows(store_config(), "eval", 0, split.n_rows)[start:stop])
+
+
+def test_rows_outside_the_split_are_refused(tiny_store: Path) -> None:
+    split = Store.open(tiny_store).train
+    for start, stop in ((-1, 3), (5, 3), (0, split.n_rows + 1)):
+        with pytest.raises(UsageError, match="not within 0 and 2432"):
+            split.read(start, stop)
+
+
+def test_tokens_and_special_positions_come_out_as_they_went_in(small: Store) -> None:
+    for split in small.splits:
+        expected = make_tokens(0, split.name, split.n_sequences, 4)
+        assert np.array_equal(split.tokens, expected.tokens)
+        assert np.array_equal(split.special, expected.special)
+
+
+def test_zarr_python_reads_the_same_without_a_warning(small: Store) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group = zarr.open_group(small.path, mode="r")
+        for split in small.splits:
+            there = group[split.name]
+            assert isinstance(there, zarr.Group)
+            arrays = dict(there.arrays())
+            assert sorted(arrays) == ["commit", "moments", "norm", "resid", "special", "tokens"]
+            assert np.array_equal(arrays["resid"][:], to_numpy(all_rows(small, split)))
+            assert np.array_equal(arrays["tokens"][:], split.tokens)
+            assert np.array_equal(arrays["norm"][:], split.norm)
+            assert all(None not in array.metadata.dimension_names for array in arrays.values())
+        assert np.array_equal(group["mean"][:], small.mean64)
+
+
+def test_files_are_the_bytes_that_zarr_python_writes(small: Store, tmp_path: Path) -> None:
+    """Every array written again by zarr-python from what it reads, with the codecs FORMAT.md names."""
+    ours, theirs = zarr.open_group(small.path, mode="r"), zarr.create_group(tmp_path / "theirs.zarr")
+    itemsize = 2 if small.config["dtype"] == "bf16" else 4
+    compressors: dict[str, list[Any]] = {
+        "none": [],
+        "lz4": [BloscCodec(typesize=itemsize, cname="lz4", clevel=1, shuffle="bitshuffle", blocksize=0)],
+        "zstd": [ZstdCodec(level=1, checksum=False)],
+    }
+    names = ["mean", *(f"{split}/{name}" for split in ("train", "eval") for name in small.train.arrays)]
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        for name in names:
+            array = ours[name]
+            sharded = name.endswith("resid")
+            copy = theirs.create_array(
+                name,
+                shape=array.shape,
+                dtype=array.dtype,
+                chunks=array.chunks,
+                shards=array.shards,
+                filters=None,
+                compressors=[*(compressors[small.config["codec"]] if sharded else []), Crc32cCodec()],
+                fill_value=array.fill_value,
+                attributes=dict(array.attrs),
+                dimension_names=array.metadata.dimension_names,
+            )
+            copy[...] = array[...]
+    written = tree(tmp_path / "theirs.zarr")
+    for key, data in tree(small.path).items():
+        if key.count("/") < 2 and key.endswith("zarr.json") and not key.startswith("mean"):
+            continue  # groups: they have attributes of ours
+        if key.endswith("zarr.json"):
+            assert json.loads(written[key]) == json.loads(data), key
+        else:
+            assert written[key] == data, key
+
+
+def test_chunks_can_be_read_into_memory_that_is_there(small: Store) -> None:
+    split = small.train
+    chunks = [4, 0, split.n_chunks - 1]
+    buffer = torch.zeros(3 * split.chunk_rows, small.d_model, dtype=small.dtype)
+    n = split.read_chunks_into(buffer, chunks)
+    expected = torch.cat([split.read(*split.chunk_rows_range(chunk)) for chunk in chunks])
+    assert n == len(expected) == 2 * 8 + 4
+    assert torch.equal(buffer[:n], expected)
+
+
+def test_a_chunk_does_not_fit_into_memory_of_another_shape(small: Store) -> None:
+    with pytest.raises(ValueError, match="out is"):
+        small.train.read_chunk(0, torch.zeros(3, small.d_model, dtype=small.dtype))
+
+
+@pytest.mark.parametrize("d_model", [6, 5, 1])
+@pytest.mark.parametrize("dtype", ["bf16", "float32"])
+def test_a_mapped_shard_has_every_row_at_the_index_it_says(tmp_path: Path, d_model: int, dtype: str) -> None:
+    sizes = SMALL | {"d_model": d_model}
+    store = make_store(tmp_path / "s.zarr", n_sequences=19, eval_sequences=5, dtype=dtype, **sizes)
+    for k in range(store.train.n_shards):
+        start, stop = store.train.shard_rows_range(k)
+        order = torch.randperm(stop - start)
+        mapped = store.train.mapped_shard(k)
+        assert torch.equal(mapped.view[mapped.at(order)], store.train.read(start, stop)[order])
+
+
+def test_a_compressed_store_cannot_be_mapped(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", n_sequences=19, eval_sequences=5, codec="zstd", **SMALL)
+    with pytest.raises(UsageError, match="window mode"):
+        store.train.mapped_shard(0)
+
+
+@given(block=st.integers(1, 40))
+@settings(max_examples=15)
+def test_the_bytes_do_not_depend_on_the_blocks_that_rows_come_in(
+    tmp_path_factory: pytest.TempPathFactory, block: int
+) -> None:
+    path = tmp_path_factory.mktemp("blocks") / "s.zarr"
+    writer = prepare_store(path, store_config(**SMALL), 19, 5)
+    for split in ("train", "eval"):
+        for k in writer.pending(split):
+            start, stop = writer.split(split).shard_rows_range(k)
+            with writer.shard(split, k) as shard:
+                for a in range(start, stop, block):
+                    shard.write(make_rows(writer.store.config, split, a, min(a + block, stop)))
+    writer.finish()
+    make_store(path.with_name("plain.zarr"), n_sequences=19, eval_sequences=5, **SMALL)
+    assert tree(path) == tree(path.with_name("plain.zarr"))
+
+
+def test_norms_are_those_of_the_stored_rows(small: Store) -> None:
+    for split in small.splits:
+        expected = all_rows(small, split).double().norm(dim=1).float()
+        torch.testing.assert_close(torch.from_numpy(split.norm.copy()), expected, rtol=1e-6, atol=0)
+
+
+def test_moments_leave_out_special_rows() -> None:
+    rows = np.array([[1, 2], [100, 100], [3, -1]], np.float32)
+    norm, moments = norms_and_moments(rows, np.array([False, True, False]))
+    assert norm == pytest.approx([5**0.5, 20000**0.5, 10**0.5])
+    assert moments.tolist() == [2, 15, 4, 1]
+
+
+@pytest.mark.parametrize("multiple", [None, 3.0, 1.1])
+def test_mean_and_scale_are_those_of_the_kept_rows(tiny_store: Path, multiple: float | None) -> None:
+    store = Store.open(tiny_store)
+    rows, special = all_rows(store, store.train), torch.from_numpy(store.train.special.reshape(-1))
+    kept, mean, scale = reference.kept_mean_and_scale(rows, special, multiple)
+    found_mean, found_scale = store.mean_and_scale(multiple)
+    assert np.array_equal(store.train.kept(multiple), kept.numpy())
+    torch.testing.assert_close(found_mean.double(), mean, rtol=1e-6, atol=1e-6)
+    assert found_scale == pytest.approx(scale, rel=1e-9)
+
+
+def test_statistics_count_special_and_massive_rows(tiny_store: Path) -> None:
+    store = Store.open(tiny_store)
+    statistics = store.statistics
+    index = torch.arange(store.train.n_rows)
+    massive = int(((index % 97 == 50) & (index % 16 != 0)).sum())
+    assert (statistics.n_rows, statistics.n_special, statistics.n_massive) == (2432, 152, massive)
+    assert statistics.n_kept == 2432 - 152 - massive == store.train.kept().sum()
+    assert massive > 0
+
+
+def test_centred_and_scaled_kept_rows_have_a_mean_square_norm_of_one(tiny_store: Path) -> None:
+    store = Store.open(tiny_store)
+    x = (all_rows(store, store.train).double()[torch.from_numpy(store.train.kept())] - store.mean) * store.scale
+    assert x.square().sum(1).mean().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_evaluation_rows_are_measured_against_the_training_median(tiny_store: Path) -> None:
+    store = Store.open(tiny_store)
+    limit = 3 * store.statistics.median_norm
+    assert np.array_equal(store.eval.kept(), ~store.eval.special.reshape(-1) & (store.eval.norm <= limit))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "float32"])
+def test_the_estimate_is_exact_to_a_per_cent(tmp_path: Path, dtype: str) -> None:
+    config = store_config(dtype=dtype)
+    make_store(tmp_path / "s.zarr", dtype=dtype)
+    size = sum(len(data) for data in tree(tmp_path / "s.zarr").values())
+    assert estimate_bytes(config, 152, 32) == pytest.approx(size, rel=0.01)
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd"])
+def test_the_estimate_is_an_upper_bound_when_compressed(tmp_path: Path, codec: str) -> None:
+    make_store(tmp_path / "s.zarr", codec=codec)
+    size = sum(len(data) for data in tree(tmp_path / "s.zarr").values())
+    assert size <= estimate_bytes(store_config(codec=codec), 152, 32) < 2 * size
+
+
+def test_a_store_describes_itself_in_plain_json(tiny_store: Path) -> None:
+    described = json.loads(json.dumps(describe_store(Store.open(tiny_store))))
+    assert described["config"] == json.loads(json.dumps(store_config()))
+    assert described["splits"]["train"] | {"bytes": 0} == {
+        "sequences": 152, "rows": 2432, "shards": 3, "committed": 3, "bytes": 0,
+    }  # fmt: skip
+    assert described["bytes"] == sum(len(data) for data in tree(tiny_store).values())
+    assert len(described["mean"]) == 64
+    assert described["statistics"]["scale"] > 0
+
+
+def test_an_unfinished_store_is_refused_and_says_how_far_it_came(tmp_path: Path) -> None:
+    writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
+    with writer.shard("train", 1) as shard:
+        shard.write(make_rows(writer.store.config, "train", 32, 64))
+    with pytest.raises(StoreError, match="1 of 4 shards are committed"):
+        Store.open(tmp_path / "s.zarr")
+    assert writer.pending("train") == [0, 2]
+    assert Store.open(tmp_path / "s.zarr", complete=False).train.read(32, 64).shape == (32, 6)
+    assert "1 of 4" in Store.open(tmp_path / "s.zarr", complete=False).verify()[0]
+
+
+def test_a_store_is_not_finished_before_its_last_shard(tmp_path: Path) -> None:
+    writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
+    with pytest.raises(StoreError, match="not committed"):
+        writer.finish()
+
+
+def test_no_store_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no activation store here"):
+        Store.open(tmp_path)
+
+
+def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
+    make_store(tmp_path / "s.zarr", n_sequences=19, eval_sequences=5, **SMALL)
+    root = tmp_path / "s.zarr" / "zarr.json"
+    root.write_bytes(root.read_bytes().replace(b'"version": 1,', b'"version": 2,'))
+    with pytest.raises(StoreError, match=r"expected format nested-sae-activations version 1, found .* version 2"):
+        Store.open(tmp_path / "s.zarr")
+
+
+def test_another_config_on_the_same_path_is_refused_naming_the_fields(tiny_store: Path) -> None:
+    other = store_config() | {"layer": 5, "dtype": "float32"}
+    with pytest.raises(MismatchError, match=r"dtype: there 'bf16', asked 'float32'; layer: there 3, asked 5"):
+        resume(tiny_store, other, 152, 32)
+    with pytest.raises(MismatchError, match="layer: there 3, asked 5"):
+        prepare(tiny_store, other, make_tokens(0, "train", 152, 16), make_tokens(0, "eval", 32, 16), {})
+
+
+def test_other_tokens_under_the_same_config_are_refused(tiny_store: Path) -> None:
+    with pytest.raises(MismatchError, match="train tokens are others"):
+        prepare(tiny_store, store_config(), make_tokens(1, "train", 152, 16), make_tokens(0, "eval", 32, 16), {})
+
+
+def test_fewer_tokens_or_another_evaluation_split_are_refused(tiny_store: Path) -> None:
+    with pytest.raises(MismatchError, match="holds 152 training sequences, asked fewer"):
+        resume(tiny_store, store_config(), 151, 32)
+    with pytest.raises(MismatchError, match="holds 32 evaluation sequences, asked 33"):
+        resume(tiny_store, store_config(), 152, 33)
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "s.zarr").mkdir()
+    (tmp_path / "s.zarr" / "thesis.tex").write_text("ten years of work")
+    with pytest.raises(DiskError, match=r"thesis\.tex: the folder holds something else"):
+        make_store(tmp_path / "s.zarr")
+    assert (tmp_path / "s.zarr" / "thesis.tex").read_text() == "ten years of work"
+
+
+def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "s.zarr").write_text("a file")
+    with pytest.raises(DiskError, match="is a file"):
+        make_store(tmp_path / "s.zarr")
+
+
+def test_a_finished_store_is_left_alone_by_the_same_command(tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    make_store(path, n_sequences=19, eval_sequences=5, **SMALL)
+    before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
+    make_store(path, n_sequences=19, eval_sequences=5, **SMALL)
+    prepare(
+        path, store_config(**SMALL), make_tokens(0, "train", 19, 4), make_tokens(0, "eval", 5, 4), {"numpy": "other"}
+    )
+    assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("n_rows", [0, 31, 33])
+def test_a_shard_with_too_few_or_too_many_rows_leaves_nothing_behind(tmp_path: Path, n_rows: int) -> None:
+    writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
+    before = tree(tmp_path / "s.zarr")
+    with pytest.raises(UsageError, match="a shard of 32 rows"), writer.shard("train", 0) as shard:
+        shard.write(make_rows(writer.store.config, "train", 0, n_rows)) if n_rows else None
+    assert tree(tmp_path / "s.zarr") == before
+
+
+def test_rows_of_another_dtype_or_width_are_refused(tmp_path: Path) -> None:
+    writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
+    for rows in (torch.zeros(4, 6), torch.zeros(4, 5, dtype=torch.bfloat16)):
+        with pytest.raises(UsageError, match=r"expected torch.bfloat16 \[row, 6\]"), writer.shard("train", 0) as shard:
+            shard.write(rows)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_residual_that_is_not_finite_is_refused_and_named(tmp_path: Path, value: float) -> None:
+    writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
+    rows = make_rows(writer.store.config, "train", 32, 64)
+    rows[13, 2] = value
+    with pytest.raises(ModelError, match="row 45 is not finite"), writer.shard("train", 1) as shard:
+        shard.write(rows)
+
+
+def test_a_committed_shard_is_not_written_again(tmp_path: Path) -> None:
+    writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
+    write_shards(writer)
+    with pytest.raises(StoreError, match="shard 0 of train is committed"), writer.shard("train", 0):
+        pass
+
+
+def test_a_store_whose_rows_are_all_special_cannot_be_finished(tmp_path: Path) -> None:
+    tokens = make_tokens(0, "train", 19, 4)
+    everything = SplitTokens(tokens.tokens, np.ones_like(tokens.special))
+    writer = prepare(tmp_path / "s.zarr", store_config(**SMALL), everything, make_tokens(0, "eval", 5, 4), {})
+    write_shards(writer)
+    with pytest.raises(StoreError, match="every training row is special"):
+        writer.finish()
+
+
+def test_a_store_whose_rows_are_all_the_same_cannot_be_finished(tmp_path: Path) -> None:
+    writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 8, 5)
+    with writer.shard("train", 0) as shard:
+        shard.write(torch.ones(32, 6, dtype=torch.bfloat16))
+    write_shards(writer)
+    with pytest.raises(StoreError, match="are the same vector"):
+        writer.finish()
+
+
+def test_special_positions_must_include_the_first() -> None:
+    tokens = make_tokens(0, "train", 2, 4)
+    with pytest.raises(UsageError, match="true at position 0"):
+        SplitTokens(tokens.tokens, np.zeros_like(tokens.special))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shard_rows": 36}, "shard_rows 36 must be a multiple of chunk_rows 8"),
+        ({"chunk_rows": 6, "shard_rows": 36}, "and that of the context 4"),
+        ({"dtype": "float16"}, "holds bf16 or float32"),
+        ({"codec": "gzip"}, "codec 'gzip' is not one of"),
+        ({"d_model": 0}, "at least 1"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Layout.from_config(store_config(**SMALL) | change)
+
+
+def test_a_config_without_its_layout_is_refused() -> None:
+    with pytest.raises(UsageError, match="lacks context, codec"):
+        Layout.from_config({k: v for k, v in store_config().items() if k not in ("context", "codec")})
+
+
+@pytest.mark.parametrize(("before", "after"), [(19, 30), (16, 20), (3, 19), (17, 18), (8, 16)])
+def test_an_extended_store_keeps_its_whole_shards_and_has_all_rows(tmp_path: Path, before: int, after: int) -> None:
+    path = tmp_path / "s.zarr"
+    make_store(path, n_sequences=before, eval_sequences=5, **SMALL)
+    whole = [path / f"train/resid/c/{k}/0" for k in range(before * 4 // 32)]
+    held = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in [*whole, path / "eval/resid/c/0/0"]}
+    store = make_store(path, n_sequences=after, eval_sequences=5, **SMALL)
+    assert {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in held} == held
+    assert store.attributes["segments"] == [before, after]
+    assert segments(path) == (before, after)
+    assert torch.equal(store.train.read(0, store.train.n_rows), all_rows(store, store.train))
+    assert store.verify() == []
+    make_store(tmp_path / "direct.zarr", n_sequences=after, eval_sequences=5, **SMALL)
+    extended, direct = tree(path), tree(tmp_path / "direct.zarr")
+    assert {key for key in extended.keys() | direct.keys() if extended.get(key) != direct.get(key)} == {"zarr.json"}
+
+
+def test_an_extension_must_begin_with_the_tokens_that_are_there(tiny_store: Path) -> None:
+    with pytest.raises(MismatchError, match="train tokens are others"):
+        prepare(tiny_store, store_config(), make_tokens(5, "train", 200, 16), make_tokens(0, "eval", 32, 16), {})
+
+
+def test_a_missing_shard_is_an_error_here_and_nan_in_any_zarr_reader(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", n_sequences=19, eval_sequences=5, dtype="float32", **SMALL)
+    store.train.shard_path(1).unlink()
+    with pytest.raises(DamagedError, match="gone"):
+        Store.open(store.path)
+    with pytest.raises(DamagedError, match="gone"):
+        store.train.read(30, 34)
+    assert np.isnan(zarr.open_group(store.path, mode="r")["train/resid"][32:64]).all()
+
+
+def test_a_missing_bf16_shard_is_nan_in_any_zarr_reader(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", n_sequences=19, eval_sequences=5, **SMALL)
+    shutil.rmtree(store.path / "train/resid/c/1")
+    bits = zarr.open_group(store.path, mode="r")["train/resid"][32:64]
+    assert torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).isnan().all()

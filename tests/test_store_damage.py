@@ -1,0 +1,237 @@
+"""A byte that changed, a file cut short or gone: found, never read as data, and repaired to the byte."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stores import make_store, make_tokens, prepare_store, store_config, write_shards
+from test_store import SMALL, tree
+
+from pipeline.errors import DamagedError, MismatchError, PipelineError
+from pipeline.runtime import numpy_rng
+from pipeline.shards import with_crc
+from pipeline.store import Store
+from pipeline.store_prepare import prepare
+
+SIZES: dict[str, Any] = {"n_sequences": 19, "eval_sequences": 5, **SMALL}
+KEYS = [
+    "zarr.json", "mean/zarr.json", "mean/c/0", "train/zarr.json", "eval/zarr.json",
+    *(f"train/{name}/zarr.json" for name in ("tokens", "special", "resid", "norm", "moments", "commit")),
+    "train/tokens/c/0/0", "train/special/c/2/0", "train/resid/c/0/0", "train/resid/c/2/0", "train/norm/c/1",
+    "train/moments/c/2/0", "train/commit/c/1/0", "eval/tokens/c/0/0", "eval/resid/c/0/0", "eval/commit/c/0/0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["none", "zstd"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small complete store; tests put back what they change."""
+    return make_store(tmp_path_factory.mktemp("whole") / "s.zarr", codec=request.param, **SIZES).path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A small complete store to damage for good."""
+    return make_store(tmp_path / "s.zarr", **SIZES).path
+
+
+@contextmanager
+def changed(path: Path, data: bytes | None) -> Iterator[None]:
+    """A file with other bytes, or gone for None; as it was afterwards."""
+    before = path.read_bytes()
+    path.unlink() if data is None else path.write_bytes(data)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def flipped(data: bytes, position: int, mask: int) -> bytes:
+    """The data with some bits of one byte changed."""
+    return data[:position] + bytes([data[position] ^ mask]) + data[position + 1 :]
+
+
+def problems(path: Path) -> list[str]:
+    """What `verify` reports, a root that cannot be read included."""
+    try:
+        return Store.open(path, complete=False, check=False).verify(quiet=True)
+    except PipelineError as error:
+        return [str(error)]
+
+
+def everything_read(path: Path) -> list[Any]:
+    """All that a training or an evaluation could take from a store."""
+    store = Store.open(path)
+    found: list[Any] = [store.mean.tolist(), store.scale, store.mean_and_scale(None)[1], store.id]
+    for split in store.splits:
+        found += [split.tokens.tolist(), split.special.tolist(), split.norm.tolist(), split.kept().tolist()]
+        found.append(split.read(0, split.n_rows).view(torch.uint8).tolist())
+    return found
+
+
+def test_a_flipped_byte_anywhere_is_found_and_never_used(whole: Path) -> None:
+    expected = everything_read(whole)
+    assert problems(whole) == []
+    rng = numpy_rng("flips")
+    for key, data in tree(whole).items():
+        places = {0, len(data) - 1, *rng.integers(0, len(data), 2).tolist()}
+        for position in sorted(places):
+            with changed(whole / key, flipped(data, position, int(rng.integers(1, 256)))):
+                found = problems(whole)
+                assert found, (key, position)
+                assert str(whole) in found[0]
+                try:
+                    assert everything_read(whole) == expected, (key, position)
+                except PipelineError:
+                    continue
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(b'"zarr_format": 3', b'"zarr_format": 2'), (b"\n  ", b"\n\t "), (b'"group"', b'"array"')]
+)
+def test_bytes_of_the_root_outside_its_attributes_count_too(whole: Path, before: bytes, after: bytes) -> None:
+    data = (whole / "zarr.json").read_bytes()
+    with (
+        changed(whole / "zarr.json", data.replace(before, after, 1)),
+        pytest.raises(DamagedError, match="bytes changed"),
+    ):
+        Store.open(whole)
+
+
+def test_every_byte_of_a_commit_record_and_of_a_shard_index_counts(whole: Path) -> None:
+    commit, resid = whole / "train/commit/c/0/0", whole / "train/resid/c/0/0"
+    index_nbytes = 16 * 4 + 4
+    for path, first in ((commit, 0), (resid, resid.stat().st_size - index_nbytes)):
+        data = path.read_bytes()
+        for position in range(first, len(data)):
+            with changed(path, flipped(data, position, 0x10)), pytest.raises(DamagedError):
+                Store.open(whole)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_file_that_is_gone_cut_short_or_longer_is_found_when_opening(whole: Path, key: str) -> None:
+    data = (whole / key).read_bytes()
+    for other in (None, b"", data[:1], data[: len(data) // 2], data[:-1], data + b"\0"):
+        with changed(whole / key, other):
+            with pytest.raises(PipelineError):
+                Store.open(whole)
+            assert problems(whole)
+
+
+def test_the_message_names_the_file_and_what_to_do(whole: Path) -> None:
+    with changed(whole / "train/resid/c/1/0", None), pytest.raises(DamagedError, match=r"resid/c/1/0: .*--repair"):
+        Store.open(whole)
+
+
+def test_reading_a_flipped_row_raises_and_other_rows_still_read(whole: Path) -> None:
+    path = whole / "train/resid/c/0/0"
+    expected = Store.open(whole).train.read(8, 19 * 4)
+    with changed(path, flipped(path.read_bytes(), 11, 0x40)):
+        store = Store.open(whole)  # bodies are not read when opening
+        with pytest.raises(DamagedError, match="resid/c/0/0"):
+            store.train.read(3, 4)
+        assert torch.equal(store.train.read(8, 19 * 4), expected)
+        with pytest.raises(DamagedError, match=r"bytes 0 to .* changed"):
+            store.train.check_shard(0)
+
+
+def test_swapped_shards_are_found(store: Path) -> None:
+    first, second = store / "train/resid/c/0/0", store / "train/resid/c/1/0"
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
+    assert len(problems(store)) == 2
+
+
+@pytest.mark.parametrize("key", ["train/tokens/c/1/0", "eval/tokens/c/0/0", "mean/c/0"])
+def test_a_whole_file_of_another_store_is_found_when_opening(store: Path, tmp_path: Path, key: str) -> None:
+    other = make_store(tmp_path / "other.zarr", **(SIZES | {"seed": 1})).path
+    (store / key).write_bytes((other / key).read_bytes())
+    with pytest.raises(DamagedError, match=r"SHA-256|not the mean"):
+        Store.open(store)
+
+
+def test_special_positions_that_are_others_are_found_when_opening(store: Path) -> None:
+    data = bytearray((store / "eval/special/c/0/0").read_bytes()[:-4])
+    data[5] = 1 - data[5]
+    (store / "eval/special/c/0/0").write_bytes(with_crc(np.frombuffer(data, np.uint8)))
+    with pytest.raises(DamagedError, match="special: SHA-256"):
+        Store.open(store)
+
+
+@pytest.mark.parametrize("entries", [[1, 0, 2, 3], [0, 1, 2], [0, 0, 2, 3]])
+def test_an_index_that_is_whole_but_in_another_order_is_refused(store: Path, entries: list[int]) -> None:
+    """Mapped reading counts on chunks one after the other, so that is checked and not only the index's crc32c."""
+    path = store / "train/resid/c/0/0"
+    data = path.read_bytes()
+    index = np.frombuffer(data[-68:-4], "<u8").reshape(4, 2)
+    other = np.full_like(index, 2**64 - 1)
+    other[: len(entries)] = index[entries]
+    path.write_bytes(data[:-68] + with_crc(other))
+    with pytest.raises(DamagedError, match="another index"):
+        Store.open(store)
+
+
+def test_verify_reports_every_problem_and_not_only_the_first(store: Path) -> None:
+    (store / "train/resid/c/1/0").unlink()
+    (store / "eval/norm/c/0").unlink()
+    (store / "train/tokens/c/0/0").write_bytes(b"")
+    assert len(problems(store)) == 3
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("how", ["flipped", "gone"])
+def test_repair_gives_back_every_byte_and_redoes_only_what_is_damaged(store: Path, key: str, how: str) -> None:
+    before = tree(store)
+    shards = {p: p.stat().st_ino for p in store.rglob("resid/c/*/0")}
+    data = (store / key).read_bytes()
+    if how == "gone":
+        (store / key).unlink()
+    else:
+        (store / key).write_bytes(flipped(data, len(data) // 2, 0x04))
+    make_store(store, repair=True, **SIZES)
+    assert tree(store) == before
+    split, shard = key.split("/")[0], key.split("/")[3] if key.count("/") == 4 else "none"
+    redone = {p for p, inode in shards.items() if p.stat().st_ino != inode}
+    assert redone <= {store / f"{split}/resid/c/{shard}/0", store / f"{split}/resid/c/1/0"}
+    assert len(redone) <= 1
+
+
+def test_repair_reads_the_bodies_and_lists_what_it_gives_up(store: Path) -> None:
+    path = store / "train/resid/c/0/0"
+    path.write_bytes(flipped(path.read_bytes(), 5, 1))
+    config = Store.open(store).config
+    writer = prepare(store, config, make_tokens(0, "train", 19, 4), make_tokens(0, "eval", 5, 4), {}, repair=True)
+    assert (writer.pending("train"), writer.pending("eval")) == ([0], [])
+
+
+@pytest.mark.parametrize("change", [{"layer": 1}, {"seed": 1}])
+def test_a_store_without_its_root_is_not_claimed_for_another_config(store: Path, change: dict[str, Any]) -> None:
+    config = Store.open(store).config | change
+    (store / "zarr.json").unlink()
+    before = tree(store)
+    tokens = make_tokens(config["seed"], "train", 19, 4), make_tokens(config["seed"], "eval", 5, 4)
+    with pytest.raises(DamagedError, match="run harvest --repair"):
+        prepare(store, config, *tokens, {})
+    with pytest.raises(MismatchError, match="use the command that made it"):
+        prepare(store, config, *tokens, {}, repair=True)
+    assert tree(store) == before
+
+
+def test_harvesting_again_without_repair_refuses_damaged_metadata_and_tokens(store: Path) -> None:
+    for key in ("train/resid/zarr.json", "train/tokens/c/0/0", "zarr.json"):
+        data = (store / key).read_bytes()
+        with changed(store / key, flipped(data, len(data) // 2, 1)), pytest.raises(DamagedError, match="--repair"):
+            make_store(store, **SIZES)
+
+
+def test_a_shard_that_is_lost_before_the_store_is_finished_is_not_finished_over(tmp_path: Path) -> None:
+    writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
+    write_shards(writer)
+    (tmp_path / "s.zarr/eval/resid/c/0/0").unlink()
+    with pytest.raises(DamagedError, match=r"eval/resid/c/0/0.*--repair"):
+        writer.finish()
+    assert Store.open(tmp_path / "s.zarr", complete=False, check=False).complete is False

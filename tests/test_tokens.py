@@ -1,0 +1,155 @@
+"""From documents to rows: nothing lost, nothing twice, nothing in another order before the shuffle."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import tiny_models
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harvest.tokens import Packing, ahead, batched, pack, shuffled, special_mask, tokenized
+from pipeline.errors import CorpusError, ModelError
+
+BOS, EOS = 2, 1
+DOCUMENTS = st.lists(st.lists(st.integers(10, 99), max_size=40), min_size=1, max_size=30)
+
+
+def expected_stream(documents: list[list[int]], context: int, bos: int | None, separator: int) -> list[int]:
+    """Slow reference: all tokens one after the other, each row opened by its BOS."""
+    out: list[int] = []
+    for document in documents:
+        if not document:
+            continue
+        starts_row = len(out) % context == (0 if bos is None else 1) or (bos is not None and len(out) % context == 0)
+        for token in document if starts_row else [separator, *document]:
+            if bos is not None and len(out) % context == 0:
+                out.append(bos)
+            out.append(token)
+    return out
+
+
+@given(DOCUMENTS, st.integers(2, 17), st.sampled_from([None, BOS]))
+def test_every_token_of_every_document_appears_once_and_in_order(
+    documents: list[list[int]], context: int, bos: int | None
+) -> None:
+    separator = EOS if bos is None else bos
+    stream = expected_stream(documents, context, bos, separator)
+    n = len(stream) // context
+    if n == 0:
+        return
+    rows, _ = pack(iter(documents), Packing(context, bos, separator), n, "training")
+    assert rows.tolist() == np.reshape(stream[: n * context], (n, context)).tolist()
+    words = [t for t in rows.reshape(-1).tolist() if t >= 10]
+    assert words == [t for document in documents for t in document][: len(words)]
+
+
+def test_packing_by_hand() -> None:
+    rows, n_documents = pack(iter([[10, 11], [12], [13, 14, 15, 16], [17]]), Packing(4, BOS, BOS), 3, "training")
+    assert rows.tolist() == [[BOS, 10, 11, BOS], [BOS, 12, BOS, 13], [BOS, 14, 15, 16]]
+    assert n_documents == 3
+    rows, _ = pack(iter([[10, 11], [12], [13, 14, 15, 16], [17]]), Packing(4, None, EOS), 2, "training")
+    assert rows.tolist() == [[10, 11, EOS, 12], [13, 14, 15, 16]]
+
+
+def test_a_document_that_starts_a_row_has_no_second_bos_before_it() -> None:
+    rows, _ = pack(iter([[10, 11, 12], [13, 14, 15]]), Packing(4, BOS, BOS), 2, "training")
+    assert rows.tolist() == [[BOS, 10, 11, 12], [BOS, 13, 14, 15]]
+
+
+def test_no_document_is_in_two_splits() -> None:
+    documents = iter([[10] * 9, [11] * 9, [12] * 9, [13] * 9])
+    first, _ = pack(documents, Packing(4, BOS, BOS), 2, "evaluation")
+    second, _ = pack(documents, Packing(4, BOS, BOS), 4, "training")
+    assert set(first.reshape(-1).tolist()) == {BOS, 10}
+    assert set(second.reshape(-1).tolist()) == {BOS, 11, 12}
+
+
+def test_a_corpus_that_is_too_short_says_how_many_tokens_there_were() -> None:
+    with pytest.raises(
+        CorpusError, match="the training corpus is shorter than asked: 8 tokens in whole rows, 40 asked"
+    ):
+        pack(iter([[10] * 7]), Packing(4, BOS, BOS), 10, "training")
+
+
+def test_the_shuffle_permutes_within_segments_and_keeps_earlier_ones() -> None:
+    rows = np.arange(60, dtype=np.int32).reshape(30, 2)
+    once, extended = shuffled(rows[:20], (20,), seed=3), shuffled(rows, (20, 30), seed=3)
+    assert (extended[:20] == once).all()
+    assert sorted(extended[20:, 0]) == sorted(rows[20:, 0])
+    assert not (once == rows[:20]).all()
+    assert not (shuffled(rows[:20], (20,), seed=4) == once).all()
+
+
+def test_special_tokens_and_position_0_are_marked() -> None:
+    tokens = np.array([[5, 6, BOS, 7], [BOS, 0, 8, 9]], np.int32)
+    assert special_mask(tokens, [0, 1, 2, 999], vocab=10).tolist() == [
+        [True, False, True, False],
+        [True, True, False, False],
+    ]
+
+
+def test_a_token_that_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(ModelError, match="token 10, the model knows 10"):
+        special_mask(np.array([[1, 10]], np.int32), [1], vocab=10)
+
+
+def test_texts_are_tokenised_in_order_without_special_tokens() -> None:
+    tokenizer = tiny_models.build_tokenizer()
+    texts = [f"text {n}" for n in range(20)]
+    ids = list(tokenized(iter(texts), tokenizer))
+    assert [tokenizer.decode(i) for i in ids] == texts
+    assert not any({0, 1, 2} & set(i) for i in ids)
+
+
+def test_what_looks_like_a_special_token_in_a_text_is_text() -> None:
+    tokenizer = tiny_models.build_tokenizer()
+    (ids,) = tokenized(iter(["a<bos>b<eos>"]), tokenizer)
+    assert not {1, 2} & set(ids)
+    assert tokenizer.decode(ids) == "a<bos>b<eos>"
+
+
+def test_texts_are_grouped_by_their_length() -> None:
+    assert list(batched(iter(["aaaa", "b", "cc", "ddddd", "e"]), 4)) == [["aaaa"], ["b", "cc", "ddddd"], ["e"]]
+
+
+def test_the_next_item_is_made_while_one_is_used() -> None:
+    made, second = [], threading.Event()
+
+    def items() -> object:
+        for n in range(3):
+            made.append(n)
+            if n == 1:
+                second.set()
+            yield n
+
+    use = ahead(items())  # type: ignore[arg-type, var-annotated]
+    assert next(use) == 0
+    assert second.wait(10)
+    assert list(use) == [1, 2]
+
+
+def test_an_error_in_the_thread_comes_through_in_its_place() -> None:
+    def items() -> object:
+        yield 1
+        raise CorpusError("broken")
+
+    use = ahead(items())  # type: ignore[arg-type, var-annotated]
+    assert next(use) == 1
+    with pytest.raises(CorpusError, match="broken"):
+        next(use)
+
+
+def test_the_thread_ends_when_its_reader_stops_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harvest.tokens.BATCH_CHARACTERS", 1000)
+    texts = (f"text {n}" for n in range(10**9))
+    stream = tokenized(texts, tiny_models.build_tokenizer())
+    next(stream)
+    stream.close()
+    deadline = time.monotonic() + 10
+    while any(t.name.startswith("tokenise") for t in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,68 @@
+"""Targeted probe perturbation: a case by hand, and the long way for every ablated and tested class."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from probing_cases import bank_of, one_ablation, padded_texts, random_draw, random_probes, random_sae
+from reference import reference_pool_ablated, reference_tpp
+
+from evaluate.ablation import ranking
+from evaluate.tasks import Contrast
+from evaluate.tpp import one_seed, tpp_scores
+from pipeline.sae import NestedSAE, SAEConfig
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_scores_equal_the_long_way_at_every_level_and_n(seed: int) -> None:
+    sae = random_sae(seed)
+    padded, n_real = padded_texts(180, seed)
+    draw = random_draw(("a", "b", "c"), 100, 80, seed)
+    probes = random_probes(draw, seed)
+    found = tpp_scores([one_ablation(sae, bank_of(padded, n_real), draw, probes)], {0: 10, 1: 40}, (2, 5, 20, 500))
+    assert {(level, n) for _, level, n in found} == {(0, 2), (0, 5), (1, 2), (1, 5), (1, 20)}
+    for (metric, level, n), values in found.items():
+        expected = reference_tpp(sae, padded, n_real, draw, probes, sae.config.levels[level], n)
+        assert values == [pytest.approx(expected[metric], abs=1e-9)], (metric, level, n)
+
+
+def one_latent_a_class() -> tuple[NestedSAE, object]:
+    """Three classes, each an axis that its texts have and others lack; a latent and a probe read each."""
+    classes = np.repeat(np.arange(3), 10)
+    x = torch.eye(3)[torch.from_numpy(classes)] + 0.1
+    sae = NestedSAE(SAEConfig(3, 3, (3,)))
+    sae.W_enc.data, sae.W_dec.data = torch.eye(3), torch.eye(3)
+    draw = {}
+    for c in range(3):
+        contrast = Contrast(np.flatnonzero(classes == c), np.flatnonzero(classes != c)[:10])
+        draw[str(c)] = (contrast, contrast)
+    probes = {str(c): (torch.eye(3)[c], torch.tensor(-0.5)) for c in range(3)}
+    bank = bank_of(x[:, None], torch.ones(30, dtype=torch.long))
+    return sae.requires_grad_(False), one_ablation(sae.requires_grad_(False), bank, draw, probes)
+
+
+def test_one_latent_a_class_hits_its_own_probe_and_no_other() -> None:
+    _, seed = one_latent_a_class()
+    scores = one_seed(seed, 3, [1])
+    assert scores["tpp_intended"].tolist() == [0.5]  # 1.0 → 0.5: positives are lost
+    assert scores["tpp_unintended"].tolist() == [0.0]
+    assert scores["tpp"].tolist() == [0.5]
+
+
+def test_latents_that_fire_less_on_a_class_are_not_chosen_for_it() -> None:
+    _, seed = one_latent_a_class()
+    effects = seed.effects("0", signed=True)
+    assert (effects > 0).tolist() == [True, False, False]
+    assert (effects[1:] == 0).all()
+
+
+def test_latents_of_equal_effect_are_taken_in_the_order_of_the_dictionary() -> None:
+    assert ranking(torch.tensor([0.0, 2, 0, -1, 2, 0]), 5).tolist() == [1, 4, 0, 2, 5]
+
+
+def test_the_long_way_and_the_shortcut_agree_on_a_topk_code() -> None:
+    sae = random_sae(activation="topk", k=5)
+    padded, n_real = padded_texts(12)
+    whole = reference_pool_ablated(sae, padded, n_real, [])
+    torch.testing.assert_close(whole, padded.double().sum(1) / n_real[:, None])
