@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -36,6 +37,7 @@ from trigram import Ints, KneserNeyTrigram
 HERE = Path(__file__).parent
 PAD, EOS, BOS = 0, 1, 2  # Gemma's ids
 CONTEXT = 128  # tokens a row, BOS included
+POST_NORM = -0.8  # first weight of the norms after a sublayer; they scale by 1 + weight
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Recipe:
 
     steps: int
     rows_per_step: int
-    lr: float
+    matrix_lr: float
+    other_lr: float
     warmup: int
     weight_decay: float
     dev_every: int
@@ -69,12 +72,13 @@ class Corpus:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make; must not exist.")
 @click.option("--corpus", type=click.Path(path_type=Path, exists=True), default=HERE / "corpus", show_default=True)
-@click.option("--steps", default=4500, show_default=True, help="Optimiser steps.")
+@click.option("--steps", default=2500, show_default=True, help="Optimiser steps.")
 @click.option("--rows-per-step", default=16, show_default=True, help="Rows of 128 tokens a step.")
-@click.option("--lr", default=3e-3, show_default=True, help="Peak learning rate of AdamW.")
-@click.option("--warmup", default=150, show_default=True, help="Steps of linear warm-up before the cosine to zero.")
+@click.option("--matrix-lr", default=1e-2, show_default=True, help="Peak learning rate of the layers' matrices (Muon).")
+@click.option("--other-lr", default=6e-3, show_default=True, help="Peak learning rate of embedding and norms (AdamW).")
+@click.option("--warmup", default=100, show_default=True, help="Steps of linear warm-up before the cosine to zero.")
 @click.option("--weight-decay", default=0.1, show_default=True)
-@click.option("--dev-every", default=250, show_default=True, help="Steps between two looks at the dev documents.")
+@click.option("--dev-every", default=500, show_default=True, help="Steps between two looks at the dev documents.")
 @click.option("--vocab", default=4096, show_default=True)
 @click.option("--layers", default=6, show_default=True)
 @click.option("--d-model", default=192, show_default=True, help="Multiple of 96: heads of 32, three a KV head.")
@@ -94,10 +98,10 @@ def main(out: Path, corpus: Path, **options: Any) -> None:
     tokens = tokenize(tokenizer, corpus, recipe.max_documents)
     model = make_model(recipe)
     log = train(model, tokens, recipe)
-    model.to(torch.bfloat16).save_pretrained(partial)
+    model.bfloat16().save_pretrained(partial)
     tokenizer.save_pretrained(partial)
 
-    provenance = {"made_by": "data/make_model.py", "recipe": asdict(recipe), "versions": versions()}
+    provenance: dict[str, Any] = {"made_by": "data/make_model.py", "recipe": asdict(recipe), "versions": versions()}
     provenance |= {"corpus_sha256": {name: sha256(corpus / f"{name}.jsonl.zst") for name in ("train", "eval")}}
     provenance |= {"eval": measure(partial, tokens, recipe.vocab), "log": log, "wall_seconds": time.time() - started}
     (partial / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
@@ -127,7 +131,7 @@ def make_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerBase:
     bpe.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", BOS)]
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe,
         pad_token="<pad>",
         eos_token="<eos>",
@@ -144,7 +148,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, corpus: Path, max_documents: in
     eval_texts = read_texts(corpus / "eval.jsonl.zst", max_documents)
 
     def ids(texts: list[str]) -> list[Ints]:
-        return [np.array(row, dtype=np.int64) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        batch = tokenizer(texts, add_special_tokens=False, verbose=False)
+        return [np.array(row, dtype=np.int64) for row in batch["input_ids"]]
 
     documents = ids(train_texts)
     dev = documents[::40]
@@ -172,7 +177,11 @@ def make_model(recipe: Recipe) -> Gemma2ForCausalLM:
         eos_token_id=EOS,
         bos_token_id=BOS,
     )
-    return Gemma2ForCausalLM(config)
+    model = Gemma2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
+            torch.nn.init.constant_(parameter, POST_NORM)
+    return model
 
 
 def pack(documents: list[Ints]) -> list[Ints]:
@@ -189,32 +198,39 @@ def epoch_rows(documents: list[Ints], seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(full[rng.permutation(len(full))])
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """Return the rate of a step: linear warm-up to `lr`, then half a cosine to zero at the last step."""
+def lr_scale(step: int, recipe: Recipe) -> float:
+    """Return the fraction of the peak rate at a step: linear warm-up, then half a cosine to zero at the last step."""
     if step < recipe.warmup:
-        return recipe.lr * (step + 1) / recipe.warmup
+        return (step + 1) / recipe.warmup
     progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimisers(model: Gemma2ForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return Muon for the layers' matrices and AdamW for the embedding and the norm scales."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(
+            matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
 
 
 def train(model: Gemma2ForCausalLM, tokens: Corpus, recipe: Recipe) -> list[dict[str, float]]:
     """Train in place and leave the weights of the step that predicted the dev documents best; return the log."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim != 2]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    optimisers = make_optimisers(model, recipe)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: lr_scale(step, recipe)) for o in optimisers]
     log: list[dict[str, float]] = []
     best, rows, epoch, started = math.inf, torch.empty(0, CONTEXT, dtype=torch.int64), 0, time.time()
     for step in range(recipe.steps):
         while len(rows) < recipe.rows_per_step:
             rows, epoch = torch.cat([rows, epoch_rows(tokens.train, recipe.seed, epoch)]), epoch + 1
         batch, rows = rows[: recipe.rows_per_step], rows[recipe.rows_per_step :]
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        loss = train_step(model, optimiser, batch)
+        loss = train_step(model, optimisers, batch)
+        for schedule in schedules:
+            schedule.step()
         if (step + 1) % recipe.dev_every == 0 or step + 1 == recipe.steps:
             dev = nats_per_token(model, tokens.dev)
             log.append({"step": step + 1, "train_nats": loss, "dev_nats": dev, "seconds": time.time() - started})
@@ -225,26 +241,27 @@ def train(model: Gemma2ForCausalLM, tokens: Corpus, recipe: Recipe) -> list[dict
     return log
 
 
-def train_step(model: Gemma2ForCausalLM, optimiser: torch.optim.Optimizer, batch: Tensor) -> float:
+def train_step(model: Gemma2ForCausalLM, optimisers: list[torch.optim.Optimizer], batch: Tensor) -> float:
     """Take one step on `batch` [row, 128], float32 masters under bfloat16 autocast; return nats per token."""
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=batch, use_cache=False).logits  # [row, 128, vocab]
     loss = cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
-    optimiser.zero_grad()
+    model.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimiser.step()
+    for optimiser in optimisers:
+        optimiser.step()
     return loss.item()
 
 
 @torch.no_grad()
-def nats_per_token(model: Gemma2ForCausalLM, documents: list[Ints]) -> float:
+def nats_per_token(model: PreTrainedModel, documents: list[Ints]) -> float:
     """Return mean nats over every token of the documents but BOS, packed in rows; summed in float64."""
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     rows = pack(documents)
     full = torch.from_numpy(np.stack([row for row in rows if len(row) == CONTEXT]))
-    batches = [*full.split(32), *(torch.from_numpy(row)[None] for row in rows if 1 < len(row) < CONTEXT)]
+    batches = [*torch.split(full, 32), *(torch.from_numpy(row)[None] for row in rows if 1 < len(row) < CONTEXT)]
     total, count = 0.0, 0
     for batch in batches:
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float().flatten(0, 1)
@@ -264,7 +281,7 @@ def measure(folder: Path, tokens: Corpus, vocab: int) -> dict[str, float]:
     n_tokens = sum(map(len, tokens.eval))
     nats = {"trigram": -sum(trigram.log_prob(document).sum() for document in tokens.eval) / n_tokens}
     for name, dtype in (("lm", torch.float32), ("lm_bf16", torch.bfloat16)):
-        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        saved: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         nats[name] = nats_per_token(saved, tokens.eval)
     bits_per_nat = n_tokens / tokens.eval_bytes / math.log(2)
     sizes = {"eval_tokens": n_tokens, "eval_bytes": tokens.eval_bytes, "train_tokens": sum(map(len, tokens.train))}

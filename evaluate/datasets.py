@@ -209,7 +209,11 @@ def text_lines(path: Path) -> Iterator[str]:
     import zstandard
 
     try:
-        with zstandard.open(path, "rt", encoding="utf-8") if path.suffix == ".zst" else open(path, encoding="utf-8") as lines:
+        with (
+            zstandard.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".zst"
+            else open(path, encoding="utf-8") as lines
+        ):
             yield from (line for line in lines if line.strip())
     except (OSError, UnicodeDecodeError, zstandard.ZstdError) as error:
         raise CorpusError(f"{path}: cannot be read ({error})") from error

@@ -128,7 +128,8 @@ class Correlation:
         n = len(self.ids)
         self.rows = torch.zeros((), dtype=torch.float64, device=device)
         self.sums = torch.zeros(n, dtype=torch.float64, device=device)
-        self.products, self.together = torch.zeros(2, n, n, dtype=torch.float64, device=device)
+        self.products = torch.zeros(n, n, dtype=torch.float64, device=device)
+        self.together = torch.zeros_like(self.products)
 
     def update(self, z: Float[Tensor, "row latent"], batch: Batch) -> None:
         """Add the rows of a batch that are not massive; products are float32 within a batch."""

@@ -11,6 +11,7 @@ takes each cell's rows in an order of its own. Class tasks draw their rows by se
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -155,8 +156,13 @@ def class_tasks(data: AttributeData, seeds: Sequence[int], resample: bool, sizes
         (data.columns.second, [(t.second, t.first) for t in (data.train, data.test)]),
     ):
         strata = [class_strata(t, of, over, distinct(of)) for t, (of, over) in zip((data.train, data.test), columns)]
-        tasks.append(class_task(data, name, ("k_sparse_probe",), strata, seeds, resample, sizes))
+        tasks.append(one_of_two(class_task(data, name, ("k_sparse_probe",), strata, seeds, resample, sizes)))
     return tasks
+
+
+def one_of_two(task: Task) -> Task:
+    """Only the first class of two: the other one's classifier is the same with its sign turned."""
+    return dataclasses.replace(task, draws=tuple(dict([next(iter(draw.items()))]) for draw in task.draws))
 
 
 Strata = dict[str, list[Rows]]

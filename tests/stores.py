@@ -166,6 +166,7 @@ def serve() -> None:
     are forks, so that a kill can come in their first millisecond.
     """
     torch.set_num_threads(1)
+    os.fsync = lambda fd: None  # a kill leaves the page cache alone, and rounds are many
     for line in sys.stdin:
         job = json.loads(line)
         os.environ["WORLD_SIZE"], kill_after = str(job.pop("world_size")), job.pop("kill_after")

@@ -33,7 +33,7 @@ class Stopped(BaseException):
 
 
 def stop_at(patch: pytest.MonkeyPatch, n: int) -> None:
-    """Raise Stopped instead of the n-th write, deletion or rename of a store's files, counted from now."""
+    """Raise Stopped instead of the n-th change to a store's folder, a rename or a deletion, counted from now."""
     left = [n]
 
     def counted(method: Any) -> Any:
@@ -45,8 +45,7 @@ def stop_at(patch: pytest.MonkeyPatch, n: int) -> None:
 
         return call
 
-    for name in ("create", "delete"):
-        patch.setattr(LocalFiles, name, counted(getattr(LocalFiles, name)))
+    patch.setattr(LocalFiles, "delete", counted(LocalFiles.delete))
     patch.setattr(os, "replace", counted(os.replace))
 
 
@@ -69,7 +68,7 @@ def begin_repair(path: Path) -> None:
 
 
 @pytest.mark.parametrize("begin", [begin_nothing, begin_extension, begin_repair])
-def test_stopped_before_any_write_and_run_again_gives_the_same_bytes(tmp_path: Path, begin: Begin) -> None:
+def test_stopped_before_any_change_and_run_again_gives_the_same_bytes(tmp_path: Path, begin: Begin) -> None:
     repair = begin is begin_repair
     begin(tmp_path / "whole.zarr")
     before = tree(tmp_path / "whole.zarr")
@@ -86,7 +85,7 @@ def test_stopped_before_any_write_and_run_again_gives_the_same_bytes(tmp_path: P
             assert tree(path) in (before, expected), n
         make_store(path, repair=repair, **SIZES)
         assert tree(path) == expected, n
-    assert 20 < n < 200
+    assert 10 < n < 100
 
 
 def opens(path: Path) -> bool:
@@ -153,12 +152,12 @@ def test_kill_9_at_random_moments_and_run_again_gives_the_same_bytes(
 ) -> None:
     make_store(tmp_path / "whole.zarr", **JOB)
     expected, killed = tree(tmp_path / "whole.zarr"), 0
-    for seed in range(4):
+    for seed in range(3):
         path = tmp_path / f"killed{seed}.zarr"
         job = {"world_size": world_size, "path": str(path), "delay": 0.004, **JOB}
         killed += kill_until_done(server, path, job, seed, span=0.25)
         assert tree(path) == expected
-    assert killed > 4
+    assert killed > 3
 
 
 def test_an_extension_killed_at_random_moments_gives_the_same_bytes(
