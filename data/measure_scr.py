@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 HERE = Path(__file__).parent
 POSITIVE = {"author": "austen", "gender": "female"}
@@ -30,7 +30,7 @@ Rows = list[dict[str, str]]
 @click.command()
 @click.option("--model", type=click.Path(path_type=Path, exists=True), default=HERE / "tiny-gemma2", show_default=True)
 @click.option("--scr", type=click.Path(path_type=Path, exists=True), default=HERE / "scr", show_default=True)
-@click.option("--layer", default=3, show_default=True, help="Probe the residual stream after this layer.")
+@click.option("--layer", default=3, show_default=True, help="Probe the residual stream after this layer, not the last.")
 def main(model: Path, scr: Path, layer: int) -> None:
     """Print the accuracies as JSON."""
     train, test = (read_documents(scr / f"{part}.jsonl.zst") for part in ("train", "test"))
@@ -52,12 +52,14 @@ def main(model: Path, scr: Path, layer: int) -> None:
 def mean_residuals(model_folder: Path, texts: list[str], layer: int) -> NDArray[np.float32]:
     """Return the residual after `layer` averaged over each text's tokens but BOS, [text, d_model]."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = AutoModel.from_pretrained(model_folder, dtype=torch.float32)
     means = []
-    for text in texts:  # one at a time: no padding to think of
-        residual = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[layer + 1]
-        means.append(residual[0, 1:].mean(dim=0).numpy())
-    return np.stack(means)
+    for start in range(0, len(texts), 32):
+        batch = tokenizer(texts[start : start + 32], padding=True, padding_side="right", return_tensors="pt")
+        residual = model(**batch, output_hidden_states=True).hidden_states[layer + 1][:, 1:]  # [text, pos - 1, d_model]
+        real = batch["attention_mask"][:, 1:, None]  # position 0 is BOS
+        means.append((residual * real).sum(dim=1) / real.sum(dim=1))
+    return torch.cat(means).numpy()
 
 
 def is_positive(row: dict[str, str], attribute: str) -> bool:

@@ -35,6 +35,7 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 @click.option("--scr-seeds", default=3, type=click.IntRange(1), help="How often draws and probes are repeated, for intervals.")
 @click.option("--scr-train-size", default=4000, type=COUNT, help="Texts a probe is trained on, at most.")
 @click.option("--scr-test-size", default=1000, type=COUNT, help="Texts a probe is tested on, at most.")
+@click.option("--scr-resample/--no-scr-resample", default=True, help="Further seeds use other rows too, not only other draws.")
 @click.option("--scr-context", default=128, type=COUNT, help="Positions a text is cut to.")
 @click.option("--latents", is_flag=True, help="Also write pages of every latent: contexts, logit lens, relatives.")
 @click.option("--allow-other-store", is_flag=True, help="Evaluate on a store other than the one trained on.")
@@ -74,6 +75,7 @@ def make_config(
     scr_seeds: int,
     scr_train_size: int,
     scr_test_size: int,
+    scr_resample: bool,
     scr_context: int,
     **options: Any,
 ) -> Any:
@@ -99,6 +101,7 @@ def make_config(
             seeds=tuple(range(42, 42 + scr_seeds)),
             train_size=scr_train_size,
             test_size=scr_test_size,
+            resample=scr_resample,
             context=scr_context,
         )
     return EvaluateConfig(scores=tuple(name for name in asked if name not in PROBING), probing=probing, **options)

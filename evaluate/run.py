@@ -262,7 +262,7 @@ class Job:
         baselines = [self.baselines.numbers(k) for k in range(2)] if self.baselines is not None else None
         series, features = scorer.series(), scorer.features()
         if self.probing is not None:
-            probed = self.probing.score(scorer.sae)
+            probed = self.probing.score(scorer.sae, scorer.levels)
             series |= {name: [dict(row) for row in rows] for name, rows in probed.series.items()}
             features = {**features, "probing": probed.tasks}
         return {

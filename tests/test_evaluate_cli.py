@@ -100,7 +100,7 @@ def test_help_has_an_example_and_defaults() -> None:
 
 def options(**changes: object) -> dict[str, object]:
     plain = {"scores": None, "sources": (), "scr_text": None, "scr_attributes": None, "scr_seeds": 3}
-    sizes = {"scr_train_size": 400, "scr_test_size": 100, "scr_context": 64}
+    sizes = {"scr_train_size": 400, "scr_test_size": 100, "scr_context": 64, "scr_resample": True}
     return plain | sizes | {"store": Path("s"), "out": Path("o")} | changes
 
 

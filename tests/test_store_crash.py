@@ -146,18 +146,21 @@ def kill_until_done(server: subprocess.Popen[str], path: Path, job: dict[str, An
     return killed
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("world_size", "n_stores"),
+    [(1, 3), (2, 3), pytest.param(1, 30, marks=pytest.mark.slow), pytest.param(2, 30, marks=pytest.mark.slow)],
+)
 def test_kill_9_at_random_moments_and_run_again_gives_the_same_bytes(
-    server: subprocess.Popen[str], tmp_path: Path, world_size: int
+    server: subprocess.Popen[str], tmp_path: Path, world_size: int, n_stores: int
 ) -> None:
     make_store(tmp_path / "whole.zarr", **JOB)
     expected, killed = tree(tmp_path / "whole.zarr"), 0
-    for seed in range(3):
+    for seed in range(n_stores):
         path = tmp_path / f"killed{seed}.zarr"
         job = {"world_size": world_size, "path": str(path), "delay": 0.004, **JOB}
         killed += kill_until_done(server, path, job, seed, span=0.25)
         assert tree(path) == expected
-    assert killed > 3
+    assert killed > n_stores
 
 
 def test_an_extension_killed_at_random_moments_gives_the_same_bytes(
