@@ -16,11 +16,17 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 
 @click.command(context_settings={"show_default": True})
 @click.argument("places", metavar="CHECKPOINT_OR_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--store", required=True, type=click.Path(path_type=Path), help="Activation store; its eval split is used.")
+@click.option(
+    "--store", required=True, type=click.Path(path_type=Path), help="Activation store; its eval split is used."
+)
 @click.option("--model", help="Folder or Hub id of the model that made the store.  [default: the one the store names]")
 @click.option("--revision", help="Of a Hub model.  [default: the store's]")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for results; may hold others already.")
-@click.option("--scores", help="Comma-separated: kl, ev, l0, coding, features, scr, tpp, k_sparse_probe.  [default: all]")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder for results; may hold others already."
+)
+@click.option(
+    "--scores", help="Comma-separated: kl, ev, l0, coding, features, scr, tpp, k_sparse_probe.  [default: all]"
+)
 @click.option("--levels", default="all", help="all, last, or indices from the innermost, like 0,1.")
 @click.option("--all-steps", is_flag=True, help="Every checkpoint of a member, not only the final one.")
 @click.option("--rows", "--tokens", "rows", type=COUNT, help="Evaluation rows, up to whole sequences.  [default: all]")
@@ -32,10 +38,14 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 @click.option("--scr", "sources", multiple=True, help="Texts with two attributes: folder, TRAIN,TEST or Hub id.")
 @click.option("--scr-text", help="Column of the text, where it is not plain.")
 @click.option("--scr-attributes", help="Two columns, like profession,gender, where they are not plain.")
-@click.option("--scr-seeds", default=3, type=click.IntRange(1), help="How often draws and probes are repeated, for intervals.")
+@click.option(
+    "--scr-seeds", default=3, type=click.IntRange(1), help="How often draws and probes are repeated, for intervals."
+)
 @click.option("--scr-train-size", default=4000, type=COUNT, help="Texts a probe is trained on, at most.")
 @click.option("--scr-test-size", default=1000, type=COUNT, help="Texts a probe is tested on, at most.")
-@click.option("--scr-resample/--no-scr-resample", default=True, help="Further seeds use other rows too, not only other draws.")
+@click.option(
+    "--scr-resample/--no-scr-resample", default=True, help="Further seeds use other rows too, not only other draws."
+)
 @click.option("--scr-context", default=128, type=COUNT, help="Positions a text is cut to.")
 @click.option("--latents", is_flag=True, help="Also write pages of every latent: contexts, logit lens, relatives.")
 @click.option("--allow-other-store", is_flag=True, help="Evaluate on a store other than the one trained on.")

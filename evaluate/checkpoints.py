@@ -89,7 +89,9 @@ def expand(place: Path) -> list[Path]:
     if place.is_file() or holds_sae(place):
         return [place]
     if not (members := sorted(filter(holds_sae, place.iterdir()))):
-        raise CheckpointError(f"{place}: holds no training member (folder with config.json); name a checkpoint or train's --out")
+        raise CheckpointError(
+            f"{place}: holds no training member (folder with config.json); name a checkpoint or train's --out"
+        )
     return members
 
 
@@ -103,14 +105,18 @@ def member_checkpoints(folder: Path, all_steps: bool) -> list[Path]:
     config = read_json(folder / "config.json")
     found = (config.get("format"), config.get("version")) if isinstance(config, dict) else (None, None)
     if found != MEMBER_FORMAT:
-        raise CheckpointError(f"{folder}: expected a {MEMBER_FORMAT[0]} of version 1 in config.json, found {found[0]!r}")
+        raise CheckpointError(
+            f"{folder}: expected a {MEMBER_FORMAT[0]} of version 1 in config.json, found {found[0]!r}"
+        )
     if all_steps:
         steps = sorted((folder / "checkpoints").glob("step_*.safetensors"))
         if not steps:
             raise CheckpointError(f"{folder}: has no checkpoint yet; train it further")
         return steps
     if not (folder / "complete.json").exists():
-        raise CheckpointError(f"{folder}: its training is not complete; finish it, or use --all-steps or name a checkpoint")
+        raise CheckpointError(
+            f"{folder}: its training is not complete; finish it, or use --all-steps or name a checkpoint"
+        )
     complete = read_json(folder / "complete.json")
     final: Path = folder / complete["final"]
     if not final.is_file():
@@ -177,7 +183,9 @@ def loss_curve(checkpoint: Checkpoint) -> dict[str, list[Any]]:
     if not path.is_file() or is_foreign(checkpoint.path):
         return {}
     text = path.read_text().split("\n")
-    lines = [read_line(path, i, line) for i, line in enumerate(text[:-1]) if line]  # what follows the last \n is unfinished
+    lines = [
+        read_line(path, i, line) for i, line in enumerate(text[:-1]) if line
+    ]  # what follows the last \n is unfinished
     lines = [line for line in lines if line.get("step", 0) <= checkpoint.step]
     if len(lines) > MAX_CURVE:
         lines = [lines[round(i * (len(lines) - 1) / (MAX_CURVE - 1))] for i in range(MAX_CURVE)]
@@ -190,5 +198,7 @@ def read_line(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         data: dict[str, Any] = json.loads(line)
     except ValueError as error:
-        raise DamagedError(f"{path}: line {number + 1} is not JSON ({error}); restore it or train the member again") from error
+        raise DamagedError(
+            f"{path}: line {number + 1} is not JSON ({error}); restore it or train the member again"
+        ) from error
     return data

@@ -87,6 +87,8 @@ def source_identity(source: str) -> str:
     places = [Path(part) for part in source.split(",")]
     if not all(place.exists() for place in places):
         return source
-    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file()]
+    files = [
+        file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file()
+    ]
     digest = sha256("".join(f"{file.name} {hash_file(file)}\n" for file in files))
     return f"{','.join(place.resolve().name for place in places)} sha256 {digest[:16]}"

@@ -41,7 +41,9 @@ def describe(values: Float[Tensor, " n"]) -> dict[str, float | int | None]:
     if values.numel() == 0:
         return {"n": 0, "mean": None, "p5": None, "p50": None, "p95": None, "max": None}
     ordered = values.double().sort().values
-    at = {name: float(ordered[round(q * (len(ordered) - 1))]) for name, q in (("p5", 0.05), ("p50", 0.5), ("p95", 0.95))}
+    at = {
+        name: float(ordered[round(q * (len(ordered) - 1))]) for name, q in (("p5", 0.05), ("p50", 0.5), ("p95", 0.95))
+    }
     return {"n": values.numel(), "mean": float(ordered.mean()), **at, "max": float(ordered[-1])}
 
 
@@ -143,7 +145,10 @@ class Correlation:
     def features(self) -> dict[str, Any]:
         """Pearson and Jaccard over pairs of latents that fired on MIN_FIRED rows, within each block and across."""
         pearson, jaccard = self.pearson(), self.jaccard()
-        found: dict[str, Any] = {"n_sampled": {name: len(ids) for name, ids in self.sampled.items()}, "edges": COSINE_EDGES}
+        found: dict[str, Any] = {
+            "n_sampled": {name: len(ids) for name, ids in self.sampled.items()},
+            "edges": COSINE_EDGES,
+        }
         for name, pairs in self.pairs():
             found[name] = {
                 "pearson": describe(pearson[pairs]) | {"histogram": histogram(pearson[pairs], COSINE_EDGES)},

@@ -38,7 +38,9 @@ DICTIONARY_ACTIVATIONS = {
 
 def is_foreign(folder: Path) -> bool:
     """Whether a folder holds an SAE of one of the two formats."""
-    return folder.is_dir() and any(all((folder / f).is_file() for f in files) for files in (SAELENS_FILES, DICTIONARY_FILES))
+    return folder.is_dir() and any(
+        all((folder / f).is_file() for f in files) for files in (SAELENS_FILES, DICTIONARY_FILES)
+    )
 
 
 def foreign_files(folder: Path) -> tuple[str, str]:
@@ -91,7 +93,9 @@ def saelens_source(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
         return {}
     if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", hook):
         return {"layer": int(match[1]) - (match[2] == "pre")}
-    raise CheckpointError(f"{folder}: made for {hook!r}; only residual streams (hook_resid_post or _pre) can be evaluated")
+    raise CheckpointError(
+        f"{folder}: made for {hook!r}; only residual streams (hook_resid_post or _pre) can be evaluated"
+    )
 
 
 def from_saelens(folder: Path, data: dict[str, Any], tensors: Tensors) -> NestedSAE:
@@ -124,7 +128,9 @@ def from_dictionary_learning(folder: Path, data: dict[str, Any], tensors: Tensor
     if activation == "jumprelu":  # does not subtract b_dec
         tensors = tensors | {"b_enc": tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]}
     if activation == "batchtopk" and float(tensors["threshold"]) < 0:
-        raise CheckpointError(f"{folder}: its threshold was never set (it is negative), so inference would differ from training")
+        raise CheckpointError(
+            f"{folder}: its threshold was never set (it is negative), so inference would differ from training"
+        )
     sizes = tensors["group_sizes"].tolist() if "group_sizes" in tensors else [width]
     levels = torch.tensor(sizes).cumsum(0).tolist()
     return assemble(activation, int(tensors.get("k", trainer.get("k")) or 0), levels, tensors)

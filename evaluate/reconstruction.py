@@ -107,4 +107,3 @@ def ev_saebench(
     s, r = (float((part[some] / n[some]).mean()) for part in (sum_sq, error))
     denominator = s - (s / d_model) ** 2
     return 1 - r / denominator if denominator else None
-

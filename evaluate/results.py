@@ -32,7 +32,9 @@ def read_result(path: Path) -> dict[str, Any]:
     data = read_json(path)
     found = (data.get("format"), data.get("version")) if isinstance(data, dict) else (None, None)
     if found != (FORMAT, VERSION):
-        raise DamagedError(f"{path}: expected {FORMAT} of version {VERSION}, found {found[0]!r} {found[1]!r}; move it away")
+        raise DamagedError(
+            f"{path}: expected {FORMAT} of version {VERSION}, found {found[0]!r} {found[1]!r}; move it away"
+        )
     return dict(data)
 
 
@@ -48,7 +50,9 @@ def is_done(path: Path, key: str) -> bool:
 def write_result(path: Path, data: Mapping[str, Any]) -> None:
     """Write one results file. Raises CheckpointError naming the first number that is not finite: NaN is never written."""
     if bad := next(not_finite(data), None):
-        raise CheckpointError(f"{data['checkpoint']['path']}: {bad} is not a finite number; its weights or latents overflow")
+        raise CheckpointError(
+            f"{data['checkpoint']['path']}: {bad} is not a finite number; its weights or latents overflow"
+        )
     write_json(path, {"format": FORMAT, "version": VERSION, **data})
 
 

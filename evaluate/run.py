@@ -157,9 +157,7 @@ class Job:
         """Batch, chunk and group that hold the memory limit."""
         store, config = self.store, self.config
         held = self.probing.n_bytes if self.probing is not None and self.device.type == "cpu" else 0
-        parts = planning.sizes(
-            [c.sae for c in todo], self.lm, store.d_model, store.context, self.n_sequences, held
-        )
+        parts = planning.sizes([c.sae for c in todo], self.lm, store.d_model, store.context, self.n_sequences, held)
         share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         limit = planning.memory_limit(config.max_memory, self.device, available_memory(), share)
         batch, vocab = min(config.batch_size, self.n_sequences), self.lm.vocab if self.lm is not None else 0

@@ -47,7 +47,13 @@ class Scorer:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, survey: Survey, scores: Sequence[str], levels: str, seed: int, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        survey: Survey,
+        scores: Sequence[str],
+        levels: str,
+        seed: int,
+        device: torch.device,
     ) -> None:
         self.checkpoint, self.scores, self.levels = checkpoint, tuple(scores), resolve_levels(levels, checkpoint)
         self.sae = checkpoint.load().float().to(device).eval().requires_grad_(False)

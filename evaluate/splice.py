@@ -63,9 +63,7 @@ def chunks(n_rows: int, chunk: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk, n_rows)) for start in range(0, n_rows, chunk))
 
 
-def cross_entropy(
-    log_q: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"]
-) -> Float[Tensor, " row"]:
+def cross_entropy(log_q: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
     """−log q of each row's target in nats; 0 where there is none (−1)."""
     return -torch.where(targets >= 0, log_q.gather(1, targets.clamp(min=0)[:, None])[:, 0], 0.0)
 
@@ -90,9 +88,7 @@ def clean_pass(lm: SplitLM, batch: Batch, chunk: int) -> Clean:
     return clean
 
 
-def compare(
-    clean: Clean, rows: slice, log_q: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"]
-) -> TokenScores:
+def compare(clean: Clean, rows: slice, log_q: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"]) -> TokenScores:
     """Scores of some rows from their log-probabilities under the changed model: Σ p log p − Σ p log q, and so on."""
     kl = clean.negative_entropy[rows] - torch.linalg.vecdot(clean.p[rows], log_q)
     return TokenScores(kl, cross_entropy(log_q, targets), (log_q.argmax(1) == clean.top[rows]).float())
@@ -120,9 +116,7 @@ def zero_log_probabilities(lm: SplitLM, context: int, chunk: int) -> Float[Tenso
 def score_zero(batch: Batch, clean: Clean, log_q: Float[Tensor, "pos vocab"], chunk: int) -> TokenScores:
     """Compare zero ablation, given by position, with the clean model on every kept row."""
     position = batch.kept.nonzero()[:, 1]
-    parts = [
-        compare(clean, rows, log_q[position[rows]], batch.targets[rows]) for rows in chunks(len(position), chunk)
-    ]
+    parts = [compare(clean, rows, log_q[position[rows]], batch.targets[rows]) for rows in chunks(len(position), chunk)]
     return joined(parts, clean)
 
 
@@ -144,7 +138,9 @@ class Behaviour:
         """Add a batch's rows; CE counts only rows with a target."""
         has_target = (batch.targets >= 0).double()
         self.sums += batch.weights @ torch.stack([scores.kl, scores.ce, scores.top1], 1).double()
-        self.counts += batch.weights @ torch.stack([torch.ones_like(has_target), has_target, torch.ones_like(has_target)], 1)
+        self.counts += batch.weights @ torch.stack(
+            [torch.ones_like(has_target), has_target, torch.ones_like(has_target)], 1
+        )
 
     def means(self, k: int) -> dict[str, float]:
         """Mean kl, ce, top1 for weighting k; NaN when no row counts or a score was not finite."""

@@ -40,7 +40,7 @@ def demo(out: Path, seed: tuple[int, ...]) -> None:
     experiment = experiments.Experiment.read(Path("demo.toml"))
     if seed:
         experiment.train[0]["seed"] = list(seed)
-    say(f"report: {experiments.run(experiment, out)}")
+    experiments.run(experiment, out)
 
 
 @cli.command()
@@ -73,13 +73,13 @@ def run(experiment: Path, out: Path | None, dry_run: bool, machine: str, sbatch:
 
         say(f"read the scripts, then run: bash {write_jobs(parsed, experiment, out, sbatch)}")
     else:
-        say(f"report: {experiments.run(parsed, out)}")
+        experiments.run(parsed, out)
 
 
 @cli.command()
-@click.argument("path", type=PATH)
+@click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def describe(path: Path, as_json: bool) -> None:
+def describe(path: str, as_json: bool) -> None:
     """Print what a store, checkpoint, training folder or results file is and what made it."""
     from pipeline.describe import describe as describe_path
 
@@ -91,21 +91,38 @@ def describe(path: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("path", type=PATH)
+@click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def verify(path: Path, as_json: bool) -> None:
+def verify(path: str, as_json: bool) -> None:
     """Read every byte of a store, checkpoint, training folder or results file and check it. Exit code 1 if any is wrong."""
     from pipeline.describe import verify as verify_path
 
     problems = verify_path(path)
     if as_json:
-        print_json({"path": str(path), "whole": not problems, "problems": problems})
+        print_json({"path": path, "whole": not problems, "problems": problems})
     for problem in problems:
         say(problem)
     if problems:
         raise DamagedError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)} found")
     if not as_json:
         click.echo(f"{path}: whole")
+
+
+@cli.command()
+@click.argument("url")
+@click.argument("path", type=PATH)
+def stage(url: str, path: Path) -> None:
+    """Copy a store from object storage to a local disk for training; every shard is checked against its commit record.
+
+    Run again it copies what is missing. Needs the extra: pip install -e '.[remote]'.
+
+    \b
+    Example: python -m pipeline stage s3://bucket/acts.zarr /scratch/acts.zarr
+    """
+    from pipeline.remote import stage as stage_store
+
+    stage_store(url, path)
+    click.echo(f"{path}: staged")
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint
+from pipeline.backend import is_url
 from pipeline.errors import PipelineError
 from pipeline.files import hash_file, read_json
 from pipeline.store import Store, describe_store
@@ -33,11 +34,15 @@ def kind_of(path: Path) -> str:
     )
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Everything an artefact says about itself, as plain JSON data. Raises PipelineError when it cannot be read."""
-    kind = kind_of(path)
-    data = DESCRIBERS[kind](path)
-    return {"kind": kind, "path": str(path), **data}
+def describe(place: str) -> dict[str, Any]:
+    """Everything an artefact says about itself, as plain JSON data. Raises PipelineError when it cannot be read.
+
+    `place` is a path, or the URL of a store.
+    """
+    if is_url(place):
+        return {"kind": "store", "path": place, **describe_store(Store.open(place, complete=False))}
+    kind = kind_of(Path(place))
+    return {"kind": kind, "path": place, **DESCRIBERS[kind](Path(place))}
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
@@ -71,20 +76,33 @@ DESCRIBERS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def verify(path: Path) -> list[str]:
-    """Every problem found in an artefact, one line each; empty when it is whole."""
+def verify(place: str) -> list[str]:
+    """Every problem found in an artefact, one line each; empty when it is whole. `place` as for `describe`."""
+    return verify_store(place) if is_url(place) else verify_path(Path(place))
+
+
+def verify_store(place: str | Path) -> list[str]:
+    """Every problem of a store, a damaged root included."""
+    try:
+        return Store.open(place, complete=False, check=False).verify(quiet=False)
+    except PipelineError as error:
+        return [str(error)]
+
+
+def verify_path(path: Path) -> list[str]:
+    """Every problem of a local artefact."""
     kind = kind_of(path)
     try:
         if kind == "store":
-            return Store.open(path, complete=False, check=False).verify()
+            return verify_store(path)
         if kind == "stores":
-            return [problem for store in sorted(path.glob("*.zarr")) for problem in verify(store)]
+            return [problem for store in sorted(path.glob("*.zarr")) for problem in verify_store(store)]
         if kind == "checkpoint":
             checkpoint.load_checkpoint(path)
         if kind == "member":
             return verify_member(path)
         if kind == "training":
-            return [problem for config in sorted(path.glob("*/config.json")) for problem in verify(config.parent)]
+            return [problem for config in sorted(path.glob("*/config.json")) for problem in verify_path(config.parent)]
         if kind == "results":
             return verify_results(path)
     except PipelineError as error:
@@ -94,7 +112,7 @@ def verify(path: Path) -> list[str]:
 
 def verify_member(path: Path) -> list[str]:
     """Every checkpoint whole; the final one is what complete.json recorded."""
-    problems = [problem for p in sorted((path / "checkpoints").glob("*.safetensors")) for problem in verify(p)]
+    problems = [problem for p in sorted((path / "checkpoints").glob("*.safetensors")) for problem in verify_path(p)]
     if not (path / "complete.json").exists():
         return [*problems, f"{path}: training is not finished (no complete.json); run the same train command to go on"]
     complete = read_json(path / "complete.json")

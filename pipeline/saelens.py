@@ -55,7 +55,8 @@ class NestedLayerNormSAE(SAE[NestedLayerNormConfig]):  # type: ignore[misc, unus
             nn.functional.layer_norm(a[..., m:n], (n - m,), eps=self.cfg.layernorm_eps)
             for m, n in zip(starts, starts[1:], strict=False)
         ]
-        return torch.cat(blocks, -1) * self.ln_gain + self.ln_bias
+        out: Tensor = torch.cat(blocks, -1) * self.ln_gain + self.ln_bias
+        return out
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents in residual units of raw residual rows [..., d_in]."""
@@ -74,12 +75,14 @@ class NestedLayerNormSAE(SAE[NestedLayerNormConfig]):  # type: ignore[misc, unus
         if config.activation == "topk":
             top = z.topk(config.k, dim=-1)
             z = torch.zeros_like(z).scatter(-1, top.indices, top.values)
-        return self.hook_sae_acts_post(z)
+        latents: Tensor = self.hook_sae_acts_post(z)
+        return latents
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Raw reconstruction [..., d_in], linear in the latents."""
         out = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
-        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
+        x_hat: Tensor = self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
+        return x_hat
 
 
 register_sae_class(SAELENS_NESTED, NestedLayerNormSAE, NestedLayerNormConfig)

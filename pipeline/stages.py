@@ -93,8 +93,12 @@ def python_path() -> str:
 
 
 def stage_environment(log: Path) -> dict[str, str]:
-    """Our environment with the log's path, and with the checkout first where Python looks."""
-    return os.environ | {"PYTHONPATH": python_path(), LOG_VARIABLE: str(log.resolve())}
+    """Our environment with the log's path, and with the checkout first where Python looks.
+
+    Idle OpenMP threads sleep rather than spin: on a machine that does anything else besides, spinning made a training
+    step several times slower (NOTES.md)."""
+    waiting = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    return os.environ | waiting | {"PYTHONPATH": python_path(), LOG_VARIABLE: str(log.resolve())}
 
 
 def die_with_parent() -> None:

@@ -69,10 +69,14 @@ def make_store(folder: Path, vocab: int, o: dict[str, Any]) -> tuple[Store, floa
     """A store of the model's residuals, and the seconds that its prefix took on the evaluation split."""
     lm = SplitLM.load(str(folder / "model"), dtype=o["dtype"], device=o["device"], part="prefix", layers=[o["layer"]])
     rows = o["batch"] * o["context"]
-    config = store_config(d_model=o["d_model"], context=o["context"], shard_rows=64 * rows, chunk_rows=rows, dtype=o["dtype"])
+    config = store_config(
+        d_model=o["d_model"], context=o["context"], shard_rows=64 * rows, chunk_rows=rows, dtype=o["dtype"]
+    )
     config |= {"model": str(folder / "model"), "revision": "local", "weights_sha256": lm.weights_sha256}
     config |= {"layer": o["layer"], "n_layers": o["layers"], "vocab": vocab, "bos": 2, "special_ids": [2]}
-    tokens = {name: random_tokens(n, vocab, o["context"]) for name, n in (("train", o["batch"]), ("eval", o["sequences"]))}
+    tokens = {
+        name: random_tokens(n, vocab, o["context"]) for name, n in (("train", o["batch"]), ("eval", o["sequences"]))
+    }
     writer, seconds = prepare(folder / "acts.zarr", config, tokens["train"], tokens["eval"], {}), 0.0
     for split, drawn in tokens.items():
         for k in writer.pending(split):
@@ -226,7 +230,9 @@ def main(**o: Any) -> None:
         vocab = make_model(folder / "model", o)
         store, prefix = make_store(folder, vocab, o)
         paths = make_checkpoints(folder, store, counts[-1], o)
-        lm = SplitLM.load(str(folder / "model"), dtype=o["dtype"], device=o["device"], part="suffix", layers=[o["layer"]])
+        lm = SplitLM.load(
+            str(folder / "model"), dtype=o["dtype"], device=o["device"], part="suffix", layers=[o["layer"]]
+        )
         sae = Job(EvaluateConfig(store.path, folder), store).select(paths[:1], Outcome())[0].load().to(o["device"])
         our_seconds(folder, store, lm, paths[:1], o)  # warm
         once, each = naive_seconds(folder, store, sae, o)
@@ -247,12 +253,18 @@ def report(
     print(f"prefix of the cache, once a store: {prefix:.2f} s; floor of a checkpoint: {floor:.2f} s")
     print(f"{'checkpoints':>12} {'naive s':>9} {'ours s':>9} {'faster':>7} {'with the prefix':>16}")
     for n, seconds in ours.items():
-        print(f"{n:12d} {n * naive:9.2f} {seconds:9.2f} {n * naive / seconds:7.2f} {n * naive / (seconds + prefix):16.2f}")
+        print(
+            f"{n:12d} {n * naive:9.2f} {seconds:9.2f} {n * naive / seconds:7.2f} {n * naive / (seconds + prefix):16.2f}"
+        )
     first, *_, last = ours
     marginal = (ours[last] - ours[first]) / (last - first) if last > first else ours[first]
     result = {f"speedup_{n}": round(n * naive / seconds, 2) for n, seconds in ours.items()}
     result |= {f"speedup_{n}_levels_together": round(n * together / seconds, 2) for n, seconds in ours.items()}
-    result |= {"marginal_s": round(marginal, 3), "floor_s": round(floor, 3), "marginal_over_floor": round(marginal / floor, 3)}
+    result |= {
+        "marginal_s": round(marginal, 3),
+        "floor_s": round(floor, 3),
+        "marginal_over_floor": round(marginal / floor, 3),
+    }
     print(json.dumps(result))
 
 

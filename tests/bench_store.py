@@ -45,7 +45,10 @@ def write_store(path: Path, gb: float, d_model: int) -> None:
     noise = torch.randn(shard_rows, d_model, generator=torch.Generator().manual_seed(0)).mul_((1 - RHO) ** 0.5)
     for split in ("train", "eval"):
         for k in writer.pending(split):
-            own = torch.randn(shard_rows // context, 1, d_model, generator=torch.Generator().manual_seed(k + 1)) * RHO**0.5
+            own = (
+                torch.randn(shard_rows // context, 1, d_model, generator=torch.Generator().manual_seed(k + 1))
+                * RHO**0.5
+            )
             with writer.shard(split, k) as shard:
                 for a in range(0, shard_rows, 8192):
                     rows = noise[a : a + 8192].view(-1, context, d_model) + own[a // context : (a + 8192) // context]

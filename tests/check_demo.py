@@ -10,7 +10,10 @@ ALPHAS, SEEDS = {0.0, 0.1, 0.2, 0.3, 0.5}, {0, 1, 2}
 
 def main(out: Path) -> None:
     results = [json.loads(path.read_text()) for path in sorted((out / "results").rglob("*.json"))]
-    members = {(r["checkpoint"]["provenance"]["train"]["alpha"], r["checkpoint"]["provenance"]["train"]["seed"]) for r in results}
+    members = {
+        (r["checkpoint"]["provenance"]["train"]["alpha"], r["checkpoint"]["provenance"]["train"]["seed"])
+        for r in results
+    }
     assert members == {(a, s) for a in ALPHAS for s in SEEDS}, members
     for result in results:
         check_result(result)

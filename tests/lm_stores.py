@@ -35,7 +35,13 @@ def make_lm_store(folder: Path, *, dtype: str = "float32", kind: str = "gemma2",
     lm = SplitLM.load(str(model), dtype=dtype, part="prefix", layers=[LAYER])
     config = store_config(context=CONTEXT, dtype=dtype, shard_rows=512, chunk_rows=64)
     config |= {"model": str(model), "revision": "local", "weights_sha256": lm.weights_sha256, "layer": LAYER}
-    config |= {"n_layers": lm.n_layers, "d_model": lm.d_model, "vocab": lm.vocab, "bos": BOS, "special_ids": [0, 1, 2, 3]}
+    config |= {
+        "n_layers": lm.n_layers,
+        "d_model": lm.d_model,
+        "vocab": lm.vocab,
+        "bos": BOS,
+        "special_ids": [0, 1, 2, 3],
+    }
     splits = {"train": make_tokens(64, 1), "eval": make_tokens(eval_sequences, 2)}
     writer = prepare(folder / "acts.zarr", config, splits["train"], splits["eval"], {"numpy": np.__version__})
     for split, drawn in splits.items():
@@ -63,7 +69,9 @@ def make_sae(
     directions = torch.linalg.svd(sae.normalize(rows), full_matrices=False).Vh  # [d_model, d_model]
     both = torch.stack([directions, -directions], 1).reshape(-1, d_model)
     noise = torch.randn(levels[-1], d_model, generator=torch.Generator().manual_seed(seed))
-    decoder = torch.nn.functional.normalize(both.repeat(levels[-1] // len(both) + 1, 1)[: levels[-1]] + 0.02 * noise, dim=1)
+    decoder = torch.nn.functional.normalize(
+        both.repeat(levels[-1] // len(both) + 1, 1)[: levels[-1]] + 0.02 * noise, dim=1
+    )
     sae.W_dec.data, sae.W_enc.data = decoder, decoder.T.clone()
     sae.b_enc.data = torch.full((levels[-1],), bias)
     return sae.requires_grad_(False)
@@ -73,7 +81,11 @@ def save_member(out: Path, store: Store, sae: NestedSAE, *, seed: int = 0, step:
     """A finished training member's folder as train writes it, with a metrics file; returns the folder."""
     folder = out / f"alpha0.25-seed{seed}-0123456789"
     about = {"id": store.id, "model": store.config["model"], "revision": store.config["revision"]}
-    about |= {"weights_sha256": store.config["weights_sha256"], "layer": store.config["layer"], "d_model": store.d_model}
+    about |= {
+        "weights_sha256": store.config["weights_sha256"],
+        "layer": store.config["layer"],
+        "d_model": store.d_model,
+    }
     about |= {"context": store.context, "massive_multiple": store.statistics.massive_multiple, "max_norm": None}
     train = {"recipe": "paper", "alpha": 0.25, "seed": seed, "width": sae.config.width, "objective": "nested"}
     given = {"member": folder.name, "train": train, "store": about, "rows_seen": 4096, "fired_rows": 4096, "dead": 0.25}

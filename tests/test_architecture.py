@@ -43,7 +43,9 @@ def test_our_packages_are_those_of_this_checkout(package: str) -> None:
 
 @pytest.mark.parametrize("command", ["harvest", "train", "evaluate", "pipeline"])
 def test_every_command_has_a_help_with_an_example(command: str) -> None:
-    run = subprocess.run([sys.executable, "-m", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-m", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert f"python -m {command}" in run.stdout
 
 

@@ -175,7 +175,9 @@ def test_the_curve_stops_at_the_checkpoints_step(results: list[dict[str, Any]]) 
 
 def test_a_long_curve_is_thinned_and_keeps_its_ends(place: Path, tmp_path: Path) -> None:
     folder = copied_member(place, tmp_path)
-    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": {i}}}\n' for i in range(21)) * 100 + '{"step": 2')
+    (folder / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {i}, "loss": {i}}}\n' for i in range(21)) * 100 + '{"step": 2'
+    )
     checkpoint = dataclasses.replace(open_checkpoint(next((folder / "checkpoints").iterdir())), step=20)
     curve = loss_curve(checkpoint)
     assert len(curve["step"]) == len(curve["loss"]) == 500
@@ -201,7 +203,9 @@ def test_done_checkpoints_are_skipped_and_other_settings_are_other_work(place: P
     assert len(list(tmp_path.glob("*-step_*.json"))) == 4
 
 
-def test_without_behaviour_no_language_model_is_loaded(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_behaviour_no_language_model_is_loaded(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("evaluate.models.Models.load", lambda *_: pytest.fail("the model was loaded"))
     found = evaluated(place, tmp_path, members(place)[:1], scores=("ev", "l0"))[0]
     assert found["baselines"] == {}
@@ -326,7 +330,9 @@ def test_places_without_anything_of_ours_are_errors(tmp_path: Path) -> None:
         find_checkpoints([tmp_path], all_steps=False)
 
 
-def test_processes_of_a_torchrun_share_the_checkpoints(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_a_torchrun_share_the_checkpoints(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = []
     for rank in ("0", "1"):

@@ -35,7 +35,16 @@ def command(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_a_job_prints_its_results_as_json_then_does_nothing_again(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = (str(place / "runs"), "--model", str(place / "model"), "--out", str(tmp_path), "--scores", "kl,ev", "--json")
+    words = (
+        str(place / "runs"),
+        "--model",
+        str(place / "model"),
+        "--out",
+        str(tmp_path),
+        "--scores",
+        "kl,ev",
+        "--json",
+    )
     first = command(place, *words)
     assert first.returncode == 0, first.stderr
     assert in_process(place, *words) == 0
@@ -54,7 +63,10 @@ def test_a_failing_checkpoint_exits_1_after_the_others(
 ) -> None:
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"not a checkpoint")
-    assert in_process(place, str(bad), str(place / "runs"), "--out", str(tmp_path / "out"), "--scores", "ev", "--json") == 1
+    assert (
+        in_process(place, str(bad), str(place / "runs"), "--out", str(tmp_path / "out"), "--scores", "ev", "--json")
+        == 1
+    )
     done = capsys.readouterr()
     found = json.loads(done.out)
     assert len(found["results"]) == 1

@@ -46,7 +46,9 @@ def sparse_latents(n_rows: int, width: int, seed: int = 0) -> torch.Tensor:
     return z
 
 
-def fired(z: torch.Tensor, levels: tuple[int, ...], massive: torch.Tensor | None = None, sizes: Sequence[int] = ()) -> Firing:
+def fired(
+    z: torch.Tensor, levels: tuple[int, ...], massive: torch.Tensor | None = None, sizes: Sequence[int] = ()
+) -> Firing:
     firing, start = Firing(levels, CPU), 0
     for batch in batches_of(torch.zeros(len(z), 2), sizes or [len(z)], massive):
         firing.update(z[start : start + len(batch.x)], batch)
@@ -99,7 +101,11 @@ def test_densities_land_in_the_bins_of_their_logarithm() -> None:
 def test_even_use_has_full_entropy_and_one_latent_doing_all_has_none() -> None:
     even = utilisation(torch.full((8,), 0.05, dtype=torch.float64))
     assert (even["entropy"], even["gini"]) == (pytest.approx(1), pytest.approx(0, abs=1e-12))
-    assert (even["freq_over_1_percent"], even["mass_over_1_percent"], even["freq_over_10_percent"]) == (1, pytest.approx(1), 0)
+    assert (even["freq_over_1_percent"], even["mass_over_1_percent"], even["freq_over_10_percent"]) == (
+        1,
+        pytest.approx(1),
+        0,
+    )
     one = utilisation(torch.tensor([0.0, 0, 0, 0.5], dtype=torch.float64))
     assert (one["entropy"], one["gini"]) == (pytest.approx(0, abs=1e-12), pytest.approx(0.75))
     assert (one["freq_over_10_percent"], one["mass_over_10_percent"]) == (0.25, 1)
@@ -150,7 +156,9 @@ def test_a_latent_is_not_its_own_neighbour_but_a_copy_is() -> None:
     assert nearest(decoder, slice(0, 1), slice(0, 1)).numel() == 0
 
 
-def correlated(z: torch.Tensor, config: SAEConfig, sizes: Sequence[int], massive: torch.Tensor | None = None) -> Correlation:
+def correlated(
+    z: torch.Tensor, config: SAEConfig, sizes: Sequence[int], massive: torch.Tensor | None = None
+) -> Correlation:
     correlation, start = Correlation(config, 0, CPU), 0
     for batch in batches_of(torch.zeros(len(z), 2), sizes, massive):
         correlation.update(z[start : start + len(batch.x)], batch)
@@ -174,7 +182,11 @@ def test_streamed_correlations_equal_numpy_over_rows_that_are_not_massive() -> N
     np.testing.assert_allclose(correlation.jaccard().numpy(), both / np.maximum(either, 1), atol=1e-12)
     found = correlation.features()
     pairs = {name: found[name]["pearson"]["n"] for name in ("within shared", "within specialised", "across")}
-    assert pairs == {"within shared": 7 * 6 / 2, "within specialised": 12 * 11 / 2, "across": 7 * 12}  # latent 3 is dead
+    assert pairs == {
+        "within shared": 7 * 6 / 2,
+        "within specialised": 12 * 11 / 2,
+        "across": 7 * 12,
+    }  # latent 3 is dead
     assert found["within shared"]["pearson"]["max"] == pytest.approx(1)
     assert sum(found["across"]["pearson"]["histogram"]) == 7 * 12
     within = [expected[i, j] for i in range(8, 20) for j in range(i + 1, 20)]

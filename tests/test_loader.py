@@ -61,7 +61,9 @@ def test_a_window_spans_no_more_rows_than_asked_unless_one_chunk_does(order: Ord
 
 
 @given(orders(), st.integers(1, 6), st.integers(1, 20), st.integers(0, 50))
-def test_shares_of_a_batch_are_equal_and_together_the_batch(order: Order, n_parts: int, size: int, position: int) -> None:
+def test_shares_of_a_batch_are_equal_and_together_the_batch(
+    order: Order, n_parts: int, size: int, position: int
+) -> None:
     batch = next(order.batches(position, n_parts * size))
     rows = [(p.epoch, p.window, i) for p in batch for i in range(p.start, p.stop)]
     shares = [

@@ -25,7 +25,9 @@ def test_moments_do_not_depend_on_how_rows_are_split(sizes: list[int]) -> None:
     split, whole = moments_of(x, sizes), moments_of(x, [len(x)])
     assert float(split.n) == len(x)
     torch.testing.assert_close(split.sum_x, whole.sum_x, rtol=1e-14, atol=1e-14)
-    torch.testing.assert_close(split.centred_sum_sq, (x.double() - x.double().mean(0)).square().sum(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        split.centred_sum_sq, (x.double() - x.double().mean(0)).square().sum(), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_explained_variance_of_a_hand_computed_case() -> None:

@@ -48,7 +48,9 @@ def test_results_that_were_written_are_done_under_their_key_only(tmp_path: Path)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_number_that_is_not_finite_is_an_error_that_names_it_and_nothing_is_written(tmp_path: Path, bad: float) -> None:
+def test_a_number_that_is_not_finite_is_an_error_that_names_it_and_nothing_is_written(
+    tmp_path: Path, bad: float
+) -> None:
     path = tmp_path / "m-step_000003-aaaaaaaaaa.json"
     with pytest.raises(CheckpointError, match=r"x\.safetensors: levels\.0\.scores\.kl_nats is not a finite number"):
         write_result(path, data(kl_nats=bad))

@@ -74,7 +74,9 @@ def rebuilt(x: torch.Tensor) -> torch.Tensor:
     return 0.3 * x + 1
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("gemma2", "float32"), ("gemma2", "bf16"), ("llama", "float32"), ("gpt2", "bf16")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("gemma2", "float32"), ("gemma2", "bf16"), ("llama", "float32"), ("gpt2", "bf16")]
+)
 def test_spliced_logits_equal_a_full_forward_with_a_hook_bit_for_bit(made: Any, kind: str, dtype: str) -> None:
     store, lm, whole = made(kind, dtype)
     batch = batch_of(store)

@@ -334,7 +334,9 @@ def test_massive_rows_are_left_out_unless_all_are_asked_for(tiny_store: Path, tm
 
 
 @given(st.sets(st.integers(1, 5000), max_size=60), st.integers(1, 5), st.integers(0, 1000))
-def test_retention_keeps_the_last_and_the_multiples_and_deletes_the_rest(steps: set[int], last: int, every: int) -> None:
+def test_retention_keeps_the_last_and_the_multiples_and_deletes_the_rest(
+    steps: set[int], last: int, every: int
+) -> None:
     kept = Keep(last, every).kept(steps)
     assert kept <= steps
     assert set(sorted(steps)[-last:]) <= kept
@@ -371,7 +373,11 @@ def test_a_folder_is_named_by_what_is_in_the_config_and_not_by_how_it_was_writte
 
 
 def test_scalars_of_lists_are_named_by_level() -> None:
-    assert dict(scalars({"step": 3, "ev": [0.5, 0.7], "loss": 1})) == {"ev/level_1": 0.5, "ev/level_2": 0.7, "loss": 1.0}
+    assert dict(scalars({"step": 3, "ev": [0.5, 0.7], "loss": 1})) == {
+        "ev/level_1": 0.5,
+        "ev/level_2": 0.7,
+        "loss": 1.0,
+    }
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])

@@ -139,7 +139,13 @@ def test_a_value_of_the_wrong_kind_is_wrong_usage(tmp_path: Path, words: tuple[s
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_store: Path, tmp_path: Path) -> None:
     words = ("--store", tiny_store, "--out", tmp_path / "out", *SMALL, "--steps", 20, "--alpha", 0, "--alpha", 0.25)
     shown = invoke(*words, "--dry-run").stderr
-    for part in ("2 members, 0 finished, 1 passes", "memory:", "disk: at most", "time: about", "width 96, 20 steps, new"):
+    for part in (
+        "2 members, 0 finished, 1 passes",
+        "memory:",
+        "disk: at most",
+        "time: about",
+        "width 96, 20 steps, new",
+    ):
         assert part in shown
     assert not (tmp_path / "out").exists()
 
@@ -182,7 +188,20 @@ def test_what_a_store_is_the_cause_of_is_one_line_and_exit_code_1(
 def test_a_member_that_diverged_is_exit_code_1_after_the_others_are_done(
     tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", "--store", tiny_store, "--out", tmp_path / "out", *SMALL, "--steps", 6, "--lr", "1e38", "--lr", "1e-3"]
+    words = [
+        "train",
+        "--store",
+        tiny_store,
+        "--out",
+        tmp_path / "out",
+        *SMALL,
+        "--steps",
+        6,
+        "--lr",
+        "1e38",
+        "--lr",
+        "1e-3",
+    ]
     monkeypatch.setattr(sys, "argv", [*map(str, words), "--clip-norm", "0", "--json"])
     with pytest.raises(SystemExit) as stop:
         main(command, "train")

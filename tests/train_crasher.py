@@ -33,7 +33,9 @@ def small(recipe: str = "paper", **changes: Any) -> TrainConfig:
     """A training of a second or less on the tiny store; its lines and checkpoints fall on different steps."""
     own: dict[str, Any] = {"width": 96, "steps": 23, "batch_size": 64, "lr_warmup_steps": 4, "dtype": "float32"}
     own |= {"log_every": 4, "checkpoint_every": 5, "dead_after_rows": 500}
-    own |= {"sparsity_warmup_steps": 6} if recipe in ("paper", "jumprelu") else {"k": 8, "aux_k": 16, "lr_decay_steps": 5}
+    own |= (
+        {"sparsity_warmup_steps": 6} if recipe in ("paper", "jumprelu") else {"k": 8, "aux_k": 16, "lr_decay_steps": 5}
+    )
     return RECIPES[recipe](**(own | changes))
 
 

@@ -52,9 +52,13 @@ from train.trainee import Outcome
     "--data-parallel", is_flag=True,
     help="Under torchrun: all processes train every member, each on its share of the batch, instead of sharing members out.",
 )  # fmt: skip
-@click.option("--verify-first", is_flag=True, help="Check every byte of the store before the first step, not beside it.")
+@click.option(
+    "--verify-first", is_flag=True, help="Check every byte of the store before the first step, not beside it."
+)
 @click.option("--dry-run", is_flag=True, help="Print members, memory, disk and a rough time; train nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the members and their final checkpoints as JSON on stdout.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the members and their final checkpoints as JSON on stdout."
+)
 def command(
     store: Path, out: Path, mode: Mode, window_rows: int | None, threads: int, device: str, keep: str,
     log: tuple[str, ...], data_parallel: bool, verify_first: bool, dry_run: bool, as_json: bool, **given: Any,
@@ -98,10 +102,14 @@ def show_plan(config: RunConfig) -> list[Outcome]:
     passes = plan.make_passes(store, tasks, device, free)
     announce(store, tasks, passes, device)
     for task in tasks:
-        say(f"  {task.folder.name}: {task.config.recipe}, width {task.config.width}, {task.config.steps} steps, {task.status}")
+        say(
+            f"  {task.folder.name}: {task.config.recipe}, width {task.config.width}, {task.config.steps} steps, {task.status}"
+        )
     disk = plan.disk_bytes(store, tasks, Keep.parse(config.keep))
     say(f"memory free: {human_bytes(free)}; disk: at most {human_bytes(disk)}")
-    say(f"time: about {format_seconds(plan.estimate_seconds(store, tasks, device))} (five products a step, measured now)")
+    say(
+        f"time: about {format_seconds(plan.estimate_seconds(store, tasks, device))} (five products a step, measured now)"
+    )
     return [Outcome(task.folder.path, task.step, task.folder.final()) for task in tasks]
 
 

@@ -50,7 +50,9 @@ def resolve_mode(mode: Mode, split: Split) -> Mode:
     """
     mappable = split.shape.layout.codec == "none"
     if mode == "global" and not mappable:
-        raise UsageError(f"--mode global needs a store with codec none, this has {split.shape.layout.codec}; use window")
+        raise UsageError(
+            f"--mode global needs a store with codec none, this has {split.shape.layout.codec}; use window"
+        )
     if mode != "auto":
         return mode
     nbytes = split.n_chunks * split.shape.layout.chunk_nbytes
@@ -176,7 +178,9 @@ class Loader:
         self.ready: queue.SimpleQueue[Slot | BaseException] = queue.SimpleQueue()
         self.in_use: Slot | None = None
         for _ in range(AHEAD + 1):
-            self.free.put(self._new_slot(batch_size // share[1], split.shape.layout.d_model, split.shape.layout.torch_dtype))
+            self.free.put(
+                self._new_slot(batch_size // share[1], split.shape.layout.d_model, split.shape.layout.torch_dtype)
+            )
         torch.get_num_threads()  # fixes this thread's number before `one_torch_thread` sets that of new threads
         self.producer = threading.Thread(target=self._produce, name="batches", daemon=True)
         self.producer.start()

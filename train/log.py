@@ -39,7 +39,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UsageError("--log tensorboard needs the package tensorboard: pip install 'nested-sae[log]'") from error
+            raise UsageError(
+                "--log tensorboard needs the package tensorboard: pip install 'nested-sae[log]'"
+            ) from error
         place = folder.out / "tensorboard" / folder.name
         self.writer = SummaryWriter(str(place), purge_step=step + 1)
 

@@ -185,7 +185,10 @@ class Folder:
 
     def retain(self, keep: Keep) -> None:
         """Delete the checkpoints that the rule does not keep."""
-        there = {int(path.stem.removeprefix("step_")): path for path in (self.path / "checkpoints").glob("step_*.safetensors")}
+        there = {
+            int(path.stem.removeprefix("step_")): path
+            for path in (self.path / "checkpoints").glob("step_*.safetensors")
+        }
         kept = keep.kept(there) | {self.config.steps}
         for step in there.keys() - kept:
             there[step].unlink()
@@ -244,4 +247,6 @@ def check_out(out: Path) -> None:
     names = sorted(path.name for path in out.iterdir() if path.is_dir() and not path.name.startswith("."))
     foreign = [name for name in names if name not in OTHERS and not NAME.fullmatch(name)]
     if foreign and len(foreign) == len([name for name in names if name not in OTHERS]):
-        raise DiskError(f"{out}: holds something else ({', '.join(foreign[:3])}); choose an empty or new folder for --out")
+        raise DiskError(
+            f"{out}: holds something else ({', '.join(foreign[:3])}); choose an empty or new folder for --out"
+        )

@@ -130,7 +130,11 @@ def write(value: Any) -> str:
     """A value as a person types it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
-    return {None: "none", True: "yes", False: "no", "": "none"}.get(value, str(value)) if not is_number(value) else f"{value:g}"
+    return (
+        {None: "none", True: "yes", False: "no", "": "none"}.get(value, str(value))
+        if not is_number(value)
+        else f"{value:g}"
+    )
 
 
 def is_number(value: Any) -> bool:
@@ -208,7 +212,9 @@ def read_config_file(ctx: click.Context, param: click.Parameter, path: Path | No
 def file_value(path: Path, name: str, value: Any, multiple: bool) -> Any:
     """A value of a file as click takes it: a list for what can be repeated, one value otherwise."""
     if isinstance(value, list) and not value:
-        raise UsageError(f"{path}: {name} is an empty list, so the grid is empty; give at least one value or leave it out")
+        raise UsageError(
+            f"{path}: {name} is an empty list, so the grid is empty; give at least one value or leave it out"
+        )
     if not multiple:
         return value
     if name == "levels" and not isinstance(value[0], list):

@@ -55,7 +55,9 @@ class Order:
         self.kept, self.chunk_rows, self.seed = kept, chunk_rows, seed
         self.n_kept = int(np.count_nonzero(kept))
         if not self.n_kept:
-            raise StoreError("no training row is left without special and massive ones; raise --max-norm or harvest more")
+            raise StoreError(
+                "no training row is left without special and massive ones; raise --max-norm or harvest more"
+            )
         starts = np.arange(0, len(kept), chunk_rows)
         self.kept_in_chunk = np.add.reduceat(kept, starts, dtype=np.int64)
         self.n_chunks = len(starts)

@@ -226,7 +226,10 @@ def product_seconds(config: TrainConfig, d_model: int, device: torch.device) -> 
     """Seconds of one [row, d_model] by [d_model, latent] product, from a measured part of it."""
     rows = min(config.batch_size, 256)
     dtype = product_dtype(config.dtype)
-    x, w = torch.zeros(rows, d_model, dtype=dtype, device=device), torch.zeros(d_model, config.width, dtype=dtype, device=device)
+    x, w = (
+        torch.zeros(rows, d_model, dtype=dtype, device=device),
+        torch.zeros(d_model, config.width, dtype=dtype, device=device),
+    )
     x @ w
     start = time.perf_counter()
     (x @ w).sum().item()

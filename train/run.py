@@ -156,7 +156,9 @@ class Pass:
                 batch = normalise_batch(loader.next(), self.center, self.scale, out=batch)
                 for trainee in active:
                     trainee.advance(batch, clock)
-                bar.advance(self.batch_size, summary(trainees, clock) if any(t.logged == step + 1 for t in active) else "")
+                bar.advance(
+                    self.batch_size, summary(trainees, clock) if any(t.logged == step + 1 for t in active) else ""
+                )
                 self.say_epoch(step)
                 self.poll(trainees)
             clock.say_if_starved()

@@ -37,9 +37,7 @@ class Outcome:
 class Trainee:
     """A member with its folder: advances, logs, is checkpointed, fails."""
 
-    def __init__(
-        self, run: RunConfig, task: Task, member: Member, writer: Writer, n_kept: int, writes: bool
-    ) -> None:
+    def __init__(self, run: RunConfig, task: Task, member: Member, writer: Writer, n_kept: int, writes: bool) -> None:
         self.run, self.task, self.folder, self.member = run, task, task.folder, member
         self.writer, self.n_kept, self.keep = writer, n_kept, Keep.parse(run.keep)
         self.writes = writes
@@ -176,7 +174,11 @@ class Clock:
         t0, waited0, rows0 = self.laps.get(name, (self.start, 0.0, 0))
         self.laps[name] = now, waited, rows
         seconds = max(now - t0, 1e-9)
-        return {"rows_per_s": (rows - rows0) / seconds, "wait": (waited - waited0) / seconds, "seconds": now - self.start}
+        return {
+            "rows_per_s": (rows - rows0) / seconds,
+            "wait": (waited - waited0) / seconds,
+            "seconds": now - self.start,
+        }
 
     @property
     def wait(self) -> float:
@@ -186,7 +188,9 @@ class Clock:
     def say_if_starved(self) -> None:
         """Say so when the feed, and not arithmetic, set the pace."""
         if self.wait > 0.2 and self.loader.n_delivered > 50:
-            say(f"waited {100 * self.wait:.0f} % of the time for data: this run is bound by the feed, not by arithmetic")
+            say(
+                f"waited {100 * self.wait:.0f} % of the time for data: this run is bound by the feed, not by arithmetic"
+            )
 
 
 def summary(trainees: Sequence[Trainee], clock: Clock) -> str:

@@ -1,0 +1,90 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from test_checkpoint import KINDS, random_sae
+
+from pipeline.__main__ import cli
+from pipeline.checkpoint import save_checkpoint
+from pipeline.describe import describe, verify
+from pipeline.errors import PipelineError
+from pipeline.files import hash_file, write_json
+
+
+@pytest.fixture
+def store(tiny_store: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_store, tmp_path / "acts.zarr"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_store_is_described_with_all_that_made_it_and_its_scale(store: Path) -> None:
+    data = describe(str(store))
+    assert data["kind"] == "store"
+    assert data["config"]["d_model"] == len(data["mean"])
+    assert {"model", "weights_sha256", "tokenizer_sha256", "corpus", "seed", "context", "attention"} <= data[
+        "config"
+    ].keys()
+    assert data["statistics"]["scale"] > 0
+    assert data["bytes"] > 0
+
+
+def test_a_whole_store_verifies_and_a_flipped_byte_exits_with_one(store: Path) -> None:
+    runner = CliRunner()
+    whole = runner.invoke(cli, ["verify", str(store), "--json"], standalone_mode=False)
+    assert json.loads(whole.stdout)["whole"] is True
+    flip(store / "train/resid/c/0/0")
+    broken = runner.invoke(cli, ["verify", str(store), "--json"], standalone_mode=False)
+    assert isinstance(broken.exception, PipelineError)
+    assert "train/resid/c/0/0" in json.loads(broken.stdout)["problems"][0]
+
+
+def test_a_damaged_root_is_a_problem_and_not_a_crash(store: Path) -> None:
+    flip(store / "zarr.json")
+    assert len(verify(str(store))) == 1
+
+
+def member(folder: Path) -> Path:
+    path = folder / "checkpoints" / "step_000005.safetensors"
+    path.parent.mkdir(parents=True)
+    save_checkpoint(path, random_sae(KINDS["relu"]), 5, {"member": folder.name, "train": {"alpha": 0.2}})
+    write_json(folder / "config.json", {"format": "nested-sae-member", "version": 1, "config": {}, "store": {}})
+    write_json(folder / "complete.json", {"final": "checkpoints/step_000005.safetensors", "sha256": hash_file(path)})
+    return path
+
+
+def test_checkpoints_members_and_training_folders_are_described(tmp_path: Path) -> None:
+    path = member(tmp_path / "runs" / "alpha0.2-seed0-0123456789")
+    about = describe(str(path))
+    assert (about["step"], about["levels"], about["shared"], about["train"]) == (5, [16, 64], 16, {"alpha": 0.2})
+    assert describe(str(path.parents[1]))["checkpoints"] == [path.name]
+    assert "alpha0.2-seed0-0123456789" in describe(str(tmp_path / "runs"))
+
+
+def test_a_member_whose_final_checkpoint_was_changed_or_lost_is_a_problem(tmp_path: Path) -> None:
+    path = member(tmp_path / "runs" / "alpha0.2-seed0-0123456789")
+    assert verify(str(tmp_path / "runs")) == []
+    flip(path)
+    assert any("bytes changed" in problem for problem in verify(str(tmp_path / "runs")))
+    path.unlink()
+    assert any("gone" in problem for problem in verify(str(tmp_path / "runs")))
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("x")])
+def test_what_is_none_of_ours_is_told_so(tmp_path: Path, make: object) -> None:
+    make(tmp_path / "thing")  # type: ignore[operator]
+    with pytest.raises(PipelineError, match="expected a store"):
+        describe(str(tmp_path / "thing"))
+
+
+def test_people_get_indented_lines_and_short_lists(store: Path) -> None:
+    shown = CliRunner().invoke(cli, ["describe", str(store)], standalone_mode=False).stdout
+    assert "\nstatistics:\n  " in shown
+    assert "  massive_multiple: 3.0\n" in shown
+    assert "64 in all]" in shown
