@@ -25,7 +25,8 @@ class EvaluateConfig:
     store, out: paths. model: folder or Hub id, None: the one the store names; revision: None: the store's.
     scores: families of SCORES. levels: all, last, or indices like 0,1. rows: residual rows of the evaluation split, rounded
     up to whole sequences; None: all. dtype: of the language model, `store` takes the store's; SAEs run in float32.
-    probing: texts for scr, tpp and k-sparse probing; None: none. latents: also write pages of every latent.
+    probing: texts for scr, tpp and k-sparse probing; None: none. latents: also write pages of every latent of members
+    whose name begins with it, `all` of every member; empty: none.
     batch_size (sequences) and max_memory (bytes, None: four fifths of what is free) change speed and rounding only.
     seed draws the latents whose correlations are taken.
     """
@@ -44,7 +45,7 @@ class EvaluateConfig:
     dtype: str = "store"
     seed: int = 0
     probing: ProbingConfig | None = None
-    latents: bool = False
+    latents: str = ""
     allow_other_store: bool = False
 
     def __post_init__(self) -> None:
@@ -70,8 +71,11 @@ class EvaluateConfig:
             "group_sequences": GROUP_SEQUENCES,
             "correlation": {"seed": self.seed, "n_sampled": N_SAMPLED, "min_fired": MIN_FIRED},
             "probing": plain(self.probing),
-            "latents": self.latents,
         }
+
+    def wants_latents(self, member: str) -> bool:
+        """Whether pages of a member's latents are asked for."""
+        return bool(self.latents) and (self.latents == "all" or member.startswith(self.latents))
 
 
 def plain(config: ProbingConfig | None) -> dict[str, Any] | None:

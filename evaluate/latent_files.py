@@ -45,6 +45,11 @@ def latents_folder(results: Path) -> Path:
     return results.with_suffix(".latents")
 
 
+def has_pages(result: Path) -> bool:
+    """Whether the latent pages of a results file are complete."""
+    return (latents_folder(result) / "index.js").exists()
+
+
 def visible(text: str) -> str:
     """Text that neither breaks a line nor reorders or hides its neighbours: such characters become ↵ or ⟨U+202E⟩."""
     return "".join(SHOWN.get(c) or (f"⟨U+{ord(c):04X}⟩" if is_unseen(c) else c) for c in text)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evaluate.latent_files import latents_folder
+from evaluate.latent_files import has_pages
 from evaluate.results import read_result
 from pipeline.definitions import METRICS, Metric
 from pipeline.errors import DamagedError, UsageError
@@ -66,8 +66,8 @@ class Run:
 
     @property
     def evaluation(self) -> dict[str, Any]:
-        """What shapes the scores; whether latent pages were written too does not."""
-        return {name: value for name, value in (self.data.get("evaluation") or {}).items() if name != "latents"}
+        """What shapes the scores."""
+        return dict(self.data.get("evaluation") or {})
 
     @cached_property
     def identity(self) -> str:
@@ -78,7 +78,7 @@ class Run:
     @property
     def has_latents(self) -> bool:
         """Whether latent pages lie beside the file."""
-        return (latents_folder(self.path) / "index.js").exists()
+        return has_pages(self.path)
 
     @property
     def levels(self) -> list[dict[str, Any]]:

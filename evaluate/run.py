@@ -30,7 +30,7 @@ from evaluate.checkpoints import (
     resolve_levels,
 )
 from evaluate.config import EvaluateConfig
-from evaluate.latent_files import latents_folder
+from evaluate.latent_files import has_pages, latents_folder
 from evaluate.models import Models
 from evaluate.probing import Probing, prepare
 from evaluate.results import definitions, is_done, result_path, write_csv, write_result
@@ -132,11 +132,17 @@ class Job:
             except PipelineError as error:
                 outcome.fail(path, error)
                 continue
-            if is_done(self.path(checkpoint), self.key(checkpoint)):
+            if self.is_finished(checkpoint):
                 outcome.results.append(self.entry(checkpoint, skipped=True))
             else:
                 todo.append(checkpoint)
         return todo
+
+    def is_finished(self, checkpoint: Checkpoint) -> bool:
+        """Whether the results are there, and the pages of latents where they are asked for."""
+        path = self.path(checkpoint)
+        pages = not self.config.wants_latents(checkpoint.member) or has_pages(path)
+        return pages and is_done(path, self.key(checkpoint))
 
     def entry(self, checkpoint: Checkpoint, *, skipped: bool) -> dict[str, Any]:
         """What --json says of one checkpoint."""
@@ -247,7 +253,7 @@ class Job:
         checkpoint = scorer.checkpoint
         try:
             data = self.results(scorer, sample, found)
-            if self.config.latents:
+            if self.config.wants_latents(checkpoint.member):
                 self.write_latents(scorer)
             write_result(self.path(checkpoint), data)
         except PipelineError as error:

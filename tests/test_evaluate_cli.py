@@ -128,3 +128,15 @@ def test_texts_bring_their_scores_with_them() -> None:
 def test_one_attribute_is_not_two() -> None:
     with pytest.raises(UsageError, match="give two columns"):
         make_config(**options(sources=("data/scr",), scr_attributes="a"))
+
+
+def test_pages_of_latents_are_made_for_the_members_asked_for_and_once(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (str(place / "runs"), "--model", str(place / "model"), "--out", str(tmp_path), "--scores", "ev", "--json")
+    skipped = []
+    for latents in ((), ("--latents", "nobody"), ("--latents", "all"), ("--latents", "all")):
+        assert in_process(place, *words, *latents) == 0
+        skipped.append(json.loads(capsys.readouterr().out)["results"][0]["skipped"])
+    assert skipped == [False, True, False, True]
+    assert len(list(tmp_path.glob("*.latents/index.js"))) == 1

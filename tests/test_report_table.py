@@ -173,7 +173,7 @@ def test_an_sae_made_elsewhere_stands_in_the_table(tmp_path: Path) -> None:
 def test_a_checkpoint_given_twice_counts_once_and_the_result_with_latent_pages_is_taken(tmp_path: Path) -> None:
     path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]
     data = read_json(path)
-    data |= {"key": "0" * 64, "evaluation": data["evaluation"] | {"latents": True}}
+    data |= {"key": "0" * 64}
     twin = tmp_path / "alpha0-seed0-x-step_000400-0000000000.json"
     write_json(twin, data)
     write_latent_pages(twin, ["one"])
