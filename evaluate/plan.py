@@ -14,6 +14,8 @@ chunk, then holds fewer checkpoints (down to MIN_GROUP), then halves the batch, 
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -132,9 +134,21 @@ def sae_flop(config: SAEConfig) -> float:
     return 4.0 * config.d_model * config.width
 
 
+def return_freed_memory() -> None:
+    """Have glibc give large freed blocks back at once, where it is the allocator.
+
+    Left alone it keeps them for reuse, split up: measured as 500 MB beyond the formula now and then.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        M_MMAP_THRESHOLD = -3
+        mallopt(M_MMAP_THRESHOLD, 4 << 20)
+
+
 def memory_limit(asked: int | None, device: torch.device, available: int, share: int) -> int:
     """Bytes that this process may use: as asked, else four fifths of what is free, divided by the processes that share."""
     if asked is not None:
+        return_freed_memory()
         return asked
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available // max(share, 1)
     return free * 4 // 5
