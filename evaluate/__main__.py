@@ -47,7 +47,12 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
     "--scr-resample/--no-scr-resample", default=True, help="Further seeds use other rows too, not only other draws."
 )
 @click.option("--scr-context", default=128, type=COUNT, help="Positions a text is cut to.")
-@click.option("--latents", default="", metavar="MEMBER", help="Also write pages of every latent (contexts, logit lens, relatives) of members whose name begins so, or all.")
+@click.option(
+    "--latents",
+    default="",
+    metavar="MEMBER",
+    help="Also write pages of every latent (contexts, logit lens, relatives) of members whose name begins so, or all.",
+)
 @click.option("--allow-other-store", is_flag=True, help="Evaluate on a store other than the one trained on.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the model's own code from its folder or the Hub.")
 @click.option("--dry-run", is_flag=True, help="Print what it would take, and stop.")

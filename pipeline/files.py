@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import google_crc32c
+import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DamagedError, DiskError, MismatchError
@@ -32,8 +36,27 @@ def sha256(data: bytes | str) -> str:
 
 
 def crc32c(data: bytes | npt.NDArray[Any], crc: int = 0) -> int:
-    """crc32c of bytes or of a contiguous array, going on from `crc`; about 10 GB/s on one core."""
+    """crc32c of bytes or of a contiguous array, going on from `crc`; about 10 GB/s a core, threads side by side."""
+    extend = unlocked_crc32c()
+    if extend is not None and isinstance(data, np.ndarray) and data.nbytes >= UNLOCKED_FROM and data.flags.c_contiguous:
+        return int(extend(crc, data.ctypes.data, data.nbytes))
     return int(google_crc32c.extend(crc, data))
+
+
+UNLOCKED_FROM = 1 << 16
+"""Bytes from which releasing the interpreter's lock is worth a foreign call."""
+
+
+@cache
+def unlocked_crc32c() -> Callable[[int, int, int], int] | None:
+    """The C function inside google_crc32c, called so that other threads run on: its own wrapper holds the lock, and a
+    thread that checks chunks then stalls those that gather rows. None where the package has no C part."""
+    try:
+        extend = ctypes.CDLL(sys.modules["google_crc32c._crc32c"].__file__).crc32c_extend
+    except (KeyError, OSError, AttributeError):
+        return None
+    extend.restype, extend.argtypes = ctypes.c_uint32, [ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t]
+    return extend
 
 
 def hash_config(config: Mapping[str, Any]) -> str:

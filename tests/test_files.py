@@ -2,6 +2,8 @@ import errno
 import os
 from pathlib import Path
 
+import google_crc32c
+import numpy as np
 import pytest
 
 from pipeline import files
@@ -68,3 +70,13 @@ def test_equal_data_gives_equal_json_and_hash() -> None:
     assert files.canonical_json({"b": 1, "a": [1.5, "é"]}) == '{"a":[1.5,"é"],"b":1}'
     assert files.hash_config({"a": 1, "b": 2}) == files.hash_config({"b": 2, "a": 1})
     assert files.crc32c(b"123456789") == 0xE3069283
+
+
+@pytest.mark.parametrize("n", [0, 1, 65_535, 65_536, 300_001])
+def test_the_crc_of_an_array_is_that_of_its_bytes_whichever_way_it_is_computed(n: int) -> None:
+    data = np.random.default_rng(n).integers(0, 256, n, np.uint8)
+    assert files.crc32c(data) == files.crc32c(data.tobytes()) == google_crc32c.value(data.tobytes())
+    assert files.crc32c(data[n // 2 :], files.crc32c(data[: n // 2])) == files.crc32c(data)
+    strided = np.stack([data, data], 1)[:, 0]
+    assert files.crc32c(np.ascontiguousarray(strided)) == files.crc32c(data)
+    assert files.unlocked_crc32c() is not None

@@ -2,9 +2,9 @@
 
     python tests/train_crasher.py STORE OUT SEED KILLS HOW
 
-HOW is `random` (SIGKILL after a random time) or `writes` (the child kills itself at its n-th write, rename, unlink or
-fsync, n growing by one each round). After every kill the rolling states are copied to OUT.states/<round>-<member>. This
-process forks before torch runs anything, so that a round costs no import.
+HOW is `random` (SIGKILL after a random part of the time that a run takes) or `writes` (the child kills itself at its n-th
+write, rename, unlink or fsync, n growing by one each round). After every kill the rolling states are copied to
+OUT.states/<round>-<member>. This process forks before torch runs anything, so that a round costs no import.
 """
 
 from __future__ import annotations
@@ -76,17 +76,28 @@ def child(config: RunConfig, die_at: int) -> None:
     os._exit(0)
 
 
+def whole_run_seconds(store: Path, out: Path) -> float:
+    """How long the training takes here when it is left alone, so that kills fall within it on any machine."""
+    start = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        child(crash_config(store, out), 0)
+    os.waitpid(pid, 0)
+    return time.monotonic() - start
+
+
 def main() -> None:
     """Rounds of killing, then one that is left alone."""
     store, out, seed, kills, how = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     config, rng, n_killed = crash_config(Path(store), out), random.Random(seed), 0
+    length = whole_run_seconds(Path(store), Path(f"{out}.timed")) if how == "random" else 0.0
     for n in range(kills + 1):
         left_alone = n == kills
         pid = os.fork()
         if pid == 0:
             child(config, 0 if left_alone or how == "random" else seed + n)
         if how == "random" and not left_alone:
-            time.sleep(rng.uniform(0, 0.8))
+            time.sleep(rng.uniform(0.05, 0.7) * length)
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status):
