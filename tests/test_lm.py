@@ -309,3 +309,15 @@ def test_on_a_gpu_prefix_then_suffix_is_the_whole_model_too(lm_folder: Folder, k
     prefix = SplitLM.load(str(lm_folder(kind)), device="cuda", part="prefix", layers=[1])
     suffix = SplitLM.load(str(lm_folder(kind)), device="cuda", part="suffix", layers=[1])
     assert torch.equal(suffix.unembed(suffix.suffix(prefix.prefix(tokens)[1])), logits)
+
+
+def test_the_bos_row_of_a_gemma_is_an_outlier_of_another_scale() -> None:
+    model = str(Path(__file__).parents[1] / "data" / "tiny-gemma2")
+    tokenizer = load_tokenizer(model)
+    text = "It was the best of times, it was the worst of times, and the captain looked out over the sea. " * 12
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=True)["input_ids"][:128])[None]
+    assert tokens[0, 0] == tokenizer.bos_token_id
+    norms = SplitLM.load(model, dtype="float32", part="prefix", layers=[3]).prefix(tokens)[3][0].norm(dim=-1)
+    others = norms[1:]
+    assert norms[0] > others.max()
+    assert norms[0] > others.median() + 4 * others.std()
