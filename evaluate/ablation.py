@@ -7,7 +7,7 @@ direction, level and seed: latents are ranked once and the sum runs along the ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from evaluate.probes import ProbedTexts, accuracy, contrast_rows
+from evaluate.scores import Scores
 from evaluate.tasks import Contrast
 from evaluate.texts import PooledLatents
 
@@ -80,3 +81,21 @@ def contrast_means(latents: PooledLatents, contrasts: Sequence[Contrast]) -> Flo
         row[contrast.positive] += 1 / len(contrast.positive)
         row[contrast.negative] -= 1 / len(contrast.negative)
     return weights.to(latents.mean.device) @ latents.mean
+
+
+OneSeed = Callable[[Ablation, int, Sequence[int]], Mapping[str, Iterable[float | None]]]
+"""(one seed, latents of the level, ns) → metric → a value an n."""
+
+
+def level_scores(
+    one_seed: OneSeed, seeds: Sequence[Ablation], levels: Mapping[int, int], n_values: Sequence[int]
+) -> Scores:
+    """The scores of each level (index → number of latents) and each n up to that number, by seed."""
+    scores: Scores = {}
+    for level, n_latents in levels.items():
+        ns = [n for n in n_values if n <= n_latents]
+        for seed in seeds:
+            for metric, values in one_seed(seed, n_latents, ns).items():
+                for n, value in zip(ns, values):
+                    scores.setdefault((metric, level, n), []).append(None if value is None else float(value))
+    return scores

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from evaluate.ablation import Ablation
+from evaluate.ablation import Ablation, level_scores
 from evaluate.scores import Scores
 
 DIRECTIONS = (("scr_dir1", "second", "first"), ("scr_dir2", "first", "second"))
@@ -20,14 +20,7 @@ MIN_GAP = 0.001
 
 def scr_scores(seeds: Sequence[Ablation], levels: Mapping[int, int], n_values: Sequence[int]) -> Scores:
     """scr_dir1, scr_dir2 and the reported `scr` for each level and each n up to its number of latents, by seed."""
-    scores: Scores = {}
-    for level, n_latents in levels.items():
-        ns = [n for n in n_values if n <= n_latents]
-        for seed in seeds:
-            for metric, values in one_seed(seed, n_latents, ns).items():
-                for n, value in zip(ns, values):
-                    scores.setdefault((metric, level, n), []).append(value)
-    return scores
+    return level_scores(one_seed, seeds, levels, n_values)
 
 
 def one_seed(seed: Ablation, n_latents: int, ns: Sequence[int]) -> dict[str, list[float | None]]:

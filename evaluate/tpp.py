@@ -10,20 +10,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from evaluate.ablation import Ablation
+from evaluate.ablation import Ablation, level_scores
 from evaluate.scores import Scores
 
 
 def tpp_scores(seeds: Sequence[Ablation], levels: Mapping[int, int], n_values: Sequence[int]) -> Scores:
     """tpp, tpp_intended and tpp_unintended for each level and each n up to its number of latents, by seed."""
-    scores: Scores = {}
-    for level, n_latents in levels.items():
-        ns = [n for n in n_values if n <= n_latents]
-        for seed in seeds:
-            for metric, values in one_seed(seed, n_latents, ns).items():
-                for n, value in zip(ns, values):
-                    scores.setdefault((metric, level, n), []).append(float(value))
-    return scores
+    return level_scores(one_seed, seeds, levels, n_values)
 
 
 def one_seed(seed: Ablation, n_latents: int, ns: Sequence[int]) -> dict[str, npt.NDArray[np.float64]]:

@@ -34,10 +34,6 @@ class Packing:
     bos: int | None
     separator: int
 
-    def tokens_to_sequences(self, n_tokens: int) -> int:
-        """Whole sequences in a count of tokens, BOS included."""
-        return n_tokens // self.context
-
 
 class Packer:
     """Fills rows [seq, pos] with documents, one after the other, and stops when they are full."""
