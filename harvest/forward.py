@@ -24,12 +24,10 @@ BLOCKS_WAITING = 2
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard to be made: sequences start … stop of a split, for the stores of these layers."""
+    """A shard of a split to be made, for the stores of these layers."""
 
     split: str
     k: int
-    start: int
-    stop: int
     n_rows: int
     layers: tuple[int, ...]
 
@@ -54,8 +52,7 @@ def pending_shards(writers: Mapping[int, StoreWriter], rank: int, world: int) ->
             layers = tuple(layer for layer in writers if k in pending[layer])
             if layers and (offset + k) % world == rank:
                 start, stop = first.split(split).shard_rows_range(k)
-                context = first.layout.context
-                shards.append(Shard(split, k, start // context, stop // context, stop - start, layers))
+                shards.append(Shard(split, k, stop - start, layers))
     return shards
 
 
@@ -64,10 +61,9 @@ def batches(writer: StoreWriter, shard: Shard, batch_size: int) -> Iterator[tupl
 
     A function of the config and the shard alone: the same sequences share a batch whoever computes it, and whenever.
     """
-    tokens = writer.split(shard.split).tokens
-    for a in range(shard.start, shard.stop, batch_size):
-        b = min(a + batch_size, shard.stop)
-        yield torch.from_numpy(tokens[a:b].astype("int64")), b == shard.stop
+    tokens = torch.from_numpy(writer.split(shard.split).shard_tokens(shard.k).astype("int64"))
+    for a in range(0, len(tokens), batch_size):
+        yield tokens[a : a + batch_size], a + batch_size >= len(tokens)
 
 
 def harvest_shards(

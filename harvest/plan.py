@@ -20,6 +20,7 @@ from pipeline.lm import ModelInfo, load_tokenizer, resolve_bos, special_ids
 from pipeline.model_files import tokenizer_sha256
 from pipeline.runtime import local_rank, resolve_device, resolve_dtype
 from pipeline.store import Store
+from pipeline.store_prepare import extended, segments
 
 BATCH_ROWS = {"cpu": 2048, "cuda": 32_768}
 """Tokens of one forward pass when no batch size is asked for."""
@@ -89,7 +90,7 @@ def make_plan(config: HarvestConfig, *, repair: bool = False) -> Plan:
     sources = find_corpora(config, held)
     kept = {"corpus": held["corpus"], "eval_corpus": held["eval_corpus"]} if repair and held else None
     shared |= kept or sources.identities(held)
-    earlier = tuple(recorded.attributes["segments"]) if recorded else ()
+    earlier = segments(next(iter(stores.values())), repair=repair)
     return Plan(
         config=config,
         info=info,
@@ -97,7 +98,7 @@ def make_plan(config: HarvestConfig, *, repair: bool = False) -> Plan:
         corpora=sources,
         device=device,
         packing=packing,
-        segments=earlier if config.n_train in earlier[-1:] else (*earlier, config.n_train),
+        segments=extended(earlier, config.n_train),
         n_train=config.n_train,
         n_eval=n_eval(config, recorded),
         stores=stores,

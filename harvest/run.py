@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from harvest.config import HarvestConfig
 from harvest.forward import harvest_shards, pending_shards
 from harvest.plan import Plan, beside, make_plan
-from harvest.tokens import Tokens, pack, shuffled, special_mask, tokenized
-from pipeline.backend import is_url
+from harvest.tokens import Tokens, mark_special, pack, scratch_array, shuffle, tokenized
+from pipeline.backend import is_url, make_folder
 from pipeline.errors import DamagedError, MismatchError, StoreError
-from pipeline.files import free_bytes, human_bytes, require_free
+from pipeline.files import disk_errors, free_bytes, human_bytes, lock_folder, require_free
 from pipeline.lm import SplitLM
 from pipeline.progress import Progress, say
 from pipeline.runtime import cpu_has_bf16, rank, versions, world_size
-from pipeline.store import Store
+from pipeline.store import Split, Store
 from pipeline.store_prepare import SplitTokens, prepare, resume
 from pipeline.store_writer import StoreWriter
 
@@ -35,16 +38,17 @@ def run(config: HarvestConfig, *, repair: bool = False, dry_run: bool = False, q
             say(describe(plan))
         if dry_run:
             return list(plan.stores.values())
-        if rank() == 0:
-            check_space(plan)
-            prepare_stores(plan, repair, quiet)
-        barrier()
-        harvest(plan, quiet)
-        barrier()
-        if rank() == 0:
-            for path in plan.stores.values():
-                report(StoreWriter.open(path).finish(), quiet)
-        barrier()
+        with locked(plan) if rank() == 0 else contextlib.nullcontext():
+            if rank() == 0:
+                check_space(plan)
+                prepare_stores(plan, repair, quiet)
+            barrier()
+            harvest(plan, quiet)
+            barrier()
+            if rank() == 0:
+                for path in plan.stores.values():
+                    report(StoreWriter.open(path).finish(), quiet)
+            barrier()
     return list(plan.stores.values())
 
 
@@ -61,6 +65,26 @@ def workers() -> Iterator[Barrier]:
         yield lambda: dist.barrier() and None
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def locked(plan: Plan) -> Iterator[None]:
+    """Hold every local store of the plan against a second harvest. Raises DiskError when another process has one.
+
+    A store's folder is made for this, and taken away again where nothing came into it.
+    """
+    folders = [Path(path) for path in plan.stores.values() if not is_url(path)]
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            with disk_errors(folder):
+                make_folder(folder)
+                stack.callback(os.close, lock_folder(folder, "harvesting into this store"))
+        try:
+            yield
+        finally:
+            for folder in folders:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # refuses unless it is empty
 
 
 def describe(plan: Plan) -> str:
@@ -105,11 +129,24 @@ def stored_tokens(plan: Plan, path: str) -> tuple[SplitTokens, SplitTokens] | No
     try:
         store = Store.load(path)
         store.check_metadata()
-        train, evaluation = (SplitTokens(split.tokens, split.special) for split in store.splits)
     except (StoreError, DamagedError):
         return None
-    wanted = (plan.n_train, plan.n_eval)
-    return (train, evaluation) if (len(train.tokens), len(evaluation.tokens)) == wanted else None
+    if (store.train.n_sequences, store.eval.n_sequences) != (plan.n_train, plan.n_eval):
+        return None
+    train, evaluation = (copied(plan, split) for split in store.splits)
+    return train, evaluation
+
+
+def copied(plan: Plan, split: Split) -> SplitTokens:
+    """A split's tokens and special mask, outside the store that is about to be repaired."""
+    shape, per_shard = (split.n_sequences, plan.config.context), split.shard_rows // plan.config.context
+    tokens = scratch_array(plan.corpora.scratch, shape, np.int32)
+    special = scratch_array(plan.corpora.scratch, shape, np.bool_)
+    for k in range(split.n_shards):
+        part = slice(k * per_shard, (k + 1) * per_shard)
+        tokens[part] = split.shard_tokens(k)
+        special[part] = ~split.shard_usable(k).reshape(-1, plan.config.context)
+    return SplitTokens(tokens, special)
 
 
 def make_tokens(plan: Plan, quiet: bool) -> tuple[SplitTokens, SplitTokens]:
@@ -123,28 +160,28 @@ def make_tokens(plan: Plan, quiet: bool) -> tuple[SplitTokens, SplitTokens]:
     with contextlib.closing(stream), contextlib.closing(eval_stream):
         eval_rows = pack_split(plan, eval_stream, plan.n_eval, "evaluation", quiet)
         train_rows = pack_split(plan, stream, plan.n_train, "training", quiet)
-    seed = plan.config.seed
-    return (
-        with_special(plan, shuffled(train_rows, plan.segments, seed)),
-        with_special(plan, shuffled(eval_rows, (plan.n_eval,), seed)),
-    )
+    return finished(plan, train_rows, plan.segments), finished(plan, eval_rows, (plan.n_eval,))
 
 
 def pack_split(plan: Plan, documents: Iterator[list[int]], n_sequences: int, what: str, quiet: bool) -> Tokens:
     """The next rows of a stream of tokenised documents, with progress."""
+    rows = scratch_array(plan.corpora.scratch, (n_sequences, plan.config.context), np.int32)
     with Progress(n_sequences, f"tokenise {what}", "sequence", quiet=quiet) as bar:
 
         def advance(rows: int, n_documents: int) -> None:
             bar.advance(rows - bar.n, f"{n_documents:,} documents")
 
-        rows, _ = pack(documents, plan.packing, n_sequences, what, advance)
-        return rows
+        pack(documents, plan.packing, rows, what, advance)
+    return rows
 
 
-def with_special(plan: Plan, rows: Tokens) -> SplitTokens:
-    """Rows with their mask of special tokens."""
-    special = plan.configs[plan.config.layers[0]]["special_ids"]
-    return SplitTokens(rows, special_mask(rows, special, plan.info.vocab))
+def finished(plan: Plan, rows: Tokens, segments: Sequence[int]) -> SplitTokens:
+    """Rows shuffled within their segments, with their mask of special tokens."""
+    tokens = scratch_array(plan.corpora.scratch, rows.shape, np.int32)
+    special = scratch_array(plan.corpora.scratch, rows.shape, np.bool_)
+    shuffle(rows, segments, plan.config.seed, tokens)
+    mark_special(tokens, plan.configs[plan.config.layers[0]]["special_ids"], plan.info.vocab, special)
+    return SplitTokens(tokens, special)
 
 
 def harvest(plan: Plan, quiet: bool) -> None:

@@ -8,15 +8,20 @@ where a document starts a row. A long document goes on in the next row. The last
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import CorpusError, ModelError
+from pipeline.files import disk_errors, require_free
 from pipeline.runtime import numpy_rng
 
 Tokens = npt.NDArray[np.int32]
@@ -24,6 +29,8 @@ Item = TypeVar("Item")
 
 BATCH_CHARACTERS = 2_000_000
 """Characters that the tokenizer gets at once: enough to use every core, little enough to hold twice."""
+BLOCK = 4096
+"""Sequences that are shuffled or marked at a time."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,25 @@ class Packing:
     separator: int
 
 
+def scratch_array(folder: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """A new array in an unnamed file in `folder`, so that memory does not grow with it; gone when nobody holds it.
+
+    Raises DiskError when it does not fit.
+    """
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    require_free(folder, nbytes, "a copy of the tokens")
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, nbytes)  # a full disk is an error here, not a signal later
+            return np.memmap(file, dtype, "r+", shape=shape)
+
+
 class Packer:
     """Fills rows [seq, pos] with documents, one after the other, and stops when they are full."""
 
-    def __init__(self, packing: Packing, n_sequences: int) -> None:
-        self.packing = packing
-        self.rows: Tokens = np.empty((n_sequences, packing.context), np.int32)
+    def __init__(self, packing: Packing, rows: Tokens) -> None:
+        self.packing, self.rows = packing, rows
         self.row, self.at, self.n_documents = 0, 0, 0
 
     @property
@@ -71,26 +91,26 @@ class Packer:
 def pack(
     documents: Iterator[Sequence[int]],
     packing: Packing,
-    n_sequences: int,
+    rows: Tokens,
     what: str,
     progress: Callable[[int, int], None] = lambda rows, documents: None,
-) -> tuple[Tokens, int]:
-    """The first rows [n_sequences, context] of the documents in order, and how many documents they took.
+) -> int:
+    """Fill `rows` [seq, context] with the documents in order; returns how many documents they took.
 
     Only as many documents are taken as it needs, so the next caller goes on with the one after. `progress` is told rows
     and documents so far. Raises CorpusError, saying how many tokens there were, when there are too few.
     """
-    packer = Packer(packing, n_sequences)
+    packer = Packer(packing, rows)
     while not packer.full:
         document = next(documents, None)
         if document is None:
             raise CorpusError(
                 f"the {what} corpus is shorter than asked: {packer.row * packing.context:,} tokens in whole rows, "
-                f"{n_sequences * packing.context:,} asked; ask for fewer or give a longer corpus"
+                f"{rows.size:,} asked; ask for fewer or give a longer corpus"
             )
         packer.add(document)
         progress(packer.row, packer.n_documents)
-    return packer.rows, packer.n_documents
+    return packer.n_documents
 
 
 def tokenized(texts: Iterator[str], tokenizer: Any) -> Generator[list[int], None, None]:
@@ -136,26 +156,29 @@ def ahead(items: Iterator[Item]) -> Iterator[Item]:
             yield item
 
 
-def shuffled(rows: Tokens, segments: Sequence[int], seed: int) -> Tokens:
-    """Sequences permuted by seed within each segment, so that an extension leaves those before it where they were.
+def shuffle(rows: Tokens, segments: Sequence[int], seed: int, out: Tokens) -> None:
+    """Sequences into `out`, permuted by seed within each segment, so that an extension leaves those before it as they were.
 
     `segments` are cumulative numbers of sequences.
     """
-    out = np.empty_like(rows)
     for start, stop in zip((0, *segments), segments):
-        order = numpy_rng("sequences", seed, start, stop).permutation(stop - start)
-        out[start:stop] = rows[start + order]
-    return out
+        order = start + numpy_rng("sequences", seed, start, stop).permutation(stop - start)
+        for a in range(0, stop - start, BLOCK):
+            out[start + a : min(start + a + BLOCK, stop)] = rows[order[a : a + BLOCK]]
 
 
-def special_mask(tokens: Tokens, special: Sequence[int], vocab: int) -> npt.NDArray[np.bool_]:
-    """True at special tokens and at position 0 of every row. Raises ModelError for an id that the model does not have."""
-    if len(tokens) and int(tokens.max()) >= vocab:
-        raise ModelError(
-            f"the tokenizer makes token {int(tokens.max())}, the model knows {vocab}; give the model its own tokenizer"
-        )
+def mark_special(tokens: Tokens, special: Sequence[int], vocab: int, out: npt.NDArray[np.bool_]) -> None:
+    """Set `out` to true at special tokens and at position 0 of every row, else to false.
+
+    Raises ModelError for an id that the model does not have.
+    """
     table = np.zeros(vocab, np.bool_)
     table[[id for id in special if id < vocab]] = True
-    mask = table[tokens]
-    mask[:, 0] = True
-    return mask
+    for a in range(0, len(tokens), BLOCK):
+        block = tokens[a : a + BLOCK]
+        if int(block.max()) >= vocab:
+            raise ModelError(
+                f"the tokenizer makes token {int(block.max())}, the model knows {vocab}; give the model its own tokenizer"
+            )
+        out[a : a + BLOCK] = table[block]
+    out[:, 0] = True

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +34,14 @@ def canonical_json(data: Any) -> str:
 def sha256(data: bytes | str) -> str:
     """Hex digest; a string is hashed as UTF-8."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def hash_parts(parts: Iterable[bytes]) -> str:
+    """Hex SHA-256 of bytes that come in parts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def crc32c(data: bytes | npt.NDArray[Any], crc: int = 0) -> int:
@@ -100,6 +109,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_folder(folder: Path, what: str) -> int:
+    """A descriptor that holds the one lock of a folder until it is closed or the process is gone, however it ends.
+
+    Raises DiskError, saying `what` the other process is doing, when the lock is held.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise DiskError(f"{folder}: another process is {what}; wait for it or stop it") from error
+    return descriptor
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,12 +227,19 @@ class SplitLayout:
         }
 
 
-def metadata_files(config: Mapping[str, Any], n_sequences: Mapping[str, int]) -> dict[str, bytes]:
-    """Every zarr.json below the root: key → bytes. The groups name the config they belong to by its hash."""
+def metadata_files(
+    config: Mapping[str, Any], n_sequences: Mapping[str, int], segments: Sequence[int]
+) -> dict[str, bytes]:
+    """Every zarr.json below the root: key → bytes.
+
+    The groups name the config they belong to by its hash, and that of the training split the root's `segments` again: so
+    a repair knows both when the root itself is damaged.
+    """
     layout = Layout.from_config(config)
     files = {layout.mean.metadata_key: layout.mean.metadata()}
     for name in SPLITS:
-        files[f"{name}/zarr.json"] = group_metadata({"config_sha256": hash_config(config)})
+        again = {"segments": list(segments)} if name == "train" else {}
+        files[f"{name}/zarr.json"] = group_metadata({"config_sha256": hash_config(config)} | again)
         for array in SplitLayout(name, layout, n_sequences[name]).arrays.values():
             files[array.metadata_key] = array.metadata()
     return files
@@ -251,7 +258,7 @@ ROOT_REST = 2048
 
 def estimate_bytes(config: Mapping[str, Any], n_train: int, n_eval: int) -> int:
     """Bytes of a finished store of so many sequences: exact to a few kB for codec none, an upper bound when compressed."""
-    layout, metadata = Layout.from_config(config), metadata_files(config, {"train": n_train, "eval": n_eval})
+    layout, metadata = Layout.from_config(config), metadata_files(config, {"train": n_train, "eval": n_eval}, [n_train])
     root = group_metadata({"config": config, "files": dict.fromkeys(metadata, "0" * 64)})
     total = len(root) + ROOT_REST + sum(map(len, metadata.values())) + layout.mean.file_nbytes
     for name, n_sequences in (("train", n_train), ("eval", n_eval)):

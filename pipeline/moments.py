@@ -6,6 +6,7 @@ A shard's moments are one vector of 2 + d_model numbers over its non-special row
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,34 @@ def norms_and_moments(
 def not_massive(norm: npt.NDArray[np.float32], multiple: float, median: float) -> npt.NDArray[np.bool_]:
     """Rows whose norm is at most `multiple` times the median, compared in float64."""
     return norm <= np.float64(multiple * median)
+
+
+def median_of(parts: Callable[[], Iterable[npt.NDArray[np.float32]]]) -> float:
+    """The median of non-negative float32 numbers that come in parts, exactly numpy's in float64; `parts` is called twice.
+
+    Such numbers are ordered as their bits are: count the upper halves of all, then the lower halves of those in the
+    middle. Raises ValueError when there are none.
+    """
+    upper = np.zeros(1 << 16, np.int64)
+    for part in parts():
+        upper += np.bincount(part.view(np.uint32) >> 16, minlength=1 << 16)
+    n = int(upper.sum())
+    if n == 0:
+        raise ValueError("no numbers, no median")
+    below = np.cumsum(upper)
+    middle = [(n - 1) // 2, n // 2]
+    halves = [int(np.searchsorted(below, rank, side="right")) for rank in middle]
+    lower = {half: np.zeros(1 << 16, np.int64) for half in halves}
+    for part in parts():
+        bits = part.view(np.uint32)
+        for half, counts in lower.items():
+            counts += np.bincount(bits[bits >> 16 == half] & 0xFFFF, minlength=1 << 16)
+    values = []
+    for rank, half in zip(middle, halves):
+        rest = rank - int(below[half] - upper[half])
+        low = int(np.searchsorted(np.cumsum(lower[half]), rest, side="right"))
+        values.append(float(np.array([half << 16 | low], np.uint32).view(np.float32)[0]))
+    return sum(values) / 2
 
 
 def merge(moments: Float64) -> Float64:

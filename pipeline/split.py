@@ -34,13 +34,15 @@ def to_numpy(rows: Tensor) -> npt.NDArray[Any]:
 
 def read_array(files: Files, array: Array) -> npt.NDArray[Any]:
     """A whole array that is not sharded. Raises DamagedError when a chunk is missing, cut short or changed."""
-    parts = []
-    for k in range(array.n_files):
-        data = without_crc(files.read(array.key(k)), files.where(array.key(k)))
-        if len(data) + 4 != array.file_nbytes:
-            raise DamagedError(f"{files.where(array.key(k))}: {len(data) + 4} bytes, expected {array.file_nbytes}")
-        parts.append(np.frombuffer(data, array.numpy_dtype).reshape(array.chunk))
-    return np.concatenate(parts)[: array.shape[0]]
+    return np.concatenate([read_part(files, array, k) for k in range(array.n_files)])
+
+
+def read_part(files: Files, array: Array, k: int) -> npt.NDArray[Any]:
+    """What the k-th file of such an array holds, without the padding of the last. Raises DamagedError."""
+    data = without_crc(files.read(array.key(k)), files.where(array.key(k)))
+    if len(data) + 4 != array.file_nbytes:
+        raise DamagedError(f"{files.where(array.key(k))}: {len(data) + 4} bytes, expected {array.file_nbytes}")
+    return np.frombuffer(data, array.numpy_dtype).reshape(array.chunk)[: array.shape[0] - k * array.chunk[0]]
 
 
 class Split:
@@ -90,6 +92,29 @@ class Split:
             raise StoreError(f"{self.files.where('')}: unfinished, so its median norm is not known; finish the harvest")
         multiple = self.statistics.massive_multiple if max_norm == "store" else max_norm
         return usable & not_massive(self.norm, multiple, self.statistics.median_norm)
+
+    def shard_tokens(self, k: int) -> Rows:
+        """Token ids of shard k alone, int32 [seq, context]."""
+        return read_part(self.files, self.arrays["tokens"], k)
+
+    def shard_usable(self, k: int) -> Mask:
+        """Rows of shard k that are not special, bool [row]."""
+        return ~read_part(self.files, self.arrays["special"], k).reshape(-1).view(np.bool_)
+
+    def shard_norm(self, k: int) -> npt.NDArray[np.float32]:
+        """‖x‖ of the rows of shard k, float32 [row]."""
+        return read_part(self.files, self.arrays["norm"], k)
+
+    def massive(self, multiple: float | None, median: float) -> npt.NDArray[np.int64]:
+        """Rows, in order, that are not special and whose norm is beyond `multiple` medians; none when it is None.
+
+        Reads one shard's norms at a time.
+        """
+        found = [np.empty(0, np.int64)]
+        for k in range(self.n_shards if multiple is not None else 0):
+            beyond = self.shard_usable(k) & ~not_massive(self.shard_norm(k), float(multiple or 0), median)
+            found.append(np.flatnonzero(beyond) + k * self.shard_rows)
+        return np.concatenate(found)
 
     def shard_rows_range(self, k: int) -> tuple[int, int]:
         """First row of shard k, and one past its last."""

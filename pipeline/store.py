@@ -22,12 +22,12 @@ from torch import Tensor
 
 from pipeline.backend import Files, open_files
 from pipeline.errors import DamagedError, PipelineError, StoreError
-from pipeline.files import PARTIAL, canonical_json, sha256
+from pipeline.files import PARTIAL, canonical_json, hash_parts, sha256
 from pipeline.layout import SPLITS, Layout, SplitLayout, group_metadata
 from pipeline.moments import Statistics, mean_and_scale, merge, norms_and_moments
 from pipeline.progress import Progress
-from pipeline.split import Mask, read_array, to_numpy
 from pipeline.split import Split as Split
+from pipeline.split import read_array, read_part, to_numpy
 
 FORMAT, VERSION = "nested-sae-activations", 1
 ROOT_KEY = "zarr.json"
@@ -105,7 +105,8 @@ class Store:
         """
         if max_norm == self.statistics.massive_multiple:
             return self.mean, self.scale
-        mean, scale, _ = mean_and_scale(moments_without(self.train, self.train.kept(max_norm)), self.where)
+        massive = self.train.massive(max_norm, self.statistics.median_norm)
+        mean, scale, _ = mean_and_scale(moments_without(self.train, massive), self.where)
         return torch.from_numpy(mean.astype(np.float32)), scale
 
     def progress(self) -> str:
@@ -145,7 +146,8 @@ class Store:
         for name in ("tokens", "special"):
             array = split.arrays[name]
             expected = self.attributes[f"{name}_sha256"][split.name]
-            found = sha256(np.ascontiguousarray(getattr(split, name), array.numpy_dtype).tobytes())
+            parts = (read_part(self.files, array, k).tobytes() for k in range(array.n_files))
+            found = hash_parts(parts)
             if found != expected:
                 raise DamagedError(f"{self.files.where(array.path)}: SHA-256 {found[:10]}…, expected {expected[:10]}…")
 
@@ -206,13 +208,12 @@ def check_hash(files: Files, key: str, digest: str) -> None:
         raise DamagedError(f"{files.where(key)}: bytes changed since it was written (SHA-256); run harvest --repair")
 
 
-def moments_without(split: Split, kept: Mask) -> npt.NDArray[np.float64]:
-    """Moments [2 + d_model] of a split's kept rows: those of all its non-special rows less those of the others.
+def moments_without(split: Split, massive: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Moments [2 + d_model] of a split's non-special rows less those of its `massive` rows, which are in order.
 
-    `kept` must leave out all special rows. Reads the chunks that hold a row to take out.
+    Reads the chunks that hold a row to take out.
     """
     total = merge(split.moments)
-    massive = np.flatnonzero(~split.special.reshape(-1) & ~kept)
     for chunk in np.unique(massive // split.chunk_rows):
         start, stop = split.chunk_rows_range(int(chunk))
         rows = to_numpy(split.read(start, stop))[massive[(massive >= start) & (massive < stop)] - start]

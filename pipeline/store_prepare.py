@@ -6,21 +6,27 @@ is ours from the first byte on, and one whose preparation was killed cannot be t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.backend import Files, open_files
 from pipeline.errors import DamagedError, DiskError, MismatchError, StoreError, UsageError
-from pipeline.files import PARTIAL, hash_config, require_same, sha256
+from pipeline.files import PARTIAL, hash_config, hash_parts, require_same, sha256
 from pipeline.layout import OUR_KEY, SPLITS, Layout, SplitLayout, metadata_files, pad_rows
-from pipeline.shards import with_crc
+from pipeline.shards import with_crc, without_crc
 from pipeline.split import Mask, Rows
 from pipeline.store import FORMAT, ROOT_KEY, VERSION, Store, read_root, write_root
 from pipeline.store_writer import StoreWriter, sweep
+
+GROUPS = ("train/zarr.json", "eval/zarr.json")
+BLOCK = 4096
+"""Sequences that are converted and hashed at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +50,37 @@ class SplitTokens:
 
     def hashes(self, n_sequences: int | None = None) -> tuple[str, str]:
         """SHA-256 of the first sequences' tokens (little-endian int32) and special mask (uint8)."""
-        tokens, special = self.tokens[:n_sequences], self.special[:n_sequences]
-        return sha256(tokens.astype("<i4").tobytes()), sha256(special.astype("u1").tobytes())
+
+        def hashed(array: npt.NDArray[Any], dtype: str) -> str:
+            return hash_parts(array[a : a + BLOCK].astype(dtype).tobytes() for a in range(0, len(array), BLOCK))
+
+        return hashed(self.tokens[:n_sequences], "<i4"), hashed(self.special[:n_sequences], "u1")
 
 
-def segments(path: Path | str) -> tuple[int, ...]:
+def segments(path: Path | str, *, repair: bool = False) -> tuple[int, ...]:
     """Cumulative training sequences after each harvest of the store at `path`; () when there is none.
 
-    To extend a store, make the tokens of these segments again and append new ones. Raises StoreError, DamagedError.
+    To extend a store, make the tokens of these segments again and append new ones. Raises StoreError, and DamagedError
+    unless `repair`: then a root that is gone or damaged is passed over for what the training group says.
     """
     files = open_files(path)
-    return () if files.size(ROOT_KEY) is None else tuple(read_root(files)["segments"])
+    try:
+        return tuple(read_root(files)["segments"])
+    except StoreError:
+        if not repair:
+            return ()
+    except DamagedError:
+        if not repair:
+            raise
+    try:
+        return tuple(int(n) for n in json.loads(files.read("train/zarr.json"))["attributes"]["segments"])
+    except (DamagedError, ValueError, KeyError, TypeError):
+        return ()
+
+
+def extended(earlier: Sequence[int], n_train: int) -> tuple[int, ...]:
+    """The segments of a store when it has `n_train` training sequences: one more, unless it has that many already."""
+    return tuple(earlier) if n_train in earlier[-1:] else (*earlier, n_train)
 
 
 def resume(path: Path | str, config: Mapping[str, Any], n_train: int, n_eval: int) -> StoreWriter | None:
@@ -96,15 +122,16 @@ def prepare(
     layout = Layout.from_config(config)
     require_context(layout, splits)
     require_ours(files)
-    previous = read_previous(files, config, splits, repair)
-    attributes = new_attributes(config, splits, versions, previous)
+    cumulative = extended(segments(path, repair=repair), len(train.tokens))
+    previous = read_previous(files, config, splits, cumulative, repair)
+    attributes = new_attributes(config, splits, versions, cumulative, previous)
     if previous is not None and is_prepared(previous, attributes) and not repair:
         return StoreWriter.open(path)
     write_root(files, attributes | {"state": "preparing"})
     sweep(files)
     if previous is not None and (previous["state"] == "preparing" or previous["segments"] != attributes["segments"]):
         give_up_ragged(files, layout, attributes["segments"])
-    for key, data in prepared_files(config, layout, splits):
+    for key, data in prepared_files(config, layout, splits, cumulative):
         if files.size(key) != len(data) or files.read(key) != data:
             files.write(key, data)
     write_root(files, attributes)
@@ -115,7 +142,7 @@ def prepare(
 
 
 def read_previous(
-    files: Files, config: Mapping[str, Any], splits: Mapping[str, SplitTokens], repair: bool
+    files: Files, config: Mapping[str, Any], splits: Mapping[str, SplitTokens], cumulative: Sequence[int], repair: bool
 ) -> dict[str, Any] | None:
     """Attributes of the store that is there and goes on; None when a new one begins. Raises when it cannot go on."""
     has_shards = any("/commit/c/" in key for key in files.keys())  # noqa: SIM118 (not a dict)
@@ -124,7 +151,7 @@ def read_previous(
     except (StoreError, DamagedError):
         if files.size(ROOT_KEY) is not None and not repair:
             raise
-        require_known(files, config, splits, repair)
+        require_known(files, config, splits, cumulative, repair)
         return None
     if previous["state"] == "preparing" and not has_shards:
         return None  # a first preparation that was killed: nothing of it is worth keeping
@@ -140,18 +167,36 @@ def read_previous(
     return previous
 
 
-def require_known(files: Files, config: Mapping[str, Any], splits: Mapping[str, SplitTokens], repair: bool) -> None:
-    """Without a readable root: raise unless the folder holds nothing yet, or `repair` and just this config and these tokens."""
+def is_whole(files: Files, key: str) -> bool:
+    """Whether a chunk file fits its crc32c."""
+    try:
+        without_crc(files.read(key), key)
+    except DamagedError:
+        return False
+    return True
+
+
+def require_known(
+    files: Files, config: Mapping[str, Any], splits: Mapping[str, SplitTokens], cumulative: Sequence[int], repair: bool
+) -> None:
+    """Without a readable root: raise unless the folder holds nothing yet, or `repair` and just this config and these tokens.
+
+    A group that names the config and a file of tokens must be as they would be written now, and no file of tokens may be
+    whole and another.
+    """
     keys = [key for key in files.keys() if not key.endswith(PARTIAL)]  # noqa: SIM118 (not a dict)
     if not keys:
         return
     if not repair:
         raise DamagedError(f"{files.where(ROOT_KEY)}: gone, though the rest of a store is there; run harvest --repair")
-    layout = Layout.from_config(config)
-    wanted = dict(prepared_files(config, layout, splits))
-    named = [key for key in ("train/zarr.json", "eval/zarr.json") if key in keys and files.read(key) == wanted[key]]
-    tokens = [key for key in keys if "/tokens/c/" in key and files.read(key) == wanted.get(key)]
-    if not named or not tokens:
+    there = {
+        key: files.read(key) == data
+        for key, data in prepared_files(config, Layout.from_config(config), splits, cumulative)
+        if key in keys and (key in GROUPS or "/tokens/c/" in key)
+    }
+    groups = [there.pop(key) for key in GROUPS if key in there]
+    others = [key for key, same in there.items() if not same and is_whole(files, key)]
+    if others or not any(groups) or not any(there.values()):
         raise MismatchError(
             f"{files.where('')}: its root is damaged and no other file shows that it was made with this config and these "
             f"tokens (config {hash_config(config)[:10]}…); use the command that made it, or another path"
@@ -193,24 +238,24 @@ def new_attributes(
     config: Mapping[str, Any],
     splits: Mapping[str, SplitTokens],
     versions: Mapping[str, str],
+    cumulative: Sequence[int],
     previous: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Attributes of the prepared store, without its seal. Versions stay those of the harvest that began it."""
     n_sequences = {name: len(splits[name].tokens) for name in SPLITS}
     hashes = {name: splits[name].hashes() for name in SPLITS}
     tokens = {name: hashes[name][0] for name in SPLITS}
-    earlier = list(previous["segments"]) if previous else []
     return {
         "format": FORMAT,
         "version": VERSION,
         "state": "prepared",
         "id": hash_config({"config": config, "tokens_sha256": tokens}),
         "config": dict(config),
-        "segments": earlier if n_sequences["train"] in earlier[-1:] else [*earlier, n_sequences["train"]],
+        "segments": list(cumulative),
         "n_sequences": n_sequences,
         "tokens_sha256": tokens,
         "special_sha256": {name: hashes[name][1] for name in SPLITS},
-        "files": {key: sha256(data) for key, data in metadata_files(config, n_sequences).items()},
+        "files": {key: sha256(data) for key, data in metadata_files(config, n_sequences, cumulative).items()},
         "versions": dict(previous["versions"] if previous else versions),
     }
 
@@ -233,10 +278,10 @@ def give_up_ragged(files: Files, layout: Layout, cumulative: list[int]) -> None:
 
 
 def prepared_files(
-    config: Mapping[str, Any], layout: Layout, splits: Mapping[str, SplitTokens]
+    config: Mapping[str, Any], layout: Layout, splits: Mapping[str, SplitTokens], cumulative: Sequence[int]
 ) -> Iterator[tuple[str, bytes]]:
     """Every file of a prepared store but the root: key, bytes."""
-    yield from metadata_files(config, {name: len(splits[name].tokens) for name in SPLITS}).items()
+    yield from metadata_files(config, {name: len(splits[name].tokens) for name in SPLITS}, cumulative).items()
     for name in SPLITS:
         arrays = SplitLayout(name, layout, len(splits[name].tokens)).arrays
         for data, array in ((splits[name].tokens, arrays["tokens"]), (splits[name].special, arrays["special"])):

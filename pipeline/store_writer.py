@@ -27,7 +27,7 @@ from pipeline.backend import Files
 from pipeline.errors import DamagedError, ModelError, StoreError, UsageError
 from pipeline.files import PARTIAL, sha256
 from pipeline.layout import COMMITTED, pad_rows
-from pipeline.moments import MASSIVE_MULTIPLE, Statistics, mean_and_scale, merge, norms_and_moments, not_massive
+from pipeline.moments import MASSIVE_MULTIPLE, Statistics, mean_and_scale, median_of, merge, norms_and_moments
 from pipeline.shards import ShardStream, digest, with_crc
 from pipeline.split import COMMIT_FLAG, Split, to_numpy
 from pipeline.store import Store, moments_without, write_root
@@ -125,7 +125,7 @@ class ShardWriter:
         self.name, self.first_row, self.n_rows, self.n_written = split.name, start, stop - start, 0
         self.stream = ShardStream(file, layout.codec, layout.chunks_per_shard)
         self.padding = split.arrays["resid"].padding
-        self.special = split.special.reshape(-1)[start:stop]
+        self.special = ~split.shard_usable(k)
         self.norm = np.empty(self.n_rows, np.float32)
         self.moments: list[npt.NDArray[np.float64]] = []
         self.held = np.empty((layout.chunk_rows, layout.d_model), split.arrays["resid"].numpy_dtype)
@@ -208,21 +208,25 @@ def sweep(files: Files) -> None:
 
 
 def measure(store: Store, multiple: float) -> tuple[npt.NDArray[np.float64], Statistics]:
-    """Mean (float64 [d_model]) and statistics of a store's training split, for massive rows beyond `multiple`."""
+    """Mean (float64 [d_model]) and statistics of a store's training split, for massive rows beyond `multiple`.
+
+    Reads one shard's norms and special mask at a time, so that memory does not grow with the store.
+    """
     split = store.train
-    usable = ~split.special.reshape(-1)
-    if not usable.any():
+    shards = range(split.n_shards)
+    n_usable = sum(np.count_nonzero(split.shard_usable(k)) for k in shards)
+    if not n_usable:
         raise StoreError(
             f"{store.where}: every training row is special, so nothing can be trained; check --context and --bos"
         )
-    median = float(np.median(split.norm[usable].astype(np.float64)))
-    kept = usable & not_massive(split.norm, multiple, median)
-    mean, scale, share = mean_and_scale(moments_without(split, kept), store.where)
+    median = median_of(lambda: (split.shard_norm(k)[split.shard_usable(k)] for k in shards))
+    massive = split.massive(multiple, median)
+    mean, scale, share = mean_and_scale(moments_without(split, massive), store.where)
     statistics = Statistics(
         n_rows=split.n_rows,
-        n_special=int(np.count_nonzero(~usable)),
-        n_massive=int(np.count_nonzero(usable & ~kept)),
-        n_kept=int(np.count_nonzero(kept)),
+        n_special=split.n_rows - int(n_usable),
+        n_massive=len(massive),
+        n_kept=int(n_usable) - len(massive),
         massive_multiple=multiple,
         median_norm=median,
         mean_sha256=sha256(mean.tobytes()),

@@ -4,16 +4,19 @@
 
 Bare: the truncated Hugging Face model over the same token ids in batches of the same size, nothing kept. Harvest: the
 whole command from text to a finished store, less the loading of the model, which both do alike and which a real run
-pays once.
+pays once. The last column is the memory that harvest takes at its peak beyond the bare loop's, in shards.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,26 @@ from pipeline.cli import COUNT
 from pipeline.lm import SplitLM
 from pipeline.runtime import resolve_device
 from pipeline.store import Store
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """One number, the most bytes this process held beside files that it maps, looked at every 5 ms; set when left."""
+    peak, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            status = Path("/proc/self/status").read_text()
+            held = int(status.split("RssAnon:")[1].split()[0]) * 1024
+            peak[0] = max(peak[0], held)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
 
 
 def synchronize(device: torch.device) -> None:
@@ -88,25 +111,30 @@ def main(
         corpus = tiny_models.make_corpus(Path(place) / "corpus.jsonl", n_documents=2000 + tokens // 20)
         config = HarvestConfig(
             store="", model=str(model), corpus=str(corpus), layers=(layers - 1,), tokens=tokens, context=context,
-            batch_size=batch_size, dtype=dtype, device=device, shard_rows=128 * context, chunk_rows=8 * context,
+            batch_size=batch_size, dtype=dtype, device=device, shard_rows=512 * context, chunk_rows=8 * context,
         )  # fmt: skip
         lm = SplitLM.load(str(model), dtype=dtype, device=resolve_device(device), part="prefix", layers=[layers - 1])
         plan = harvest.run.make_plan(config.replace(store=str(Path(place) / "plan")))
         ids = tiny_models.tokens(plan.n_train + plan.n_eval, context)
         size = int(plan.config.batch_size or 1)
         bare_rows_per_s(lm, ids[: 2 * size], size)  # warm up
-        bare, whole = [], []
+        bare, whole, extra = [], [], []
+        shard_nbytes = plan.config.shard_rows * d_model * (2 if dtype == "bf16" else 4)
         print(
             f"{architecture}, {layers} layers of {d_model}, {dtype} on {lm.device}, {size} × {context} tokens a batch"
         )
-        print(f"{'round':>6} {'bare rows/s':>14} {'harvest rows/s':>16} {'harvest/bare':>13}")
+        print(f"{'round':>6} {'bare rows/s':>14} {'harvest rows/s':>16} {'harvest/bare':>13} {'extra/shard':>13}")
         for n in range(rounds):
-            bare.append(bare_rows_per_s(lm, ids, size))
-            whole.append(harvest_rows_per_s(config.replace(store=str(Path(place) / f"acts{n}.zarr")), lm))
-            print(f"{n:>6} {bare[-1]:>14,.0f} {whole[-1]:>16,.0f} {whole[-1] / bare[-1]:>13.3f}")
+            with peak_memory() as bare_peak:
+                bare.append(bare_rows_per_s(lm, ids, size))
+            with peak_memory() as peak:
+                whole.append(harvest_rows_per_s(config.replace(store=str(Path(place) / f"acts{n}.zarr")), lm))
+            extra.append((peak[0] - bare_peak[0]) / shard_nbytes)
+            print(f"{n:>6} {bare[-1]:>14,.0f} {whole[-1]:>16,.0f} {whole[-1] / bare[-1]:>13.3f} {extra[-1]:>13.2f}")
     ratio = statistics.median(whole) / statistics.median(bare)
     figures = {"bare_rows_per_s": statistics.median(bare), "harvest_rows_per_s": statistics.median(whole)}
-    print(json.dumps(figures | {"harvest_over_bare": round(ratio, 4), "device": str(lm.device), "d_model": d_model}))
+    figures |= {"harvest_over_bare": round(ratio, 4), "extra_memory_shards": round(max(extra), 2)}
+    print(json.dumps(figures | {"device": str(lm.device), "d_model": d_model}))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from harvest.__main__ import command
 from harvest.config import HarvestConfig
 from harvest.run import run
 from pipeline.errors import CorpusError, DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
+from pipeline.files import lock_folder
 from pipeline.lm import SplitLM, load_tokenizer
 from pipeline.store import Store
 from pipeline.store_writer import ShardWriter
@@ -316,6 +318,25 @@ def test_damage_is_refused_without_repair(copy: HarvestConfig, kind: str) -> Non
     damage(kind, Path(copy.store))
     with pytest.raises((DamagedError, StoreError), match="--repair"):
         run(copy, quiet=True)
+
+
+def test_two_harvests_of_one_store_at_once_are_refused(config: HarvestConfig) -> None:
+    folder = Path(config.store)
+    folder.mkdir()
+    lock = lock_folder(folder, "testing")
+    try:
+        with pytest.raises(DiskError, match=r"acts.zarr: another process is harvesting into this store; wait for it"):
+            run(config, quiet=True)
+    finally:
+        os.close(lock)
+    run(config, quiet=True)
+    assert Store.open(folder).complete
+
+
+def test_a_harvest_that_cannot_begin_leaves_no_folder(config: HarvestConfig) -> None:
+    with pytest.raises(CorpusError, match="shorter than asked"):
+        run(config.replace(tokens=10**8), quiet=True)
+    assert not Path(config.store).exists()
 
 
 def test_a_disk_that_is_too_small_is_refused_before_any_work(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import make_rows, make_store, make_tokens, prepare_store, store_config, write_shards
+from stores import VOCAB, make_rows, make_store, make_tokens, prepare_store, store_config, write_shards
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
+from harvest.tokens import mark_special, scratch_array
 from pipeline.errors import DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
 from pipeline.layout import Layout, estimate_bytes
-from pipeline.moments import norms_and_moments
+from pipeline.moments import median_of, norms_and_moments
 from pipeline.split import Split, to_numpy
 from pipeline.store import Store, describe_store
 from pipeline.store_prepare import SplitTokens, prepare, resume, segments
@@ -413,12 +415,60 @@ def test_an_extended_store_keeps_its_whole_shards_and_has_all_rows(tmp_path: Pat
     assert store.verify() == []
     make_store(tmp_path / "direct.zarr", n_sequences=after, eval_sequences=5, **SMALL)
     extended, direct = tree(path), tree(tmp_path / "direct.zarr")
-    assert {key for key in extended.keys() | direct.keys() if extended.get(key) != direct.get(key)} == {"zarr.json"}
+    assert {key for key in extended.keys() | direct.keys() if extended.get(key) != direct.get(key)} == {
+        "zarr.json",
+        "train/zarr.json",
+    }
 
 
 def test_an_extension_must_begin_with_the_tokens_that_are_there(tiny_store: Path) -> None:
     with pytest.raises(MismatchError, match="train tokens are others"):
         prepare(tiny_store, store_config(), make_tokens(5, "train", 200, 16), make_tokens(0, "eval", 32, 16), {})
+
+
+def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
+    """Tokens, masks and norms of the whole store would be 11 MB; making, checking and finishing it takes a part of that."""
+    config = store_config(d_model=2, context=16, chunk_rows=1 << 13, shard_rows=1 << 16)
+    whole = {"train": 75_000, "eval": 5_000}
+    splits = []
+    for n in whole.values():
+        tokens, special = (scratch_array(tmp_path, (n, 16), dtype) for dtype in (np.int32, np.bool_))
+        tokens[:] = np.arange(16)
+        mark_special(tokens, [0], VOCAB, special)
+        splits.append(SplitTokens(tokens, special))
+    tracemalloc.start()
+    try:
+        writer = prepare(tmp_path / "s.zarr", config, *splits, {})
+        for name in whole:
+            for k in writer.pending(name):
+                start, stop = writer.split(name).shard_rows_range(k)
+                with writer.shard(name, k) as shard:
+                    shard.write(torch.randn(stop - start, 2).bfloat16())
+        store = writer.finish()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert store.statistics.n_rows == 1_200_000
+    assert peak < 5e6, peak
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 2.0**100, width=32, allow_subnormal=False), max_size=9), min_size=1, max_size=5),
+    st.floats(0, 9, width=32, allow_subnormal=False),
+)
+def test_the_median_of_parts_is_that_of_all(parts: list[list[float]], common: float) -> None:
+    arrays = [np.array([*part, *[common] * (len(part) % 3)], np.float32) for part in parts]
+    everything = np.concatenate(arrays).astype(np.float64)
+    if len(everything):
+        assert median_of(lambda: arrays) == np.median(everything)
+
+
+@pytest.mark.parametrize("multiple", [1.5, 5.0])
+def test_massive_rows_are_those_that_are_not_kept(tiny_store: Path, multiple: float) -> None:
+    split = Store.open(tiny_store).train
+    massive = np.flatnonzero(~split.special.reshape(-1) & ~split.kept(multiple))
+    assert len(massive) > 0
+    assert split.massive(multiple, Store.open(tiny_store).statistics.median_norm).tolist() == massive.tolist()
 
 
 def test_a_missing_shard_is_an_error_here_and_nan_in_any_zarr_reader(tmp_path: Path) -> None:

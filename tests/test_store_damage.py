@@ -15,7 +15,7 @@ from pipeline.errors import DamagedError, MismatchError, PipelineError
 from pipeline.runtime import numpy_rng
 from pipeline.shards import with_crc
 from pipeline.store import Store
-from pipeline.store_prepare import prepare
+from pipeline.store_prepare import SplitTokens, prepare, segments
 
 SIZES: dict[str, Any] = {"n_sequences": 19, "eval_sequences": 5, **SMALL}
 KEYS = [
@@ -218,6 +218,41 @@ def test_a_store_without_its_root_is_not_claimed_for_another_config(store: Path,
         prepare(store, config, *tokens, {})
     with pytest.raises(MismatchError, match="use the command that made it"):
         prepare(store, config, *tokens, {}, repair=True)
+    assert tree(store) == before
+
+
+@pytest.mark.parametrize("also", ["", "train/zarr.json"])
+def test_an_extended_store_gets_its_root_back(tmp_path: Path, also: str) -> None:
+    path = tmp_path / "s.zarr"
+    make_store(path, n_sequences=12, eval_sequences=5, **SMALL)
+    config, before = make_store(path, **SIZES).config, tree(path)
+    (path / "zarr.json").unlink()
+    if (
+        also
+    ):  # without its copy, what was shuffled together is not known: these tokens would be others in a real harvest
+        (path / also).unlink()
+        assert segments(path, repair=True) == ()
+        return
+    assert segments(path, repair=True) == (12, 19)
+    tokens = make_tokens(0, "train", 19, 4), make_tokens(0, "eval", 5, 4)
+    writer = prepare(path, config, *tokens, {}, repair=True)
+    assert (writer.pending("train"), writer.pending("eval")) == ([], [])
+    writer.finish()
+    assert tree(path).keys() == before.keys()
+    assert {key for key in before if tree(path)[key] != before[key]} <= {"zarr.json"}  # only its versions
+    assert Store.open(path).attributes["segments"] == [12, 19]
+
+
+def test_whole_tokens_of_another_order_are_not_taken_over(store: Path) -> None:
+    """An extended store that lost its root and its list of segments: the tokens asked for are shuffled otherwise."""
+    config = Store.open(store).config
+    (store / "zarr.json").unlink()
+    before = tree(store)
+    evaluation = make_tokens(0, "eval", 5, 4)
+    train = make_tokens(0, "train", 19, 4)
+    other = SplitTokens(train.tokens[::-1].copy(), train.special[::-1].copy())
+    with pytest.raises(MismatchError, match="its root is damaged"):
+        prepare(store, config, other, evaluation, {}, repair=True)
     assert tree(store) == before
 
 

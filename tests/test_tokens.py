@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,19 @@ import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harvest.tokens import Packing, ahead, batched, pack, shuffled, special_mask, tokenized
-from pipeline.errors import CorpusError, ModelError
+from harvest.tokens import (
+    Packing,
+    Tokens,
+    ahead,
+    batched,
+    mark_special,
+    pack,
+    scratch_array,
+    shuffle,
+    tokenized,
+)
+from pipeline.errors import CorpusError, DiskError, ModelError
+from pipeline.split import Mask
 
 BOS, EOS = 2, 1
 DOCUMENTS = st.lists(st.lists(st.integers(10, 99), max_size=40), min_size=1, max_size=30)
@@ -32,6 +45,26 @@ def expected_stream(documents: list[list[int]], context: int, bos: int | None, s
     return out
 
 
+def packed(documents: Iterator[list[int]], packing: Packing, n: int, what: str) -> tuple[Tokens, int]:
+    """Rows packed into new memory, and how many documents they took."""
+    rows = np.empty((n, packing.context), np.int32)
+    return rows, pack(documents, packing, rows, what)
+
+
+def shuffled(rows: Tokens, segments: tuple[int, ...], seed: int) -> Tokens:
+    """Rows shuffled into new memory."""
+    out = np.empty_like(rows)
+    shuffle(rows, segments, seed, out)
+    return out
+
+
+def marked(tokens: Tokens, special: list[int], vocab: int) -> Mask:
+    """The mask of special tokens, in memory that held something else."""
+    out = np.ones(tokens.shape, np.bool_)
+    mark_special(tokens, special, vocab, out)
+    return out
+
+
 @given(DOCUMENTS, st.integers(2, 17), st.sampled_from([None, BOS]))
 def test_every_token_of_every_document_appears_once_and_in_order(
     documents: list[list[int]], context: int, bos: int | None
@@ -41,29 +74,29 @@ def test_every_token_of_every_document_appears_once_and_in_order(
     n = len(stream) // context
     if n == 0:
         return
-    rows, _ = pack(iter(documents), Packing(context, bos, separator), n, "training")
+    rows, _ = packed(iter(documents), Packing(context, bos, separator), n, "training")
     assert rows.tolist() == np.reshape(stream[: n * context], (n, context)).tolist()
     words = [t for t in rows.reshape(-1).tolist() if t >= 10]
     assert words == [t for document in documents for t in document][: len(words)]
 
 
 def test_packing_by_hand() -> None:
-    rows, n_documents = pack(iter([[10, 11], [12], [13, 14, 15, 16], [17]]), Packing(4, BOS, BOS), 3, "training")
+    rows, n_documents = packed(iter([[10, 11], [12], [13, 14, 15, 16], [17]]), Packing(4, BOS, BOS), 3, "training")
     assert rows.tolist() == [[BOS, 10, 11, BOS], [BOS, 12, BOS, 13], [BOS, 14, 15, 16]]
     assert n_documents == 3
-    rows, _ = pack(iter([[10, 11], [12], [13, 14, 15, 16], [17]]), Packing(4, None, EOS), 2, "training")
+    rows, _ = packed(iter([[10, 11], [12], [13, 14, 15, 16], [17]]), Packing(4, None, EOS), 2, "training")
     assert rows.tolist() == [[10, 11, EOS, 12], [13, 14, 15, 16]]
 
 
 def test_a_document_that_starts_a_row_has_no_second_bos_before_it() -> None:
-    rows, _ = pack(iter([[10, 11, 12], [13, 14, 15]]), Packing(4, BOS, BOS), 2, "training")
+    rows, _ = packed(iter([[10, 11, 12], [13, 14, 15]]), Packing(4, BOS, BOS), 2, "training")
     assert rows.tolist() == [[BOS, 10, 11, 12], [BOS, 13, 14, 15]]
 
 
 def test_no_document_is_in_two_splits() -> None:
     documents = iter([[10] * 9, [11] * 9, [12] * 9, [13] * 9])
-    first, _ = pack(documents, Packing(4, BOS, BOS), 2, "evaluation")
-    second, _ = pack(documents, Packing(4, BOS, BOS), 4, "training")
+    first, _ = packed(documents, Packing(4, BOS, BOS), 2, "evaluation")
+    second, _ = packed(documents, Packing(4, BOS, BOS), 4, "training")
     assert set(first.reshape(-1).tolist()) == {BOS, 10}
     assert set(second.reshape(-1).tolist()) == {BOS, 11, 12}
 
@@ -72,7 +105,7 @@ def test_a_corpus_that_is_too_short_says_how_many_tokens_there_were() -> None:
     with pytest.raises(
         CorpusError, match="the training corpus is shorter than asked: 8 tokens in whole rows, 40 asked"
     ):
-        pack(iter([[10] * 7]), Packing(4, BOS, BOS), 10, "training")
+        packed(iter([[10] * 7]), Packing(4, BOS, BOS), 10, "training")
 
 
 def test_the_shuffle_permutes_within_segments_and_keeps_earlier_ones() -> None:
@@ -86,7 +119,7 @@ def test_the_shuffle_permutes_within_segments_and_keeps_earlier_ones() -> None:
 
 def test_special_tokens_and_position_0_are_marked() -> None:
     tokens = np.array([[5, 6, BOS, 7], [BOS, 0, 8, 9]], np.int32)
-    assert special_mask(tokens, [0, 1, 2, 999], vocab=10).tolist() == [
+    assert marked(tokens, [0, 1, 2, 999], vocab=10).tolist() == [
         [True, False, True, False],
         [True, True, False, False],
     ]
@@ -94,7 +127,16 @@ def test_special_tokens_and_position_0_are_marked() -> None:
 
 def test_a_token_that_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(ModelError, match="token 10, the model knows 10"):
-        special_mask(np.array([[1, 10]], np.int32), [1], vocab=10)
+        marked(np.array([[1, 10]], np.int32), [1], vocab=10)
+
+
+def test_scratch_arrays_are_files_that_nobody_sees(tmp_path: Path) -> None:
+    array = scratch_array(tmp_path / "new", (3, 5), np.int32)
+    assert isinstance(array, np.memmap)
+    assert array.tolist() == [[0] * 5] * 3
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new"]
+    with pytest.raises(DiskError, match=r"a copy of the tokens needs 4503.6 TB"):
+        scratch_array(tmp_path, (1 << 40, 1 << 10), np.int32)
 
 
 def test_texts_are_tokenised_in_order_without_special_tokens() -> None:

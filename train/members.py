@@ -6,7 +6,6 @@ command goes on from there to the same bytes.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from pipeline.files import (
     disk_errors,
     hash_config,
     hash_file,
+    lock_folder,
     read_json,
     require_same,
     sweep_partials,
@@ -138,12 +138,7 @@ class Folder:
         """
         with disk_errors(self.path):
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
-            raise DiskError(f"{self.path}: another process is training this member; wait for it or stop it") from error
+            lock = lock_folder(self.path, "training this member")
         sweep_partials(self.path)
         if not (self.path / "config.json").exists():
             write_json(self.path / "config.json", self.description(order))
