@@ -19,6 +19,8 @@ FIRST_SETTINGS = ("model", "layer", "recipe", "objective", "width", "lr", "lambd
 NOT_SETTINGS = frozenset({"alpha", "levels", "seed"})
 Sharing = tuple[float, ...]
 """Cumulative shares of the width: () is flat, (0.2,) the paper's two levels at α = 0.2."""
+AUTO: Sharing = (1.0,)
+"""A sharing ratio that adapted in training, to another one in every run: a share that no fixed α can be, behind them all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,8 @@ class Run:
     @cached_property
     def sharing(self) -> Sharing:
         """How the dictionary is nested: as asked for, else as its sizes say."""
+        if self.train.get("alpha") == "auto":
+            return AUTO
         if self.train.get("alpha") is not None:
             return (float(self.train["alpha"]),) if self.train["alpha"] else ()
         if self.train.get("levels"):
@@ -190,7 +194,9 @@ class Results:
 
 
 def sharing_label(sharing: Sharing) -> str:
-    """α = 0.2 for two levels, α = 0 for a flat dictionary, the shares for more."""
+    """α = 0.2 or α auto for two levels, α = 0 for a flat dictionary, the shares for more."""
+    if sharing == AUTO:
+        return "α auto"
     if len(sharing) <= 1:
         return f"α = {sharing[0] if sharing else 0:g}"
     fractions = [Fraction(share).limit_denominator(64) for share in (*sharing, 1)]

@@ -1,6 +1,7 @@
 """The hand-written gradients against autograd of the formulas, in float64, for every recipe and number of levels."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ from reference import reference_latents, reference_objective
 from torch import Tensor
 
 from train.config import TrainConfig
-from train.objectives import controlled, random_prefixes, reconstruction_terms, sparsity_ramp
+from train.controller import Controller
+from train.objectives import random_prefixes, reconstruction_terms, sparsity_ramp
 from train.recipes import RECIPES
 from train.selection import batch_threshold, row_thresholds
 from train.step import Member, Scratch, normalise_batch
@@ -203,10 +205,25 @@ def test_the_penalty_starts_at_zero_and_is_whole_after_its_warmup() -> None:
 
 
 def test_the_controller_raises_the_penalty_above_the_wanted_l0_and_lowers_it_below() -> None:
-    zero = torch.zeros((), dtype=torch.float64)
-    assert controlled(zero, torch.tensor(20.0, dtype=torch.float64), 10.0) > 0
-    assert controlled(zero, torch.tensor(5.0, dtype=torch.float64), 10.0) < 0
-    assert torch.isfinite(controlled(zero, torch.tensor(0.0, dtype=torch.float64), 10.0))
+    for l0, raised in ((20.0, True), (5.0, False), (0.0, False)):
+        controller = Controller(10.0, torch.device("cpu"))
+        controller.see(torch.tensor(l0, dtype=torch.float64), first=True, acts=False)
+        assert float(controller.factor) == 1.0
+        controller.see(torch.tensor(l0, dtype=torch.float64), first=False, acts=True)
+        assert (float(controller.factor) > 1.0) == raised
+        assert torch.isfinite(controller.state).all()
+
+
+@pytest.mark.parametrize("delay", [1, 30, 150])
+def test_the_controller_does_not_overshoot_where_l0_answers_late(delay: int) -> None:
+    """L0 follows the penalty λ with a lag of `delay` steps: d log L0 = (log(40/λ) − log L0) / delay."""
+    controller, log_l0, seen = Controller(10.0, torch.device("cpu")), math.log(400.0), []
+    for step in range(4000):
+        log_l0 += (math.log(40.0) - math.log(float(controller.factor)) - log_l0) / delay
+        controller.see(torch.tensor(math.exp(log_l0), dtype=torch.float64), first=step == 0, acts=True)
+        seen.append(math.exp(log_l0))
+    assert seen[-1] == pytest.approx(10.0, rel=0.02)
+    assert min(seen) > 8.5
 
 
 def test_auxiliary_gradients_reach_only_dead_latents() -> None:

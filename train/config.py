@@ -14,6 +14,8 @@ Objective = Literal["nested", "additive"]
 Penalty = Literal["l1", "l0", "none"]
 LevelWeighting = Literal["equal", "size", "random"]
 Dtype = Literal["auto", "bf16", "float32", "float64"]
+FIRST_ALPHA = 0.2
+"""Where an adapting sharing ratio begins."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class TrainConfig:
     Shape
         recipe: the name of the recipe this began as; a label.
         width: latents of the whole dictionary.
-        alpha: share of latents that are shared, the paper's two levels; 0 is flat. None when `levels` is given.
+        alpha: share of latents that are shared, the paper's two levels; 0 is flat; "auto" adapts it (`sharing.py`). None
+            when `levels` is given.
+        shared_target: with alpha "auto", the part of what the whole dictionary explains that the shared one is to explain.
         levels: cumulative shares of the width, increasing to 1, for any number of levels. Empty when `alpha` is given.
         activation, k: `k` latents a row for topk and batchtopk, else 0.
         layernorm, layernorm_rescale, layernorm_eps: as in `SAEConfig`.
@@ -52,7 +56,8 @@ class TrainConfig:
 
     recipe: str = "paper"
     width: int = 16384
-    alpha: float | None = 0.2
+    alpha: float | Literal["auto"] | None = 0.2
+    shared_target: float = 0.9
     levels: tuple[float, ...] = ()
     activation: Activation = "relu"
     k: int = 0
@@ -116,12 +121,15 @@ class TrainConfig:
         at_least_0 = ("lambda_shared", "lambda_specialised", "sparsity_warmup_steps", "target_l0", "aux_k")
         for name in (*at_least_0, "aux_coefficient", "lr_warmup_steps", "lr_decay_steps", "clip_norm"):
             require(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "at least 0")
+        require("shared_target", self.shared_target, 0 < self.shared_target < 1, "between 0 and 1")
         bounded = self.max_norm is None or 0 <= self.max_norm < math.inf
         require("max_norm", self.max_norm, bounded, "at least 0, or none")
 
     def _check_agreement(self) -> None:
         if (self.alpha is None) == (not self.levels):
             raise UsageError(f"give either alpha or levels, got alpha {self.alpha} and levels {self.levels}")
+        if self.alpha == "auto" and self.level_weighting == "random":
+            raise UsageError("alpha auto moves the shared level, random prefixes have none; choose one of the two")
         if self.lr_warmup_steps + self.lr_decay_steps > self.steps:
             raise UsageError(
                 f"lr_warmup_steps {self.lr_warmup_steps} and lr_decay_steps {self.lr_decay_steps} exceed the {self.steps} "
@@ -144,9 +152,9 @@ class TrainConfig:
             )
 
     def level_sizes(self) -> tuple[int, ...]:
-        """Cumulative sizes of the levels, the last one the width."""
+        """Cumulative sizes of the levels, the last one the width; those that training begins with."""
         if self.alpha is not None:
-            return levels_for_alpha(self.alpha, self.width)
+            return levels_for_alpha(FIRST_ALPHA if self.alpha == "auto" else self.alpha, self.width)
         return tuple(round(share * self.width) for share in self.levels)
 
     def sae_config(self, d_model: int) -> SAEConfig:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ from train.config import TrainConfig
 
 FORMAT, VERSION = "nested-sae-member", 1
 STATE_FORMAT, STATE_VERSION = "nested-sae-training-state", 1
-NAME = re.compile(r"(alpha[0-9.e-]+|levels\d+)-seed\d+-[0-9a-f]{10}")
+NAME = re.compile(r"(alpha([0-9.e-]+|auto)|levels\d+)-seed\d+-[0-9a-f]{10}")
 OTHERS = {"tensorboard", "wandb"}
 """Folders beside the members' that `--log` makes."""
 
@@ -46,14 +46,15 @@ def plain(config: TrainConfig) -> dict[str, Any]:
     hints = get_type_hints(TrainConfig)
     data = config.to_dict()
     return {
-        name: float(value) if type(value) is int and hints[name] in (float, float | None) else value
+        name: float(value) if type(value) is int and float in (hints[name], *get_args(hints[name])) else value
         for name, value in data.items()
     }
 
 
 def member_name(config: TrainConfig) -> str:
-    """alpha0.2-seed0-<first 10 of the hash of the config>; levels5-… when levels were given."""
-    shape = f"alpha{config.alpha:g}" if config.alpha is not None else f"levels{len(config.levels)}"
+    """alpha0.2-seed0-<first 10 of the hash of the config>; alphaauto-…, and levels5-… when levels were given."""
+    alpha = config.alpha if isinstance(config.alpha, str | None) else f"{config.alpha:g}"
+    shape = f"levels{len(config.levels)}" if alpha is None else f"alpha{alpha}"
     return f"{shape}-seed{config.seed}-{hash_config(plain(config))[:10]}"
 
 

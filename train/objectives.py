@@ -159,16 +159,3 @@ def auxiliary_loss(
     slope = (error * (2 * config.aux_coefficient / n_rows)).to(pool_z.dtype)
     decoder_gradient.index_add_(0, pool, pool_z.T @ slope)
     return loss, PoolGradient(pool, (slope @ rows.T).mul_(pool_z > 0))
-
-
-CONTROLLER_RATE, CONTROLLER_SPAN = 0.01, 0.5
-"""Of the L0 controller: log-factor a step per unit of log(l0 / target), and the largest log-ratio it reacts to."""
-
-
-def controlled(log_factor: Float[Tensor, ""], l0: Float[Tensor, ""], target: float) -> Float[Tensor, ""]:
-    """The next log of the penalty's factor: up while there are more latents a row than wanted, down while fewer.
-
-    At most CONTROLLER_RATE · CONTROLLER_SPAN a step, so that weights follow before it overshoots.
-    """
-    excess = torch.log(l0.clamp(min=1e-3) / target).clamp(-CONTROLLER_SPAN, CONTROLLER_SPAN)
-    return log_factor + CONTROLLER_RATE * excess

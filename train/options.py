@@ -23,7 +23,10 @@ from train.recipes import RECIPES
 HELP = {
     "recipe": "what to begin with; every other option replaces the recipe's own value",
     "width": "latents of the whole dictionary",
-    "alpha": "share of latents that are shared, the paper's two levels; 0 is flat, none when --levels is given",
+    "alpha": "share of latents that are shared, the paper's two levels; 0 is flat, auto adapts it in training, none when "
+    "--levels is given",
+    "shared_target": "with --alpha auto: the shared level grows while it explains less than this part of what the whole "
+    "dictionary explains, and shrinks while it explains more",
     "levels": "cumulative shares of the width, increasing to 1, as 0.0625,0.125,0.25,0.5,1; instead of --alpha",
     "activation": "which latents a row keeps",
     "k": "latents a row that topk and batchtopk keep",
@@ -88,18 +91,22 @@ class Levels(click.ParamType[tuple[float, ...]]):
             self.fail(f"{value!r} is not a list of shares; write 0.25,0.5,1", param, ctx)
 
 
-class NumberOrNone(click.ParamType[float | None]):
-    """A number, or the word none."""
+class NumberOr(click.ParamType[float | str | None]):
+    """A number, the word none, or one of the words given."""
 
     name = "number"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
-        if str(value).lower() == "none":
-            return None
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str | None:
+        word = str(value).lower()
+        if word == "none" or word in self.words:
+            return None if word == "none" else word
         try:
             return float(value)
         except ValueError:
-            self.fail(f"{value!r} is neither a number nor none", param, ctx)
+            self.fail(f"{value!r} is not a number, {', '.join(self.words)}{' ' * bool(self.words)}or none", param, ctx)
 
 
 def option_type(name: str) -> click.ParamType[Any]:
@@ -111,7 +118,7 @@ def option_type(name: str) -> click.ParamType[Any]:
     if name == "levels":
         return Levels()
     if NoneType in choices:
-        return NumberOrNone()
+        return NumberOr(*(word for choice in choices for word in get_args(choice)))
     if choices:
         return click.Choice(choices)
     return {int: COUNT, float: click.FLOAT, bool: click.BOOL, str: click.STRING}[hint]

@@ -9,6 +9,7 @@ a product with a vector. Products are in bf16 (or float32), weights, moments, st
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError
 from pipeline.sae import NestedSAE
-from train import objectives
+from train import objectives, sharing
 from train.config import TrainConfig
+from train.controller import Controller
 from train.latents import Latents, Penalty, PoolGradient
 from train.optim import Adam, learning_rate
 from train.scratch import Scratch as Scratch
@@ -85,8 +87,9 @@ class Member:
         self.latents = Latents(config, self.shape, self.weights, scratch, self.dtype, group)
         self.penalty = objectives.penalty_weights(config, self.shape.n_shared).to(device, self.wide)
         self.rows_since_fired = torch.zeros(config.width, dtype=torch.int64, device=device)
-        self.log_factor = torch.zeros((), dtype=torch.float64, device=device)
+        self.controller = Controller(config.target_l0, device)
         self.threshold = torch.zeros((), dtype=self.wide, device=device)
+        self.explained = torch.zeros(3, dtype=torch.float64, device=device)  # Σ errors: shared, whole; Σ ‖x‖²
         self.sums = {name: torch.zeros(n, dtype=torch.float64, device=device) for name, n in self._sum_sizes().items()}
 
     def _sum_sizes(self) -> dict[str, int]:
@@ -114,7 +117,7 @@ class Member:
         decoded = objectives.reconstruct(
             self.latents.z, low["W_dec"], b_dec, batch.x, terms, n_rows, self.scratch, pool is not None
         )
-        factor = objectives.sparsity_ramp(config, self.n_steps) * self.log_factor.exp()
+        factor = objectives.sparsity_ramp(config, self.n_steps) * self.controller.factor
         sums = {"counts": fired.counts.double(), "l1": fired.l1, "errors": decoded.errors}
         sums |= {"total": batch.total, "square": batch.square.reshape(1), "aux": torch.zeros_like(fired.l1[:1])}
         return Forward(n_rows, x_low, pool, terms, decoded, factor, sums)
@@ -172,10 +175,28 @@ class Member:
         self.sums["clipped"] += norm > config.clip_norm if config.clip_norm else 0
         self.sums["steps"] += 1
         self.sums["rows"] += n_rows
-        if config.target_l0 and self.n_steps >= config.sparsity_warmup_steps:
-            self.log_factor.copy_(objectives.controlled(self.log_factor, l0, config.target_l0))
+        if config.target_l0:
+            acts = self.n_steps >= config.sparsity_warmup_steps
+            self.controller.see(l0, first=self.n_steps == 0, acts=acts)
         self.n_steps += 1
         self.n_rows += n_rows
+        if config.alpha == "auto":
+            self.explained += torch.cat([sums["errors"], sums["square"]])
+            self._adapt()
+
+    def _adapt(self) -> None:
+        """Move the end of the shared level when it is time (syncs then)."""
+        if not sharing.adapts(self.config, self.n_steps):
+            return
+        *errors, square = self.explained.tolist()
+        self.explained.zero_()
+        width, target = self.config.width, self.config.shared_target
+        self._share(sharing.adapted(self.shape.n_shared, width, errors, square, target))
+
+    def _share(self, n_shared: int) -> None:
+        """From now on the first `n_shared` latents are the shared ones."""
+        self.shape = self.latents.shape = dataclasses.replace(self.shape, levels=(n_shared, self.config.width))
+        self.penalty = objectives.penalty_weights(self.config, n_shared).to(self.device, self.wide)
 
     def _loss(self, forward: Forward) -> Tensor:
         """The whole objective of this batch, a row."""
@@ -195,10 +216,11 @@ class Member:
         """Scalars over the steps since the last call (syncs): CONTRACT's metrics.jsonl line, but for the epoch.
 
         step, rows (seen so far); means a row: loss (the whole objective), recon (a list, innermost level first; with
-        random prefixes by rank), l1_shared and l1_specialised (E Σ|z|, before λ), aux, l0; ev (a list; centred on the
-        mean of these rows); means a step: grad_norm (before clipping), clipped (share of steps); dead (share of latents
-        that did not fire over the last dead_rows rows); lr and lambda (the penalty's factor: warm-up times controller)
-        of the last step. Values may be NaN: ask `is_finite` first. After it the sums begin anew.
+        random prefixes by rank), l1_shared and l1_specialised (E Σ|z|, before λ), aux, l0; n_shared (latents of the
+        shared level now); ev (a list; centred on the mean of these rows); means a step: grad_norm (before clipping),
+        clipped (share of steps); dead (share of latents that did not fire over the last dead_rows rows); lr and lambda
+        (the penalty's factor: warm-up times controller) of the last step. Values may be NaN: ask `is_finite` first.
+        After it the sums begin anew.
         """
         sums = {name: value.tolist() for name, value in self.sums.items()}
         n_steps, n_rows = sums["steps"][0], sums["rows"][0]
@@ -217,12 +239,13 @@ class Member:
             "l1_specialised": sums["l1"][1] / n_rows,
             "aux": sums["aux"][0] / n_steps,
             "l0": sums["l0"][0] / n_steps,
+            "n_shared": self.shape.n_shared,
             "dead": dead,
             "dead_rows": dead_rows,
             "grad_norm": sums["grad_norm"][0] / n_steps,
             "clipped": sums["clipped"][0] / n_steps,
             "lr": learning_rate(self.config, last),
-            "lambda": objectives.sparsity_ramp(self.config, last) * float(self.log_factor.exp()),
+            "lambda": objectives.sparsity_ramp(self.config, last) * float(self.controller.factor),
         }
 
     def dead(self) -> tuple[float, int]:
@@ -236,10 +259,12 @@ class Member:
 
     def state(self) -> dict[str, Tensor]:
         """All that `load_state` needs to go on bit-identically: the tensors themselves, so write them before stepping on."""
-        estimates = {"log_factor": self.log_factor, "threshold": self.threshold}
+        estimates = {"controller": self.controller.state, "threshold": self.threshold}
         counters = {"rows_since_fired": self.rows_since_fired}
         position = {"n_steps": torch.tensor(self.n_steps), "n_rows": torch.tensor(self.n_rows)}
         sums = {f"sum.{name}": value for name, value in self.sums.items()}
+        if self.config.alpha == "auto":
+            position |= {"n_shared": torch.tensor(self.shape.n_shared), "explained": self.explained}
         return self.adam.state() | estimates | counters | position | sums
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -252,6 +277,8 @@ class Member:
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self.n_steps, self.n_rows = int(state["n_steps"]), int(state["n_rows"])
+        if "n_shared" in state:
+            self._share(int(state["n_shared"]))
         self.adam.refresh_low()
 
     def load_weights(self, sae: NestedSAE) -> None:
