@@ -27,6 +27,7 @@ from evaluate.features import N_SAMPLED
 from evaluate.sample import GROUP_SEQUENCES
 from pipeline.errors import UsageError
 from pipeline.files import human_bytes
+from pipeline.runtime import product_rate
 from pipeline.sae import SAEConfig
 
 if TYPE_CHECKING:
@@ -132,6 +133,24 @@ def suffix_flop(lm: SplitLM) -> float:
 def sae_flop(config: SAEConfig) -> float:
     """Floating-point operations a token takes to encode and decode: every level is decoded from the one before."""
     return 4.0 * config.d_model * config.width
+
+
+OVERHEAD = {"lm": 1.6, "sae": 2.0}
+"""Time beside the products, as a factor: attention, norms and log-softmax; masks, norms, sums over features. Measured."""
+
+
+def cost(
+    saes: Sequence[SAEConfig], lm: SplitLM | None, passes: int, d_model: int, device: torch.device
+) -> tuple[float, float]:
+    """FLOP, and a rough time in seconds from product rates measured now, that each token takes for all checkpoints."""
+    flop = sum(map(sae_flop, saes))
+    rate = product_rate(torch.float32, device, 512, d_model, max(sae.width for sae in saes))
+    seconds = OVERHEAD["sae"] * flop / rate
+    if lm is not None:
+        of_suffix = passes * suffix_flop(lm)
+        flop += of_suffix
+        seconds += OVERHEAD["lm"] * of_suffix / product_rate(lm.dtype, device, 512, d_model, 4 * d_model)
+    return flop, seconds
 
 
 def return_freed_memory() -> None:

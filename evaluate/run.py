@@ -39,7 +39,7 @@ from evaluate.scorer import Scorer, shared_work
 from evaluate.splice import Baselines, clean_pass, zero_log_probabilities
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import hash_config, human_bytes
-from pipeline.progress import Progress, say
+from pipeline.progress import Progress, format_seconds, say
 from pipeline.runtime import available_memory, git_state, rank, resolve_device, versions, world_size
 from pipeline.store import Store
 
@@ -173,13 +173,11 @@ class Job:
         """Say what the job will take."""
         tokens, groups = self.n_sequences * self.store.context, -(-len(todo) // plan.group)
         passes = planning.suffix_passes(todo, self.config.levels) + groups + 1
-        flop = sum(planning.sae_flop(c.sae) for c in todo)
-        if self.lm is not None:
-            flop += passes * planning.suffix_flop(self.lm)
+        flop, seconds = planning.cost([c.sae for c in todo], self.lm, passes, self.store.d_model, self.device)
         say(
             f"evaluate: {len(todo)} checkpoints on {tokens:,} tokens of {self.store.path}; "
             + (f"{passes} passes of the layers after {self.store.config['layer']}, " if self.lm is not None else "")
-            + f"{flop * tokens / 1e12:,.3g} TFLOP in all"
+            + f"{flop * tokens / 1e12:,.3g} TFLOP in all, about {format_seconds(seconds * tokens)}"
         )
         say(
             f"  {plan.batch} sequences a batch, {plan.group} checkpoints at once ({groups} pass{'es' * (groups > 1)} over the "

@@ -1,8 +1,9 @@
 """Stores on object storage, and their copy to a local disk for training. Needs the extra `remote` (fsspec and its driver).
 
-Any URL that fsspec knows works: s3://bucket/acts.zarr, gs://…, memory://…. Credentials and endpoints come from where the
-driver looks for them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …). An object appears whole or not at all, so the order of
-writing is all that a harvest needs to be safe there too. Training reads rows in any order: `stage` the store first.
+Any URL that fsspec knows works: s3://bucket/acts.zarr, gs://…, memory://…; where its driver is not installed and obstore
+is, obstore serves s3, gs and az. Credentials and endpoints come from where the driver looks for them (AWS_ACCESS_KEY_ID,
+AWS_ENDPOINT_URL, …). An object appears whole or not at all, so the order of writing is all that a harvest needs to be safe
+there too. Training reads rows in any order: `stage` the store first.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from pipeline.backend import Files, LocalFiles
 from pipeline.errors import DamagedError, DiskError, MismatchError, UsageError
@@ -29,15 +30,38 @@ DOWNLOADS = 4
 """Shards that `stage` copies at a time."""
 
 
+OBSTORE = ("s3", "gs", "az", "abfs")
+"""Protocols that obstore takes on where their own fsspec driver is not installed."""
+
+
+def open_url(url: str) -> tuple[Any, str]:
+    """The file system of a URL, without a cache of listings, and the path in its terms. Raises ImportError, ValueError."""
+    import fsspec
+
+    protocol = url.split("://")[0]
+    try:
+        driver = fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        if protocol not in OBSTORE:
+            raise
+        try:
+            import obstore.fsspec
+        except ImportError:
+            raise error from None
+        obstore.fsspec.register(protocol)
+        driver = fsspec.get_filesystem_class(protocol)
+    keeps_listings = not driver.__module__.startswith("obstore")
+    fs, root = fsspec.core.url_to_fs(url, **({"use_listings_cache": False} if keeps_listings else {}))
+    return fs, str(root)
+
+
 class RemoteFiles:
     """A store's files behind a URL. Files to write wait on the local disk (TMPDIR) until they are whole: one shard."""
 
     def __init__(self, url: str) -> None:
         try:
-            import fsspec
-
             with remote_errors(url):
-                self.fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+                self.fs, self.root = open_url(url)
         except ImportError as error:
             raise UsageError(f"{url}: needs a package that is not here ({error}); pip install '.[remote]'") from error
         except ValueError as error:

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import subprocess
+import time
 from functools import cache
 from pathlib import Path
 
@@ -60,6 +61,15 @@ def numpy_rng(*key: int | str) -> np.random.Generator:
 def torch_rng(*key: int | str) -> torch.Generator:
     """A CPU torch generator seeded by `derive_seed(*key)`. Draw on the CPU and move: results do not depend on device."""
     return torch.Generator().manual_seed(derive_seed(*key))
+
+
+def product_rate(dtype: torch.dtype, device: torch.device, rows: int, inner: int, width: int) -> float:
+    """FLOP/s of a [rows, inner] by [inner, width] product, measured now: for estimates of time."""
+    x, w = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, width)))
+    (x @ w).sum().item()
+    start = time.perf_counter()
+    (x @ w).sum().item()
+    return 2 * rows * inner * width / (time.perf_counter() - start)
 
 
 def rank() -> int:

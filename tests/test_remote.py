@@ -1,6 +1,7 @@
 """Stores on object storage: the same bytes as on a disk, read and verified there, staged to a disk for training."""
 
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,11 +40,16 @@ def s3() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture(params=["memory", pytest.param("s3", marks=pytest.mark.slow)])
-def url(request: pytest.FixtureRequest) -> str:
-    """A URL at which no store is."""
+@pytest.fixture(params=["memory", *(pytest.param(name, marks=pytest.mark.slow) for name in ("s3", "obstore"))])
+def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A URL at which no store is; "obstore" is S3 where s3fs is not installed."""
     pytest.importorskip("fsspec", reason="needs fsspec (pip install '.[remote]')")
-    base = request.getfixturevalue("s3") if request.param == "s3" else "memory://stores"
+    base = request.getfixturevalue("s3") if request.param != "memory" else "memory://stores"
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    if request.param == "obstore":
+        pytest.importorskip("obstore", reason="needs obstore (pip install obstore)")
+        monkeypatch.setitem(sys.modules, "s3fs", None)
+        monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
     return f"{base}/{uuid.uuid4().hex}.zarr"
 
 

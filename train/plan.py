@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from pipeline.errors import MismatchError, PipelineError, UsageError
 from pipeline.files import human_bytes
-from pipeline.runtime import available_memory, world_size
+from pipeline.runtime import available_memory, product_rate, world_size
 from pipeline.store import Store
 from train.config import TrainConfig
 from train.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
@@ -224,13 +223,5 @@ def estimate_seconds(store: Store, tasks: Sequence[Task], device: torch.device) 
 
 def product_seconds(config: TrainConfig, d_model: int, device: torch.device) -> float:
     """Seconds of one [row, d_model] by [d_model, latent] product, from a measured part of it."""
-    rows = min(config.batch_size, 256)
-    dtype = product_dtype(config.dtype)
-    x, w = (
-        torch.zeros(rows, d_model, dtype=dtype, device=device),
-        torch.zeros(d_model, config.width, dtype=dtype, device=device),
-    )
-    x @ w
-    start = time.perf_counter()
-    (x @ w).sum().item()
-    return (time.perf_counter() - start) * config.batch_size / rows
+    rows, dtype = min(config.batch_size, 256), product_dtype(config.dtype)
+    return 2 * config.batch_size * d_model * config.width / product_rate(dtype, device, rows, d_model, config.width)
