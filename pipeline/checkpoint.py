@@ -14,14 +14,15 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, DamagedError
-from pipeline.files import canonical_json, crc32c, write_bytes
+from pipeline.files import atomic, canonical_json, crc32c
 from pipeline.sae import NestedSAE, SAEConfig
 
 FORMAT, VERSION = "nested-sae-checkpoint", 1
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
+"""Names that safetensors has for the dtypes that are written."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,26 @@ def content_crc32c(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON header atomically as safetensors; the crc32c of both is added to the header."""
+    """Write tensors and a JSON header atomically as safetensors; the crc32c of both is added to the header.
+
+    The file is laid out here, not by the library: that builds it whole in memory, one or two copies of the tensors, and
+    orders its header differently from call to call, so that equal contents are other bytes.
+    """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     sealed = {**header, "crc32c": content_crc32c(header, held)}
-    metadata = {name: canonical_json(value) for name, value in sealed.items()}
-    write_bytes(path, sort_header(safetensors_bytes(held, metadata)))
-
-
-def sort_header(data: bytes) -> bytes:
-    """The same safetensors file with its header's keys sorted: the library's order changes from call to call."""
-    length = int.from_bytes(data[:8], "little")
-    header = canonical_json(json.loads(data[8 : 8 + length])).encode()
-    header = header.ljust(-(-len(header) // 8) * 8)
-    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+    layout: dict[str, Any] = {"__metadata__": {name: canonical_json(value) for name, value in sealed.items()}}
+    order = sorted(held, key=lambda name: (-held[name].itemsize, name))  # every tensor at a multiple of its item's size
+    end = 0
+    for name in order:
+        start, end = end, end + held[name].nbytes
+        shape = list(held[name].shape)
+        layout[name] = {"dtype": DTYPES[held[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    head = canonical_json(layout).encode()
+    head = head.ljust(-(-len(head) // 8) * 8)
+    with atomic(path) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name in order:
+            file.write(held[name].reshape(-1).view(torch.uint8).numpy().data)
 
 
 def load_tensors(path: Path, format_name: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -87,6 +87,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),  # version 2
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
+)
+
+
 def available_memory() -> int:
     """Bytes of memory that can be used without swapping (MemAvailable, within the cgroup's limit if there is one)."""
     meminfo = Path("/proc/meminfo")
@@ -94,10 +100,16 @@ def available_memory() -> int:
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    for folder, limit, used in CGROUPS:
+        if (folder / limit).exists() and (allowed := (folder / limit).read_text().strip()) != "max":
+            available = min(available, int(allowed) - int((folder / used).read_text()) + cached(folder))
     return max(available, 0)
+
+
+def cached(folder: Path) -> int:
+    """Bytes that a cgroup is charged for files in the page cache, which go as soon as memory is short."""
+    fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return sum(int(fields.get(name, 0)) for name in ("inactive_file", "active_file"))
 
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "zarr", "numcodecs", "numpy", "safetensors")

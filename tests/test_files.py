@@ -6,7 +6,7 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from pipeline import files
+from pipeline import files, runtime
 from pipeline.errors import DamagedError, DiskError, MismatchError
 
 
@@ -80,3 +80,17 @@ def test_the_crc_of_an_array_is_that_of_its_bytes_whichever_way_it_is_computed(n
     strided = np.stack([data, data], 1)[:, 0]
     assert files.crc32c(np.ascontiguousarray(strided)) == files.crc32c(data)
     assert files.unlocked_crc32c() is not None
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_available_memory_is_within_the_cgroup_and_counts_its_page_cache_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    (tmp_path / names[0]).write_text("5000000\n")
+    (tmp_path / names[1]).write_text("4000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 1500000\nactive_file 500000\n")
+    monkeypatch.setattr(runtime, "CGROUPS", ((tmp_path, *names),))
+    assert runtime.available_memory() == 3_000_000
+    (tmp_path / names[0]).write_text("max\n")
+    assert runtime.available_memory() > 3_000_000

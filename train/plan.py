@@ -140,8 +140,7 @@ def stream_memory(store: Store, task: Task) -> int:
 def member_memory(store: Store, task: Task, device: torch.device) -> dict[str, int]:
     """Bytes by part, with the snapshots from which its checkpoints are written."""
     parts = memory_bytes(task.config, store.d_model, device)
-    state = parts["weights"] + parts["optimiser"] + parts["counters"]
-    return parts | {"snapshot": 4 * state}
+    return parts | {"snapshot": 2 * parts["optimiser"] + parts["counters"]}  # weights and both moments; the SAE
 
 
 def pass_memory(store: Store, tasks: Sequence[Task], device: torch.device) -> dict[str, int]:

@@ -136,7 +136,8 @@ class Trainee:
                 folder.write_state(state, step)
                 folder.retain(self.keep)
 
-        self.writer.submit(write, sum(tensor.nbytes for tensor in state.values()))
+        copies = [*state.values(), *(sae.state_dict().values() if sae is not None else ())]
+        self.writer.submit(write, sum(tensor.nbytes for tensor in copies))
 
     def provenance(self) -> dict[str, Any]:
         """FORMAT.md, "Checkpoint": where this SAE comes from."""

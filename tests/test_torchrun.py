@@ -1,0 +1,76 @@
+"""torchrun itself, two processes: members and checkpoints are shared out, and what comes out is what one process makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_stores import make_lm_store, make_sae, save_member
+from stores import make_store
+
+from pipeline.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+pytestmark = pytest.mark.slow
+
+
+def run(words: list[str]) -> None:
+    """One command with one thread a process, as torchrun sets it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def train_words(store: Path, out: Path, *more: str) -> list[str]:
+    sizes = "--width 64 --steps 20 --batch-size 64 --lr-warmup-steps 5 --sparsity-warmup-steps 5 --dtype float32"
+    grid = "--alpha 0 --alpha 0.25 --alpha auto --seed 0 --seed 1"
+    return ["-m", "train", "--store", str(store), "--out", str(out), *sizes.split(), *grid.split(), *more]
+
+
+def files(out: Path, suffix: str) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob(f"*{suffix}"))}
+
+
+def test_members_trained_under_torchrun_have_the_bytes_of_one_process(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", n_sequences=200, eval_sequences=4).path
+    run([sys.executable, *train_words(store, tmp_path / "one")])
+    run([*TORCHRUN, *train_words(store, tmp_path / "two")])
+    one = files(tmp_path / "one", ".safetensors") | files(tmp_path / "one", "metrics.jsonl")
+    assert len(one) == 12
+    assert files(tmp_path / "two", ".safetensors") | files(tmp_path / "two", "metrics.jsonl") == one
+
+
+def test_one_member_trained_data_parallel_under_torchrun_is_the_same_within_rounding(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", n_sequences=200, eval_sequences=4).path
+    run([sys.executable, *train_words(store, tmp_path / "one")])
+    run([*TORCHRUN, *train_words(store, tmp_path / "two", "--data-parallel")])
+    pairs = list(zip(*(sorted(out.rglob("*.safetensors")) for out in (tmp_path / "one", tmp_path / "two"))))
+    assert len(pairs) == 6
+    for one, two in pairs:
+        for (name, a), b in zip(
+            load_checkpoint(one)[0].state_dict().items(), load_checkpoint(two)[0].state_dict().values()
+        ):
+            assert (a - b).abs().max() < 2e-3, name
+
+
+def results(out: Path) -> dict[str, Any]:
+    found = {path.name: json.loads(path.read_text()) for path in sorted(out.glob("*-step_*.json"))}
+    assert (out / "results.csv").read_text().count("\n") == 1 + sum(len(one["levels"]) for one in found.values())
+    return found
+
+
+def test_checkpoints_evaluated_under_torchrun_have_the_scores_of_one_process(tmp_path: Path) -> None:
+    store = make_lm_store(tmp_path, eval_sequences=8)
+    for seed in range(3):
+        save_member(tmp_path / "runs", store, make_sae(store, seed=seed), seed=seed)
+    words = ["-m", "evaluate", str(tmp_path / "runs"), "--store", str(store.path), "--scores", "kl,ev,l0"]
+    run([sys.executable, *words, "--out", str(tmp_path / "one")])
+    run([*TORCHRUN, *words, "--out", str(tmp_path / "two")])
+    assert results(tmp_path / "two") == results(tmp_path / "one")
+    assert len(results(tmp_path / "two")) == 3
