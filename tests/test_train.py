@@ -100,7 +100,7 @@ def test_members_of_a_grid_are_bit_identical_to_the_same_saes_alone(
 def test_members_that_do_not_fit_side_by_side_are_trained_in_further_passes(
     tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("train.plan.free_memory", lambda device: 2_900_000)
+    monkeypatch.setattr("train.plan.free_memory", lambda device: 2_000_000)
     outcomes = train(tiny_store, tmp_path / "out", *GRID)
     assert "5 members, 0 finished, 1 passes" not in capsys.readouterr().err
     for a, b in zip(outcomes, alone):
