@@ -63,7 +63,7 @@ def test_the_demo_killed_once_in_each_stage_ends_with_the_same_result(tmp_path: 
         runs = log.read_text(errors="replace").count("$ python -m ") if log.exists() else 0
         process = start(killed)
         wait_for(process, killed, stage, runs)
-        delay = rng.uniform(0.05, 0.9) * length
+        delay = rng.uniform(0.05, 0.7) * length  # lengths differ from run to run
         time.sleep(delay)
         assert process.poll() is None, f"{stage} was over before {delay:.1f} s of {length:.1f} s"
         os.kill(process.pid, signal.SIGKILL)
