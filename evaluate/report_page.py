@@ -68,8 +68,9 @@ def subtitle(results: Results) -> Html:
     widths = sorted({int(run.data["checkpoint"]["sae"]["width"]) for run in runs})
     return join(
         models,
-        f", layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}; {len(runs)} dictionar{'ies' if len(runs) > 1 else 'y'} of "
-        f"{', '.join(f'{w:,}' for w in widths)} latents; {len(seeds)} seed{'s' * (len(seeds) > 1)}; "
+        f", layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}; "
+        f"{len(runs)} dictionar{'ies' if len(runs) > 1 else 'y'} of {', '.join(f'{w:,}' for w in widths)} latents; "
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}; "
         f"{len(results.runs)} checkpoint{'s' * (len(results.runs) > 1)} scored.",
     )
 

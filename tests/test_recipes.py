@@ -45,13 +45,14 @@ def test_every_recipe_makes_flat_two_level_and_five_level_saes(name: str) -> Non
         ({"alpha": 0.2, "levels": (0.5, 1.0)}, "either alpha or levels"),
         ({"levels": (0.5, 0.25, 1.0)}, "must increase"),
         ({"levels": (0.25, 0.5)}, "must increase"),
-        ({"activation": "batchtopk", "penalty": "none"}, "needs k"),
+        ({"activation": "batchtopk", "penalty": "none"}, "so no lambda"),
+        ({"activation": "batchtopk", "penalty": "none", "lambda_shared": 0.0, "lambda_specialised": 0.0}, "needs k"),
         ({"activation": "batchtopk", "k": 4}, "penalty none"),
         ({"penalty": "l0"}, "penalty l1"),
         ({"aux_k": 8}, "auxiliary"),
         ({"target_l0": 80.0, "lambda_shared": 0.0, "lambda_specialised": 0.0}, "both lambdas are 0"),
-        ({"steps": 500}, "lower them"),
-        ({"lr_warmup_steps": 0, "steps": 500}, "sparsity_warmup_steps"),
+        ({"steps": 500, "lr_warmup_steps": 501}, "lower them"),
+        ({"steps": 500, "sparsity_warmup_steps": 501}, "sparsity_warmup_steps"),
         ({"lr": 0.0}, "lr must be above 0"),
         ({"beta1": 1.0}, "beta1"),
         ({"clip_norm": -1.0}, "clip_norm"),
@@ -70,6 +71,15 @@ def test_an_unknown_choice_is_refused_with_the_ones_there_are() -> None:
     object.__setattr__(config, "objective", "other")  # past the type checker that is on in tests
     with pytest.raises(UsageError, match="'other' is not one of nested, additive"):
         config._check_choices()
+
+
+def test_schedules_that_are_not_given_take_at_most_a_fifth_of_a_shorter_training() -> None:
+    def schedules(config: TrainConfig) -> tuple[int, int, int]:
+        return config.lr_warmup_steps, config.sparsity_warmup_steps, config.lr_decay_steps
+
+    assert schedules(paper()) == schedules(paper(steps=10_000)) == (1000, 1000, 0)
+    assert schedules(paper(steps=300)) == (60, 60, 0)
+    assert schedules(batchtopk(steps=300, lr_warmup_steps=100)) == (100, 0, 60)
 
 
 def test_a_wanted_l0_is_refused_where_k_sets_it() -> None:

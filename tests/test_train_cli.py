@@ -24,6 +24,7 @@ from train.__main__ import command
 from train.config import TrainConfig
 from train.options import HELP, make_grid
 from train.plan import RunConfig
+from train.recipes import DEFAULT, RECIPES
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -69,15 +70,16 @@ def test_every_field_has_an_option_with_a_text_and_a_default() -> None:
 
 
 def test_repeated_options_span_their_product_without_duplicates() -> None:
-    grid = make_grid({"alpha": (0.0, 0.2, 0.2), "seed": (0, 1), "lambda_": (0.02, 0.04)})
+    grid = make_grid({"recipe": ("paper",), "alpha": (0.0, 0.2, 0.2), "seed": (0, 1), "lambda_": (0.02, 0.04)})
     assert len(grid) == 8
     assert {(c.alpha, c.seed, c.lambda_shared, c.lambda_specialised) for c in grid} == {
         (alpha, seed, weight, weight) for alpha in (0.0, 0.2) for seed in (0, 1) for weight in (0.02, 0.04)
     }
 
 
-def test_no_option_is_one_member_of_the_paper_recipe() -> None:
-    assert make_grid({"alpha": ()}) == (TrainConfig(),)
+def test_no_option_is_one_member_of_the_default_recipe() -> None:
+    assert make_grid({"alpha": ()}) == (RECIPES[DEFAULT](),)
+    assert make_grid({"recipe": ("paper",)}) == (TrainConfig(),)
 
 
 def test_an_option_goes_to_the_recipes_in_which_it_means_something() -> None:
@@ -109,7 +111,8 @@ def test_an_empty_grid_is_refused(tmp_path: Path) -> None:
 def test_a_file_holds_the_same_names_and_an_option_wins_over_it(tiny_store: Path, tmp_path: Path) -> None:
     file = tmp_path / "grid.toml"
     file.write_text(
-        f'store = "{tiny_store}"\nwidth = 96\nalpha = [0, 0.25]\nlambda = 0.01\nsteps = 6\nlr_warmup_steps = 2\nseed = 3\n'
+        f'store = "{tiny_store}"\nrecipe = "paper"\nwidth = 96\nalpha = [0, 0.25]\nlambda = 0.01\nsteps = 6\n'
+        "lr_warmup_steps = 2\nseed = 3\n"
         'sparsity-warmup-steps = 2\nbatch_size = 64\ndtype = "float32"\nlayernorm_rescale = false\ndevice = "cpu"\n'
     )
     words = ("--config", file, "--out", tmp_path / "out", "--seed", 4, "--seed", 5, "--json")

@@ -146,6 +146,10 @@ class TrainConfig:
             raise UsageError(f"{self.activation} has the L0 that k asks for; target_l0 is for relu and jumprelu")
         if self.target_l0 and not self.lambda_shared + self.lambda_specialised:
             raise UsageError("target_l0 adapts the penalty, but both lambdas are 0")
+        if self.penalty == "none" and self.lambda_shared + self.lambda_specialised:
+            raise UsageError(
+                f"{self.activation} has no sparsity penalty, so no lambda: leave it out, or choose --recipe paper"
+            )
         if self.aux_k and self.penalty != "none":
             raise UsageError(
                 f"aux_k {self.aux_k}: the auxiliary loss goes with topk and batchtopk, not {self.activation}"

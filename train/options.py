@@ -18,10 +18,10 @@ import click
 from pipeline.cli import COUNT, read_toml
 from pipeline.errors import UsageError
 from train.config import TrainConfig
-from train.recipes import RECIPES
+from train.recipes import DEFAULT, RECIPES
 
 HELP = {
-    "recipe": "what to begin with; every other option replaces the recipe's own value",
+    "recipe": "what to begin with, the paper's own reading or the better one; every other option replaces its values",
     "width": "latents of the whole dictionary",
     "alpha": "share of latents that are shared, the paper's two levels; 0 is flat, auto adapts it in training, none when "
     "--levels is given",
@@ -54,7 +54,7 @@ HELP = {
     "lr_decay_steps": "last steps, over which the learning rate falls to 0",
     "clip_norm": "largest norm of the gradient; 0: off",
     "normalize_gradients": "scale every gradient to norm 1",
-    "steps": "optimiser steps",
+    "steps": "optimiser steps; with fewer than the recipe's, schedules that are not given take at most a fifth of them",
     "batch_size": "activation rows a step",
     "seed": "of initialisation and own draws",
     "data_seed": "of the order of rows, the same for all members of a run",
@@ -154,7 +154,7 @@ def field_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for field in reversed(dataclasses.fields(TrainConfig)):
         flag = "--" + field.name.replace("_", "-")
         is_flag = get_type_hints(TrainConfig)[field.name] is bool
-        text = f"{HELP[field.name]}  [{'paper' if field.name == 'recipe' else defaults_text(field.name)}]"
+        text = f"{HELP[field.name]}  [{DEFAULT if field.name == 'recipe' else defaults_text(field.name)}]"
         if is_flag:
             decorate = click.option(f"{flag}/--no-{flag[2:]}", field.name, multiple=True, default=(), help=text)
         else:
@@ -176,7 +176,7 @@ def make_grid(given: Mapping[str, Sequence[Any]]) -> tuple[TrainConfig, ...]:
     axes = {name: list(given[name]) for name in sorted(given, key=order.index) if given[name]}
     if "lambda_" in axes and axes.keys() & {"lambda_shared", "lambda_specialised"}:
         raise UsageError("--lambda sets both --lambda-shared and --lambda-specialised; give it or them")
-    recipes = axes.pop("recipe", ["paper"])
+    recipes = axes.pop("recipe", [DEFAULT])
     members: dict[TrainConfig, None] = {}
     for recipe in recipes:
         own = {name: values for name, values in axes.items() if takes(recipe, recipes, name, axes)}
