@@ -135,8 +135,8 @@ def sae_flop(config: SAEConfig) -> float:
     return 4.0 * config.d_model * config.width
 
 
-OVERHEAD = {"lm": 1.6, "sae": 2.0}
-"""Time beside the products, as a factor: attention, norms and log-softmax; masks, norms, sums over features. Measured."""
+SAE_TIME_OVER_PRODUCTS = 2.0
+"""Of encoding and decoding with all that is measured of the latents, for estimates."""
 
 
 def cost(
@@ -145,11 +145,11 @@ def cost(
     """FLOP, and a rough time in seconds from product rates measured now, that each token takes for all checkpoints."""
     flop = sum(map(sae_flop, saes))
     rate = product_rate(torch.float32, device, 512, d_model, max(sae.width for sae in saes))
-    seconds = OVERHEAD["sae"] * flop / rate
+    seconds = SAE_TIME_OVER_PRODUCTS * flop / rate
     if lm is not None:
         of_suffix = passes * suffix_flop(lm)
         flop += of_suffix
-        seconds += OVERHEAD["lm"] * of_suffix / product_rate(lm.dtype, device, 512, d_model, 4 * d_model)
+        seconds += lm.seconds(of_suffix)
     return flop, seconds
 
 

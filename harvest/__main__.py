@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from harvest.config import HarvestConfig
-from pipeline.cli import COUNT, main
+from pipeline.cli import COUNT, main, print_json
+from pipeline.errors import UsageError
 
 DEFAULTS = {name: field.default for name, field in HarvestConfig.__dataclass_fields__.items()}
 
@@ -70,8 +71,9 @@ DEFAULTS = {name: field.default for name, field in HarvestConfig.__dataclass_fie
     "only none.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how large it would be, and stop.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON, for train --planned.")
 @click.option("--repair", is_flag=True, help="Read everything, and make again exactly what is damaged or gone.")
-def command(layers: tuple[int, ...], dry_run: bool, repair: bool, **options: Any) -> None:
+def command(layers: tuple[int, ...], dry_run: bool, as_json: bool, repair: bool, **options: Any) -> None:
     """Run a language model over text and keep its residual stream after a layer, for training SAEs from disk.
 
     Makes a Zarr store with the rows of one layer: training and evaluation split, token ids, norms, mean and scale.
@@ -85,8 +87,12 @@ def command(layers: tuple[int, ...], dry_run: bool, repair: bool, **options: Any
     Production, on one GPU (first accept the licence of google/gemma-2-2b on the Hub, then `hf auth login`):
       python -m harvest --layer 19 --tokens 10M --store /data/gemma-2-2b-19.zarr
     """
-    from harvest.run import run  # here, so that --help does not load torch and transformers
+    from harvest.run import planned, run  # here, so that --help does not load torch and transformers
 
+    if as_json and not dry_run:
+        raise UsageError("--json goes with --dry-run")
+    if as_json:
+        print_json(planned(HarvestConfig(layers=tuple(layers), **options)))
     run(HarvestConfig(layers=tuple(layers), **options), repair=repair, dry_run=dry_run)
 
 

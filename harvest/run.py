@@ -7,6 +7,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +18,9 @@ from harvest.tokens import Tokens, mark_special, pack, scratch_array, shuffle, t
 from pipeline.backend import is_url, make_folder
 from pipeline.errors import DamagedError, MismatchError, StoreError
 from pipeline.files import disk_errors, free_bytes, human_bytes, lock_folder, require_free
-from pipeline.lm import SplitLM
-from pipeline.progress import Progress, say
-from pipeline.runtime import cpu_has_bf16, rank, versions, world_size
+from pipeline.lm import SplitLM, forward_seconds
+from pipeline.progress import Progress, format_seconds, say
+from pipeline.runtime import DTYPES, cpu_has_bf16, rank, versions, world_size
 from pipeline.store import Split, Store
 from pipeline.store_prepare import SplitTokens, prepare, resume
 from pipeline.store_writer import StoreWriter
@@ -37,6 +38,8 @@ def run(config: HarvestConfig, *, repair: bool = False, dry_run: bool = False, q
         if rank() == 0 and not quiet:
             say(describe(plan))
         if dry_run:
+            if rank() == 0 and not quiet:
+                say(describe_cost(plan))
             return list(plan.stores.values())
         with locked(plan) if rank() == 0 else contextlib.nullcontext():
             if rank() == 0:
@@ -103,6 +106,42 @@ def describe(plan: Plan) -> str:
     if c.dtype == "bf16" and plan.device.type == "cpu" and not cpu_has_bf16():
         lines.append("note     this CPU has no bf16 arithmetic: --dtype float32 is faster here")
     return "\n".join(lines)
+
+
+def describe_cost(plan: Plan) -> str:
+    """Time and memory, roughly: products at a rate measured now, the layers that run, and what harvest adds."""
+    c = cost(plan)
+    return (
+        f"time     about {format_seconds(c['seconds'])} ({c['flop']:.2g} FLOP, products measured now)\n"
+        f"memory   about {human_bytes(c['memory'])}: weights of the layers that run, a batch, two shards"
+    )
+
+
+def cost(plan: Plan) -> dict[str, float]:
+    """FLOP, seconds and bytes of memory that all of a harvest takes; and of one token in the layers after the last."""
+    c, info = plan.config, plan.info
+    assert c.batch_size is not None, "settled by the plan"
+    prefix, suffix = info.flop(max(c.layers), trust_remote_code=c.trust_remote_code)
+    flop, dtype = prefix * (plan.n_train + plan.n_eval) * c.context, DTYPES[c.dtype]
+    rows = (c.batch_size * c.context * 12 + 2 * int(c.shard_rows or 0)) * info.d_model
+    embedding = info.vocab * info.d_model
+    return {
+        "flop": flop,
+        "seconds": forward_seconds(flop, dtype, plan.device, info.d_model),
+        "memory": dtype.itemsize * (prefix / 2 + embedding + rows),
+        "suffix_seconds": forward_seconds(suffix, dtype, plan.device, info.d_model),
+    }
+
+
+def planned(config: HarvestConfig) -> dict[str, Any]:
+    """A harvest's plan as JSON data: `stores` (layer, path, config, n_sequences, bytes: FORMAT.md's names) and `cost`."""
+    plan = make_plan(config)
+    n_sequences = {"train": plan.n_train, "eval": plan.n_eval}
+    stores = [
+        {"layer": layer, "path": path, "config": plan.configs[layer], "n_sequences": n_sequences}
+        for layer, path in plan.stores.items()
+    ]
+    return {"stores": stores, "bytes": plan.estimate, "cost": cost(plan)}
 
 
 def check_space(plan: Plan) -> None:

@@ -13,6 +13,7 @@ Only members that the file asks for are evaluated and reported, whatever else th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from typing import Any
 from pipeline import stages
 from pipeline.cli import read_toml
 from pipeline.errors import UsageError
-from pipeline.progress import say
+from pipeline.files import read_json, write_json
+from pipeline.progress import format_seconds, say
 
 SHIPPED = Path(__file__).parent / "experiments"
 TABLES = {"name", "harvest", "train", "evaluate", "report"}
@@ -161,14 +163,37 @@ def dry_run(experiment: Experiment, out: Path) -> None:
     say(f"{experiment.name}: everything goes to {out}")
     words = harvest_words(experiment, places)
     say(f"1. {stages.show('harvest', words)}")
-    stages.run_stage("harvest", [*words, "--dry-run"], log)
+    planned = stages.ask_stage("harvest", [*words, "--dry-run"], log)
+    plan_file = log.with_name("harvest-plan.json")
+    write_json(plan_file, planned)
     for layer in experiment.layers:
+        n_members = 0
         for grid in experiment.train:
             words = train_words(grid, places, layer)
             say(f"2. {stages.show('train', words)}")
-            if (places.store_of(layer) / "zarr.json").exists():
-                stages.run_stage("train", [*words, "--dry-run"], log)
-            else:
-                say("   planned once the store is there")
+            there = is_complete(places.store_of(layer))
+            done = stages.ask_stage(
+                "train", [*words, "--dry-run", *([] if there else ["--planned", str(plan_file)])], log
+            )
+            n_members += len(done["members"])
         say(f"3. {stages.show('evaluate', evaluate_words(experiment, places, layer, ['MEMBERS']))}")
+        say(evaluate_cost(experiment, planned, layer, n_members))
     say(f"4. the report: {places.report}")
+
+
+def is_complete(store: Path) -> bool:
+    """Whether a store is there and finished, by its own word."""
+    root = store / "zarr.json"
+    return root.exists() and read_json(root)["attributes"]["state"] == "complete"
+
+
+def evaluate_cost(experiment: Experiment, planned: Mapping[str, Any], layer: int, n_members: int) -> str:
+    """A line on what scoring takes: a pass of the layers after the cut a member and level, clean and mean ablation."""
+    store = next(one for one in planned["stores"] if one["layer"] == layer)
+    rows = store["n_sequences"]["eval"] * store["config"]["context"]
+    passes = 2 * n_members + 2
+    seconds = passes * rows * planned["cost"]["suffix_seconds"]
+    return (
+        f"   {n_members} members, at most {passes} passes of the layers after {layer} over {rows:,} rows: about "
+        f"{format_seconds(seconds)} for KL, more for scores of texts; memory: four fifths of what is free at most"
+    )

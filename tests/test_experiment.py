@@ -1,5 +1,6 @@
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -100,6 +101,24 @@ def test_several_layers_get_a_store_each_and_folders_of_their_own(tmp_path: Path
         "--out",
         str(tmp_path / "out/checkpoints/layer_5"),
     ]
+
+
+def test_a_dry_run_of_what_is_not_there_yet_says_disk_memory_and_time_of_every_stage(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    experiments.dry_run(experiments.Experiment.read(write(tmp_path / "a.toml")), tmp_path / "out")
+    said = capfd.readouterr().err
+    for part in (
+        r"store .* 8,832 rows × 1 stores, \d\.\d MB",
+        r"time     about \d+ s .*FLOP",
+        r"memory   about \d",
+        "4 members, 1 passes over 7,936 rows of a store still to be made",
+        r"4 side by side, memory: .*optimiser",
+        "disk: at most",
+        r"4 members, at most 10 passes of the layers after 3 over 896 rows: about \d+ s",
+    ):
+        assert re.search(part, said), (part, said)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"logs"}
 
 
 def test_a_stage_that_fails_ends_the_run_with_its_command_and_log(tmp_path: Path) -> None:

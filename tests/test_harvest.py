@@ -471,7 +471,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(config: HarvestConfig)
 
 
 def test_the_command_has_an_option_for_every_field() -> None:
-    names = {option.name for option in command.params} - {"dry_run", "repair"}
+    names = {option.name for option in command.params} - {"dry_run", "as_json", "repair"}
     assert names == {field.name for field in dataclasses.fields(HarvestConfig)}
     assert {o.name: o.default for o in command.params if o.name in ("tokens", "context", "model", "dtype", "seed")} == {
         "tokens": 10_000_000, "context": 128, "model": "google/gemma-2-2b", "dtype": "bf16", "seed": 0,

@@ -153,6 +153,16 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_store: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_for_a_store_that_is_not_there_needs_that_store_in_the_plan(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"stores": []}')
+    words = ("--store", tmp_path / "s.zarr", "--out", tmp_path / "out", *SMALL, "--steps", 20, "--planned", plan)
+    with pytest.raises(UsageError, match="plans no store at"):
+        invoke(*words, "--dry-run")
+    with pytest.raises(UsageError, match="--planned goes with --dry-run"):
+        invoke(*words)
+
+
 def test_the_json_names_every_member_and_its_final_checkpoint(tiny_store: Path, tmp_path: Path) -> None:
     words = ("--store", tiny_store, "--out", tmp_path / "out", *SMALL, "--steps", 6, "--seed", 0, "--seed", 1, "--json")
     found = json.loads(invoke(*words).stdout)

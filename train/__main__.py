@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from pipeline.cli import COUNT, main, print_json
-from pipeline.errors import DivergedError
-from pipeline.files import human_bytes
+from pipeline.errors import DivergedError, UsageError
+from pipeline.files import human_bytes, read_json
 from pipeline.progress import format_seconds, say
 from pipeline.runtime import rank, resolve_device
 from pipeline.store import Store
@@ -57,11 +57,16 @@ from train.trainee import Outcome
 )
 @click.option("--dry-run", is_flag=True, help="Print members, memory, disk and a rough time; train nothing.")
 @click.option(
+    "--planned", type=click.Path(path_type=Path), metavar="FILE",
+    help="With --dry-run, for a store that is not there yet: what harvest --dry-run --json printed.",
+)  # fmt: skip
+@click.option(
     "--json", "as_json", is_flag=True, help="Print the members and their final checkpoints as JSON on stdout."
 )
 def command(
     store: Path, out: Path, mode: Mode, window_rows: int | None, threads: int, device: str, keep: str,
-    log: tuple[str, ...], data_parallel: bool, verify_first: bool, dry_run: bool, as_json: bool, **given: Any,
+    log: tuple[str, ...], data_parallel: bool, verify_first: bool, dry_run: bool, planned: Path | None, as_json: bool,
+    **given: Any,
 ) -> None:  # fmt: skip
     """Train nested sparse autoencoders on an activation store.
 
@@ -77,7 +82,9 @@ def command(
     """
     members = make_grid(given)
     config = RunConfig(store, out, members, device, mode, window_rows, threads, keep, log, verify_first, data_parallel)
-    outcomes = show_plan(config) if dry_run else run(config)
+    if planned is not None and not dry_run:
+        raise UsageError("--planned goes with --dry-run")
+    outcomes = show_plan(config, planned) if dry_run else run(config)
     if as_json and not (data_parallel and rank()):
         print_json({"members": [as_data(outcome) for outcome in outcomes]})
     if failed := [outcome for outcome in outcomes if outcome.problem]:
@@ -92,15 +99,29 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
     return {"folder": str(outcome.folder), "step": outcome.step, "final": final, "problem": outcome.problem or None}
 
 
-def show_plan(config: RunConfig) -> list[Outcome]:
+def planned_store(path: Path, plan_file: Path) -> Store:
+    """The store at `path` as a plan of harvest says it will be. Raises UsageError when the plan has none there."""
+    for one in read_json(plan_file)["stores"]:
+        if Path(one["path"]).absolute() == path.absolute():
+            return Store.planned(path, one["config"], one["n_sequences"])
+    raise UsageError(f"{plan_file}: plans no store at {path}; give harvest and train the same --store")
+
+
+def show_plan(config: RunConfig, planned: Path | None = None) -> list[Outcome]:
     """Print what `run` would do; where members stand as outcomes."""
     check_out(config.out)
-    store, device = Store.open(config.store), resolve_device(config.device)
+    device = resolve_device(config.device)
+    store = Store.open(config.store) if planned is None else planned_store(config.store, planned)
     processes = Processes(0, 1, device, None)
     tasks = plan.make_tasks(config, store, own_members(config, processes))
     free = plan.free_memory(device)
     passes = plan.make_passes(store, tasks, device, free)
-    announce(store, tasks, passes, device)
+    if planned is None:
+        announce(store, tasks, passes, device)
+    else:
+        say(f"{len(tasks)} members, {len(passes)} passes over {store.train.n_rows:,} rows of a store still to be made")
+        for group in passes:
+            say(f"{len(group)} side by side, memory: {plan.memory_text(plan.pass_memory(store, group, device))}")
     for task in tasks:
         say(
             f"  {task.folder.name}: {task.config.recipe}, width {task.config.width}, {task.config.steps} steps, {task.status}"
