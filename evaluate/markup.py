@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
-from typing import Any
 
 VOID = frozenset({"br", "meta", "link", "input", "hr", "img", "col"})
 
@@ -49,11 +47,3 @@ def join(*children: Child) -> Html:
 def text(value: object) -> Html:
     """Foreign text (a path, a name, a corpus) isolated, so that its direction cannot reorder what is around it."""
     return h("bdi", str(value))
-
-
-def json_script(data: Any, id: str) -> Html:
-    """A data island: JSON that cannot end its element nor break a line of script."""
-    body = json.dumps(data, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-    for unsafe in "<>&\u2028\u2029":
-        body = body.replace(unsafe, f"\\u{ord(unsafe):04x}")
-    return Html(f'<script type="application/json" id="{html.escape(id, quote=True)}">{body}</script>')

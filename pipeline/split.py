@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -196,15 +195,6 @@ class Split:
         read_chunk(self.files, self.arrays["resid"].key(k), (offset, nbytes), self.shape.layout.codec, to_numpy(whole))
         if ragged:
             out.copy_(whole[: stop - start])
-
-    def read_chunks_into(self, buffer: Shaped[Tensor, "row d_model"], chunks: Sequence[int]) -> int:
-        """Read chunks one behind the other into preallocated memory; returns the number of rows. Raises DamagedError."""
-        n = 0
-        for chunk in chunks:
-            start, stop = self.chunk_rows_range(chunk)
-            self.read_chunk(chunk, buffer[n : n + stop - start])
-            n += stop - start
-        return n
 
     def read(self, start: int, stop: int) -> Shaped[Tensor, "row d_model"]:
         """Rows start … stop in order, in the store's dtype, crc checked. Raises DamagedError, never zeros."""

@@ -127,16 +127,6 @@ def test_files_are_the_bytes_that_zarr_python_writes(small: Store, tmp_path: Pat
             assert written[key] == data, key
 
 
-def test_chunks_can_be_read_into_memory_that_is_there(small: Store) -> None:
-    split = small.train
-    chunks = [4, 0, split.n_chunks - 1]
-    buffer = torch.zeros(3 * split.chunk_rows, small.d_model, dtype=small.dtype)
-    n = split.read_chunks_into(buffer, chunks)
-    expected = torch.cat([split.read(*split.chunk_rows_range(chunk)) for chunk in chunks])
-    assert n == len(expected) == 2 * 8 + 4
-    assert torch.equal(buffer[:n], expected)
-
-
 def test_a_chunk_does_not_fit_into_memory_of_another_shape(small: Store) -> None:
     with pytest.raises(ValueError, match="out is"):
         small.train.read_chunk(0, torch.zeros(3, small.d_model, dtype=small.dtype))
