@@ -189,11 +189,16 @@ class Folder:
         for step in there.keys() - kept:
             there[step].unlink()
 
-    def finish(self) -> None:
+    def finish(self, keep: Keep) -> None:
         """Name the final checkpoint in complete.json and drop the rolling state, which nothing needs any more."""
+        self.retain(keep)  # again: a kill may have come between the last checkpoint and what it puts an end to
         final = self.checkpoint_path(self.config.steps)
         record = {"final": str(final.relative_to(self.path)), "sha256": hash_file(final)}
         write_json(self.path / "complete.json", record)
+        self.drop_state()
+
+    def drop_state(self) -> None:
+        """Delete the rolling state of a finished member, where it still is: a kill may have come just before."""
         self.state_path.unlink(missing_ok=True)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:

@@ -57,6 +57,9 @@ def run(config: RunConfig) -> list[Outcome]:
         if config.verify_first and passes:
             say("checking every byte of the training shards")
             check.require()
+        for task in tasks:
+            if task.finished and processes.writes:
+                task.folder.drop_state()
         outcomes = {task.folder.name: Outcome(task.folder.path, task.step, task.folder.final()) for task in tasks}
         for group in passes:
             for outcome in Pass(config, store, processes, group, check, stop).run():

@@ -157,7 +157,7 @@ class Trainee:
         """The end: a finished member's final checkpoint is named on disk."""
         final = self.folder.checkpoint_path(self.task.config.steps) if not self.problem else None
         if final is not None and self.writes:
-            self.folder.finish()
+            self.folder.finish(self.keep)
         return Outcome(self.folder.path, self.member.n_steps, final, self.problem)
 
 
