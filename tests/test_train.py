@@ -30,7 +30,7 @@ from pipeline.store import Store
 from train.bodies import BodyCheck
 from train.config import TrainConfig
 from train.log import scalars
-from train.members import Keep, member_name
+from train.members import Folder, Keep, member_name
 from train.plan import RunConfig
 from train.run import run
 from train.trainee import Outcome, Trainee
@@ -434,3 +434,25 @@ def test_two_data_parallel_processes_equal_one_within_rounding(
             assert (a["step"], a["rows"]) == (b["step"], b["rows"])
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
             assert a["l0"] == pytest.approx(b["l0"], rel=1e-2)
+
+
+def test_a_state_that_a_kill_left_in_a_finished_member_is_dropped(tiny_store: Path, tmp_path: Path) -> None:
+    (outcome,) = train(tiny_store, tmp_path / "out", small(steps=6))
+    left = outcome.folder / "state.safetensors"
+    left.write_bytes(b"written before complete.json, not deleted after it")
+    train(tiny_store, tmp_path / "out", small(steps=6))
+    assert not left.exists()
+
+
+def test_a_kill_before_the_last_retention_leaves_no_checkpoint_more(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(steps=16, checkpoint_every=5)
+    (whole,) = train(tiny_store, tmp_path / "whole", config, keep="last:1")
+    monkeypatch.setattr(Folder, "finish", lambda *_: None)
+    monkeypatch.setattr(Folder, "retain", lambda *_: None)
+    train(tiny_store, tmp_path / "out", config, keep="last:1")
+    monkeypatch.undo()
+    (again,) = train(tiny_store, tmp_path / "out", config, keep="last:1")
+    names = [sorted(p.name for p in one.folder.rglob("*")) for one in (whole, again)]
+    assert names[0] == names[1]
