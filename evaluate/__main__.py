@@ -78,7 +78,8 @@ def evaluate(places: tuple[Path, ...], as_json: bool, all_steps: bool, dry_run: 
         failed = [{"path": str(path), "error": str(error)} for path, error in outcome.failed]
         print_json({"out": str(options["out"]), "results": outcome.results, "failed": failed})
     if outcome.failed:
-        print(f"error: {len(outcome.failed)} checkpoints failed, {len(outcome.results)} have results", file=sys.stderr)
+        n_failed, n_done = len(outcome.failed), len(outcome.results)
+        print(f"error: checkpoints that failed: {n_failed}; that have results: {n_done}", file=sys.stderr)
         sys.exit(1)
 
 

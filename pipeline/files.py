@@ -188,10 +188,19 @@ def sweep_partials(folder: Path) -> list[Path]:
 
 def require_same(path: Path, found: Mapping[str, Any], asked: Mapping[str, Any], what: str) -> None:
     """Raise MismatchError naming every field in which the config on disk differs from the one asked for."""
+    found, asked = flattened(found), flattened(asked)
     names = sorted(name for name in found.keys() | asked.keys() if found.get(name) != asked.get(name))
     if names:
         detail = "; ".join(f"{n}: there {found.get(n)!r}, asked {asked.get(n)!r}" for n in names)
         raise MismatchError(f"{path}: {what} was made with another config ({detail}); use its config or another path")
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config with mappings in it as one mapping, names joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def human_bytes(n: float) -> str:

@@ -153,7 +153,8 @@ class Split:
         """
         record = self.commit(k)
         if record is None:
-            raise DamagedError(f"{self.files.where(self.arrays['commit'].key(k))}: shard {k} is not committed")
+            where = self.files.where(self.arrays["commit"].key(k))
+            raise DamagedError(f"{where}: gone, so shard {k} is not committed; run harvest --repair")
         for name in ("norm", "moments"):
             array = self.arrays[name]
             if (size := self.files.size(array.key(k))) != array.file_nbytes:

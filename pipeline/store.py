@@ -199,7 +199,10 @@ def read_root(files: Files) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{where}: not readable as a Zarr group ({error}); run harvest --repair") from error
     if found != (FORMAT, VERSION):
-        raise StoreError(f"{where}: expected format {FORMAT} version {VERSION}, found {found[0]} version {found[1]}")
+        raise StoreError(
+            f"{where}: expected format {FORMAT} version {VERSION}, found {found[0]} version {found[1]}; harvest again, or use "
+            f"the release that made it"
+        )
     if not whole:
         raise DamagedError(f"{where}: bytes changed since it was written (seal); run harvest --repair")
     return dict(attributes)

@@ -71,7 +71,7 @@ def test_a_failing_checkpoint_exits_1_after_the_others(
     found = json.loads(done.out)
     assert len(found["results"]) == 1
     assert "bad.safetensors: not a whole safetensors file" in found["failed"][0]["error"]
-    assert done.err.strip().endswith("error: 1 checkpoints failed, 1 have results")
+    assert done.err.strip().endswith("error: checkpoints that failed: 1; that have results: 1")
 
 
 def in_process(place: Path, *words: str) -> int:

@@ -198,7 +198,9 @@ def test_torchrun_with_two_processes_makes_the_bytes_of_one(configs: Callable[[s
 def test_ctrl_c_says_how_to_go_on_and_exits_130(configs: Callable[[str], HarvestConfig]) -> None:
     config = configs("ctrl-c")
     arguments = f"--model {config.model} --layer 2 --corpus {config.corpus} --store {config.store} --tokens 1600"
-    arguments += " --eval-tokens 320 --context 16 --batch-size 1 --chunk-rows 16 --shard-rows 16 --device cpu"  # 120 shards
+    arguments += (
+        " --eval-tokens 320 --context 16 --batch-size 1 --chunk-rows 16 --shard-rows 16 --device cpu"  # 120 shards
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "harvest", *arguments.split()], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )

@@ -166,7 +166,7 @@ def test_a_member_that_diverges_keeps_its_last_good_checkpoint_and_the_others_go
     assert_same(good, alone[0])
     assert bad.final is None
     assert "not finite between steps 13 and 15" in bad.problem
-    assert "goes back to step 10" in bad.problem
+    assert "last good state is that of step 10" in bad.problem
     monkeypatch.undo()
     assert_same(train(tiny_store, tmp_path / "out", GRID[1])[0], alone[1])
 

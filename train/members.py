@@ -119,7 +119,7 @@ class Folder:
         found = read_json(path)
         if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
             raise DamagedError(f"{path}: not a {FORMAT} of version {VERSION}; choose another --out")
-        require_same(path, flat(found), flat(self.description(found["order"])), "this member")
+        require_same(path, identity(found), identity(self.description(found["order"])), "this member")
         return dict(found["order"])
 
     def description(self, order: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,10 +233,9 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def flat(description: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with names that say where a field stands: config.lr, store.id."""
-    parts = ("config", "store", "order")
-    return {f"{part}.{name}": value for part in parts for name, value in description[part].items()}
+def identity(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What of config.json must not change while a member is trained."""
+    return {part: description[part] for part in ("config", "store", "order")}
 
 
 def check_out(out: Path) -> None:

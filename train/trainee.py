@@ -103,10 +103,12 @@ class Trainee:
         """Raise DivergedError when a loss or gradient since the last logged step was not finite."""
         if self.member.is_finite():
             return
-        there = f"goes back to step {self.saved}" if self.saved else "has no checkpoint before it"
+        last = (
+            f"the last good state is that of step {self.saved}" if self.saved else "there is no checkpoint before that"
+        )
         raise DivergedError(
             f"{self.folder.path}: the loss or a gradient was not finite between steps {self.logged + 1} and "
-            f"{self.member.n_steps}; what is on disk {there}; lower --lr or raise --lr-warmup-steps"
+            f"{self.member.n_steps}; {last}; lower --lr or raise --lr-warmup-steps"
         )
 
     def log(self, clock: Clock) -> None:
