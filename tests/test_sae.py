@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
-from pipeline.sae import NestedSAE, SAEConfig, levels_for_alpha
+from pipeline.sae import NestedSAE, SAEConfig, level_size, levels_for_alpha
 
 KINDS = {
     "relu": SAEConfig(16, 64, (16, 64)),
@@ -112,10 +112,21 @@ def test_alpha_gives_the_papers_two_levels_or_says_why_not(alpha: float, width: 
         levels = levels_for_alpha(alpha, width)
     except UsageError:
         assert alpha > 0
-        assert round(alpha * width) in (0, width)
+        assert level_size(alpha, width) in (0, width)
         return
-    assert levels == ((width,) if alpha == 0 else (round(alpha * width), width))
+    assert levels == ((width,) if alpha == 0 else (level_size(alpha, width), width))
     assert SAEConfig(8, width, levels).n_shared == (levels[0] if alpha else 0)
+
+
+@given(st.floats(0, 1), st.integers(1, 5000))
+def test_a_level_has_its_share_of_the_latents_and_a_wide_one_ends_aligned(share: float, width: int) -> None:
+    m = level_size(share, width)
+    assert 0 <= m <= width
+    if width < 1024:
+        assert m == round(share * width)
+    else:
+        assert abs(m - share * width) <= 4
+        assert m % 8 == 0 or m == width
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.0, 1.5, float("nan")])

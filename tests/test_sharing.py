@@ -19,6 +19,7 @@ from evaluate.report_runs import AUTO, read_results, sharing_label
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import UsageError
 from pipeline.files import write_json
+from pipeline.sae import level_size
 from train.__main__ import command
 from train.members import member_name
 from train.recipes import RECIPES
@@ -49,7 +50,7 @@ def test_the_ratio_changes_fifty_times_over_the_first_four_fifths() -> None:
 @given(st.integers(2, 10_000), st.data())
 def test_the_shared_level_moves_by_a_hundredth_towards_its_target_and_stays_inside(width: int, data: Any) -> None:
     n_shared = data.draw(st.integers(1, width - 1))
-    change = max(1, round(width / 100))
+    change = max(1, level_size(0.01, width))
     more = adapted(n_shared, width, (60.0, 20.0), 100.0, target=0.9)  # explains 0.4 of 0.8: half
     less = adapted(n_shared, width, (22.0, 20.0), 100.0, target=0.9)
     assert more == min(max(n_shared + change, change), width - change)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from pipeline.errors import UsageError
-from pipeline.sae import Activation, LayerNorm, SAEConfig, levels_for_alpha
+from pipeline.sae import Activation, LayerNorm, SAEConfig, level_size, levels_for_alpha
 
 Objective = Literal["nested", "additive"]
 Penalty = Literal["l1", "l0", "none"]
@@ -159,7 +159,7 @@ class TrainConfig:
         """Cumulative sizes of the levels, the last one the width; those that training begins with."""
         if self.alpha is not None:
             return levels_for_alpha(FIRST_ALPHA if self.alpha == "auto" else self.alpha, self.width)
-        return tuple(round(share * self.width) for share in self.levels)
+        return tuple(level_size(share, self.width) for share in self.levels)
 
     def sae_config(self, d_model: int) -> SAEConfig:
         """The SAE this trains. Raises UsageError for levels that do not increase to the width."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.sae import level_size
 from train.config import TrainConfig
 
 ADAPTATIONS, ADAPTING, CHANGE = 50, 0.8, 0.01
@@ -33,6 +34,6 @@ def adapted(n_shared: int, width: int, errors: Sequence[float], square: float, t
     shared, whole = (1 - error / square for error in errors)
     if not whole > 0:
         return n_shared
-    change = max(1, round(CHANGE * width))
+    change = max(1, level_size(CHANGE, width))
     wanted = n_shared + (change if shared < target * whole else -change)
     return min(max(wanted, change), width - change)
