@@ -79,7 +79,9 @@ def clean_pass(lm: SplitLM, batch: Batch, chunk: int) -> Clean:
     for rows in chunks(len(hidden), chunk):
         log_p = log_probabilities(lm, hidden[rows])
         torch.exp(log_p, out=p[rows])
-        parts.append((torch.linalg.vecdot(p[rows], log_p), log_p.argmax(1), cross_entropy(log_p, batch.targets[rows])))
+        parts.append(
+            (torch.linalg.vecdot(p[rows], log_p), first_largest(log_p), cross_entropy(log_p, batch.targets[rows]))
+        )
     if not parts:
         return Clean(p, p.new_zeros(0), batch.targets, p.new_zeros(0))
     clean = Clean(p, *(torch.cat(column) for column in zip(*parts)))
@@ -91,7 +93,28 @@ def clean_pass(lm: SplitLM, batch: Batch, chunk: int) -> Clean:
 def compare(clean: Clean, rows: slice, log_q: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"]) -> TokenScores:
     """Scores of some rows from their log-probabilities under the changed model: Σ p log p − Σ p log q, and so on."""
     kl = clean.negative_entropy[rows] - torch.linalg.vecdot(clean.p[rows], log_q)
-    return TokenScores(kl, cross_entropy(log_q, targets), (log_q.argmax(1) == clean.top[rows]).float())
+    return TokenScores(kl, cross_entropy(log_q, targets), (first_largest(log_q) == clean.top[rows]).float())
+
+
+BLOCK = 512
+"""Columns of which only the largest is looked at when the largest of all is searched."""
+
+
+def first_largest(values: Float[Tensor, "row vocab"]) -> Int[Tensor, " row"]:
+    """argmax(1), the first one among equals: by blocks, since torch's own takes half as long as a log-softmax on a CPU."""
+    if values.shape[1] <= BLOCK:
+        return torch.argmax(values, 1)
+    n_blocks = values.shape[1] // BLOCK
+    blocks = values[:, : n_blocks * BLOCK].view(len(values), n_blocks, BLOCK)
+    rest = values[:, n_blocks * BLOCK :]
+    largest = blocks.amax(2)
+    block = largest.argmax(1)
+    rows = torch.arange(len(values), device=values.device)
+    found: Tensor = block * BLOCK + blocks[rows, block].argmax(1)
+    if not rest.shape[1]:
+        return found
+    of_rest, where = rest.max(1)
+    return torch.where(of_rest > largest.amax(1), n_blocks * BLOCK + where, found)
 
 
 def score_residual(

@@ -10,6 +10,8 @@ import lm_stores
 import pytest
 import tiny_models
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from reference import reference_behaviour
 
 from evaluate.sample import Batch, Sample
@@ -21,6 +23,7 @@ from evaluate.splice import (
     behaviour_scores,
     clean_pass,
     compare,
+    first_largest,
     score_residual,
     score_zero,
     splice,
@@ -28,6 +31,7 @@ from evaluate.splice import (
 )
 from pipeline.errors import ModelError
 from pipeline.lm import SplitLM
+from pipeline.runtime import numpy_rng
 from pipeline.store import Store
 
 CPU = torch.device("cpu")
@@ -233,3 +237,10 @@ def test_a_model_whose_clean_output_is_not_finite_is_an_error(made: Any) -> None
     batch.residual[0, 3] = math.nan
     with pytest.raises(ModelError, match="clean model's log-probabilities are not finite"):
         clean_pass(lm, batch, 64)
+
+
+@given(st.integers(1, 2000), st.integers(1, 6), st.integers(0, 99))
+def test_the_first_largest_is_argmax_ties_and_ragged_ends_included(vocab: int, n_rows: int, seed: int) -> None:
+    values = torch.from_numpy(numpy_rng("largest", seed, vocab).integers(0, 4, (n_rows, vocab)).astype("float32"))
+    values[0] = 1.0
+    assert first_largest(values).tolist() == [row.index(max(row)) for row in values.tolist()]
