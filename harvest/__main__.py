@@ -91,9 +91,11 @@ def command(layers: tuple[int, ...], dry_run: bool, as_json: bool, repair: bool,
 
     if as_json and not dry_run:
         raise UsageError("--json goes with --dry-run")
-    if as_json:
-        print_json(planned(HarvestConfig(layers=tuple(layers), **options)))
-    run(HarvestConfig(layers=tuple(layers), **options), repair=repair, dry_run=dry_run)
+    config = HarvestConfig(layers=tuple(layers), **options)
+    if not dry_run:
+        run(config, repair=repair)
+    elif (plan := planned(config, repair=repair)) and as_json:
+        print_json(plan)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def make_plan(config: HarvestConfig, *, repair: bool = False) -> Plan:
     sources = find_corpora(config, held)
     kept = {"corpus": held["corpus"], "eval_corpus": held["eval_corpus"]} if repair and held else None
     shared |= kept or sources.identities(held)
-    earlier = segments(next(iter(stores.values())), repair=repair)
+    earlier = next((found for path in stores.values() if (found := segments(path, repair=repair))), ())
     return Plan(
         config=config,
         info=info,

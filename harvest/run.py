@@ -33,14 +33,12 @@ def run(config: HarvestConfig, *, repair: bool = False, dry_run: bool = False, q
 
     Under torchrun rank 0 prepares and finishes, and every rank makes its own shards. Raises any PipelineError.
     """
+    if dry_run:
+        return [one["path"] for one in planned(config, repair=repair, quiet=quiet)["stores"]]
     with workers() as barrier:
         plan = make_plan(config, repair=repair)
         if rank() == 0 and not quiet:
             say(describe(plan))
-        if dry_run:
-            if rank() == 0 and not quiet:
-                say(describe_cost(plan))
-            return list(plan.stores.values())
         with locked(plan) if rank() == 0 else contextlib.nullcontext():
             if rank() == 0:
                 check_space(plan)
@@ -108,9 +106,8 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def describe_cost(plan: Plan) -> str:
+def describe_cost(c: Mapping[str, float]) -> str:
     """Time and memory, roughly: products at a rate measured now, the layers that run, and what harvest adds."""
-    c = cost(plan)
     return (
         f"time     about {format_seconds(c['seconds'])} ({c['flop']:.2g} FLOP, products measured now)\n"
         f"memory   about {human_bytes(c['memory'])}: weights of the layers that run, a batch, two shards"
@@ -133,15 +130,18 @@ def cost(plan: Plan) -> dict[str, float]:
     }
 
 
-def planned(config: HarvestConfig) -> dict[str, Any]:
-    """A harvest's plan as JSON data: `stores` (layer, path, config, n_sequences, bytes: FORMAT.md's names) and `cost`."""
-    plan = make_plan(config)
+def planned(config: HarvestConfig, *, repair: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Say what a harvest would do, and return it as JSON data: `stores` (layer, path, config, n_sequences), `bytes`, `cost`."""
+    plan = make_plan(config, repair=repair)
+    costs = cost(plan)
+    if rank() == 0 and not quiet:
+        say(f"{describe(plan)}\n{describe_cost(costs)}")
     n_sequences = {"train": plan.n_train, "eval": plan.n_eval}
     stores = [
         {"layer": layer, "path": path, "config": plan.configs[layer], "n_sequences": n_sequences}
         for layer, path in plan.stores.items()
     ]
-    return {"stores": stores, "bytes": plan.estimate, "cost": cost(plan)}
+    return {"stores": stores, "bytes": plan.estimate, "cost": costs}
 
 
 def check_space(plan: Plan) -> None:

@@ -109,9 +109,11 @@ class Split:
 
         Reads one shard's norms at a time.
         """
-        found = [np.empty(0, np.int64)]
-        for k in range(self.n_shards if multiple is not None else 0):
-            beyond = self.shard_usable(k) & ~not_massive(self.shard_norm(k), float(multiple or 0), median)
+        if multiple is None:
+            return np.empty(0, np.int64)
+        found = []
+        for k in range(self.n_shards):
+            beyond = self.shard_usable(k) & ~not_massive(self.shard_norm(k), multiple, median)
             found.append(np.flatnonzero(beyond) + k * self.shard_rows)
         return np.concatenate(found)
 
