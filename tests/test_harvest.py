@@ -333,6 +333,16 @@ def test_two_harvests_of_one_store_at_once_are_refused(config: HarvestConfig) ->
     assert Store.open(folder).complete
 
 
+def test_a_layer_added_beside_an_extended_store_gets_its_tokens(config: HarvestConfig) -> None:
+    both = config.replace(layers=(0, 1))
+    run(both.replace(tokens=800), quiet=True)
+    run(both, quiet=True)
+    shutil.rmtree(Path(config.store) / "layer_0.zarr")
+    run(both, quiet=True)
+    first, second = (Store.open(Path(config.store) / f"layer_{layer}.zarr") for layer in (0, 1))
+    assert (first.train.tokens == second.train.tokens).all()
+
+
 def test_a_harvest_that_cannot_begin_leaves_no_folder(config: HarvestConfig) -> None:
     with pytest.raises(CorpusError, match="shorter than asked"):
         run(config.replace(tokens=10**8), quiet=True)
