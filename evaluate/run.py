@@ -36,7 +36,7 @@ from evaluate.probing import Probing, prepare
 from evaluate.results import definitions, is_done, result_path, write_csv, write_result
 from evaluate.sample import Sample, Survey
 from evaluate.scorer import Scorer, shared_work
-from evaluate.splice import Baselines, clean_pass, zero_log_probabilities
+from evaluate.splice import Baselines, clean_pass
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import hash_config, human_bytes
 from pipeline.progress import Progress, format_seconds, say
@@ -189,6 +189,7 @@ class Job:
         self.prepare_probing()
         plan = self.plan(todo)
         self.announce(plan, todo)
+        planning.settle_freed_memory(plan)
         sample = Sample(self.store, self.n_sequences, plan.batch, self.device)
         with torch.inference_mode():
             found = sample.survey()
@@ -209,14 +210,15 @@ class Job:
     ) -> list[Scorer]:
         """One pass over the rows for some checkpoints: batches outside, checkpoints inside. Those that did not fail."""
         scorers = list(self.load_group(group, found, outcome))
-        baselines = None
-        if self.lm is not None and self.baselines is None:
-            log_zero = zero_log_probabilities(self.lm, self.store.context, plan.chunk)
-            baselines = Baselines.empty(log_zero, self.store.mean)
+        baselines, clean, context = None, None, self.store.context
+        if self.lm is not None:
+            space = torch.empty(plan.batch * context, self.lm.vocab, device=self.device)
+            baselines = self.baselines or Baselines.empty(self.lm, self.store.mean, context, plan.chunk)
         for batch in sample.batches():
-            clean = clean_pass(self.lm, batch, plan.chunk) if self.lm is not None else None
-            if self.lm is not None and clean is not None and baselines is not None:
-                baselines.update(self.lm, batch, clean, plan.chunk)
+            if self.lm is not None and baselines is not None:
+                clean = clean_pass(self.lm, batch, plan.chunk, space)
+                if baselines is not self.baselines:
+                    baselines.update(batch, clean)
             shared = shared_work(batch, clean, found)
             for scorer in list(scorers):
                 scorer.update(self.lm, shared, plan.chunk)
@@ -225,7 +227,7 @@ class Job:
                 bar.advance(len(batch.tokens), scorer.checkpoint.member)
             if not scorers:
                 return []
-        self.baselines = self.baselines or baselines
+        self.baselines = baselines
         return scorers
 
     def load_group(self, group: Sequence[Checkpoint], found: Survey, outcome: Outcome) -> Iterator[Scorer]:

@@ -8,7 +8,7 @@ spliced and counted; zero ablation zeroes every position. KL is KL(clean ‖ spl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,13 +68,14 @@ def cross_entropy(log_q: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"
     return -torch.where(targets >= 0, log_q.gather(1, targets.clamp(min=0)[:, None])[:, 0], 0.0)
 
 
-def clean_pass(lm: SplitLM, batch: Batch, chunk: int) -> Clean:
+def clean_pass(lm: SplitLM, batch: Batch, chunk: int, space: Float[Tensor, "most vocab"] | None = None) -> Clean:
     """Run the clean residual through the suffix once and keep its distributions: rows × vocab × 4 bytes.
 
+    `space`: where to keep them, float32, for at least as many rows; what it held before is gone.
     Raises ModelError when the model's own output is not finite.
     """
     hidden = kept_hidden(lm, batch, batch.residual)
-    p = torch.empty(len(hidden), lm.vocab, device=hidden.device)
+    p = torch.empty(len(hidden), lm.vocab, device=hidden.device) if space is None else space[: len(hidden)]
     parts = []
     for rows in chunks(len(hidden), chunk):
         log_p = log_probabilities(lm, hidden[rows])
@@ -129,18 +130,30 @@ def score_residual(
     return joined(parts, clean)
 
 
-def zero_log_probabilities(lm: SplitLM, context: int, chunk: int) -> Float[Tensor, "pos vocab"]:
-    """Log-probabilities after zero ablation of every position, BOS included; they depend on the position alone."""
-    residual = torch.zeros(1, context, lm.d_model, dtype=lm.dtype, device=lm.device)
+def log_probabilities_by_position(
+    lm: SplitLM, residual: Float[Tensor, "1 pos d_model"], chunk: int
+) -> Float[Tensor, "pos vocab"]:
+    """Log-probabilities after a residual stream that is the same in every sequence."""
     hidden = lm.suffix(residual)[0]
-    return torch.cat([log_probabilities(lm, hidden[rows]) for rows in chunks(context, chunk)])
+    return torch.cat([log_probabilities(lm, hidden[rows]) for rows in chunks(len(hidden), chunk)])
 
 
-def score_zero(batch: Batch, clean: Clean, log_q: Float[Tensor, "pos vocab"], chunk: int) -> TokenScores:
-    """Compare zero ablation, given by position, with the clean model on every kept row."""
+def score_by_position(batch: Batch, clean: Clean, log_q: Float[Tensor, "pos vocab"], chunk: int) -> TokenScores:
+    """Compare a changed model whose output depends on the position alone with the clean model on every kept row."""
     position = batch.kept.nonzero()[:, 1]
     parts = [compare(clean, rows, log_q[position[rows]], batch.targets[rows]) for rows in chunks(len(position), chunk)]
     return joined(parts, clean)
+
+
+def depends_on_position_alone(lm: SplitLM, batch: Batch, residual: Float[Tensor, "seq pos d_model"]) -> bool:
+    """Whether the suffix gives every sequence the same: residuals are equal, and other tokens beside them change nothing.
+
+    Tried on the first and the last sequence, since some models' later layers look at the tokens again.
+    """
+    if len(residual) < 2 or not torch.equal(residual, residual[:1].expand_as(residual)):
+        return False
+    one, other = lm.suffix(residual[[0, -1]], batch.tokens[[0, -1]])
+    return torch.equal(one, other)
 
 
 def joined(parts: list[TokenScores], clean: Clean) -> TokenScores:
@@ -174,27 +187,41 @@ class Behaviour:
 class Baselines:
     """What a job computes once: the clean model, zero ablation of all positions, mean ablation of the kept ones.
 
-    `log_zero`: log-probabilities after zero ablation by position; `store_mean`: that of the kept training rows.
+    Zero ablation, BOS included, is the same in every sequence: one is enough for all. So is mean ablation in batches
+    whose special positions and the residuals there are alike in all sequences, as after a BOS each.
     """
 
-    log_zero: Float[Tensor, "pos vocab"]
+    lm: SplitLM
     store_mean: Float[Tensor, " d_model"]
+    chunk: int
+    log_zero: Float[Tensor, "pos vocab"]
     clean: Behaviour
     zero: Behaviour
     mean: Behaviour
+    alike: dict[str, Tensor] = field(default_factory=dict)  # the last such residual [1, pos, d_model] and log_q
 
     @staticmethod
-    def empty(log_zero: Float[Tensor, "pos vocab"], store_mean: Float[Tensor, " d_model"]) -> Baselines:
-        """Baselines of no rows."""
-        device = log_zero.device
-        return Baselines(log_zero, store_mean.to(device), Behaviour(device), Behaviour(device), Behaviour(device))
+    def empty(lm: SplitLM, store_mean: Float[Tensor, " d_model"], context: int, chunk: int) -> Baselines:
+        """Baselines of no rows. `store_mean`: of the kept training rows; `chunk`: rows unembedded at once."""
+        nothing = torch.zeros(1, context, lm.d_model, dtype=lm.dtype, device=lm.device)
+        log_zero = log_probabilities_by_position(lm, nothing, chunk)
+        clean, zero, mean = (Behaviour(lm.device) for _ in range(3))
+        return Baselines(lm, store_mean.to(lm.device), chunk, log_zero, clean, zero, mean)
 
-    def update(self, lm: SplitLM, batch: Batch, clean: Clean, chunk: int) -> None:
+    def update(self, batch: Batch, clean: Clean) -> None:
         """Add a batch."""
         self.clean.update(batch, TokenScores(-clean.negative_entropy, clean.ce, torch.ones_like(clean.ce)))
-        self.zero.update(batch, score_zero(batch, clean, self.log_zero, chunk))
+        self.zero.update(batch, score_by_position(batch, clean, self.log_zero, self.chunk))
+        self.mean.update(batch, self._mean_ablated(batch, clean))
+
+    def _mean_ablated(self, batch: Batch, clean: Clean) -> TokenScores:
         ablated = splice(batch, self.store_mean.expand_as(batch.x))
-        self.mean.update(batch, score_residual(lm, batch, clean, ablated, chunk))
+        if not depends_on_position_alone(self.lm, batch, ablated):
+            return score_residual(self.lm, batch, clean, ablated, self.chunk)
+        if not self.alike or not torch.equal(self.alike["residual"], ablated[:1]):
+            log_q = log_probabilities_by_position(self.lm, ablated[:1], self.chunk)
+            self.alike.update(residual=ablated[:1], log_q=log_q)
+        return score_by_position(batch, clean, self.alike["log_q"], self.chunk)
 
     def numbers(self, k: int) -> dict[str, float]:
         """Baselines of weighting k by the names that FORMAT.md gives them; entropy is the clean model's, in nats."""

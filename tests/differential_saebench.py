@@ -56,7 +56,6 @@ from evaluate.splice import (
     clean_pass,
     score_residual,
     splice,
-    zero_log_probabilities,
 )
 from evaluate.tasks import Contrast, Draw, balanced, cells, scr_contrasts
 from evaluate.texts import pool_latents, raw_decoder
@@ -216,10 +215,10 @@ def core_ours(lm: SplitLM, tokens: Tensor, sae: NestedSAE) -> dict[str, Any]:
     found = survey(batches, len(batches), lm.d_model, torch.device("cpu"))
     reconstruction, behaviour = Reconstruction(found), Behaviour("cpu")
     firing = Firing(sae.config.levels, torch.device("cpu"))
-    baselines = Baselines.empty(zero_log_probabilities(lm, CONTEXT, 64), torch.zeros(lm.d_model))
+    baselines = Baselines.empty(lm, torch.zeros(lm.d_model), CONTEXT, 64)
     for batch in batches:
         clean = clean_pass(lm, batch, 64)
-        baselines.update(lm, batch, clean, 64)
+        baselines.update(batch, clean)
         z = sae.encode(batch.x)
         firing.update(z, batch)
         x_hat = sae.decode(z)

@@ -146,7 +146,9 @@ def test_results_do_not_depend_on_the_batch_size(
 def test_checkpoints_in_groups_score_as_all_at_once(
     place: Path, results: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "make_plan", lambda *args: planning.Plan(batch=16, chunk=256, group=2, peak=0))
+    monkeypatch.setattr(
+        planning, "make_plan", lambda *args: planning.Plan(batch=16, chunk=256, group=2, peak=0, limit=0)
+    )
     found = evaluated(place, tmp_path)
     for one, other in zip(found, results):
         for part in ("levels", "baselines", "features", "series", "key", "curve"):

@@ -23,11 +23,12 @@ from evaluate.splice import (
     behaviour_scores,
     clean_pass,
     compare,
+    depends_on_position_alone,
     first_largest,
+    log_probabilities_by_position,
+    score_by_position,
     score_residual,
-    score_zero,
     splice,
-    zero_log_probabilities,
 )
 from pipeline.errors import ModelError
 from pipeline.lm import SplitLM
@@ -53,6 +54,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
         return found[kind, dtype]
 
     return make
+
+
+def zero_ablated(lm: SplitLM, store: Store, chunk: int) -> torch.Tensor:
+    """Log-probabilities by position after zero ablation."""
+    return log_probabilities_by_position(lm, torch.zeros(1, store.context, lm.d_model, dtype=lm.dtype), chunk)
 
 
 def batch_of(store: Store, stop: int = 8) -> Batch:
@@ -144,7 +150,7 @@ def test_zero_ablation_of_gemma2_is_uniform(made: Any) -> None:
     batch = batch_of(store)
     clean = clean_pass(lm, batch, 64)
     zero = Behaviour(CPU)
-    zero.update(batch, score_zero(batch, clean, zero_log_probabilities(lm, store.context, 64), 64))
+    zero.update(batch, score_by_position(batch, clean, zero_ablated(lm, store, 64), 64))
     assert zero.means(0)["ce"] == pytest.approx(math.log(lm.vocab), rel=1e-6)
     entropy = -float(clean.negative_entropy.double().mean())
     assert zero.means(0)["kl"] == pytest.approx(math.log(lm.vocab) - entropy, rel=1e-5)
@@ -156,18 +162,38 @@ def test_zero_ablation_zeroes_every_position_bos_included(made: Any, kind: str) 
     batch = batch_of(store)
     clean = clean_pass(lm, batch, 64)
     zero = Behaviour(CPU)
-    zero.update(batch, score_zero(batch, clean, zero_log_probabilities(lm, store.context, 7), 64))
+    zero.update(batch, score_by_position(batch, clean, zero_ablated(lm, store, 7), 64))
     other = hooked_logits(whole, batch.tokens, torch.zeros_like)
     expected = reference_behaviour(hooked_logits(whole, batch.tokens, lambda r: r), other, batch.tokens, batch.kept)
     assert zero.means(0) == pytest.approx(expected, rel=1e-5)
 
 
-def test_mean_ablation_replaces_kept_rows_by_the_training_mean(made: Any) -> None:
+def count_sequences(lm: SplitLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on: sequences of every run of the suffix."""
+    run: list[int] = []
+    suffix = lm.suffix
+
+    def counted(residual: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        run.append(len(residual))
+        return suffix(residual, tokens)
+
+    monkeypatch.setattr(lm, "suffix", counted)
+    return run
+
+
+@pytest.mark.parametrize(("first", "stop", "sequences"), [(0, 8, [1, 8, 8]), (1, 3, [1, 2, 1, 2])])
+def test_mean_ablation_replaces_kept_rows_by_the_training_mean(
+    made: Any, monkeypatch: pytest.MonkeyPatch, first: int, stop: int, sequences: list[int]
+) -> None:
+    """Sequences 1 and 2 have no special position but BOS, so that one suffix of one sequence serves all batches."""
     store, lm, whole = made("llama")
-    batch = batch_of(store)
+    batch = Sample(store, 8, 8, CPU).batch(first, stop)
     clean = clean_pass(lm, batch, 64)
-    baselines = Baselines.empty(zero_log_probabilities(lm, store.context, 64), store.mean)
-    baselines.update(lm, batch, clean, 64)
+    run = count_sequences(lm, monkeypatch)
+    baselines = Baselines.empty(lm, store.mean, store.context, 64)
+    baselines.update(batch, clean)
+    baselines.update(batch, clean)
+    assert run == sequences  # zero ablation first
 
     def ablate(residual: torch.Tensor) -> torch.Tensor:
         return torch.where(batch.kept[..., None], store.mean, residual)
@@ -179,6 +205,21 @@ def test_mean_ablation_replaces_kept_rows_by_the_training_mean(made: Any) -> Non
     assert numbers["ce_clean"] == pytest.approx(
         reference_behaviour(clean_logits, clean_logits, batch.tokens, batch.kept)["ce"], rel=1e-6
     )
+
+
+def test_equal_residuals_are_not_equal_outputs_where_later_layers_look_at_the_tokens(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, lm, _ = made("llama")
+    batch = Sample(store, 8, 8, CPU).batch(1, 3)
+    ablated = splice(batch, store.mean.expand_as(batch.x))
+    assert depends_on_position_alone(lm, batch, ablated)
+    assert not depends_on_position_alone(lm, batch, batch.residual)
+    suffix = lm.suffix
+    monkeypatch.setattr(
+        lm, "suffix", lambda residual, tokens: suffix(residual + 1e-3 * tokens[..., None] / lm.vocab, tokens)
+    )
+    assert not depends_on_position_alone(lm, batch, ablated)
 
 
 def hand_made() -> tuple[Batch, Clean, torch.Tensor]:
