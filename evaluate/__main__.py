@@ -46,6 +46,9 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 @click.option(
     "--scr-resample/--no-scr-resample", default=True, help="Further seeds use other rows too, not only other draws."
 )
+@click.option("--scr-pair", "scr_pairs", multiple=True, help="Two values of the first attribute, like professor,nurse.")
+@click.option("--scr-n", default="2,5,10,20,50,100,500", help="Latents that SCR and TPP ablate.")
+@click.option("--probe-k", default="1,2,5", help="Latents that sparse probes see.")
 @click.option("--scr-context", default=128, type=COUNT, help="Positions a text is cut to.")
 @click.option(
     "--latents",
@@ -92,6 +95,9 @@ def make_config(
     scr_train_size: int,
     scr_test_size: int,
     scr_resample: bool,
+    scr_pairs: tuple[str, ...],
+    scr_n: str,
+    probe_k: str,
     scr_context: int,
     **options: Any,
 ) -> Any:
@@ -104,16 +110,18 @@ def make_config(
     of_texts = tuple(name for name in asked if name in PROBING)
     if of_texts and not sources:
         raise UsageError(f"--scores {of_texts[0]} needs texts with two attributes; give --scr PATH_OR_ID")
-    attributes = scr_attributes.split(",") if scr_attributes else None
-    if attributes is not None and len(attributes) != 2:
-        raise UsageError(f"--scr-attributes {scr_attributes!r}: give two columns, like profession,gender")
     probing = None
     if of_texts:
         probing = ProbingConfig(
             sources=sources,
             scores=of_texts,
             text=scr_text,
-            attributes=(attributes[0], attributes[1]) if attributes else None,
+            attributes=two(scr_attributes, "--scr-attributes", "columns, like profession,gender")
+            if scr_attributes
+            else None,
+            pairs=tuple(two(pair, "--scr-pair", "values, like professor,nurse") for pair in scr_pairs),
+            n_values=numbers(scr_n, "--scr-n"),
+            k_values=numbers(probe_k, "--probe-k"),
             seeds=tuple(range(42, 42 + scr_seeds)),
             train_size=scr_train_size,
             test_size=scr_test_size,
@@ -121,6 +129,22 @@ def make_config(
             context=scr_context,
         )
     return EvaluateConfig(scores=tuple(name for name in asked if name not in PROBING), probing=probing, **options)
+
+
+def two(text: str, option: str, what: str) -> tuple[str, str]:
+    """Two words with a comma between. Raises UsageError."""
+    words = [word.strip() for word in text.split(",")]
+    if len(words) != 2 or not all(words):
+        raise UsageError(f"{option} {text!r}: give two {what}")
+    return words[0], words[1]
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """Rising whole numbers with commas between. Raises UsageError."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise UsageError(f"{option} {text!r}: give whole numbers from 1, like 2,5,10")
+    return tuple(sorted({int(word) for word in words}))
 
 
 if __name__ == "__main__":

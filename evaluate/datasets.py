@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,20 +111,23 @@ HUB: dict[str, HubSpec] = {
 
 
 def load_attribute_data(
-    source: str, text: str | None = None, attributes: tuple[str, str] | None = None, pairs: tuple[Pair, ...] = ()
+    source: str,
+    text: str | None = None,
+    attributes: tuple[str, str] | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
 ) -> AttributeData:
     """Read a data set: one of HUB by id, a local folder with train.* and test.*, or `TRAIN,TEST`.
 
     `text` and `attributes` name the columns of a local set; without them the one text column and the two columns with
     few values are found, or UsageError says why not. `pairs` are the (positive, negative) values of the first attribute
-    for SCR where it has more than two. Raises CorpusError for files that are missing or malformed.
+    that SCR compares, as they or their names are written; a local set of more than two values needs them. Raises
+    CorpusError for files that are missing or malformed.
     """
     if source in HUB:
         spec = HUB[source]
         train, test = (to_table(hub_rows(source, split), spec.columns, source) for split in ("train", "test"))
-        return AttributeData(
-            source, spec.columns, train, test, spec.first_pairs, spec.second_pair, spec.classes, spec.names
-        )
+        first_pairs = named_pairs(pairs, distinct(train.first), spec.names, source) or spec.first_pairs
+        return AttributeData(source, spec.columns, train, test, first_pairs, spec.second_pair, spec.classes, spec.names)
     train_path, test_path = local_paths(source)
     train_rows, test_rows = read_json_lines(train_path), read_json_lines(test_path)
     columns = find_columns(train_path, train_rows, text, attributes)
@@ -136,10 +139,28 @@ def load_attribute_data(
             f"attributes"
         )
     if not pairs and len(first) != 2:
-        raise UsageError(f"{source}: {columns.first!r} has {len(first)} values; say which pairs of them SCR compares")
-    first_pairs = pairs or ((first[0], first[1]),)
+        raise UsageError(
+            f"{source}: {columns.first!r} has {len(first)} values ({listed(first)}); say which two of them SCR compares: "
+            f"--scr-pair {first[0]},{first[1]}"
+        )
+    first_pairs = named_pairs(pairs, first, {}, source) or ((first[0], first[1]),)
     second_pair = oriented(train, first_pairs[0], (second[0], second[1]))
     return AttributeData(source, columns, train, test, first_pairs, second_pair, first if len(first) > 2 else ())
+
+
+def named_pairs(
+    pairs: Sequence[tuple[str, str]], values: Sequence[Value], names: Mapping[Value, str], source: str
+) -> tuple[Pair, ...]:
+    """Pairs of values from how they, or their names, are written. Raises UsageError for one that is not there."""
+    written = {str(value): value for value in values} | {names[value]: value for value in values if value in names}
+    for name in (name for pair in pairs for name in pair if name not in written):
+        raise UsageError(f"{source}: the first attribute has no value {name!r}; it has {listed(sorted(written))}")
+    return tuple((written[positive], written[negative]) for positive, negative in pairs)
+
+
+def listed(values: Sequence[Value]) -> str:
+    """The first few of some values, for a message."""
+    return ", ".join(map(str, values[:12])) + (", …" if len(values) > 12 else "")
 
 
 def oriented(table: Table, first: Pair, second: Pair) -> Pair:

@@ -9,10 +9,11 @@ import torch
 
 from evaluate.config import EvaluateConfig
 from pipeline.errors import ModelError
+from pipeline.runtime import DTYPES
 from pipeline.store import Store
 
 if TYPE_CHECKING:
-    from pipeline.lm import Part, SplitLM
+    from pipeline.lm import ModelInfo, Part, SplitLM
 
 
 class Models:
@@ -30,15 +31,28 @@ class Models:
         recorded = self.store.config.get("revision") if self.name == self.store.config["model"] else None
         return self.config.revision or (None if recorded == "local" else recorded)
 
+    @cached_property
+    def info(self) -> ModelInfo:
+        """The model's config and the hash of its weights."""
+        from pipeline.lm import ModelInfo
+
+        return ModelInfo.read(self.name, self.revision, trust_remote_code=self.config.trust_remote_code)
+
+    def prefix_seconds(self) -> float:
+        """A rough time a token takes in the layers up to the cut, from a product measured now."""
+        from pipeline.lm import forward_seconds
+
+        flop, _ = self.info.flop(self.layer, trust_remote_code=self.config.trust_remote_code)
+        return forward_seconds(flop, DTYPES[self.dtype], self.device, self.store.d_model)
+
     def load(self, part: Part) -> SplitLM:
         """A part of the model. Raises ModelError, naming both, when its weights are not those that made the store."""
-        from pipeline.lm import ModelInfo, SplitLM
+        from pipeline.lm import SplitLM
 
-        trust, made_by = self.config.trust_remote_code, self.store.config
-        info = ModelInfo.read(self.name, self.revision, trust_remote_code=trust)
-        if info.weights_sha256 != made_by["weights_sha256"]:
+        made_by, sha256 = self.store.config, self.info.weights_sha256
+        if sha256 != made_by["weights_sha256"]:
             raise ModelError(
-                f"{self.name}: its weights ({info.weights_sha256[:10]}…) are not those that made store {self.store.path} "
+                f"{self.name}: its weights ({sha256[:10]}…) are not those that made store {self.store.path} "
                 f"({made_by['model']}, {made_by['weights_sha256'][:10]}…); give that model"
             )
         return SplitLM.load(
@@ -49,7 +63,7 @@ class Models:
             part=part,
             layers=[self.layer],
             attention=made_by["attention"],
-            trust_remote_code=trust,
+            trust_remote_code=self.config.trust_remote_code,
         )
 
     @cached_property

@@ -1,11 +1,12 @@
 """Scores that need texts of their own: SCR, TPP and k-sparse probing. Prepared once a job, then one encode a checkpoint.
 
-    job = prepare(config, text_model(lm, tokenizer, layer=19, bos=2), probes_folder=out)   # then the prefix may be freed
+    texts = read_texts(config)
+    job = prepare(config, texts, text_model(lm, tokenizer, layer=19, bos=2), probes_folder=out)  # the prefix may be freed
     for sae in checkpoints:
         scores = job.score(sae)            # scores.series["scr"] = [{"n", "level", "value", "low", "high"}, ...]
 
-Preparing reads the data sets, runs the language model's prefix once over every text that any task uses, keeps the
-residuals of real positions, and trains every linear probe. A checkpoint then costs one encode of those rows.
+Preparing runs the language model's prefix once over every text that any task uses, keeps the residuals of real positions,
+and trains every linear probe. A checkpoint then costs one encode of those rows.
 
 Memory: for the whole job Σ over groups of (rows · d_model · itemsize + texts · d_model · 4) bytes, real positions only and
 in the model's dtype; while scoring, texts · width · 4 bytes of the largest group, and a few chunks (16 MiB on a CPU).
@@ -26,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from evaluate.ablation import ablations
-from evaluate.datasets import AttributeData, Pair, load_attribute_data
+from evaluate.datasets import AttributeData, load_attribute_data
 from evaluate.probes import ProbeConfig, ProbedTexts, by_seed, load_or_train
 from evaluate.scores import Scores, SeriesRow, merge, series
 from evaluate.scr import DIRECTIONS, scr_scores
@@ -45,7 +46,9 @@ class ProbingConfig:
     """What to score on which texts. Defaults are SAEBench's protocol; `seeds` beyond the first give the intervals.
 
     sources: Hub ids (LabHC/bias_in_bios, canrager/amazon_reviews_mcauley_1and5), local folders, or `TRAIN,TEST`.
-    text, attributes, pairs: columns and compared values of local data; found by themselves where there is no choice.
+    text, attributes: columns of local data; found by themselves where there is no choice. pairs: (positive, negative)
+    values of the first attribute that SCR compares, as they or their names are written; none: all there are of two
+    values, SAEBench's of a Hub data set.
     n_values: latents ablated (scr, tpp); k_values: latents probed; each only where a level has as many.
     seeds: every further one repeats all draws and probes; resample: and uses other rows (tasks.py), at up to
     len(seeds) times the texts. train_size, test_size: SAEBench's; a data set that holds less gives what it has.
@@ -57,7 +60,7 @@ class ProbingConfig:
     scores: tuple[str, ...] = SCORES
     text: str | None = None
     attributes: tuple[str, str] | None = None
-    pairs: tuple[Pair, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = ()
     n_values: tuple[int, ...] = (2, 5, 10, 20, 50, 100, 500)
     k_values: tuple[int, ...] = (1, 2, 5)
     seeds: tuple[int, ...] = (42, 43, 44)
@@ -76,6 +79,16 @@ class ProbingConfig:
             raise UsageError("probing needs at least one data set, one score and one seed, and no seed twice")
         if min((*self.n_values, *self.k_values, self.batch_size)) < 1 or self.context < 2:
             raise UsageError("n and k values and the batch size must be at least 1, the context at least 2")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts that a group of tasks uses, in order, and the tasks, whose rows are counted among them."""
+
+    name: str
+    data: AttributeData
+    texts: tuple[str, ...]
+    tasks: tuple[Task, ...]
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,11 @@ class Probing:
     def n_bytes(self) -> int:
         """Memory that the residuals take."""
         return sum(group.bank.n_bytes for group in self.groups)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that a checkpoint encodes."""
+        return sum(len(group.bank.rows) for group in self.groups)
 
     @torch.no_grad()
     def score(self, sae: NestedSAE, levels: Sequence[int] | None = None) -> ProbingScores:
@@ -156,28 +174,41 @@ class Probing:
         return scores
 
 
-def prepare(config: ProbingConfig, model: TextModel, probes_folder: Path | None = None) -> Probing:
-    """Read data, run the prefix, train probes. `probes_folder` keeps probes as safetensors and finds them again.
+def read_texts(config: ProbingConfig) -> tuple[Texts, ...]:
+    """Read every data set and draw the tasks.
 
     Raises CorpusError or UsageError for data that cannot serve; see `load_attribute_data` and `tasks.py`.
     """
-    groups: list[Group] = []
-    sample: dict[str, Any] = {}
+    found = []
     for source in config.sources:
         data = load_attribute_data(source, config.text, config.attributes, config.pairs)
         for name, tasks in grouped(data, config):
             texts, tasks = only_used((*data.train.text, *data.test.text), tasks)
-            bank = make_bank(texts, model, config.context, config.batch_size, name)
-            identity = {**model.identity, "context": config.context, "data": data.sha256()}
-            trained = {
-                task.name: load_or_train(bank.mean, task, config.seeds, config.probe, identity, probes_folder)
-                for task in tasks
-                if {"scr", "tpp"} & set(task.scores)
-            }
-            probed = {t.name: by_seed(t, bank.mean, trained[t.name]) for t in tasks if t.name in trained}
-            group = Group(name, bank, tuple(tasks), probed)
-            sample |= {t.name: describe(t, group, data) for t in tasks}
-            groups.append(group)
+            found.append(Texts(name, data, tuple(texts), tuple(tasks)))
+    return tuple(found)
+
+
+def prepare(
+    config: ProbingConfig, collections: Sequence[Texts], model: TextModel, probes_folder: Path | None = None
+) -> Probing:
+    """Run the prefix over `read_texts(config)`, train probes; `probes_folder` keeps them as safetensors and finds them again.
+
+    Raises CorpusError for a text without a token.
+    """
+    groups: list[Group] = []
+    sample: dict[str, Any] = {}
+    for part in collections:
+        bank = make_bank(part.texts, model, config.context, config.batch_size, part.name)
+        identity = {**model.identity, "context": config.context, "data": part.data.sha256()}
+        trained = {
+            task.name: load_or_train(bank.mean, task, config.seeds, config.probe, identity, probes_folder)
+            for task in part.tasks
+            if {"scr", "tpp"} & set(task.scores)
+        }
+        probed = {t.name: by_seed(t, bank.mean, trained[t.name]) for t in part.tasks if t.name in trained}
+        group = Group(part.name, bank, part.tasks, probed)
+        sample |= {t.name: describe(t, group, part.data) for t in part.tasks}
+        groups.append(group)
     return Probing(config, tuple(groups), sample)
 
 

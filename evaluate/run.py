@@ -32,7 +32,7 @@ from evaluate.checkpoints import (
 from evaluate.config import EvaluateConfig
 from evaluate.latent_files import has_pages, latents_folder
 from evaluate.models import Models
-from evaluate.probing import Probing, prepare
+from evaluate.probing import Probing, Texts, prepare, read_texts
 from evaluate.results import definitions, is_done, result_path, write_csv, write_result
 from evaluate.sample import Sample, Survey
 from evaluate.scorer import Scorer, shared_work
@@ -40,7 +40,7 @@ from evaluate.splice import Baselines, clean_pass
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import hash_config, human_bytes
 from pipeline.progress import Progress, format_seconds, say
-from pipeline.runtime import available_memory, git_state, rank, resolve_device, versions, world_size
+from pipeline.runtime import DTYPES, available_memory, git_state, rank, resolve_device, versions, world_size
 from pipeline.store import Store
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
     if not todo:
         say(f"nothing to evaluate: {len(outcome.results)} done, {len(outcome.failed)} failed")
     elif dry_run:
+        job.announce_texts(todo)
         job.announce(job.plan(todo), todo)
     else:
         job.score_all(todo, outcome)
@@ -149,25 +150,58 @@ class Job:
         about = {"path": str(self.path(checkpoint)), "checkpoint": str(checkpoint.path)}
         return about | {"member": checkpoint.member, "step": checkpoint.step, "skipped": skipped}
 
+    @cached_property
+    def texts(self) -> tuple[Texts, ...]:
+        """What SCR, TPP and sparse probing read; empty when none of them is asked for."""
+        return read_texts(self.config.probing) if self.config.probing is not None else ()
+
     def prepare_probing(self) -> None:
         """Run the prefix over the texts and train the probes, then let the prefix go."""
         if self.config.probing is None or self.probing is not None:
             return
         from evaluate.texts import text_model
 
-        layer, bos = int(self.store.config["layer"]), self.store.config["bos"]
-        model = text_model(self.models.load("prefix"), self.models.tokenizer, layer, bos)
-        self.probing = prepare(self.config.probing, model, self.config.out / "probes")
+        model = text_model(
+            self.models.load("prefix"), self.models.tokenizer, self.models.layer, self.store.config["bos"]
+        )
+        self.probing = prepare(self.config.probing, self.texts, model, self.config.out / "probes")
 
     def plan(self, todo: Sequence[Checkpoint]) -> planning.Plan:
         """Batch, chunk and group that hold the memory limit."""
         store, config = self.store, self.config
-        held = self.probing.n_bytes if self.probing is not None and self.device.type == "cpu" else 0
+        held = self.text_bytes() if self.device.type == "cpu" else 0
         parts = planning.sizes([c.sae for c in todo], self.lm, store.d_model, store.context, self.n_sequences, held)
         share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         limit = planning.memory_limit(config.max_memory, self.device, available_memory(), share)
         batch, vocab = min(config.batch_size, self.n_sequences), self.lm.vocab if self.lm is not None else 0
         return planning.make_plan(parts, len(todo), batch, store.context, vocab, limit, self.device.type)
+
+    def text_rows(self) -> int:
+        """Rows of texts that every checkpoint encodes; the most they can be until the texts were tokenised."""
+        if self.probing is not None:
+            return self.probing.n_rows
+        context = self.config.probing.context if self.config.probing is not None else 0
+        return context * sum(len(part.texts) for part in self.texts)
+
+    def text_bytes(self) -> int:
+        """Memory of the texts' residuals, likewise."""
+        if self.probing is not None:
+            return self.probing.n_bytes
+        n_texts = sum(len(part.texts) for part in self.texts)
+        return self.store.d_model * (self.text_rows() * DTYPES[self.models.dtype].itemsize + 4 * n_texts)
+
+    def announce_texts(self, todo: Sequence[Checkpoint]) -> None:
+        """Say what the texts of SCR, TPP and sparse probing will take."""
+        if not self.texts:
+            return
+        assert self.config.probing is not None
+        n_texts, rows = sum(len(part.texts) for part in self.texts), self.text_rows()
+        _, both_ways = planning.cost([c.sae for c in todo], None, 0, self.store.d_model, self.device)
+        say(
+            f"texts for {', '.join(self.config.probing.scores)}: {n_texts:,} of at most {self.config.probing.context} tokens; "
+            f"at most about {format_seconds(rows * self.models.prefix_seconds())} once for the layers up to "
+            f"{self.models.layer}, {format_seconds(rows * both_ways / 2)} to encode them for all checkpoints"
+        )
 
     def announce(self, plan: planning.Plan, todo: Sequence[Checkpoint]) -> None:
         """Say what the job will take."""
@@ -186,6 +220,7 @@ class Job:
 
     def score_all(self, todo: Sequence[Checkpoint], outcome: Outcome) -> None:
         """Score checkpoints in groups that fit in memory, writing each group's results when its pass is over."""
+        self.announce_texts(todo)
         self.prepare_probing()
         plan = self.plan(todo)
         self.announce(plan, todo)

@@ -124,10 +124,12 @@ def test_more_than_two_first_values_need_pairs_and_give_classes(folder: Path) ->
     more = [row | {"author": ["a", "b", "c"][i % 3]} for i, row in enumerate(rows(120))]
     write(folder / "train.jsonl.zst", more)
     write(folder / "test.jsonl", more)
-    with pytest.raises(UsageError, match="'author' has 3 values"):
+    with pytest.raises(UsageError, match=r"'author' has 3 values \(a, b, c\); .* --scr-pair a,b"):
         load_attribute_data(str(folder), None, ("author", "gender"))
     data = load_attribute_data(str(folder), None, ("author", "gender"), (("c", "a"),))
     assert (data.first_pairs, data.classes) == ((("c", "a"),), ("a", "b", "c"))
+    with pytest.raises(UsageError, match="has no value 'd'; it has a, b, c"):
+        load_attribute_data(str(folder), None, ("author", "gender"), (("c", "d"),))
 
 
 def test_the_second_pair_is_turned_so_that_the_larger_cells_agree() -> None:
@@ -173,6 +175,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hub_sets_give_saebench_pairs_and_classes(hub: None, source: str) -> None:
     data = load_attribute_data(source)
     assert len(data.first_pairs) == 4
+    a, b = data.first_pairs[1]
+    assert load_attribute_data(source, pairs=((data.label(b), str(a)),)).first_pairs == ((b, a),)
     assert len(data.classes) == 5
     task = scr_task(data, data.first_pairs[0], (42,), True, Sizes(60, 40))
     expected = {

@@ -113,6 +113,7 @@ def test_help_has_an_example_and_defaults() -> None:
 def options(**changes: object) -> dict[str, object]:
     plain = {"scores": None, "sources": (), "scr_text": None, "scr_attributes": None, "scr_seeds": 3}
     sizes = {"scr_train_size": 400, "scr_test_size": 100, "scr_context": 64, "scr_resample": True}
+    sizes |= {"scr_pairs": (), "scr_n": "20,5", "probe_k": "1"}
     return plain | sizes | {"store": Path("s"), "out": Path("o")} | changes
 
 
@@ -121,13 +122,25 @@ def test_texts_bring_their_scores_with_them() -> None:
     config = make_config(**options(sources=("data/scr",), scr_attributes="a,b"))
     assert config.probing.scores == ("scr", "tpp", "k_sparse_probe")
     assert (config.probing.attributes, config.probing.seeds) == (("a", "b"), (42, 43, 44))
+    assert (config.probing.n_values, config.probing.k_values) == ((5, 20), (1,))
+    paired = make_config(**options(sources=("data/scr",), scr_pairs=("a, b", "c,d"))).probing.pairs
+    assert paired == (("a", "b"), ("c", "d"))
     only = make_config(**options(sources=("data/scr",), scores="kl,scr"))
     assert (only.scores, only.probing.scores) == (("kl",), ("scr",))
 
 
-def test_one_attribute_is_not_two() -> None:
-    with pytest.raises(UsageError, match="give two columns"):
-        make_config(**options(sources=("data/scr",), scr_attributes="a"))
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scr_attributes": "a"}, "--scr-attributes 'a': give two columns"),
+        ({"scr_pairs": ("a,",)}, "--scr-pair 'a,': give two values"),
+        ({"scr_n": "5,0"}, "--scr-n '5,0': give whole numbers from 1"),
+        ({"probe_k": "x"}, "--probe-k 'x': give whole numbers"),
+    ],
+)
+def test_what_texts_take_is_checked(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_config(**options(sources=("data/scr",), **wrong))
 
 
 def test_pages_of_latents_are_made_for_the_members_asked_for_and_once(

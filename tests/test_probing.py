@@ -13,7 +13,7 @@ from probing_cases import random_sae
 from torch import Tensor
 
 from evaluate.probes import ProbeConfig
-from evaluate.probing import ProbingConfig, ProbingScores, prepare
+from evaluate.probing import Probing, ProbingConfig, ProbingScores, prepare, read_texts
 from evaluate.scores import merge, series
 from evaluate.texts import TextModel, make_bank, pool_latents, text_model, whole_texts
 from pipeline.errors import CorpusError, UsageError
@@ -65,8 +65,12 @@ def config(folder: Path, **changes: object) -> ProbingConfig:
     return ProbingConfig((str(folder),), **(fields | changes))  # type: ignore[arg-type]
 
 
+def prepared(config: ProbingConfig, model: TextModel, probes_folder: Path | None = None) -> Probing:
+    return prepare(config, read_texts(config), model, probes_folder)
+
+
 def test_a_job_gives_every_score_at_every_level_with_intervals(texts_folder: Path, model: TextModel) -> None:
-    job = prepare(config(texts_folder), model)
+    job = prepared(config(texts_folder), model)
     scores = job.score(random_sae(d=64))
     assert set(scores.series) == {
         "scr",
@@ -95,14 +99,14 @@ def test_two_jobs_from_nothing_give_the_same_numbers_and_kept_probes_too(
 ) -> None:
     sae, found = random_sae(d=64), []
     for _ in range(2):
-        job = prepare(config(texts_folder, scores=("scr", "tpp")), tiny_text_model(lm_folder("gemma2")), tmp_path)
+        job = prepared(config(texts_folder, scores=("scr", "tpp")), tiny_text_model(lm_folder("gemma2")), tmp_path)
         found.append(job.score(sae))
     assert found[0] == found[1]
     assert len(list(tmp_path.glob("probes-*.safetensors"))) == 2
 
 
 def test_only_asked_scores_and_levels_are_computed(texts_folder: Path, model: TextModel) -> None:
-    job = prepare(config(texts_folder, scores=("tpp",), seeds=(7,)), model)
+    job = prepared(config(texts_folder, scores=("tpp",), seeds=(7,)), model)
     assert len(job.sample) == 1
     scores = job.score(random_sae(d=64), levels=[1])
     assert {r["level"] for r in scores.series["tpp"]} == {1}
