@@ -14,8 +14,8 @@ from torch import Tensor
 
 from train.config import TrainConfig
 from train.controller import Controller
-from train.objectives import random_prefixes, reconstruction_terms, sparsity_ramp
-from train.recipes import RECIPES
+from train.objectives import kept_a_row, random_prefixes, reconstruction_terms, sparsity_ramp
+from train.recipes import RECIPES, batchtopk
 from train.selection import batch_threshold, row_thresholds
 from train.step import Member, Scratch, normalise_batch
 
@@ -201,6 +201,10 @@ def test_random_prefixes_are_a_function_of_seed_and_step() -> None:
 
 def test_the_penalty_starts_at_zero_and_is_whole_after_its_warmup() -> None:
     config = tiny(sparsity_warmup_steps=10)
+    falling = batchtopk(k=4, width=64, sparsity_warmup_steps=10)
+    assert [kept_a_row(falling, step) for step in (0, 5, 9, 10, 99)] == [32, 11, 5, 4, 4]
+    assert kept_a_row(batchtopk(k=16, width=64, sparsity_warmup_steps=10), 0) == 64
+    assert [kept_a_row(batchtopk(k=4, width=64), step) for step in (0, 9)] == [4, 4]
     assert [sparsity_ramp(config, step) for step in (0, 5, 10, 15)] == [0.0, 0.5, 1.0, 1.0]
 
 

@@ -94,6 +94,15 @@ def test_steps_equal_autograd_clip_projection_adam_and_renormalisation(layernorm
     assert member.metrics()["grad_norm"] == pytest.approx(sum(norms) / 6, rel=1e-6)
 
 
+@pytest.mark.parametrize("recipe", ["topk", "batchtopk"])
+def test_what_is_kept_falls_to_k_over_the_sparsity_warmup(recipe: str) -> None:
+    member, l0 = member_of(config_of(recipe, k=3, sparsity_warmup_steps=4)), []
+    for step in range(6):
+        member.step(batch_for(member, step))
+        l0.append(member.metrics()["l0"])
+    assert l0 == pytest.approx([24, 14, 8, 5, 3, 3], abs=0.5)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_resumed_member_goes_on_bit_for_bit(recipe: str) -> None:
     config = config_of(recipe, dtype="bf16", **RECIPE_CHANGES[recipe])

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -26,12 +27,21 @@ from torch import Tensor
 from train_crasher import small
 
 from pipeline.checkpoint import load_checkpoint, read_header
-from pipeline.errors import DamagedError, DiskError, MismatchError, PipelineError, StoreError, UsageError
+from pipeline.errors import (
+    CheckpointError,
+    DamagedError,
+    DiskError,
+    MismatchError,
+    PipelineError,
+    StoreError,
+    UsageError,
+)
 from pipeline.store import Store
 from train.bodies import BodyCheck
 from train.config import TrainConfig
 from train.log import scalars
 from train.members import Folder, Keep, member_name
+from train.order import Order
 from train.plan import RunConfig
 from train.run import run
 from train.trainee import Outcome, Trainee
@@ -217,12 +227,32 @@ def test_nothing_is_written_of_a_training_on_a_damaged_store(
     data = bytearray(shard.read_bytes())
     data[5000] ^= 1
     shard.write_bytes(data)
-    for options in ({}, {"verify_first": True}, {"mode": "window", "window_rows": 10**6}):
+    for options in ({}, {"verify_first": True}):
         out = tmp_path / f"out{len(options)}"
         with pytest.raises(DamagedError, match="harvest --repair"):
             train(store, out, GRID[0], **options)
         assert not list(out.glob("*/checkpoints/*"))
         assert not list(out.glob("*/state.safetensors"))
+
+
+def test_in_windows_a_training_gets_no_further_than_the_chunks_before_a_damaged_one(
+    tiny_store: Path, tmp_path: Path
+) -> None:
+    """What was written before that came from chunks that were checked."""
+    store, config = tmp_path / "damaged.zarr", small(steps=40, checkpoint_every=1, log_every=1)
+    shutil.copytree(tiny_store, store)
+    split = Store.open(store).train
+    chunks = Order(split.kept(), split.chunk_rows, config.data_seed, 10**6).chunks(0)
+    good = sum(int(split.kept()[slice(*split.chunk_rows_range(c))].sum()) for c in np.concatenate(chunks[:2]).tolist())
+    bad, nbytes = int(chunks[2][0]), split.shape.layout.chunk_nbytes + 4
+    shard, within = divmod(bad, split.shard_rows // split.chunk_rows)
+    data = bytearray(split.shard_path(shard).read_bytes())
+    data[within * nbytes + 10] ^= 1
+    split.shard_path(shard).write_bytes(data)
+    with pytest.raises(DamagedError, match="harvest --repair"):
+        train(store, tmp_path / "out", config, mode="window", window_rows=10**6)
+    steps = [int(path.stem.removeprefix("step_")) for path in tmp_path.glob("out/*/checkpoints/*")]
+    assert max(steps, default=0) * config.batch_size <= good
 
 
 def test_an_unfinished_store_and_a_path_without_a_store_are_refused(tmp_path: Path) -> None:
@@ -319,9 +349,18 @@ def test_the_second_epoch_is_said_once(tiny_store: Path, tmp_path: Path, capsys:
 def test_a_member_starts_from_the_checkpoint_that_it_names(
     tiny_store: Path, tmp_path: Path, alone: list[Outcome]
 ) -> None:
-    (warm,) = train(tiny_store, tmp_path / "out", small(alpha=0.0, seed=5, init_from=str(alone[0].final)))
+    start = tmp_path / "start.safetensors"
+    start.write_bytes(alone[0].final.read_bytes())
+    config = small(alpha=0.0, seed=5, init_from=str(start))
+    (warm,) = train(tiny_store, tmp_path / "out", config)
     cold = lines(alone[0].folder)
     assert lines(warm.folder)[0]["recon"][-1] < 0.7 * cold[0]["recon"][-1]
+    start.write_bytes(alone[1].final.read_bytes())
+    (other,) = train(tiny_store, tmp_path / "out", config)
+    assert other.folder != warm.folder  # another SAE under the same path makes another member
+    start.unlink()
+    with pytest.raises(CheckpointError, match=r"start\.safetensors: no such file"):
+        train(tiny_store, tmp_path / "out", config)
 
 
 def test_massive_rows_are_left_out_unless_all_are_asked_for(tiny_store: Path, tmp_path: Path, capsys: Any) -> None:

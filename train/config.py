@@ -37,7 +37,8 @@ class TrainConfig:
             there are levels, drawn log-uniform between the first level and the width at every step, the last the whole.
         penalty: `l1` on latents, `l0` (jumprelu), `none` (topk, batchtopk).
         lambda_shared, lambda_specialised: its weights. A flat SAE has only specialised latents.
-        sparsity_warmup_steps: the penalty grows linearly from 0 over so many steps.
+        sparsity_warmup_steps: the penalty grows linearly from 0 over so many steps; what topk and batchtopk keep falls
+            from 8k to k.
         target_l0: mean latents a row that a controller holds by adapting a factor on the penalty; 0 is off.
         aux_k, aux_coefficient: of the auxiliary loss for dead latents (topk, batchtopk); 0 is off.
         dead_after_rows: a latent that did not fire for so many rows is dead.
@@ -51,7 +52,7 @@ class TrainConfig:
         max_norm: rows beyond this multiple of the median norm are left out; None: the store's own; 0: none is.
         dtype: of matrix products; weights are float32 always (float64 computes all in float64, for tests).
         log_every, checkpoint_every: steps.
-        init_from: checkpoint of an SAE to start from; empty: fresh weights.
+        init_from: checkpoint of an SAE to start from; empty: fresh weights. A run adds "#" and a hash of the file.
     """
 
     recipe: str = "paper"

@@ -78,11 +78,12 @@ class Latents:
         return self.scratch.take(name, (n_rows, self.shape.width), self.dtype)
 
     def forward(
-        self, a: Float[Tensor, "row latent"], norm: Float[Tensor, " row"], pool: Tensor | None, n_keep: int
+        self, a: Float[Tensor, "row latent"], norm: Float[Tensor, " row"], pool: Tensor | None, k: int, n_rows_all: int
     ) -> Fired:
         """Set `z` from products `a` = (x − b_dec) W_enc, which is overwritten and must live until `backward`.
 
-        pool: latents whose values before selection are kept in `pool_z` [row, pool]. n_keep: what batchtopk keeps.
+        pool: latents whose values before selection are kept in `pool_z` [row, pool]. k: latents a row that topk and
+        batchtopk keep; n_rows_all: rows of all processes, over which batchtopk keeps them.
         """
         n_rows, width = a.shape
         self.a, self.pool = a, pool
@@ -96,11 +97,11 @@ class Latents:
         for rows in row_chunks(n_rows, width, a.device):
             self._activate(rows)
             if self.shape.activation != "batchtopk":
-                self._select(rows, fired)
+                self._select(rows, k, fired)
         if self.shape.activation == "batchtopk":
-            self.threshold = self.find_threshold(n_keep)
+            self.threshold = self.find_threshold(k * n_rows_all)
             for rows in row_chunks(n_rows, width, a.device):
-                self._select(rows, fired)
+                self._select(rows, k, fired)
         return fired
 
     def find_threshold(self, n_keep: int) -> Float[Tensor, ""]:
@@ -148,13 +149,13 @@ class Latents:
             )
         return out
 
-    def _select(self, rows: slice, fired: Fired) -> None:
+    def _select(self, rows: slice, k: int, fired: Fired) -> None:
         z = self.z[rows]
         mask = self.scratch.take("mask", tuple(z.shape), self.dtype)
         if self.pool is not None:
             torch.index_select(z, 1, self.pool, out=self.pool_z[rows])
         if self.shape.activation == "topk":
-            z.mul_(torch.ge(z, row_thresholds(z, self.shape.k), out=mask))
+            z.mul_(torch.ge(z, row_thresholds(z, k), out=mask))
         elif self.shape.activation == "batchtopk":
             z.mul_(torch.ge(z, self.threshold, out=mask))
         fired.counts += torch.ne(z, 0, out=mask).sum(0, dtype=self.wide)

@@ -38,7 +38,7 @@ HELP = {
     "penalty": "on latents: l1, l0 (jumprelu), none (topk, batchtopk)",
     "lambda_shared": "weight of the penalty on shared latents",
     "lambda_specialised": "weight of the penalty on specialised latents; a flat SAE has only those",
-    "sparsity_warmup_steps": "steps over which the penalty grows from 0",
+    "sparsity_warmup_steps": "steps over which the penalty grows from 0 (topk, batchtopk: latents kept fall from 8k to k)",
     "target_l0": "mean latents a row to hold by adapting the penalty; 0: off",
     "aux_k": "dead latents that the auxiliary loss revives (topk, batchtopk); 0: off",
     "aux_coefficient": "weight of the auxiliary loss",
@@ -67,9 +67,7 @@ HELP = {
 """What each field is, for --help. Field names and texts belong together: a test holds that none is missing."""
 
 ONLY_WITH: dict[str, Callable[[TrainConfig], bool]] = {
-    **dict.fromkeys(
-        ("lambda_shared", "lambda_specialised", "sparsity_warmup_steps", "target_l0"), lambda c: c.penalty != "none"
-    ),
+    **dict.fromkeys(("lambda_shared", "lambda_specialised", "target_l0"), lambda c: c.penalty != "none"),
     **dict.fromkeys(("k", "aux_k", "aux_coefficient"), lambda c: c.activation in ("topk", "batchtopk")),
     "threshold_decay": lambda c: c.activation == "batchtopk",
     **dict.fromkeys(("bandwidth", "initial_threshold"), lambda c: c.activation == "jumprelu"),

@@ -35,6 +35,7 @@ from train.plan import RunConfig, Task
 from train.scratch import Scratch
 from train.step import Batch, Member, normalise_batch
 from train.trainee import Clock, Outcome, Trainee, summary
+from train.weights import named_by_content
 from train.writer import Writer
 
 
@@ -74,8 +75,11 @@ def own_members(config: RunConfig, processes: Processes) -> list[TrainConfig]:
 
 
 def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The config with the dtype that `auto` stands for on this device."""
-    return TrainConfig.from_dict(config.to_dict() | {"dtype": resolve_dtype(config.dtype, device)})
+    """The config with the dtype that `auto` stands for on this device, and the file to start from known by its content."""
+    changes = {"dtype": resolve_dtype(config.dtype, device)}
+    if config.init_from:
+        changes["init_from"] = named_by_content(config.init_from)
+    return TrainConfig.from_dict(config.to_dict() | changes)
 
 
 def announce(store: Store, tasks: Sequence[Task], passes: Sequence[Sequence[Task]], device: torch.device) -> None:

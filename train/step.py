@@ -112,7 +112,7 @@ class Member:
         pool = objectives.auxiliary_pool(config, self.rows_since_fired, self.n_rows)
         x_low = self._take("x", n_local, self.shape.d_model).copy_(batch.x - b_dec)
         a = torch.mm(x_low, low["W_enc"], out=self._take("a", n_local, config.width))
-        fired = self.latents.forward(a, batch.norm, pool, n_rows * config.k)
+        fired = self.latents.forward(a, batch.norm, pool, objectives.kept_a_row(config, self.n_steps), n_rows)
         terms = objectives.reconstruction_terms(config, self.shape.levels, self.n_steps)
         decoded = objectives.reconstruct(
             self.latents.z, low["W_dec"], b_dec, batch.x, terms, n_rows, self.scratch, pool is not None

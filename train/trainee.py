@@ -21,6 +21,7 @@ from train.log import Log, open_logs
 from train.members import Keep
 from train.plan import RunConfig, Task
 from train.step import Batch, Member
+from train.weights import path_of
 from train.writer import Writer
 
 
@@ -52,7 +53,7 @@ class Trainee:
         if self.task.step:
             self.member.load_state(self.folder.read_state()[0])
         elif self.task.config.init_from:
-            self.member.load_weights(load_checkpoint(Path(self.task.config.init_from))[0])
+            self.member.load_weights(load_checkpoint(path_of(self.task.config.init_from))[0])
         self.logged = self.member.n_steps
         if self.writes:
             self.folder.truncate(self.member.n_steps)

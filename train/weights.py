@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.files import hash_file
 from pipeline.runtime import torch_rng
 from pipeline.sae import NestedSAE
 from train.config import TrainConfig
@@ -34,6 +36,18 @@ def initial_weights(config: TrainConfig, d_model: int) -> dict[str, Tensor]:
     if "log_threshold" in weights:
         weights["log_threshold"].fill_(math.log(config.initial_threshold))
     return weights
+
+
+def named_by_content(init_from: str) -> str:
+    """PATH#hash of the file, which makes another member of another SAE under the same path. Raises CheckpointError."""
+    if not Path(init_from).is_file():
+        raise CheckpointError(f"init_from {init_from}: no such file; give the path of a checkpoint")
+    return f"{init_from}#{hash_file(Path(init_from))[:16]}"
+
+
+def path_of(init_from: str) -> Path:
+    """The path in what `named_by_content` returns."""
+    return Path(init_from.rpartition("#")[0])
 
 
 def mapped_weights(source: NestedSAE, target: NestedSAE) -> dict[str, Tensor]:
