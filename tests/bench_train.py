@@ -40,6 +40,7 @@ OURS: dict[str, Callable[..., TrainConfig]] = {
     "paper, α 0.2, LayerNorm": lambda **c: paper(alpha=0.2, **c),
     "batchtopk, 2 levels": lambda **c: batchtopk(alpha=0.2, **c),
     "batchtopk, 5 levels": lambda **c: batchtopk(levels=FIVE, **c),
+    "batchtopk, 2 levels, auxiliary loss": lambda **c: batchtopk(alpha=0.2, **c),
 }
 
 
@@ -67,6 +68,14 @@ def random_batch(d_model: int, rows: int) -> Batch:
     x = (torch.rand(rows, 4 * d_model, generator=generator) < 0.01).float() @ directions
     center = x.mean(0)
     return normalise_batch(x, center, float((x - center).square().sum(1).mean() ** -0.5))
+
+
+def one_step(name: str, member: Member, batch: Batch) -> None:
+    """A step; where the auxiliary loss is to act, on a dictionary with as many dead latents as it looks at."""
+    if name.endswith("auxiliary loss"):
+        member.n_rows = member.config.dead_after_rows
+        member.rows_since_fired[: 2 * member.config.aux_k] = member.n_rows
+    member.step(batch)
 
 
 def make_member(config: TrainConfig, d_model: int, scratch: Scratch) -> Member:
@@ -119,7 +128,7 @@ def measure_shape(
             if name == "floor":
                 taken.append(seconds(floor))
             elif name in members:
-                taken.append(seconds(lambda member=members[name]: member.step(batch)))
+                taken.append(seconds(lambda name=name: one_step(name, members[name], batch)))
             elif peers is not None:
                 taken.append(peers.step(name))
     if peers is not None:

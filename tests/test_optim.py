@@ -44,7 +44,7 @@ def test_the_norm_is_over_all_gradients_together_and_before_clipping() -> None:
     g = gradients(scale=30.0)
     expected = torch.cat([part.flatten() for part in g.values()]).norm()
     adam = Adam(weights(), torch.float32, config())
-    assert float(adam.update(g, 1e-3)) == pytest.approx(float(expected), rel=1e-6)
+    assert float(adam.update(g, torch.tensor(1e-3))) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_the_norm_of_bf16_gradients_is_summed_in_float32() -> None:
@@ -73,20 +73,20 @@ def test_the_clip_sees_the_gradient_before_its_projection() -> None:
     g["W_dec"] = 100 * w["W_dec"].clone()  # all of it along the rows: nothing is left after the projection
     g["b_dec"][0] = 1.0
     adam = Adam(w, torch.float32, config(eps=1.0))
-    adam.update(g, 1.0)
+    adam.update(g, torch.tensor(1.0))
     shrunk = 1 / (100**2 * 20 + 1) ** 0.5  # the only number that moves, clipped by a norm the decoder dominates
     assert float(w["b_dec"][0]) == pytest.approx(-shrunk / (shrunk + 1), rel=1e-3)
 
 
 def test_decoder_rows_have_unit_norm_after_an_update() -> None:
     adam = Adam(weights(), torch.float32, config())
-    adam.update(gradients(), 0.1)
+    adam.update(gradients(), torch.tensor(0.1))
     torch.testing.assert_close(adam.weights["W_dec"].norm(dim=1), torch.ones(20))
 
 
 def test_the_copy_that_products_read_follows_the_weights() -> None:
     adam = Adam(weights(), torch.bfloat16, config())
-    adam.update(gradients(), 0.1)
+    adam.update(gradients(), torch.tensor(0.1))
     for name, low in adam.low.items():
         assert torch.equal(low, adam.weights[name].bfloat16())
 
@@ -102,7 +102,7 @@ def test_the_result_does_not_depend_on_the_size_of_chunks(monkeypatch: pytest.Mo
         monkeypatch.setattr(optim, "CHUNK_NUMBERS", size)
         adam = Adam(weights(), torch.float32, config(clip_norm=0.0))
         for _ in range(3):
-            adam.update(gradients(), 0.01)
+            adam.update(gradients(), torch.tensor(0.01))
         results.append(adam.weights)
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-6, atol=1e-7)

@@ -53,6 +53,10 @@ from train.trainee import Outcome
     help="Under torchrun: all processes train every member, each on its share of the batch, instead of sharing members out.",
 )  # fmt: skip
 @click.option(
+    "--cuda-graphs", is_flag=True,
+    help="On CUDA: replay each step as one graph. For small SAEs, whose kernels take longer to launch than to run.",
+)  # fmt: skip
+@click.option(
     "--verify-first", is_flag=True, help="Check every byte of the store before the first step, not beside it."
 )
 @click.option("--dry-run", is_flag=True, help="Print members, memory, disk and a rough time; train nothing.")
@@ -65,8 +69,8 @@ from train.trainee import Outcome
 )
 def command(
     store: Path, out: Path, mode: Mode, window_rows: int | None, threads: int, device: str, keep: str,
-    log: tuple[str, ...], data_parallel: bool, verify_first: bool, dry_run: bool, planned: Path | None, as_json: bool,
-    **given: Any,
+    log: tuple[str, ...], data_parallel: bool, cuda_graphs: bool, verify_first: bool, dry_run: bool, planned: Path | None,
+    as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Train nested sparse autoencoders on an activation store.
 
@@ -81,7 +85,9 @@ def command(
         python -m train --store acts.zarr --out sae --width 4096 --alpha 0 --alpha 0.2 --seed 0 --seed 1 --seed 2
     """
     members = make_grid(given)
-    config = RunConfig(store, out, members, device, mode, window_rows, threads, keep, log, verify_first, data_parallel)
+    config = RunConfig(
+        store, out, members, device, mode, window_rows, threads, keep, log, verify_first, data_parallel, cuda_graphs
+    )
     if planned is not None and not dry_run:
         raise UsageError("--planned goes with --dry-run")
     outcomes = show_plan(config, planned) if dry_run else run(config)

@@ -135,12 +135,12 @@ def reconstruct(
     return Reconstruction(errors, decoded, b_dec_gradient, remainder)
 
 
-def auxiliary_pool(config: TrainConfig, rows_since_fired: Int[Tensor, " latent"], n_rows: int) -> Tensor | None:
-    """Latents the auxiliary loss may use: those longest without firing, [pool] int64; None while there can be none.
+def auxiliary_pool(config: TrainConfig, rows_since_fired: Int[Tensor, " latent"]) -> Tensor | None:
+    """Latents the auxiliary loss may use: those longest without firing, [pool] int64; None without that loss.
 
     On a CPU also None when none of them is dead, which changes no number; on an accelerator asking would stall it.
     """
-    if not config.aux_k or n_rows < config.dead_after_rows:
+    if not config.aux_k:
         return None
     if rows_since_fired.device.type == "cpu" and not bool((rows_since_fired >= config.dead_after_rows).any()):
         return None

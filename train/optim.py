@@ -44,10 +44,11 @@ class Adam:
         for name, low in self.low.items():
             low.copy_(self.weights[name])
 
-    def update(self, gradients: Mapping[str, Tensor], lr: float) -> Float[Tensor, ""]:
+    def update(self, gradients: Mapping[str, Tensor], lr: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """One update; returns the norm of the whole gradient before clipping, float64, on the device.
 
-        `gradients` are overwritten. Matrices may be in the products' dtype; all else is in the weights'.
+        `gradients` are overwritten; matrices may be in the products' dtype, all else is in the weights'. `lr` is float32
+        on the device.
         """
         norm = gradient_norm(gradients)
         shrink = clip_factor(norm, self.config)
@@ -58,7 +59,7 @@ class Adam:
                 self._update_rows(name, rows, gradient, lr)
         return norm
 
-    def _update_rows(self, name: str, rows: slice, gradient: Tensor, lr: float) -> None:
+    def _update_rows(self, name: str, rows: slice, gradient: Tensor, lr: Tensor) -> None:
         weight = self.weights[name][rows]
         if name == "W_dec":
             remove_along_rows(gradient, weight)

@@ -35,6 +35,7 @@ class RunConfig:
     mode, window_rows: the order of rows (`order.py`); a member that is there goes on in its own unless another is asked
     for. threads: that gather rows. keep: which checkpoints stay (`Keep`). log: besides metrics.jsonl, which is always
     written. data_parallel: all processes of torchrun train every member together, instead of sharing members out.
+    cuda_graphs: record steps and replay them, on CUDA; for small SAEs, whose kernels take longer to launch than to run.
     """
 
     store: Path
@@ -48,6 +49,7 @@ class RunConfig:
     log: tuple[str, ...] = ("jsonl",)
     verify_first: bool = False
     data_parallel: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if not self.members:

@@ -28,6 +28,7 @@ from pipeline.store import Store
 from train import plan
 from train.bodies import BodyCheck
 from train.config import TrainConfig
+from train.graphs import cuda_capture
 from train.loader import Loader
 from train.members import Keep, check_out
 from train.parallel import Processes, join
@@ -110,6 +111,7 @@ class Pass:
         self.tasks, self.batch_size = tasks, tasks[0].config.batch_size
         self.center, self.scale = self.space(tasks[0].config)
         self.scratch = Scratch(self.device)
+        self.capture = cuda_capture() if run.cuda_graphs and self.device.type == "cuda" else None
 
     def space(self, config: TrainConfig) -> tuple[Tensor, float]:
         """Centre and scale of the training space on the device."""
@@ -136,7 +138,9 @@ class Pass:
     def trainee(self, task: Task, writer: Writer) -> Trainee:
         """A member made or gone on with; all of a pass share one set of buffers."""
         group = self.processes.group
-        member = Member(task.config, self.store.d_model, self.center, self.scale, self.device, self.scratch, group)
+        member = Member(
+            task.config, self.store.d_model, self.center, self.scale, self.device, self.scratch, group, self.capture
+        )
         return Trainee(self.config, task, member, writer, self.order.n_kept, self.processes.writes)
 
     def stream(self, trainees: Sequence[Trainee]) -> bool:

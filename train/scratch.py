@@ -16,10 +16,11 @@ class Scratch:
     """Named buffers shared by the members of one device: activations and gradients of whichever member is stepping.
 
     A buffer grows to the largest shape asked of it and never shrinks. Its contents mean nothing before they are written.
+    `generation` counts how often one was made or grew: while it stays, all are where they were.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.generation = device, 0
         self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -27,6 +28,7 @@ class Scratch:
         n = math.prod(shape)
         if (name, dtype) not in self._flat or self._flat[name, dtype].numel() < n:
             self._flat[name, dtype] = torch.empty(n, dtype=dtype, device=self.device)
+            self.generation += 1
         return self._flat[name, dtype][:n].view(shape)
 
     def n_bytes(self) -> int:

@@ -10,6 +10,7 @@ a product with a vector. Products are in bf16 (or float32), weights, moments, st
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from pipeline.sae import NestedSAE
 from train import objectives, sharing
 from train.config import TrainConfig
 from train.controller import Controller
+from train.graphs import Capture, Recorded
 from train.latents import Latents, Penalty, PoolGradient
 from train.optim import Adam, learning_rate
 from train.scratch import Scratch as Scratch
@@ -54,8 +56,29 @@ def normalise_batch(
     parts = (norm, x.sum(0).double(), norm.double().square().sum())
     if out is None:
         return Batch(x, *parts)
-    out.norm, out.total, out.square = parts
+    for buffer, part in zip((out.norm, out.total, out.square), parts):
+        buffer.copy_(part)
     return out
+
+
+class Schedule:
+    """What changes from step to step by the config alone, on the device: tensors, so that a recorded step can read them.
+
+    lr: float32, of Adam. ramp: float64, of the penalty. weight: of the newest batch in the running threshold.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device, wide: torch.dtype) -> None:
+        self.config = config
+        self.lr = torch.zeros((), dtype=torch.float32, device=device)
+        self.ramp = torch.zeros((), dtype=torch.float64, device=device)
+        self.weight = torch.zeros((), dtype=wide, device=device)
+        self.set(0)
+
+    def set(self, n_steps: int) -> None:
+        """To the step that follows `n_steps` finished ones."""
+        self.lr.fill_(learning_rate(self.config, n_steps))
+        self.ramp.fill_(objectives.sparsity_ramp(self.config, n_steps))
+        self.weight.fill_(max(1 / (n_steps + 1), 1 - self.config.threshold_decay))
 
 
 class Member:
@@ -64,6 +87,7 @@ class Member:
     `config.dtype` is resolved, not "auto". center, scale: of the training space, to be recorded in the SAE.
     group: for data-parallel training; each process steps on its own rows of the global batch, gradients and counts are
     summed over processes, threshold and clip are those of the global batch. None: one process.
+    capture: records steps to replay them (`graphs.py`); None: every step runs operation by operation.
     `n_steps` is the optimiser steps done, `n_rows` the rows seen by all processes together.
     """
 
@@ -76,6 +100,7 @@ class Member:
         device: torch.device,
         scratch: Scratch,
         group: dist.ProcessGroup | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.config, self.shape, self.scratch, self.group = config, config.sae_config(d_model), scratch, group
         self.dtype = product_dtype(config.dtype)
@@ -84,6 +109,7 @@ class Member:
         self.n_steps = self.n_rows = 0
         self.weights = {name: weight.to(device, self.wide) for name, weight in initial_weights(config, d_model).items()}
         self.adam = Adam(self.weights, self.dtype, config)
+        self.schedule, self.recorded = Schedule(config, device, self.wide), Recorded(capture)
         self.latents = Latents(config, self.shape, self.weights, scratch, self.dtype, group)
         self.penalty = objectives.penalty_weights(config, self.shape.n_shared).to(device, self.wide)
         self.rows_since_fired = torch.zeros(config.width, dtype=torch.int64, device=device)
@@ -99,25 +125,55 @@ class Member:
 
     def step(self, batch: Batch) -> None:
         """One optimiser step on this process's rows of the batch. Fetches nothing from the device."""
+        self.schedule.set(self.n_steps)
+        self.recorded.run(self._kind(batch), lambda: self._step(batch))
+        self.n_steps += 1
+        self.n_rows += self._n_rows(batch)
+        if self.config.alpha == "auto":
+            self._adapt()
+
+    def _n_rows(self, batch: Batch) -> int:
+        """Rows of the batch, those of all processes."""
+        return len(batch.x) * (dist.get_world_size(self.group) if self.group else 1)
+
+    def _kind(self, batch: Batch) -> Hashable | None:
+        """What a step depends on beside the contents of tensors; None where that is new at every step."""
+        if self.config.level_weighting == "random" or self.group is not None:
+            return None
+        places = (batch.x.data_ptr(), self.scratch.generation)
+        return (*places, self.shape.levels, self._kept, self._may_have_dead, self.n_steps == 0, self._controls)
+
+    @property
+    def _kept(self) -> int:
+        return objectives.kept_a_row(self.config, self.n_steps)
+
+    @property
+    def _may_have_dead(self) -> bool:
+        return self.n_rows >= self.config.dead_after_rows
+
+    @property
+    def _controls(self) -> bool:
+        return self.n_steps >= self.config.sparsity_warmup_steps
+
+    def _step(self, batch: Batch) -> None:
         forward = self._forward(batch)
         gradients = self._backward(forward)
         self._sum_over_processes(forward, gradients)
-        norm = self.adam.update(gradients, learning_rate(self.config, self.n_steps))
+        norm = self.adam.update(gradients, self.schedule.lr)
         self._account(forward, norm)
 
     def _forward(self, batch: Batch) -> Forward:
         config, low, b_dec = self.config, self.adam.low, self.weights["b_dec"]
-        n_local = len(batch.x)
-        n_rows = n_local * (dist.get_world_size(self.group) if self.group else 1)
-        pool = objectives.auxiliary_pool(config, self.rows_since_fired, self.n_rows)
+        n_local, n_rows = len(batch.x), self._n_rows(batch)
+        pool = objectives.auxiliary_pool(config, self.rows_since_fired) if self._may_have_dead else None
         x_low = self._take("x", n_local, self.shape.d_model).copy_(batch.x - b_dec)
         a = torch.mm(x_low, low["W_enc"], out=self._take("a", n_local, config.width))
-        fired = self.latents.forward(a, batch.norm, pool, objectives.kept_a_row(config, self.n_steps), n_rows)
+        fired = self.latents.forward(a, batch.norm, pool, self._kept, n_rows)
         terms = objectives.reconstruction_terms(config, self.shape.levels, self.n_steps)
         decoded = objectives.reconstruct(
             self.latents.z, low["W_dec"], b_dec, batch.x, terms, n_rows, self.scratch, pool is not None
         )
-        factor = objectives.sparsity_ramp(config, self.n_steps) * self.controller.factor
+        factor = self.schedule.ramp * self.controller.factor
         sums = {"counts": fired.counts.double(), "l1": fired.l1, "errors": decoded.errors}
         sums |= {"total": batch.total, "square": batch.square.reshape(1), "aux": torch.zeros_like(fired.l1[:1])}
         return Forward(n_rows, x_low, pool, terms, decoded, factor, sums)
@@ -164,9 +220,7 @@ class Member:
         self.rows_since_fired.add_(n_rows).masked_fill_(sums["counts"] > 0, 0)
         l0 = sums["counts"].sum() / n_rows
         if config.activation == "batchtopk":
-            self.threshold += (self.latents.threshold - self.threshold) * max(
-                1 / (self.n_steps + 1), 1 - config.threshold_decay
-            )
+            self.threshold += (self.latents.threshold - self.threshold) * self.schedule.weight
         for name in ("errors", "l1", "aux", "total", "square"):
             self.sums[name] += sums[name]
         self.sums["loss"] += self._loss(forward)
@@ -176,13 +230,9 @@ class Member:
         self.sums["steps"] += 1
         self.sums["rows"] += n_rows
         if config.target_l0:
-            acts = self.n_steps >= config.sparsity_warmup_steps
-            self.controller.see(l0, first=self.n_steps == 0, acts=acts)
-        self.n_steps += 1
-        self.n_rows += n_rows
+            self.controller.see(l0, first=self.n_steps == 0, acts=self._controls)
         if config.alpha == "auto":
             self.explained += torch.cat([sums["errors"], sums["square"]])
-            self._adapt()
 
     def _adapt(self) -> None:
         """Move the end of the shared level when it is time (syncs then)."""
