@@ -77,7 +77,7 @@ def test_shares_of_a_batch_are_equal_and_together_the_batch(
 def test_a_window_of_an_order_spans_its_rows_at_most() -> None:
     order = Order(np.ones(1000, bool), 10, 0, 250)
     assert [len(chunks) for chunks in order.chunks(1)] == [25, 25, 25, 25]
-    assert [len(chunks) for chunks in order.chunks(0)] == [3, 3, 6, 13, 25, 25, 25]
+    assert [len(chunks) for chunks in order.chunks(0)] == [3, 22, 25, 25, 25]
     assert Order(np.ones(1000, bool), 10, 0, 240).n_windows == 5
 
 

@@ -6,8 +6,8 @@ says where a training stands. Every kept row comes exactly once an epoch.
     exact       an epoch is one window: a permutation of all kept rows
     windowed    chunks are permuted, dealt into windows of nearly equal size, and rows are permuted within a window;
                 var(batch mean) is then 1 + (deff − 1) · batch / window times that of an exact permutation (STORAGE.md).
-                The very first window comes in parts, an eighth, an eighth, a quarter and a half of its chunks, so that a
-                training begins before a whole one was read
+                The very first window comes in two, an eighth of its chunks and the rest, so that a training begins before
+                a whole one was read
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Order:
             return [np.arange(self.n_chunks)]
         permuted: Rows = numpy_rng("chunks", self.seed, epoch).permutation(self.n_chunks)
         windows = np.array_split(permuted, self.n_windows)
-        n = len(windows[0])
-        return np.split(windows[0], [n // 8, n // 4, n // 2]) + windows[1:] if epoch == 0 and n >= 8 else windows
+        first = len(windows[0]) // 8
+        return np.split(windows[0], [first]) + windows[1:] if epoch == 0 and first else windows
 
     def window_sizes(self, epoch: int) -> list[int]:
         """Kept rows of every window of an epoch; a window may have none."""
