@@ -8,7 +8,7 @@ spliced and counted; zero ablation zeroes every position. KL is KL(clean ‖ spl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -183,7 +183,7 @@ class Behaviour:
         return dict(zip(("kl", "ce", "top1"), (self.sums[k] / self.counts[k]).tolist()))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Baselines:
     """What a job computes once: the clean model, zero ablation of all positions, mean ablation of the kept ones.
 
@@ -198,7 +198,8 @@ class Baselines:
     clean: Behaviour
     zero: Behaviour
     mean: Behaviour
-    alike: dict[str, Tensor] = field(default_factory=dict)  # the last such residual [1, pos, d_model] and log_q
+    alike: tuple[Tensor, Tensor] | None = None
+    """The last mean-ablated residual that served all sequences [1, pos, d_model], and its log-probabilities by position."""
 
     @staticmethod
     def empty(lm: SplitLM, store_mean: Float[Tensor, " d_model"], context: int, chunk: int) -> Baselines:
@@ -216,12 +217,13 @@ class Baselines:
 
     def _mean_ablated(self, batch: Batch, clean: Clean) -> TokenScores:
         ablated = splice(batch, self.store_mean.expand_as(batch.x))
-        if not depends_on_position_alone(self.lm, batch, ablated):
-            return score_residual(self.lm, batch, clean, ablated, self.chunk)
-        if not self.alike or not torch.equal(self.alike["residual"], ablated[:1]):
-            log_q = log_probabilities_by_position(self.lm, ablated[:1], self.chunk)
-            self.alike.update(residual=ablated[:1], log_q=log_q)
-        return score_by_position(batch, clean, self.alike["log_q"], self.chunk)
+        known = self.alike is not None and torch.equal(ablated, self.alike[0].expand_as(ablated))
+        if not known and depends_on_position_alone(self.lm, batch, ablated):
+            self.alike = ablated[:1], log_probabilities_by_position(self.lm, ablated[:1], self.chunk)
+            known = True
+        if known and self.alike is not None:
+            return score_by_position(batch, clean, self.alike[1], self.chunk)
+        return score_residual(self.lm, batch, clean, ablated, self.chunk)
 
     def numbers(self, k: int) -> dict[str, float]:
         """Baselines of weighting k by the names that FORMAT.md gives them; entropy is the clean model's, in nats."""
