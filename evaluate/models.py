@@ -38,12 +38,16 @@ class Models:
 
         return ModelInfo.read(self.name, self.revision, trust_remote_code=self.config.trust_remote_code)
 
-    def prefix_seconds(self) -> float:
-        """A rough time a token takes in the layers up to the cut, from a product measured now."""
+    @cached_property
+    def costs(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """FLOP a token takes in the layers up to the cut and after it, each with a rough time from a product measured now."""
         from pipeline.lm import forward_seconds
 
-        flop, _ = self.info.flop(self.layer, trust_remote_code=self.config.trust_remote_code)
-        return forward_seconds(flop, DTYPES[self.dtype], self.device, self.store.d_model)
+        def with_seconds(flop: float) -> tuple[float, float]:
+            return flop, forward_seconds(flop, DTYPES[self.dtype], self.device, self.store.d_model)
+
+        prefix, suffix = self.info.flop(self.layer, trust_remote_code=self.config.trust_remote_code)
+        return with_seconds(prefix), with_seconds(suffix)
 
     def load(self, part: Part) -> SplitLM:
         """A part of the model. Raises ModelError, naming both, when its weights are not those that made the store."""

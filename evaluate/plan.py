@@ -131,14 +131,6 @@ def suffix_passes(checkpoints: Sequence[Checkpoint], levels: str) -> int:
     return sum(len(resolve_levels(levels, checkpoint)) for checkpoint in checkpoints)
 
 
-def suffix_flop(lm: SplitLM) -> float:
-    """Floating-point operations a token takes in the layers after the cut and the unembedding: 2 a weight."""
-    held = {p.data_ptr(): p.numel() for p in lm.model.parameters() if not p.is_meta}
-    embedding = lm.model.get_input_embeddings().weight
-    looked_up = 0 if embedding is lm.unembedding else embedding.numel()
-    return 2.0 * float(sum(held.values()) - looked_up)
-
-
 def sae_flop(config: SAEConfig) -> float:
     """Floating-point operations a token takes to encode and decode: every level is decoded from the one before."""
     return 4.0 * config.d_model * config.width
@@ -148,18 +140,11 @@ SAE_TIME_OVER_PRODUCTS = 2.0
 """Of encoding and decoding with all that is measured of the latents, for estimates."""
 
 
-def cost(
-    saes: Sequence[SAEConfig], lm: SplitLM | None, passes: int, d_model: int, device: torch.device
-) -> tuple[float, float]:
-    """FLOP, and a rough time in seconds from product rates measured now, that each token takes for all checkpoints."""
+def sae_cost(saes: Sequence[SAEConfig], d_model: int, device: torch.device) -> tuple[float, float]:
+    """FLOP, and a rough time in seconds from a product measured now, that each token takes in all SAEs."""
     flop = sum(map(sae_flop, saes))
     rate = product_rate(torch.float32, device, 512, d_model, max(sae.width for sae in saes))
-    seconds = SAE_TIME_OVER_PRODUCTS * flop / rate
-    if lm is not None:
-        of_suffix = passes * suffix_flop(lm)
-        flop += of_suffix
-        seconds += lm.seconds(of_suffix)
-    return flop, seconds
+    return flop, SAE_TIME_OVER_PRODUCTS * flop / rate
 
 
 def settle_freed_memory(plan: Plan) -> None:

@@ -196,10 +196,11 @@ class Job:
             return
         assert self.config.probing is not None
         n_texts, rows = sum(len(part.texts) for part in self.texts), self.text_rows()
-        _, both_ways = planning.cost([c.sae for c in todo], None, 0, self.store.d_model, self.device)
+        _, both_ways = planning.sae_cost([c.sae for c in todo], self.store.d_model, self.device)
+        (_, prefix), _ = self.models.costs
         say(
             f"texts for {', '.join(self.config.probing.scores)}: {n_texts:,} of at most {self.config.probing.context} tokens; "
-            f"at most about {format_seconds(rows * self.models.prefix_seconds())} once for the layers up to "
+            f"at most about {format_seconds(rows * prefix)} once for the layers up to "
             f"{self.models.layer}, {format_seconds(rows * both_ways / 2)} to encode them for all checkpoints"
         )
 
@@ -207,7 +208,10 @@ class Job:
         """Say what the job will take."""
         tokens, groups = self.n_sequences * self.store.context, -(-len(todo) // plan.group)
         passes = planning.suffix_passes(todo, self.config.levels) + groups + 1
-        flop, seconds = planning.cost([c.sae for c in todo], self.lm, passes, self.store.d_model, self.device)
+        flop, seconds = planning.sae_cost([c.sae for c in todo], self.store.d_model, self.device)
+        if self.lm is not None:
+            _, (suffix_flop, suffix_seconds) = self.models.costs
+            flop, seconds = flop + passes * suffix_flop, seconds + passes * suffix_seconds
         say(
             f"evaluate: {len(todo)} checkpoints on {tokens:,} tokens of {self.store.path}; "
             + (f"{passes} passes of the layers after {self.store.config['layer']}, " if self.lm is not None else "")

@@ -200,10 +200,6 @@ class SplitLM:
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
-    def seconds(self, flop: float) -> float:
-        """A rough time for so many operations here, from a product measured now."""
-        return forward_seconds(flop, self.dtype, self.device, self.d_model)
-
     def compile(self) -> None:
         """torch.compile every layer. Faster on some devices, and no longer bit for bit what the plain model computes."""
         for block in self._blocks:

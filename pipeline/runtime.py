@@ -64,12 +64,14 @@ def torch_rng(*key: int | str) -> torch.Generator:
 
 
 def product_rate(dtype: torch.dtype, device: torch.device, rows: int, inner: int, width: int) -> float:
-    """FLOP/s of a [rows, inner] by [inner, width] product, measured now: for estimates of time."""
+    """FLOP/s of a [rows, inner] by [inner, width] product, the best of three measured now: for estimates of time."""
     x, w = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, width)))
-    (x @ w).sum().item()
-    start = time.perf_counter()
-    (x @ w).sum().item()
-    return 2 * rows * inner * width / (time.perf_counter() - start)
+    seconds = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        (x @ w).sum().item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * rows * inner * width / min(seconds[1:])
 
 
 def rank() -> int:
