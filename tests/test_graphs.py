@@ -190,3 +190,38 @@ def test_auxiliary_pool_here_is_that_of_the_objectives_for_dead_latents() -> Non
     found = auxiliary_pool(config, rows)
     assert found is not None
     assert torch.equal(found, torch.arange(config.width - 1, config.width - 17, -1))
+
+
+ON_ANOTHER_DEVICE: list[tuple[str, dict[str, Any]]] = [
+    *CHANGES.items(),
+    ("paper", {"layernorm": "none"}),
+    ("paper", {"layernorm": "post", "objective": "additive", "normalize_gradients": True}),
+    ("jumprelu", {"layernorm": "pre", "penalty": "l1"}),
+    ("batchtopk", {"k": 4, "levels": (0.25, 0.5, 1.0), "level_weighting": "random"}),
+]
+
+
+@pytest.mark.parametrize(("recipe", "changes"), ON_ANOTHER_DEVICE, ids=str)
+def test_a_step_on_another_device_fetches_nothing_and_mixes_no_devices(
+    recipe: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without values stand in for an accelerator's: every operation but the fused Adam checks devices, and asking
+    for a value is an error. With a CUDA build of torch, fake CUDA tensors pass the same (NOTES.md)."""
+    monkeypatch.undo()  # the real code, which does not take a CPU's ways there
+    meta = torch.device("meta")
+
+    def fused_adam(
+        params: Any, gradients: Any, first: Any, second: Any, _: Any, steps: Any, *, lr: Tensor, **kw: Any
+    ) -> None:
+        held = (*params, *gradients, *first, *second, *steps, lr)
+        assert {(tensor.device, tensor.dtype) for tensor in held} == {(meta, torch.float32)}
+
+    monkeypatch.setattr(torch, "_fused_adam_", fused_adam)
+    config = config_of(recipe, dtype="bf16", **changes)
+    center, batch = torch.zeros(D_MODEL, device=meta), None
+    member = Member(config, D_MODEL, center, 1.0, meta, Scratch(meta))
+    for _ in range(8):
+        batch = normalise_batch(torch.zeros(48, D_MODEL, dtype=torch.bfloat16, device=meta), center, 1.0, out=batch)
+        member.step(batch)
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        member.is_finite()  # which does fetch
