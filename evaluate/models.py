@@ -43,11 +43,9 @@ class Models:
         """FLOP a token takes in the layers up to the cut and after it, each with a rough time from a product measured now."""
         from pipeline.lm import forward_seconds
 
-        def with_seconds(flop: float) -> tuple[float, float]:
-            return flop, forward_seconds(flop, DTYPES[self.dtype], self.device, self.store.d_model)
-
         prefix, suffix = self.info.flop(self.layer, trust_remote_code=self.config.trust_remote_code)
-        return with_seconds(prefix), with_seconds(suffix)
+        each = forward_seconds(1.0, DTYPES[self.dtype], self.device, self.store.d_model)
+        return (prefix, prefix * each), (suffix, suffix * each)
 
     def load(self, part: Part) -> SplitLM:
         """A part of the model. Raises ModelError, naming both, when its weights are not those that made the store."""
