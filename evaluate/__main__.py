@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from pipeline.cli import COUNT, SIZE, main, print_json
-from pipeline.errors import UsageError
+from pipeline.base.cli import COUNT, SIZE, main, print_json
+from pipeline.base.errors import UsageError
 
 PROBING = ("scr", "tpp", "k_sparse_probe")
 
@@ -102,9 +102,9 @@ def make_config(
     **options: Any,
 ) -> Any:
     """The config that the options mean. Raises UsageError when scores of texts are asked for without texts."""
-    from evaluate.probing import ProbingConfig
+    from evaluate.probing.job import ProbingConfig
     from evaluate.run import EvaluateConfig
-    from evaluate.scorer import SCORES
+    from evaluate.scores.scorer import SCORES
 
     asked = [name.strip() for name in scores.split(",")] if scores else [*SCORES, *(PROBING if sources else ())]
     of_texts = tuple(name for name in asked if name in PROBING)

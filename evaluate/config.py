@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluate.checkpoints import valid_levels
-from evaluate.features import MIN_FIRED, N_SAMPLED
-from evaluate.probing import ProbingConfig
-from evaluate.sample import GROUP_SEQUENCES
-from evaluate.scorer import SCORES
-from pipeline.errors import UsageError
-from pipeline.files import hash_file, sha256
-from pipeline.runtime import DTYPES
+from evaluate.checkpoints.find import valid_levels
+from evaluate.probing.job import ProbingConfig
+from evaluate.scores.features import MIN_FIRED, N_SAMPLED
+from evaluate.scores.sample import GROUP_SEQUENCES
+from evaluate.scores.scorer import SCORES
+from pipeline.base.errors import UsageError
+from pipeline.base.files import hash_file, sha256
+from pipeline.base.runtime import DTYPES
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from evaluate.config import EvaluateConfig
-from pipeline.errors import ModelError
-from pipeline.runtime import DTYPES
-from pipeline.store import Store
+from pipeline.base.errors import ModelError
+from pipeline.base.runtime import DTYPES
+from pipeline.store.reader import Store
 
 if TYPE_CHECKING:
-    from pipeline.lm import ModelInfo, Part, SplitLM
+    from pipeline.model.split_lm import ModelInfo, Part, SplitLM
 
 
 class Models:
@@ -34,14 +34,14 @@ class Models:
     @cached_property
     def info(self) -> ModelInfo:
         """The model's config and the hash of its weights."""
-        from pipeline.lm import ModelInfo
+        from pipeline.model.split_lm import ModelInfo
 
         return ModelInfo.read(self.name, self.revision, trust_remote_code=self.config.trust_remote_code)
 
     @cached_property
     def costs(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """FLOP a token takes in the layers up to the cut and after it, each with a rough time from a product measured now."""
-        from pipeline.lm import forward_seconds
+        from pipeline.model.split_lm import forward_seconds
 
         prefix, suffix = self.info.flop(self.layer, trust_remote_code=self.config.trust_remote_code)
         each = forward_seconds(1.0, DTYPES[self.dtype], self.device, self.store.d_model)
@@ -49,7 +49,7 @@ class Models:
 
     def load(self, part: Part) -> SplitLM:
         """A part of the model. Raises ModelError, naming both, when its weights are not those that made the store."""
-        from pipeline.lm import SplitLM
+        from pipeline.model.split_lm import SplitLM
 
         made_by, sha256 = self.store.config, self.info.weights_sha256
         if sha256 != made_by["weights_sha256"]:
@@ -76,6 +76,6 @@ class Models:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's."""
-        from pipeline.lm import load_tokenizer
+        from pipeline.model.split_lm import load_tokenizer
 
         return load_tokenizer(self.name, self.revision, trust_remote_code=self.config.trust_remote_code)

@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from evaluate.checkpoints import Checkpoint, resolve_levels
-from evaluate.features import N_SAMPLED
-from evaluate.sample import GROUP_SEQUENCES
-from pipeline.errors import UsageError
-from pipeline.files import human_bytes
-from pipeline.runtime import product_rate
-from pipeline.sae import SAEConfig
+from evaluate.checkpoints.find import Checkpoint, resolve_levels
+from evaluate.scores.features import N_SAMPLED
+from evaluate.scores.sample import GROUP_SEQUENCES
+from pipeline.base.errors import UsageError
+from pipeline.base.files import human_bytes
+from pipeline.base.runtime import product_rate
+from pipeline.sae.nested import SAEConfig
 
 if TYPE_CHECKING:
-    from pipeline.lm import SplitLM
+    from pipeline.model.split_lm import SplitLM
 
 MIN_GROUP = 8
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 2 << 30}

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.base.errors import CheckpointError, DamagedError
+from pipeline.base.files import disk_errors, read_json, write_bytes, write_json
 from pipeline.definitions import METRICS
-from pipeline.errors import CheckpointError, DamagedError
-from pipeline.files import disk_errors, read_json, write_bytes, write_json
 
 FORMAT, VERSION = "nested-sae-results", 1
 CSV_NAME = "results.csv"

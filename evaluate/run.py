@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from evaluate import plan as planning
-from evaluate.checkpoints import (
+from evaluate.checkpoints.find import (
     Checkpoint,
     Failure,
     find_checkpoints,
@@ -30,21 +30,21 @@ from evaluate.checkpoints import (
     resolve_levels,
 )
 from evaluate.config import EvaluateConfig
-from evaluate.latent_files import has_pages, latents_folder
+from evaluate.latents.files import has_pages, latents_folder
 from evaluate.models import Models
-from evaluate.probing import Probing, Texts, prepare, read_texts
+from evaluate.probing.job import Probing, Texts, prepare, read_texts
 from evaluate.results import definitions, is_done, result_path, write_csv, write_result
-from evaluate.sample import Sample, Survey
-from evaluate.scorer import Scorer, shared_work
-from evaluate.splice import Baselines, clean_pass
-from pipeline.errors import PipelineError, UsageError
-from pipeline.files import hash_config, human_bytes
-from pipeline.progress import Progress, format_seconds, say
-from pipeline.runtime import DTYPES, available_memory, git_state, rank, resolve_device, versions, world_size
-from pipeline.store import Store
+from evaluate.scores.behaviour import Baselines, clean_pass
+from evaluate.scores.sample import Sample, Survey
+from evaluate.scores.scorer import Scorer, shared_work
+from pipeline.base.errors import PipelineError, UsageError
+from pipeline.base.files import hash_config, human_bytes
+from pipeline.base.progress import Progress, format_seconds, say
+from pipeline.base.runtime import DTYPES, available_memory, git_state, rank, resolve_device, versions, world_size
+from pipeline.store.reader import Store
 
 if TYPE_CHECKING:
-    from pipeline.lm import SplitLM
+    from pipeline.model.split_lm import SplitLM
 
 __all__ = ["EvaluateConfig", "Outcome", "run"]
 
@@ -159,7 +159,7 @@ class Job:
         """Run the prefix over the texts and train the probes, then let the prefix go."""
         if self.config.probing is None or self.probing is not None:
             return
-        from evaluate.texts import text_model
+        from evaluate.probing.texts import text_model
 
         model = text_model(
             self.models.load("prefix"), self.models.tokenizer, self.models.layer, self.store.config["bos"]
@@ -336,7 +336,7 @@ class Job:
 
     def write_latents(self, scorer: Scorer) -> None:
         """Pages of every latent, beside the results file."""
-        from evaluate.latents import write_latents
+        from evaluate.latents.collect import write_latents
 
         unembedding = self.lm.unembedding if self.lm is not None else None
         folder = latents_folder(self.path(scorer.checkpoint))

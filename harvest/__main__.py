@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from harvest.config import HarvestConfig
-from pipeline.cli import COUNT, main, print_json
-from pipeline.errors import UsageError
+from pipeline.base.cli import COUNT, main, print_json
+from pipeline.base.errors import UsageError
 
 DEFAULTS = {name: field.default for name, field in HarvestConfig.__dataclass_fields__.items()}
 

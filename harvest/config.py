@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.backend import is_url
-from pipeline.errors import UsageError
+from pipeline.base.errors import UsageError
+from pipeline.store.backend import is_url
 
 CHUNK_ROWS, SHARD_CHUNKS = 1024, 64
 """Rows of an inner chunk, rounded down to whole sequences, and chunks of a shard: 4.7 MB and 302 MB at d_model 2304."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import zstandard
 
-from pipeline.errors import CorpusError
-from pipeline.files import disk_errors, hash_file, sha256
-from pipeline.runtime import derive_seed, numpy_rng
+from pipeline.base.errors import CorpusError
+from pipeline.base.files import disk_errors, hash_file, sha256
+from pipeline.base.runtime import derive_seed, numpy_rng
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from pipeline.lm import SplitLM
-from pipeline.progress import Progress
-from pipeline.store_writer import StoreWriter
+from pipeline.base.progress import Progress
+from pipeline.model.split_lm import SplitLM
+from pipeline.store.writer import StoreWriter
 
 BLOCKS_WAITING = 2
 """Blocks that may wait for the writing thread; with the one it holds and the one being computed, four are in memory."""

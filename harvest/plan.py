@@ -13,14 +13,14 @@ import torch
 from harvest.config import CHUNK_ROWS, EVAL_SHARE, SHARD_CHUNKS, HarvestConfig
 from harvest.corpus import Corpus, Source, open_corpus
 from harvest.tokens import Packing
-from pipeline.backend import is_url
-from pipeline.errors import DamagedError, ModelError, StoreError
-from pipeline.layout import estimate_bytes
-from pipeline.lm import ModelInfo, load_tokenizer, resolve_bos, special_ids
-from pipeline.model_files import tokenizer_sha256
-from pipeline.runtime import local_rank, resolve_device, resolve_dtype
-from pipeline.store import Store
-from pipeline.store_prepare import extended, segments
+from pipeline.base.errors import DamagedError, ModelError, StoreError
+from pipeline.base.runtime import local_rank, resolve_device, resolve_dtype
+from pipeline.model.files import tokenizer_sha256
+from pipeline.model.split_lm import ModelInfo, load_tokenizer, resolve_bos, special_ids
+from pipeline.store.backend import is_url
+from pipeline.store.layout import estimate_bytes
+from pipeline.store.prepare import extended, segments
+from pipeline.store.reader import Store
 
 BATCH_ROWS = {"cpu": 2048, "cuda": 32_768}
 """Tokens of one forward pass when no batch size is asked for."""

@@ -15,15 +15,15 @@ from harvest.config import HarvestConfig
 from harvest.forward import harvest_shards, pending_shards
 from harvest.plan import Plan, beside, make_plan
 from harvest.tokens import Tokens, mark_special, pack, scratch_array, shuffle, tokenized
-from pipeline.backend import is_url, make_folder
-from pipeline.errors import DamagedError, MismatchError, StoreError
-from pipeline.files import disk_errors, free_bytes, human_bytes, lock_folder, require_free
-from pipeline.lm import SplitLM, forward_seconds
-from pipeline.progress import Progress, format_seconds, say
-from pipeline.runtime import DTYPES, cpu_has_bf16, rank, versions, world_size
-from pipeline.store import Split, Store
-from pipeline.store_prepare import SplitTokens, prepare, resume
-from pipeline.store_writer import StoreWriter
+from pipeline.base.errors import DamagedError, MismatchError, StoreError
+from pipeline.base.files import disk_errors, free_bytes, human_bytes, lock_folder, require_free
+from pipeline.base.progress import Progress, format_seconds, say
+from pipeline.base.runtime import DTYPES, cpu_has_bf16, rank, versions, world_size
+from pipeline.model.split_lm import SplitLM, forward_seconds
+from pipeline.store.backend import is_url, make_folder
+from pipeline.store.prepare import SplitTokens, prepare, resume
+from pipeline.store.reader import Split, Store
+from pipeline.store.writer import StoreWriter
 
 Barrier = Callable[[], None]
 

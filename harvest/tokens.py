@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import CorpusError, ModelError
-from pipeline.files import disk_errors, require_free
-from pipeline.runtime import numpy_rng
+from pipeline.base.errors import CorpusError, ModelError
+from pipeline.base.files import disk_errors, require_free
+from pipeline.base.runtime import numpy_rng
 
 Tokens = npt.NDArray[np.int32]
 Item = TypeVar("Item")

@@ -8,7 +8,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from pipeline.hub import load
+        from pipeline.sae.hub import load
 
         return load
     raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

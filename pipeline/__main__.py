@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from pipeline import experiment as experiments
-from pipeline import stages
-from pipeline.cli import COUNT, main, print_json
-from pipeline.errors import DamagedError
-from pipeline.progress import say
+from pipeline.base.cli import COUNT, main, print_json
+from pipeline.base.errors import DamagedError
+from pipeline.base.progress import say
+from pipeline.experiment import experiment as experiments
+from pipeline.experiment import stages
 
 PATH = click.Path(path_type=Path)
 
@@ -69,7 +69,7 @@ def run(experiment: Path, out: Path | None, dry_run: bool, machine: str, sbatch:
     if dry_run:
         experiments.dry_run(parsed, out)
     elif machine == "slurm":
-        from pipeline.slurm import write_jobs
+        from pipeline.experiment.slurm import write_jobs
 
         say(f"read the scripts, then run: bash {write_jobs(parsed, experiment, out, sbatch)}")
     else:
@@ -81,7 +81,7 @@ def run(experiment: Path, out: Path | None, dry_run: bool, machine: str, sbatch:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def describe(path: str, as_json: bool) -> None:
     """Print what a store, checkpoint, training folder or results file is and what made it."""
-    from pipeline.describe import describe as describe_path
+    from pipeline.experiment.describe import describe as describe_path
 
     data = describe_path(path)
     if as_json:
@@ -95,7 +95,7 @@ def describe(path: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def verify(path: str, as_json: bool) -> None:
     """Read every byte of a store, checkpoint, training folder or results file and check it. Exit code 1 if any is wrong."""
-    from pipeline.describe import verify as verify_path
+    from pipeline.experiment.describe import verify as verify_path
 
     problems = verify_path(path)
     if as_json:
@@ -119,7 +119,7 @@ def stage(url: str, path: Path) -> None:
     \b
     Example: python -m pipeline stage s3://bucket/acts.zarr /scratch/acts.zarr
     """
-    from pipeline.remote import stage as stage_store
+    from pipeline.store.staging import stage as stage_store
 
     stage_store(url, path)
     click.echo(f"{path}: staged")
@@ -151,13 +151,13 @@ def export(checkpoint: Path, kind: str, out: Path, level: str | None) -> None:
     """Write a checkpoint as a folder that SAELens or dictionary_learning loads; centre and scale are folded in.
 
     The exported SAE takes raw residuals; its latents are in units of the residual. A LayerNorm SAE loads in SAELens
-    after `import pipeline.saelens`.
+    after `import pipeline.sae.saelens`.
 
     \b
     Example: python -m pipeline export runs/a/checkpoints/step_004882.safetensors --format saelens --out exported
     """
-    from pipeline.export import export as export_checkpoint
-    from pipeline.hub import find_checkpoint
+    from pipeline.sae.export import export as export_checkpoint
+    from pipeline.sae.hub import find_checkpoint
 
     chosen = None if level is None else -1 if level == "all" else COUNT.convert(level, None, None)
     for folder in export_checkpoint(find_checkpoint(checkpoint), kind, out, chosen):  # type: ignore[arg-type]
@@ -177,7 +177,7 @@ def push(checkpoint: Path, repository: str, results: Path | None, private: bool)
     \b
     Example: python -m pipeline push runs/paper/checkpoints/layer_19/alpha0.2-seed0-1a2b3c4d5e me/gemma-nested
     """
-    from pipeline.hub import push as push_checkpoint
+    from pipeline.sae.hub import push as push_checkpoint
 
     click.echo(push_checkpoint(checkpoint, repository, results, private))
 
@@ -192,7 +192,7 @@ def pull(repository: str, out: Path, revision: str | None) -> None:
     \b
     Example: python -m pipeline pull me/gemma-nested --out gemma-nested
     """
-    from pipeline.hub import pull as pull_checkpoint
+    from pipeline.sae.hub import pull as pull_checkpoint
 
     click.echo(pull_checkpoint(repository, out, revision))
 

@@ -10,9 +10,11 @@ import hypothesis
 import jaxtyping
 import pytest
 
-jaxtyping.install_import_hook(["pipeline", "harvest", "train", "evaluate"], "typechecks.check")
+import support.typechecks  # noqa: F401 (the hook looks it up as an attribute)
 
-from stores import make_store  # noqa: E402 (the hook must be there first)
+jaxtyping.install_import_hook(["pipeline", "harvest", "train", "evaluate"], "support.typechecks.check")
+
+from support.stores import make_store  # noqa: E402 (the hook must be there first)
 
 hypothesis.settings.register_profile("ours", deadline=None)  # the machine may be busy
 hypothesis.settings.load_profile("ours")
@@ -43,7 +45,7 @@ def lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     made: dict[str, Path] = {}
 
     def folder(kind: str) -> Path:
-        import tiny_models  # here, so that tests without a language model do not load transformers
+        from support import tiny_models  # here, so that tests without a language model do not load transformers
 
         if kind not in made:
             made[kind] = tiny_models.make_model(tmp_path_factory.mktemp("lm") / kind, kind)

@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_sae import KINDS, random_sae
 
-from pipeline.checkpoint import load_checkpoint, read_header, save_checkpoint, save_tensors
-from pipeline.errors import CheckpointError, DamagedError
+from pipeline.base.errors import CheckpointError, DamagedError
+from pipeline.sae.checkpoint import load_checkpoint, read_header, save_checkpoint, save_tensors
+from test_sae import KINDS, random_sae
 
 
 @pytest.mark.parametrize("kind", KINDS)

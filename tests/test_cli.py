@@ -1,10 +1,10 @@
 import click
 import pytest
 
-from pipeline.cli import COUNT, SIZE, main
-from pipeline.errors import CorpusError, UsageError
-from pipeline.experiment import Experiment
-from pipeline.stages import options
+from pipeline.base.cli import COUNT, SIZE, main
+from pipeline.base.errors import CorpusError, UsageError
+from pipeline.experiment.experiment import Experiment
+from pipeline.experiment.stages import options
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from harvest import corpus
 from harvest.corpus import LocalCorpus, Source, StreamedCorpus, open_corpus
-from pipeline.errors import CorpusError
+from pipeline.base.errors import CorpusError
 
 TEXTS = [f"document {n}" for n in range(50)]
 

@@ -14,10 +14,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate import datasets as module
-from evaluate.datasets import HUB, AttributeData, Columns, Table, find_columns, load_attribute_data, oriented
-from evaluate.tasks import Sizes, balanced, cells, class_tasks, one_against_rest, scr_contrasts, scr_task
-from pipeline.errors import CorpusError, UsageError
+from evaluate.probing import datasets as module
+from evaluate.probing.datasets import HUB, AttributeData, Columns, Table, find_columns, load_attribute_data, oriented
+from evaluate.probing.tasks import Sizes, balanced, cells, class_tasks, one_against_rest, scr_contrasts, scr_task
+from pipeline.base.errors import CorpusError, UsageError
 
 
 def rows(n: int, seed: int = 0, **more: Any) -> list[dict[str, Any]]:

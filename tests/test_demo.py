@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from test_experiment import snapshot
 
 ROOT = Path(__file__).parents[1]

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from test_checkpoint import KINDS, random_sae
 
 from pipeline.__main__ import cli
-from pipeline.checkpoint import save_checkpoint
-from pipeline.describe import describe, verify
-from pipeline.errors import PipelineError
-from pipeline.files import hash_file, write_json
+from pipeline.base.errors import PipelineError
+from pipeline.base.files import hash_file, write_json
+from pipeline.experiment.describe import describe, verify
+from pipeline.sae.checkpoint import save_checkpoint
+from test_checkpoint import KINDS, random_sae
 
 
 @pytest.fixture

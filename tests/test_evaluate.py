@@ -11,20 +11,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lm_stores
 import pytest
-import tiny_models
 import torch
-from reference import reference_behaviour, reference_firing, reference_reconstruction
 
 from evaluate import plan as planning
-from evaluate.checkpoints import find_checkpoints, loss_curve, open_checkpoint, require_fit, resolve_levels
+from evaluate.checkpoints.find import find_checkpoints, loss_curve, open_checkpoint, require_fit, resolve_levels
 from evaluate.config import source_identity
 from evaluate.results import read_result
 from evaluate.run import EvaluateConfig, run
-from pipeline.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.errors import CheckpointError, DamagedError, ModelError, StoreError, UsageError
-from pipeline.store import Store
+from pipeline.base.errors import CheckpointError, DamagedError, ModelError, StoreError, UsageError
+from pipeline.sae.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.store.reader import Store
+from support import lm_stores, tiny_models
+from support.reference import reference_behaviour, reference_firing, reference_reconstruction
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +367,7 @@ def test_a_small_memory_gives_the_same_scores(place: Path, results: list[dict[st
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [2 * 10**9, 450 * 10**6])
 def test_a_job_stays_within_the_memory_its_plan_states(tmp_path: Path, limit: int) -> None:
-    script = Path(__file__).with_name("measure_memory.py")
+    script = Path(__file__).parent / "support" / "measure_memory.py"
     done = subprocess.run([sys.executable, str(script), str(tmp_path), str(limit)], capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["peak"] <= limit

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lm_stores
 import pytest
 from click.testing import CliRunner
 
 from evaluate.__main__ import evaluate, make_config
-from pipeline.cli import main
-from pipeline.errors import UsageError
+from pipeline.base.cli import main
+from pipeline.base.errors import UsageError
+from support import lm_stores
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import experiment as experiments
-from pipeline import stages
-from pipeline.errors import PipelineError, UsageError
+from pipeline.base.errors import PipelineError, UsageError
+from pipeline.experiment import experiment as experiments
+from pipeline.experiment import stages
 
 ROOT = Path(__file__).parents[1]
 MINI = """

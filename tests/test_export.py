@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_sae import KINDS, random_sae
 
-from pipeline.checkpoint import save_checkpoint
-from pipeline.errors import DiskError, UsageError
-from pipeline.export import FORMATS, export
-from pipeline.sae import NestedSAE
+from pipeline.base.errors import DiskError, UsageError
+from pipeline.sae.checkpoint import save_checkpoint
+from pipeline.sae.export import FORMATS, export
+from pipeline.sae.nested import NestedSAE
+from test_sae import KINDS, random_sae
 
 PROVENANCE = {"store": {"model": "google/gemma-2-2b", "layer": 19, "context": 128}}
 
@@ -83,7 +83,7 @@ def test_the_installed_peers_load_every_export_and_agree(tmp_path: Path) -> None
                 continue
             z, x_hat = (sae.encode(x) / sae.scale).detach(), sae(x).detach()
             save_file({"x": x, "z": z, "x_hat": x_hat}, folder / "reference.safetensors")
-    script = Path(__file__).parent / "peer_exports.py"
+    script = Path(__file__).parent / "peers" / "peer_exports.py"
     run = subprocess.run([os.environ["PEERS_PYTHON"], script, tmp_path], capture_output=True, text=True, check=True)
     errors = json.loads(run.stdout.splitlines()[-1])
     assert len(errors) == 10

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from reference import reference_firing, reference_sparse_coding
 
-from evaluate import features
-from evaluate.coding import SparseCoding
-from evaluate.features import Correlation, density_features, geometry, nearest, utilisation
-from evaluate.firing import Firing
-from evaluate.sample import Batch, Survey, survey
-from pipeline.sae import NestedSAE, SAEConfig
+from evaluate.scores import features
+from evaluate.scores.coding import SparseCoding
+from evaluate.scores.features import Correlation, density_features, geometry, nearest, utilisation
+from evaluate.scores.firing import Firing
+from evaluate.scores.sample import Batch, Survey, survey
+from pipeline.sae.nested import NestedSAE, SAEConfig
+from support.reference import reference_firing, reference_sparse_coding
 
 CPU = torch.device("cpu")
 

@@ -8,13 +8,13 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from results_files import write_results
 
-from evaluate import svg
-from evaluate.drawing import band_of
-from evaluate.figures import Figure, Missing, across_n, by_level, curve_of, loss
-from evaluate.figures_across import ablation, density, front, make_figures, median, pareto
-from evaluate.report_runs import Results, Run, read_results
+from evaluate.report import svg
+from evaluate.report.drawing import band_of
+from evaluate.report.figures import Figure, Missing, across_n, by_level, curve_of, loss
+from evaluate.report.figures_across import ablation, density, front, make_figures, median, pareto
+from evaluate.report.runs import Results, Run, read_results
+from support.results_files import write_results
 
 
 @pytest.fixture(scope="module")

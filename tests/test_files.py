@@ -6,8 +6,8 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from pipeline import files, runtime
-from pipeline.errors import DamagedError, DiskError, MismatchError
+from pipeline.base import files, runtime
+from pipeline.base.errors import DamagedError, DiskError, MismatchError
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lm_stores
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from evaluate.checkpoints import find_checkpoints, open_checkpoint, require_fit
-from evaluate.foreign import load_foreign
+from evaluate.checkpoints.find import find_checkpoints, open_checkpoint, require_fit
+from evaluate.checkpoints.foreign import load_foreign
 from evaluate.results import read_result
 from evaluate.run import EvaluateConfig, run
-from pipeline.errors import CheckpointError, DamagedError
-from pipeline.store import Store
+from pipeline.base.errors import CheckpointError, DamagedError
+from pipeline.store.reader import Store
+from support import lm_stores
 
 D, F = 64, 96
 

@@ -15,9 +15,9 @@ import torch
 import zarr
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import save_checkpoint
-from pipeline.moments import Statistics
-from pipeline.sae import NestedSAE, SAEConfig
+from pipeline.sae.checkpoint import save_checkpoint
+from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.store.moments import Statistics
 
 PAGE = (Path(__file__).parents[1] / "pipeline" / "FORMAT.md").read_text()
 SIZES = {"context": 16, "d_model": 64, "n_sequences": 152, "n_rows": 2432, "n_shards": 3}

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_step import CPU, D_MODEL, batch_for, config_of, raw_rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from test_step import CPU, D_MODEL, batch_for, config_of, raw_rows
 from train.config import TrainConfig
-from train.graphs import Recorded
-from train.latents import Latents
-from train.objectives import auxiliary_pool
 from train.recipes import RECIPES
-from train.step import Batch, Member, Scratch, normalise_batch
+from train.step.graphs import Recorded
+from train.step.latents import Latents
+from train.step.member import Batch, Member, Scratch, normalise_batch
+from train.step.objectives import auxiliary_pool
 
 
 class Tape(TorchDispatchMode):
@@ -70,10 +70,10 @@ def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
         order = torch.sort(rows_since_fired, descending=True, stable=True).indices
         return order[: 2 * config.aux_k]
 
-    monkeypatch.setattr("train.latents.row_thresholds", row_thresholds)
-    monkeypatch.setattr("train.objectives.row_thresholds", row_thresholds)
+    monkeypatch.setattr("train.step.latents.row_thresholds", row_thresholds)
+    monkeypatch.setattr("train.step.objectives.row_thresholds", row_thresholds)
     monkeypatch.setattr(Latents, "find_threshold", lambda self, n: self.z.flatten().topk(n, sorted=False).values.amin())
-    monkeypatch.setattr("train.objectives.auxiliary_pool", lambda c, rows: pool(c, rows) if c.aux_k else None)
+    monkeypatch.setattr("train.step.objectives.auxiliary_pool", lambda c, rows: pool(c, rows) if c.aux_k else None)
     recorded.clear()
 
 

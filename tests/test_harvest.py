@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from click.testing import CliRunner
-from harvests import BATCH, CONTEXT, harvest_config, plain_rows, store_bytes
 from safetensors.torch import load_file, save_file
 
 import harvest.forward
@@ -23,11 +21,13 @@ import harvest.run
 from harvest.__main__ import command
 from harvest.config import HarvestConfig
 from harvest.run import run
-from pipeline.errors import CorpusError, DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
-from pipeline.files import lock_folder
-from pipeline.lm import SplitLM, load_tokenizer
-from pipeline.store import Store
-from pipeline.store_writer import ShardWriter
+from pipeline.base.errors import CorpusError, DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
+from pipeline.base.files import lock_folder
+from pipeline.model.split_lm import SplitLM, load_tokenizer
+from pipeline.store.reader import Store
+from pipeline.store.writer import ShardWriter
+from support import tiny_models
+from support.harvests import BATCH, CONTEXT, harvest_config, plain_rows, store_bytes
 
 Folder = Callable[[str], Path]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -352,7 +352,7 @@ def test_a_harvest_that_cannot_begin_leaves_no_folder(config: HarvestConfig) -> 
 def test_a_disk_that_is_too_small_is_refused_before_any_work(
     config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.files.free_bytes", lambda path: 100_000)
+    monkeypatch.setattr("pipeline.base.files.free_bytes", lambda path: 100_000)
     with pytest.raises(DiskError, match=r"the store needs 2\d\d\.\d kB, 100\.0 kB are free"):
         run(config, quiet=True)
     assert not Path(config.store).exists()

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
-from harvests import harvest_config, harvest_process, store_bytes
 
 from harvest.config import HarvestConfig
 from harvest.run import run
-from pipeline.errors import DamagedError, StoreError
-from pipeline.store import Store
+from pipeline.base.errors import DamagedError, StoreError
+from pipeline.store.reader import Store
+from support import tiny_models
+from support.harvests import harvest_config, harvest_process, store_bytes
 
 Start = Callable[..., list[multiprocessing.process.BaseProcess]]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 def start() -> Iterator[Start]:
     """Starts harvests in processes forked from one that has imported everything already, so that a kill is cheap."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harvests", "harvest.run"])
+    context.set_forkserver_preload(["support.harvests", "harvest.run"])
     running: list[Any] = []
 
     def start(config: HarvestConfig, n_workers: int = 1) -> list[multiprocessing.process.BaseProcess]:

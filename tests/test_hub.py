@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from test_sae import KINDS, random_sae
 
 import pipeline
-from pipeline import hub
-from pipeline.checkpoint import save_checkpoint
-from pipeline.errors import CheckpointError
-from pipeline.files import hash_file, write_json
+from pipeline.base.errors import CheckpointError
+from pipeline.base.files import hash_file, write_json
+from pipeline.sae import hub
+from pipeline.sae.checkpoint import save_checkpoint
+from test_sae import KINDS, random_sae
 
 TOKEN = "hf_secret_of_the_test"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evaluate import latents as latents_module
-from evaluate.hierarchy import Firing, both_ways, relate
-from evaluate.latent_files import TokenText, begin, latents_folder, read_summary, script_json, visible, write_index
-from evaluate.latents import N_CONTEXTS, RADIUS, TopContexts, choose_chunks, write_latents
-from pipeline.errors import DamagedError
-from pipeline.runtime import torch_rng
-from pipeline.sae import NestedSAE, SAEConfig
-from pipeline.store import Store
+from evaluate.latents import collect as latents_module
+from evaluate.latents.collect import N_CONTEXTS, RADIUS, TopContexts, choose_chunks, write_latents
+from evaluate.latents.files import TokenText, begin, latents_folder, read_summary, script_json, visible, write_index
+from evaluate.latents.hierarchy import Firing, both_ways, relate
+from pipeline.base.errors import DamagedError
+from pipeline.base.runtime import torch_rng
+from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.store.reader import Store
 
 WIDTH, N_SHARED = 300, 60
 

@@ -10,15 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline import model_files
-from pipeline.errors import ModelError
-from pipeline.lm import ModelInfo, SplitLM, load_tokenizer, resolve_bos, special_ids
+from pipeline.base.errors import ModelError
+from pipeline.model import files as model_files
+from pipeline.model.split_lm import ModelInfo, SplitLM, load_tokenizer, resolve_bos, special_ids
+from support import tiny_models
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 Folder = Callable[[str], Path]

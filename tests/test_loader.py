@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import make_store
 from torch import Tensor
 
-from pipeline.errors import DamagedError, StoreError, UsageError
-from pipeline.store import Split, Store
-from train.bodies import BodyCheck
-from train.loader import Loader, resolve_mode
-from train.order import Order, share_of
+from pipeline.base.errors import DamagedError, StoreError, UsageError
+from pipeline.store.reader import Split, Store
+from support.stores import make_store
+from train.feed.bodies import BodyCheck
+from train.feed.loader import Loader, resolve_mode
+from train.feed.order import Order, share_of
 
 
 @st.composite
@@ -181,7 +181,7 @@ def test_auto_maps_what_fits_and_windows_what_is_compressed_or_too_large(
     assert resolve_mode("auto", compressed) == "window"
     with pytest.raises(UsageError, match="codec none"):
         resolve_mode("global", compressed)
-    monkeypatch.setattr("train.loader.available_memory", lambda: 1000)
+    monkeypatch.setattr("train.feed.loader.available_memory", lambda: 1000)
     assert resolve_mode("auto", plain) == "window"
     assert resolve_mode("global", plain) == "global"
 

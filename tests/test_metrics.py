@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.metrics import Moments, explained_variance, row_squares
+from pipeline.sae.metrics import Moments, explained_variance, row_squares
 
 
 def moments_of(x: torch.Tensor, sizes: list[int]) -> Moments:

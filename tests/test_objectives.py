@@ -9,15 +9,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import reference_latents, reference_objective
 from torch import Tensor
 
+from support.reference import reference_latents, reference_objective
 from train.config import TrainConfig
-from train.controller import Controller
-from train.objectives import kept_a_row, random_prefixes, reconstruction_terms, sparsity_ramp
 from train.recipes import RECIPES, batchtopk
-from train.selection import batch_threshold, row_thresholds
-from train.step import Member, Scratch, normalise_batch
+from train.step.controller import Controller
+from train.step.member import Member, Scratch, normalise_batch
+from train.step.objectives import kept_a_row, random_prefixes, reconstruction_terms, sparsity_ramp
+from train.step.selection import batch_threshold, row_thresholds
 
 D_MODEL, WIDTH, ROWS = 12, 40, 24
 CPU = torch.device("cpu")

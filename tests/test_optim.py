@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from train import optim
 from train.config import TrainConfig
-from train.optim import Adam, clip_factor, gradient_norm, learning_rate, remove_along_rows, row_chunks
 from train.recipes import paper
+from train.step import optim
+from train.step.optim import Adam, clip_factor, gradient_norm, learning_rate, remove_along_rows, row_chunks
 
 
 def unit_rows(n: int, d: int) -> Tensor:

@@ -9,9 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import reference_train_probe
 
-from evaluate.probes import (
+from evaluate.probing.probes import (
     ProbeConfig,
     ProbeData,
     Probes,
@@ -23,8 +22,9 @@ from evaluate.probes import (
     stacked,
     train_probes,
 )
-from evaluate.tasks import Contrast, Task
-from pipeline.errors import DamagedError
+from evaluate.probing.tasks import Contrast, Task
+from pipeline.base.errors import DamagedError
+from support.reference import reference_train_probe
 
 RECIPE = ProbeConfig(epochs=4, lr=1e-2)
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from probing_cases import random_sae
 from torch import Tensor
 
-from evaluate.probes import ProbeConfig
-from evaluate.probing import Probing, ProbingConfig, ProbingScores, prepare, read_texts
-from evaluate.scores import merge, series
-from evaluate.texts import TextModel, make_bank, pool_latents, text_model, whole_texts
-from pipeline.errors import CorpusError, UsageError
-from pipeline.lm import SplitLM, load_tokenizer, resolve_bos
+from evaluate.probing.job import Probing, ProbingConfig, ProbingScores, prepare, read_texts
+from evaluate.probing.probes import ProbeConfig
+from evaluate.probing.series import merge, series
+from evaluate.probing.texts import TextModel, make_bank, pool_latents, text_model, whole_texts
+from pipeline.base.errors import CorpusError, UsageError
+from pipeline.model.split_lm import SplitLM, load_tokenizer, resolve_bos
+from support.probing_cases import random_sae
 
 WORDS = {"austen": "residual stream", "other": "small model", "female": "best times", "male": "worst line"}
 FAST = ProbeConfig(epochs=3, lr=0.02)
@@ -168,7 +168,7 @@ def test_pooled_latents_do_not_depend_on_the_chunk(limit: int, monkeypatch: pyte
     bank = make_bank(["abcb", "xaab", "abcdefgh", "zz"], plain_model(), 10, 2, "x")
     sae = random_sae(d=3)
     whole = pool_latents(sae, bank)
-    monkeypatch.setitem(__import__("evaluate.texts", fromlist=["x"]).CHUNK_ELEMENTS, "cpu", limit)
+    monkeypatch.setitem(__import__("evaluate.probing.texts", fromlist=["x"]).CHUNK_ELEMENTS, "cpu", limit)
     torch.testing.assert_close(pool_latents(sae, bank).mean, whole.mean, rtol=1e-5, atol=1e-5)
     one_by_one = sae.encode(bank.rows).split(bank.n_real.tolist())
     torch.testing.assert_close(whole.mean, torch.stack([part.mean(0) for part in one_by_one]), rtol=1e-5, atol=1e-5)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import UsageError
-from pipeline.files import canonical_json
+from pipeline.base.errors import UsageError
+from pipeline.base.files import canonical_json
 from train.config import TrainConfig
 from train.recipes import RECIPES, batchtopk, paper
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import reference_reconstruction
 
-from evaluate.reconstruction import SCORES, Reconstruction, row_numbers, spread_in_group
-from evaluate.sample import GROUP_SEQUENCES, Batch, Sample, Survey, survey
-from pipeline.store import Store
+from evaluate.scores.reconstruction import SCORES, Reconstruction, row_numbers, spread_in_group
+from evaluate.scores.sample import GROUP_SEQUENCES, Batch, Sample, Survey, survey
+from pipeline.store.reader import Store
+from support.reference import reference_reconstruction
 
 CPU = torch.device("cpu")
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import zarr
-from stores import make_rows, make_store, prepare_store, store_config
-from test_store import SMALL, tree
 
-from pipeline import remote
-from pipeline.backend import LocalFiles, open_files
-from pipeline.errors import DamagedError, DiskError, MismatchError, StoreError, UsageError
-from pipeline.store import Store, describe_store
+from pipeline.base.errors import DamagedError, DiskError, MismatchError, StoreError, UsageError
+from pipeline.store import staging
+from pipeline.store.backend import LocalFiles
+from pipeline.store.objects import open_files
+from pipeline.store.reader import Store, describe_store
+from support.stores import make_rows, make_store, prepare_store, store_config
+from test_store import SMALL, tree
 
 SIZES: dict[str, Any] = {"n_sequences": 19, "eval_sequences": 5, **SMALL}
 
@@ -117,7 +118,7 @@ def test_a_store_at_a_url_cannot_be_mapped(url: str) -> None:
 
 def test_a_staged_store_has_the_same_bytes_and_can_be_mapped(url: str, local: Path, tmp_path: Path) -> None:
     make_store(url, **SIZES)
-    store = remote.stage(url, tmp_path / "staged.zarr", quiet=True)
+    store = staging.stage(url, tmp_path / "staged.zarr", quiet=True)
     assert tree(tmp_path / "staged.zarr") == tree(local)
     assert store.train.mapped_shard(0).view.shape[1] == 6
 
@@ -125,11 +126,11 @@ def test_a_staged_store_has_the_same_bytes_and_can_be_mapped(url: str, local: Pa
 def test_staging_again_copies_only_what_is_damaged(url: str, local: Path, tmp_path: Path) -> None:
     make_store(url, **SIZES)
     path = tmp_path / "staged.zarr"
-    remote.stage(url, path, quiet=True)
+    staging.stage(url, path, quiet=True)
     inodes = {p: p.stat().st_ino for p in path.rglob("resid/c/*/0")}
     body = path / "train/resid/c/1/0"
     body.write_bytes(bytes([body.read_bytes()[0] ^ 1]) + body.read_bytes()[1:])
-    remote.stage(url, path, quiet=True)
+    staging.stage(url, path, quiet=True)
     assert tree(path) == tree(local)
     assert {p for p, inode in inodes.items() if p.stat().st_ino != inode} == {body}
 
@@ -138,7 +139,7 @@ def test_a_staging_that_was_stopped_is_no_store_and_goes_on(
     url: str, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_store(url, **SIZES)
-    copy_file, left = remote.copy_file, [25]
+    copy_file, left = staging.copy_file, [25]
 
     def stopping(*args: Any) -> None:
         left[0] -= 1
@@ -146,13 +147,13 @@ def test_a_staging_that_was_stopped_is_no_store_and_goes_on(
             raise KeyboardInterrupt
         copy_file(*args)
 
-    monkeypatch.setattr(remote, "copy_file", stopping)
+    monkeypatch.setattr(staging, "copy_file", stopping)
     with pytest.raises(KeyboardInterrupt):
-        remote.stage(url, tmp_path / "staged.zarr", quiet=True)
+        staging.stage(url, tmp_path / "staged.zarr", quiet=True)
     with pytest.raises(StoreError, match="stopped before"):
         Store.open(tmp_path / "staged.zarr")
     left[0] = 1000
-    remote.stage(url, tmp_path / "staged.zarr", quiet=True)
+    staging.stage(url, tmp_path / "staged.zarr", quiet=True)
     assert tree(tmp_path / "staged.zarr") == tree(local)
 
 
@@ -161,7 +162,7 @@ def test_staging_notices_a_shard_that_is_broken_at_the_source(url: str, tmp_path
     body = files.read("train/resid/c/0/0")
     files.write("train/resid/c/0/0", body[:9] + bytes([body[9] ^ 1]) + body[10:])
     with pytest.raises(DamagedError, match="resid/c/0/0"):
-        remote.stage(url, tmp_path / "staged.zarr", quiet=True)
+        staging.stage(url, tmp_path / "staged.zarr", quiet=True)
     with pytest.raises(StoreError):
         Store.open(tmp_path / "staged.zarr")
 
@@ -170,19 +171,19 @@ def test_staging_leaves_another_store_and_other_files_alone(url: str, local: Pat
     make_store(url, **(SIZES | {"seed": 1}))
     before = tree(local)
     with pytest.raises(MismatchError, match="use another folder"):
-        remote.stage(url, local, quiet=True)
+        staging.stage(url, local, quiet=True)
     assert tree(local) == before
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(DiskError, match="something else"):
-        remote.stage(url, tmp_path / "notes", quiet=True)
+        staging.stage(url, tmp_path / "notes", quiet=True)
 
 
 def test_staging_needs_room_on_the_disk(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_store(url, **SIZES)
-    monkeypatch.setattr("pipeline.files.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("pipeline.base.files.free_bytes", lambda path: 1000)
     with pytest.raises(DiskError, match="the copy of the store needs"):
-        remote.stage(url, tmp_path / "staged.zarr", quiet=True)
+        staging.stage(url, tmp_path / "staged.zarr", quiet=True)
     assert not os.path.exists(tmp_path / "staged.zarr")
 
 

@@ -14,13 +14,13 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from results_files import write_latent_pages, write_results
 
-from evaluate.markup import h, text
-from evaluate.report import cli, write_report
-from evaluate.report_runs import read_results
-from pipeline.errors import DamagedError, UsageError
-from pipeline.files import read_json, write_json
+from evaluate.report.markup import h, text
+from evaluate.report.runs import read_results
+from evaluate.report.write import cli, write_report
+from pipeline.base.errors import DamagedError, UsageError
+from pipeline.base.files import read_json, write_json
+from support.results_files import write_latent_pages, write_results
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "</script><script>alert('x')</script><img src=x onerror=alert(1)>\u202eright to left\u2028\x00&amp;\"'"
@@ -56,7 +56,7 @@ class Page(HTMLParser):
 
 def report(folder: Path, out: Path | None = None) -> str:
     """A report's markup, without figures: drawing them is most of the work."""
-    with unittest.mock.patch("evaluate.report.make_figures", return_value=[]):
+    with unittest.mock.patch("evaluate.report.write.make_figures", return_value=[]):
         return write_report([folder], out or folder / "report.html").read_text()
 
 
@@ -71,7 +71,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_report_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:
     write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))
     script = (
-        "import sys, pathlib; from evaluate.report import write_report;"
+        "import sys, pathlib; from evaluate.report.write import write_report;"
         f"write_report([pathlib.Path({str(tmp_path)!r})], pathlib.Path({str(tmp_path / 'r.html')!r}));"
         "print([m for m in ('torch', 'transformers', 'datasets', 'zarr') if m in sys.modules])"
     )

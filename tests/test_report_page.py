@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import Browser, browse, needs_chromium
-from results_files import write_results
 
-from evaluate.latent_files import latents_folder
-from evaluate.latents import write_latents
-from evaluate.report import write_report
-from pipeline.runtime import torch_rng
-from pipeline.sae import NestedSAE, SAEConfig
+from evaluate.latents.collect import write_latents
+from evaluate.latents.files import latents_folder
+from evaluate.report.write import write_report
+from pipeline.base.runtime import torch_rng
+from pipeline.sae.nested import NestedSAE, SAEConfig
+from support.browser import Browser, browse, needs_chromium
+from support.results_files import write_results
 
 pytestmark = needs_chromium
 HOSTILE = (

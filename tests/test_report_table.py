@@ -7,19 +7,19 @@ import unittest.mock
 from pathlib import Path
 
 import pytest
-from results_files import write_latent_pages, write_results
 
-from evaluate.report import write_report
-from evaluate.report_runs import read_results, sharing_label
-from evaluate.report_table import headline, make_table, number, p_text, plus_minus
+from evaluate.report.runs import read_results, sharing_label
+from evaluate.report.table import headline, make_table, number, p_text, plus_minus
+from evaluate.report.write import write_report
 from evaluate.statistics import Estimate, compare, estimate, holm
-from pipeline.errors import UsageError
-from pipeline.files import read_json, write_json
+from pipeline.base.errors import UsageError
+from pipeline.base.files import read_json, write_json
+from support.results_files import write_latent_pages, write_results
 
 
 def report(folder: Path) -> str:
     """A report's markup, without figures: drawing them is most of the work."""
-    with unittest.mock.patch("evaluate.report.make_figures", return_value=[]):
+    with unittest.mock.patch("evaluate.report.write.make_figures", return_value=[]):
         return write_report([folder], folder / "report.html").read_text()
 
 

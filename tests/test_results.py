@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from results_files import write_results
 
 from evaluate.results import is_done, not_finite, read_result, result_path, write_csv, write_result
+from pipeline.base.errors import CheckpointError, DamagedError
 from pipeline.definitions import METRICS
-from pipeline.errors import CheckpointError, DamagedError
+from support.results_files import write_results
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,7 +91,7 @@ def test_not_finite_looks_into_lists_and_mappings() -> None:
 def test_jobs_that_write_at_the_same_time_leave_a_csv_of_all_results(tmp_path: Path) -> None:
     program = (
         "import sys; sys.path[:0] = ['tests']\n"
-        "from pathlib import Path; from evaluate.results import *; from results_files import write_results\n"
+        "from pathlib import Path; from evaluate.results import *; from support.results_files import write_results\n"
         "out, seed = Path(sys.argv[1]), int(sys.argv[2])\n"
         "for step in (1, 2, 3): write_results(out, alphas=(0.2,), seeds=(seed,), steps=(step,)); write_csv(out)\n"
     )

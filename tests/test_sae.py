@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import UsageError
-from pipeline.sae import NestedSAE, SAEConfig, level_size, levels_for_alpha
+from pipeline.base.errors import UsageError
+from pipeline.sae.nested import NestedSAE, SAEConfig, level_size, levels_for_alpha
 
 KINDS = {
     "relu": SAEConfig(16, 64, (16, 64)),

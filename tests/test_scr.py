@@ -7,15 +7,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from probing_cases import bank_of, one_ablation, padded_texts, random_draw, random_probes, random_sae
-from reference import reference_pool_ablated, reference_scr
 
-from evaluate.ablation import ranking
-from evaluate.probes import ProbedTexts
-from evaluate.scr import one_seed, removed_share, reported, scr_scores
-from evaluate.tasks import Contrast
-from evaluate.texts import pool_latents, raw_decoder
-from pipeline.sae import NestedSAE, SAEConfig
+from evaluate.probing.ablation import ranking
+from evaluate.probing.probes import ProbedTexts
+from evaluate.probing.scr import one_seed, removed_share, reported, scr_scores
+from evaluate.probing.tasks import Contrast
+from evaluate.probing.texts import pool_latents, raw_decoder
+from pipeline.sae.nested import NestedSAE, SAEConfig
+from support.probing_cases import bank_of, one_ablation, padded_texts, random_draw, random_probes, random_sae
+from support.reference import reference_pool_ablated, reference_scr
 
 NAMES = ("second", "first", "both")
 KINDS = [

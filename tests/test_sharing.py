@@ -11,20 +11,20 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from results_files import write_results
-from stores import make_store
-from test_step import assert_same_state, batch_for, config_of, member_of, one_thread, train
 
-from evaluate.report_runs import AUTO, read_results, sharing_label
-from pipeline.checkpoint import load_checkpoint
-from pipeline.errors import UsageError
-from pipeline.files import write_json
-from pipeline.sae import level_size
+from evaluate.report.runs import AUTO, read_results, sharing_label
+from pipeline.base.errors import UsageError
+from pipeline.base.files import write_json
+from pipeline.sae.checkpoint import load_checkpoint
+from pipeline.sae.nested import level_size
+from support.results_files import write_results
+from support.stores import make_store
+from test_step import assert_same_state, batch_for, config_of, member_of, one_thread, train
 from train.__main__ import command
-from train.members import member_name
+from train.folder import member_name
 from train.recipes import RECIPES
-from train.sharing import adapted, adapts
-from train.step import Member
+from train.step.member import Member
+from train.step.sharing import adapted, adapts
 
 __all__ = ["one_thread"]
 

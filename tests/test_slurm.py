@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.experiment import Experiment
-from pipeline.slurm import write_jobs
+from pipeline.experiment.experiment import Experiment
+from pipeline.experiment.slurm import write_jobs
 
 FAKE_SBATCH = """#!/usr/bin/env bash
 # Runs the job's script up to its command, and prints a job id as --parsable does.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from probing_cases import random_draw
 from sklearn.linear_model import LogisticRegression
 
-from evaluate.sparse_probing import fitted_accuracy, k_sparse_scores, residual_accuracy
-from evaluate.tasks import Contrast
-from evaluate.texts import PooledLatents
+from evaluate.probing.sparse_probing import fitted_accuracy, k_sparse_scores, residual_accuracy
+from evaluate.probing.tasks import Contrast
+from evaluate.probing.texts import PooledLatents
+from support.probing_cases import random_draw
 
 
 def latents_with_one_informative(
@@ -58,6 +58,6 @@ def test_the_baseline_looks_at_the_whole_residual() -> None:
 
 
 def test_a_classifier_that_meets_the_iteration_limit_counts_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evaluate.sparse_probing.MAX_ITERATIONS", 1)
+    monkeypatch.setattr("evaluate.probing.sparse_probing.MAX_ITERATIONS", 1)
     latents, draw = latents_with_one_informative()
     assert 0 <= fitted_accuracy(latents.mean, *draw["c"]) <= 1

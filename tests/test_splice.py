@@ -6,16 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import lm_stores
 import pytest
-import tiny_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import reference_behaviour
 
-from evaluate.sample import Batch, Sample
-from evaluate.splice import (
+from evaluate.scores.behaviour import (
     Baselines,
     Behaviour,
     Clean,
@@ -30,10 +26,13 @@ from evaluate.splice import (
     score_residual,
     splice,
 )
-from pipeline.errors import ModelError
-from pipeline.lm import SplitLM
-from pipeline.runtime import numpy_rng
-from pipeline.store import Store
+from evaluate.scores.sample import Batch, Sample
+from pipeline.base.errors import ModelError
+from pipeline.base.runtime import numpy_rng
+from pipeline.model.split_lm import SplitLM
+from pipeline.store.reader import Store
+from support import lm_stores, tiny_models
+from support.reference import reference_behaviour
 
 CPU = torch.device("cpu")
 Made = tuple[Store, SplitLM, Any]

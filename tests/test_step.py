@@ -9,19 +9,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import reference_objective, reference_update
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.errors import CheckpointError
-from pipeline.sae import NestedSAE
+from pipeline.base.errors import CheckpointError
+from pipeline.sae.nested import NestedSAE
+from support.reference import reference_objective, reference_update
 from train.config import TrainConfig
 from train.memory import SHARED_PARTS, memory_bytes
-from train.objectives import sparsity_ramp
-from train.optim import learning_rate
 from train.recipes import RECIPES, paper
-from train.scratch import Scratch, row_chunks
-from train.step import Batch, Member, normalise_batch, product_dtype
+from train.step.member import Batch, Member, normalise_batch, product_dtype
+from train.step.objectives import sparsity_ramp
+from train.step.optim import learning_rate
+from train.step.scratch import Scratch, row_chunks
 
 D_MODEL, WIDTH, ROWS = 16, 64, 48
 CPU = torch.device("cpu")

@@ -9,21 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import VOCAB, make_rows, make_store, make_tokens, prepare_store, store_config, write_shards
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from harvest.tokens import mark_special, scratch_array
-from pipeline.errors import DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
-from pipeline.layout import Layout, estimate_bytes
-from pipeline.moments import median_of, norms_and_moments
-from pipeline.split import Split, to_numpy
-from pipeline.store import Store, describe_store
-from pipeline.store_prepare import SplitTokens, prepare, resume, segments
+from pipeline.base.errors import DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
+from pipeline.store.layout import Layout, estimate_bytes
+from pipeline.store.moments import median_of, norms_and_moments
+from pipeline.store.prepare import SplitTokens, prepare, resume, segments
+from pipeline.store.reader import Store, describe_store
+from pipeline.store.split import Split, to_numpy
+from support import reference
+from support.stores import VOCAB, make_rows, make_store, make_tokens, prepare_store, store_config, write_shards
 
 SMALL: dict[str, Any] = {"d_model": 6, "context": 4, "shard_rows": 32, "chunk_rows": 8}
 KINDS = [("bf16", "none"), ("bf16", "lz4"), ("bf16", "zstd"), ("float32", "none"), ("float32", "zstd")]

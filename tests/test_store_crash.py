@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-from stores import harvest, make_rows, make_store, prepare_store, store_config
-from test_store import SMALL, tree
 
-from pipeline.backend import LocalFiles
-from pipeline.errors import DiskError, PipelineError, StoreError
-from pipeline.runtime import numpy_rng
-from pipeline.shards import ShardStream
-from pipeline.store import Store
-from pipeline.store_writer import StoreWriter
+from pipeline.base.errors import DiskError, PipelineError, StoreError
+from pipeline.base.runtime import numpy_rng
+from pipeline.store.backend import LocalFiles
+from pipeline.store.reader import Store
+from pipeline.store.shards import ShardStream
+from pipeline.store.writer import StoreWriter
+from support.stores import harvest, make_rows, make_store, prepare_store, store_config
+from test_store import SMALL, tree
 
 SIZES: dict[str, Any] = {"n_sequences": 11, "eval_sequences": 3, **SMALL}
 JOB: dict[str, Any] = {"n_sequences": 60, "eval_sequences": 11, **SMALL}
@@ -101,7 +101,7 @@ def server() -> Iterator[subprocess.Popen[str]]:
     """A process that starts workers to be killed: stores.serve."""
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", str(root / "tests" / "stores.py")]
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", str(root / "tests" / "support" / "stores.py")]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=root) as process:
         yield process

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stores import make_store, make_tokens, prepare_store, store_config, write_shards
-from test_store import SMALL, tree
 
-from pipeline.errors import DamagedError, MismatchError, PipelineError
-from pipeline.runtime import numpy_rng
-from pipeline.shards import with_crc
-from pipeline.store import Store
-from pipeline.store_prepare import SplitTokens, prepare, segments
+from pipeline.base.errors import DamagedError, MismatchError, PipelineError
+from pipeline.base.runtime import numpy_rng
+from pipeline.store.prepare import SplitTokens, prepare, segments
+from pipeline.store.reader import Store
+from pipeline.store.shards import with_crc
+from support.stores import make_store, make_tokens, prepare_store, store_config, write_shards
+from test_store import SMALL, tree
 
 SIZES: dict[str, Any] = {"n_sequences": 19, "eval_sequences": 5, **SMALL}
 KEYS = [

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,8 +23,9 @@ from harvest.tokens import (
     shuffle,
     tokenized,
 )
-from pipeline.errors import CorpusError, DiskError, ModelError
-from pipeline.split import Mask
+from pipeline.base.errors import CorpusError, DiskError, ModelError
+from pipeline.store.split import Mask
+from support import tiny_models
 
 BOS, EOS = 2, 1
 DOCUMENTS = st.lists(st.lists(st.integers(10, 99), max_size=40), min_size=1, max_size=30)

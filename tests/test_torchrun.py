@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lm_stores import make_lm_store, make_sae, save_member
-from stores import make_store
 
-from pipeline.checkpoint import load_checkpoint
+from pipeline.sae.checkpoint import load_checkpoint
+from support.lm_stores import make_lm_store, make_sae, save_member
+from support.stores import make_store
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

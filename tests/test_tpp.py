@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from probing_cases import bank_of, one_ablation, padded_texts, random_draw, random_probes, random_sae
-from reference import reference_pool_ablated, reference_tpp
 
-from evaluate.ablation import ranking
-from evaluate.tasks import Contrast
-from evaluate.tpp import one_seed, tpp_scores
-from pipeline.sae import NestedSAE, SAEConfig
+from evaluate.probing.ablation import ranking
+from evaluate.probing.tasks import Contrast
+from evaluate.probing.tpp import one_seed, tpp_scores
+from pipeline.sae.nested import NestedSAE, SAEConfig
+from support.probing_cases import bank_of, one_ablation, padded_texts, random_draw, random_probes, random_sae
+from support.reference import reference_pool_ablated, reference_tpp
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -21,12 +21,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from stores import make_store
 from torch import Tensor
-from train_crasher import small
 
-from pipeline.checkpoint import load_checkpoint, read_header
-from pipeline.errors import (
+from pipeline.base.errors import (
     CheckpointError,
     DamagedError,
     DiskError,
@@ -35,12 +32,15 @@ from pipeline.errors import (
     StoreError,
     UsageError,
 )
-from pipeline.store import Store
-from train.bodies import BodyCheck
+from pipeline.sae.checkpoint import load_checkpoint, read_header
+from pipeline.store.reader import Store
+from support.stores import make_store
+from support.train_crasher import small
 from train.config import TrainConfig
+from train.feed.bodies import BodyCheck
+from train.feed.order import Order
+from train.folder import Folder, Keep, member_name
 from train.log import scalars
-from train.members import Folder, Keep, member_name
-from train.order import Order
 from train.plan import RunConfig
 from train.run import run
 from train.trainee import Outcome, Trainee

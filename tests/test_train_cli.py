@@ -18,8 +18,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from pipeline.cli import main
-from pipeline.errors import UsageError
+from pipeline.base.cli import main
+from pipeline.base.errors import UsageError
 from train.__main__ import command
 from train.config import TrainConfig
 from train.options import HELP, make_grid

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from train_crasher import crash_config
 
-from pipeline.checkpoint import load_checkpoint, load_tensors
-from train.members import STATE_FORMAT, STATE_VERSION, Folder
+from pipeline.sae.checkpoint import load_checkpoint, load_tensors
+from support.train_crasher import crash_config
+from train.folder import STATE_FORMAT, STATE_VERSION, Folder
 from train.run import run
 
 
@@ -47,7 +47,7 @@ def uninterrupted(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def crash(store: Path, out: Path, seed: int, kills: int, how: str) -> int:
     """Run the crasher; the number of children that were killed before their end."""
-    words = [sys.executable, str(Path(__file__).parent / "train_crasher.py")]
+    words = [sys.executable, str(Path(__file__).parent / "support" / "train_crasher.py")]
     words += [str(store), str(out), str(seed), str(kills), how]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,16 +7,16 @@ from typing import Any
 
 import click
 
-from pipeline.cli import COUNT, main, print_json
-from pipeline.errors import DivergedError, UsageError
-from pipeline.files import human_bytes, read_json
-from pipeline.progress import format_seconds, say
-from pipeline.runtime import rank, resolve_device
-from pipeline.store import Store
+from pipeline.base.cli import COUNT, main, print_json
+from pipeline.base.errors import DivergedError, UsageError
+from pipeline.base.files import human_bytes, read_json
+from pipeline.base.progress import format_seconds, say
+from pipeline.base.runtime import rank, resolve_device
+from pipeline.store.reader import Store
 from train import plan
-from train.loader import Mode
+from train.feed.loader import Mode
+from train.folder import Keep, check_out
 from train.log import KINDS
-from train.members import Keep, check_out
 from train.options import field_options, make_grid, read_config_file
 from train.parallel import Processes
 from train.plan import RunConfig

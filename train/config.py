@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from pipeline.errors import UsageError
-from pipeline.sae import Activation, LayerNorm, SAEConfig, level_size, levels_for_alpha
+from pipeline.base.errors import UsageError
+from pipeline.sae.nested import Activation, LayerNorm, SAEConfig, level_size, levels_for_alpha
 
 Objective = Literal["nested", "additive"]
 Penalty = Literal["l1", "l0", "none"]

@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from pipeline.errors import UsageError
-from train.members import Folder, plain
+from pipeline.base.errors import UsageError
+from train.folder import Folder, plain
 
 KINDS = ("jsonl", "tensorboard", "wandb")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from train.config import TrainConfig
-from train.scratch import CACHE_NUMBERS
-from train.step import product_dtype
-from train.weights import initial_shapes
+from train.step.member import product_dtype
+from train.step.scratch import CACHE_NUMBERS
+from train.step.weights import initial_shapes
 
 SHARED_PARTS = ("activations", "gradients")
 """Parts that all members on a device share: count the largest member's once, not the sum."""

@@ -15,8 +15,8 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
-from pipeline.cli import COUNT, read_toml
-from pipeline.errors import UsageError
+from pipeline.base.cli import COUNT, read_toml
+from pipeline.base.errors import UsageError
 from train.config import TrainConfig
 from train.recipes import DEFAULT, RECIPES
 

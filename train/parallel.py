@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from pipeline.runtime import rank, world_size
+from pipeline.base.runtime import rank, world_size
 
 
 @dataclass(frozen=True)

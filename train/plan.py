@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import MismatchError, PipelineError, UsageError
-from pipeline.files import human_bytes
-from pipeline.runtime import available_memory, product_rate, world_size
-from pipeline.store import Store
+from pipeline.base.errors import MismatchError, PipelineError, UsageError
+from pipeline.base.files import human_bytes
+from pipeline.base.runtime import available_memory, product_rate, world_size
+from pipeline.store.reader import Store
 from train.config import TrainConfig
-from train.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
-from train.members import Folder, Keep
+from train.feed.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
+from train.feed.order import Order
+from train.folder import Folder, Keep
 from train.memory import SHARED_PARTS, memory_bytes
-from train.order import Order
-from train.step import product_dtype
+from train.step.member import product_dtype
 
 PENDING_BYTES = 2 * 10**9
 """Snapshots that may wait to be written before training waits for the disk; one of any size always may."""

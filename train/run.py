@@ -21,22 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.files import require_free
-from pipeline.progress import Progress, say
-from pipeline.runtime import rank, resolve_device, resolve_dtype
-from pipeline.store import Store
+from pipeline.base.files import require_free
+from pipeline.base.progress import Progress, say
+from pipeline.base.runtime import rank, resolve_device, resolve_dtype
+from pipeline.store.reader import Store
 from train import plan
-from train.bodies import BodyCheck
 from train.config import TrainConfig
-from train.graphs import cuda_capture
-from train.loader import Loader
-from train.members import Keep, check_out
+from train.feed.bodies import BodyCheck
+from train.feed.loader import Loader
+from train.folder import Keep, check_out
 from train.parallel import Processes, join
 from train.plan import RunConfig, Task
-from train.scratch import Scratch
-from train.step import Batch, Member, normalise_batch
+from train.step.graphs import cuda_capture
+from train.step.member import Batch, Member, normalise_batch
+from train.step.scratch import Scratch
+from train.step.weights import named_by_content
 from train.trainee import Clock, Outcome, Trainee, summary
-from train.weights import named_by_content
 from train.writer import Writer
 
 

@@ -11,17 +11,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.checkpoint import load_checkpoint
-from pipeline.errors import DivergedError
-from pipeline.files import disk_errors
-from pipeline.progress import say
-from pipeline.runtime import git_state, versions
-from train.loader import Loader
+from pipeline.base.errors import DivergedError
+from pipeline.base.files import disk_errors
+from pipeline.base.progress import say
+from pipeline.base.runtime import git_state, versions
+from pipeline.sae.checkpoint import load_checkpoint
+from train.feed.loader import Loader
+from train.folder import Keep
 from train.log import Log, open_logs
-from train.members import Keep
 from train.plan import RunConfig, Task
-from train.step import Batch, Member
-from train.weights import path_of
+from train.step.member import Batch, Member
+from train.step.weights import path_of
 from train.writer import Writer
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from train.bodies import BodyCheck
+from train.feed.bodies import BodyCheck
 from train.plan import PENDING_BYTES
 
 

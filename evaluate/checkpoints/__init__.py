@@ -1,0 +1,1 @@
+"""Which SAEs are evaluated: ours, and those of other trainers."""

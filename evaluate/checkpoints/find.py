@@ -1,0 +1,204 @@
+"""Which checkpoints to evaluate, what they say about themselves, and whether they fit the store."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaluate.checkpoints.foreign import foreign_sha256, is_foreign, load_foreign
+from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
+from pipeline.base.files import hash_file, read_json
+from pipeline.sae.checkpoint import load_checkpoint, read_header
+from pipeline.sae.nested import NestedSAE, SAEConfig
+
+if TYPE_CHECKING:
+    from pipeline.store.reader import Store
+
+MEMBER_FORMAT = ("nested-sae-member", 1)
+MAX_CURVE = 500
+Failure = tuple[Path, PipelineError]
+"""A checkpoint or member that cannot be evaluated, and why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found: the file it is named by, its content's hash, and its header. Weights are not loaded."""
+
+    path: Path
+    sha256: str
+    sae: SAEConfig
+    step: int
+    provenance: dict[str, Any]
+
+    @property
+    def member(self) -> str:
+        """The training run's name; of an SAE made elsewhere, its file's or folder's."""
+        return str(self.provenance.get("member") or self.path.stem)
+
+    def load(self) -> NestedSAE:
+        """The SAE in float32 on the CPU. Raises CheckpointError or DamagedError."""
+        return load_foreign(self.path)[0] if is_foreign(self.path) else load_checkpoint(self.path)[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What results say about their checkpoint."""
+        return {
+            "path": str(self.path),
+            "sha256": self.sha256,
+            "step": self.step,
+            "sae": self.sae.to_dict(),
+            "provenance": self.provenance,
+        }
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's header and hash its bytes; an SAE made elsewhere has step 0. Raises CheckpointError or DamagedError."""
+    if is_foreign(path):
+        sae, provenance = load_foreign(path)
+        return Checkpoint(path, foreign_sha256(path), sae.config, 0, provenance)
+    header = read_header(path)
+    return Checkpoint(path, hash_file(path), header.sae, header.step, header.provenance)
+
+
+def find_checkpoints(places: Sequence[Path], all_steps: bool) -> tuple[list[Path], list[Failure]]:
+    """What to evaluate, each once, in order. A file, or a folder with an SAE made elsewhere, stands for itself, a member's
+    folder for its final checkpoint (or all steps), any other folder for what is in it. A member without a final checkpoint
+    is a failure: its latest step is never guessed at.
+
+    Raises CheckpointError when a place does not exist or holds nothing of ours.
+    """
+    found: dict[Path, None] = {}
+    failed: list[Failure] = []
+    for place in places:
+        for part in expand(place):
+            try:
+                itself = part.is_file() or is_foreign(part)
+                found |= dict.fromkeys([part] if itself else member_checkpoints(part, all_steps))
+            except PipelineError as error:
+                failed.append((part, error))
+    return list(found), failed
+
+
+def expand(place: Path) -> list[Path]:
+    """A file, a member's folder or an SAE made elsewhere as it is; of another folder those in it, sorted by name."""
+    if not place.exists():
+        raise CheckpointError(f"{place}: no such checkpoint or folder")
+    if place.is_file() or holds_sae(place):
+        return [place]
+    if not (members := sorted(filter(holds_sae, place.iterdir()))):
+        raise CheckpointError(
+            f"{place}: holds no training member (folder with config.json); name a checkpoint or train's --out"
+        )
+    return members
+
+
+def holds_sae(folder: Path) -> bool:
+    """Whether a folder is a training member or an SAE made elsewhere."""
+    return (folder / "config.json").is_file() or is_foreign(folder)
+
+
+def member_checkpoints(folder: Path, all_steps: bool) -> list[Path]:
+    """The final checkpoint of a training member, or all its steps. Raises CheckpointError when there is none."""
+    config = read_json(folder / "config.json")
+    found = (config.get("format"), config.get("version")) if isinstance(config, dict) else (None, None)
+    if found != MEMBER_FORMAT:
+        raise CheckpointError(
+            f"{folder}: expected a {MEMBER_FORMAT[0]} of version 1 in config.json, found {found[0]!r}"
+        )
+    if all_steps:
+        steps = sorted((folder / "checkpoints").glob("step_*.safetensors"))
+        if not steps:
+            raise CheckpointError(f"{folder}: has no checkpoint yet; train it further")
+        return steps
+    if not (folder / "complete.json").exists():
+        raise CheckpointError(
+            f"{folder}: its training is not complete; finish it, or use --all-steps or name a checkpoint"
+        )
+    complete = read_json(folder / "complete.json")
+    final: Path = folder / complete["final"]
+    if not final.is_file():
+        raise DamagedError(f"{final}: the final checkpoint that complete.json names is gone; train the member again")
+    if (found_hash := hash_file(final)) != complete["sha256"]:
+        raise DamagedError(f"{final}: SHA-256 {found_hash[:10]}…, complete.json says {complete['sha256'][:10]}…")
+    return [final]
+
+
+def require_fit(checkpoint: Checkpoint, store: Store, allow_other_store: bool) -> None:
+    """Raise CheckpointError, naming both sides, unless the checkpoint was trained on rows like the store's.
+
+    Checked are width of the rows, layer, model, weights and, unless `allow_other_store`, the store itself: another store
+    may have trained it on what is this one's evaluation split. What an SAE made elsewhere does not say is not checked.
+    """
+    where, trained = f"{checkpoint.path}", checkpoint.provenance.get("store") or {}
+    if checkpoint.sae.d_model != store.d_model:
+        raise CheckpointError(
+            f"{where}: its rows have {checkpoint.sae.d_model} dimensions, those of store {store.path} have {store.d_model}; "
+            "use the store it was trained on"
+        )
+    here = {"layer": store.config["layer"], "weights_sha256": store.config["weights_sha256"], "id": store.id}
+    if "weights_sha256" not in trained:
+        here |= {"model": store.config["model"]}  # by name, where no hash says more: a path may differ between machines
+    if allow_other_store:
+        del here["id"]
+    words = {"layer": "layer", "model": "model", "weights_sha256": "model weights", "id": "store"}
+    for name, value in here.items():
+        if name in trained and trained[name] != value:
+            hint = "; --allow-other-store if no evaluation text was trained on" if name == "id" else ""
+            named = f" ({trained.get('model')} against {store.config['model']})" if name == "weights_sha256" else ""
+            raise CheckpointError(
+                f"{where}: trained on {words[name]} {trained[name]!r}, store {store.path} has {value!r}{named}; "
+                f"use the store it was trained on{hint}"
+            )
+
+
+def resolve_levels(levels: str, checkpoint: Checkpoint) -> list[int]:
+    """Indices, innermost first, that `all`, `last` or a list like 0,1 means for a checkpoint.
+
+    Indices that a flatter SAE does not have are left out. Raises CheckpointError when none is left.
+    """
+    n = checkpoint.sae.n_levels
+    if levels in ("all", "last"):
+        return list(range(n)) if levels == "all" else [n - 1]
+    chosen = sorted({int(part) for part in levels.split(",")})
+    if not (had := [level for level in chosen if level < n]):
+        raise CheckpointError(f"{checkpoint.path}: has levels 0 to {n - 1}, --levels {levels} names none of them")
+    return had
+
+
+def valid_levels(levels: str) -> bool:
+    """Whether a text is `all`, `last` or a list of indices."""
+    return levels in ("all", "last") or re.fullmatch(r"\d+(,\d+)*", levels) is not None
+
+
+def loss_curve(checkpoint: Checkpoint) -> dict[str, list[Any]]:
+    """The run's logged metrics up to the checkpoint's step, thinned to MAX_CURVE points that keep the first and the last.
+
+    Columns by name, null where a line lacks one; empty when no metrics.jsonl lies beside the checkpoint. A last line cut
+    short by a running training is left out. Raises DamagedError for a broken line elsewhere.
+    """
+    path = checkpoint.path.parent.parent / "metrics.jsonl"
+    if not path.is_file() or is_foreign(checkpoint.path):
+        return {}
+    text = path.read_text().split("\n")
+    lines = [
+        read_line(path, i, line) for i, line in enumerate(text[:-1]) if line
+    ]  # what follows the last \n is unfinished
+    lines = [line for line in lines if line.get("step", 0) <= checkpoint.step]
+    if len(lines) > MAX_CURVE:
+        lines = [lines[round(i * (len(lines) - 1) / (MAX_CURVE - 1))] for i in range(MAX_CURVE)]
+    names = dict.fromkeys(name for line in lines for name in line)
+    return {name: [line.get(name) for line in lines] for name in names}
+
+
+def read_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    """One line of a JSON lines file."""
+    try:
+        data: dict[str, Any] = json.loads(line)
+    except ValueError as error:
+        raise DamagedError(
+            f"{path}: line {number + 1} is not JSON ({error}); restore it or train the member again"
+        ) from error
+    return data

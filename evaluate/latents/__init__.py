@@ -1,0 +1,1 @@
+"""What single latents are: their contexts, logit lens and relations, written as files."""

@@ -1,0 +1,141 @@
+"""Latent pages on disk: what `latents.py` computes and the report renders. No torch, no language model.
+
+    FOLDER/                    beside a results file: NAME.json has NAME.latents/
+      page_0000.js ...         nestedLatents.page(0, {"strings": [...], "latents": [...]}), PAGE_SIZE latents each
+      index.js                 nestedLatents.index({"summary": {...}, "level": [...], ...}), written last: marks completion
+
+Scripts and not JSON, because a page opened from a disk may load scripts and may not fetch. Corpus text in them is data:
+every character outside ASCII, and `<`, is escaped, and characters that reorder or hide text are spelled out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from pipeline.base.errors import DamagedError
+from pipeline.base.files import write_bytes
+
+FORMAT, VERSION = "nested-sae-latents", 1
+PAGE_SIZE = 256
+LONGEST = 100
+"""Characters of a token that are shown; real vocabularies hold none this long."""
+SHOWN = {"\n": "↵", "\t": "⇥", "\r": "⏎"}
+BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
+INDEX_HEAD = "nestedLatents.index("
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """The two methods we use of a Hugging Face tokenizer."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
+
+    def decode(
+        self, token_ids: list[int], *, skip_special_tokens: bool = ..., clean_up_tokenization_spaces: bool = ...
+    ) -> str: ...
+
+
+def latents_folder(results: Path) -> Path:
+    """Where the latent pages of a results file are, if there are any: NAME.json → NAME.latents."""
+    return results.with_suffix(".latents")
+
+
+def has_pages(result: Path) -> bool:
+    """Whether the latent pages of a results file are complete."""
+    return (latents_folder(result) / "index.js").exists()
+
+
+def visible(text: str) -> str:
+    """Text that neither breaks a line nor reorders or hides its neighbours: such characters become ↵ or ⟨U+202E⟩."""
+    return "".join(SHOWN.get(c) or (f"⟨U+{ord(c):04X}⟩" if is_unseen(c) else c) for c in text)
+
+
+def is_unseen(character: str) -> bool:
+    """Whether a character controls (C0, C1, bidi), separates lines, or is no character at all."""
+    return character in BIDI or unicodedata.category(character) in ("Cc", "Zl", "Zp", "Cs", "Cn")
+
+
+class TokenText:
+    """The text of one token, leading space included, decoded once a token id.
+
+    Decoders drop the space before a first word, so each token is decoded behind a known one and the known text cut off.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._known = tokenizer, {}  # type: Tokenizer, dict[int, str]
+        self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._head = self._decode(self._anchor)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def __call__(self, token: int) -> str:
+        """Visible text of a token id."""
+        if token not in self._known:
+            text = self._decode([*self._anchor, token])
+            text = text[len(self._head) :] if text.startswith(self._head) else self._decode([token])
+            self._known[token] = visible(text if len(text) <= LONGEST else text[:LONGEST] + "…")
+        return self._known[token]
+
+
+class Strings:
+    """A page's table of strings: a context holds positions in it, so that repeated tokens are stored once."""
+
+    def __init__(self) -> None:
+        self.table: list[str] = []
+        self._position: dict[str, int] = {}
+
+    def __call__(self, text: str) -> int:
+        """The position of a string, added when it is new."""
+        if text not in self._position:
+            self._position[text] = len(self.table)
+            self.table.append(text)
+        return self._position[text]
+
+
+def script_json(data: Any) -> str:
+    """JSON that is safe inside a script: ASCII only, and no `<`, so that no text of a corpus can end the element."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False, ensure_ascii=True).replace("<", "\\u003c")
+
+
+def page_name(number: int) -> str:
+    """The file of a page of latents."""
+    return f"page_{number:04d}.js"
+
+
+def write_page(folder: Path, number: int, strings: Sequence[str], latents: Sequence[dict[str, Any]]) -> None:
+    """Write one page of latents, in the order of their ids."""
+    data = script_json({"strings": strings, "latents": latents})
+    write_bytes(folder / page_name(number), f"nestedLatents.page({number},{data});\n".encode())
+
+
+def begin(folder: Path, n_pages: int) -> None:
+    """Empty a folder of older latent pages: its completion marker first, then pages that no one will overwrite."""
+    (folder / "index.js").unlink(missing_ok=True)
+    for path in folder.glob("page_*.js"):
+        if int(path.stem.removeprefix("page_")) >= n_pages:
+            path.unlink()
+
+
+def write_index(folder: Path, summary: dict[str, Any], columns: dict[str, Iterable[Any]]) -> None:
+    """Write the index of all latents: one list a column (level, density, max, token), in the order of their ids."""
+    data = {"summary": summary} | {name: list(values) for name, values in columns.items()}
+    write_bytes(folder / "index.js", f"{INDEX_HEAD}{script_json(data)});\n".encode())
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary in a folder's index. Raises DamagedError when the index is not ours or of another version."""
+    text = (folder / "index.js").read_text(encoding="ascii", errors="replace")
+    match = re.fullmatch(re.escape(INDEX_HEAD) + r"(.*)\);\n", text)
+    try:
+        summary: dict[str, Any] = json.loads(match[1])["summary"] if match else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{folder}: index.js does not read as latent pages ({error}); evaluate again") from error
+    if (summary.get("format"), summary.get("version")) != (FORMAT, VERSION):
+        raise DamagedError(f"{folder}: index.js is no {FORMAT} of version {VERSION}; evaluate again")
+    return summary

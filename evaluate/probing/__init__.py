@@ -1,0 +1,1 @@
+"""Scores from labelled texts: SCR, TPP and sparse probing."""

@@ -1,0 +1,169 @@
+"""Texts as rows of the residual stream, pooled: by the mean over real positions, raw or as an SAE's latents.
+
+SAEBench pads each text to `context` positions and sets special ones (BOS, EOS, PAD) to the zero vector; its ablation then
+runs over all of them, so that each masked position contributes f(0), the latents of the zero vector (EVALUATION.md 2.5).
+Here only real positions are kept and encoded, and f(0) once: the sums are the same and nothing is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pipeline.base.errors import CorpusError
+from pipeline.base.progress import Progress
+from pipeline.model.split_lm import SplitLM, special_ids
+from pipeline.sae.nested import NestedSAE
+
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Latents of the largest chunk encoded at once; 16 MiB of float32 on a CPU, where larger ones took twice the time."""
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """What turns texts into residuals.
+
+    `tokenize`: token ids of each text, no special tokens added. `residual`: tokens [seq pos] → [seq pos d_model], for
+    causal models (texts are padded on the right and the padding dropped). `bos`: put first in every text, or None.
+    `special`: ids whose positions are masked; the first position always is. `identity`: plain JSON that names model,
+    weights, layer and dtype, for cache keys.
+    """
+
+    tokenize: Callable[[Sequence[str]], list[list[int]]]
+    residual: Callable[[Int[Tensor, "seq pos"]], Float[Tensor, "seq pos d_model"]]
+    bos: int | None
+    special: tuple[int, ...]
+    identity: Mapping[str, Any]
+
+
+def text_model(lm: SplitLM, tokenizer: Any, layer: int, bos: int | None) -> TextModel:
+    """A SplitLM's prefix and its Hugging Face tokenizer as a TextModel; `bos` as the store has it."""
+    lm_identity = {"weights_sha256": lm.weights_sha256, "layer": layer, "dtype": str(lm.dtype), "bos": bos}
+    return TextModel(
+        tokenize=lambda texts: tokenizer(list(texts), add_special_tokens=False)["input_ids"],
+        residual=lambda tokens: lm.prefix(tokens.to(lm.device))[layer],
+        bos=bos,
+        special=tuple(special_ids(tokenizer)),
+        identity=lm_identity,
+    )
+
+
+@dataclass(frozen=True)
+class TextBank:
+    """Residuals of the real positions of many texts, text after text, in the model's dtype, on the CPU.
+
+    rows [row, d_model]; n_real int64 [text]: rows of each; n_masked int64 [text]: its masked positions, so that the two
+    add up to `context`; mean float32 [text, d_model]: over real positions, what probes see.
+    """
+
+    rows: Float[Tensor, "row d_model"]
+    n_real: Int[Tensor, " text"]
+    n_masked: Int[Tensor, " text"]
+    mean: Float[Tensor, "text d_model"]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory it holds: rows · d_model · itemsize, and texts · d_model · 4 for the means."""
+        return self.rows.nbytes + self.mean.nbytes
+
+
+def make_bank(texts: Sequence[str], model: TextModel, context: int, batch_size: int, label: str) -> TextBank:
+    """Run the model over every text and keep the residuals of its real positions.
+
+    Texts go through in order of length, so that batches hold little padding; what a text's residual is does not depend
+    on its batch beyond the rounding of another kernel shape. Raises CorpusError for a text without a real position.
+    """
+    tokens = [clipped(ids, model.bos, context) for ids in model.tokenize(texts)]
+    real = [real_positions(ids, model.special) for ids in tokens]
+    n_real = torch.tensor([int(mask.sum()) for mask in real])
+    if (n_real == 0).any():
+        text = texts[int(n_real.argmin())]
+        raise CorpusError(f"{label}: a text has no token beside special ones ({text[:60]!r}); leave it out of the data")
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), n_real.cumsum(0)])
+    rows = None
+    order = np.argsort([-len(ids) for ids in tokens], kind="stable")
+    with Progress(len(texts), f"residuals of {label}", "text") as bar:
+        for batch in np.split(order, range(batch_size, len(order), batch_size)):
+            residual = model.residual(padded([tokens[i] for i in batch])).cpu()
+            if rows is None:
+                rows = torch.empty(int(starts[-1]), residual.shape[-1], dtype=residual.dtype)
+            for i, of_text in zip(batch, residual):
+                rows[starts[i] : starts[i + 1]] = of_text[: len(tokens[i])][torch.from_numpy(real[i])]
+            bar.advance(len(batch))
+    assert rows is not None, "make_bank needs at least one text"
+    mean = torch.stack([part.float().mean(0) for part in torch.split(rows, n_real.tolist())])
+    return TextBank(rows, n_real, context - n_real, mean)
+
+
+def clipped(ids: Sequence[int], bos: int | None, context: int) -> list[int]:
+    """Token ids with BOS first, cut to `context` positions."""
+    return [*([] if bos is None else [bos]), *ids][:context]
+
+
+def real_positions(ids: Sequence[int], special: Sequence[int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which positions count: not special, and never the first."""
+    mask = ~np.isin(np.array(ids, np.int64), special)
+    mask[:1] = False
+    return mask
+
+
+def padded(batch: Sequence[Sequence[int]]) -> Int[Tensor, "seq pos"]:
+    """Token ids as one tensor, padded on the right with 0; a causal model never looks there."""
+    longest = max(map(len, batch))
+    return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in batch])
+
+
+@dataclass(frozen=True)
+class PooledLatents:
+    """An SAE's latents pooled over each text, float32, on the SAE's device.
+
+    mean [text, latent]: over real positions. at_zero [latent]: f(0), of the zero vector. masked_share [text]: masked over
+    real positions, so that F̄ = mean + masked_share · at_zero is SAEBench's unmasked sum over all positions / real ones.
+    """
+
+    mean: Float[Tensor, "text latent"]
+    at_zero: Float[Tensor, " latent"]
+    masked_share: Float[Tensor, " text"]
+
+    def over_all_positions(self, texts: Tensor, latents: Tensor) -> Float[Tensor, "text latent"]:
+        """F̄ of chosen texts and latents."""
+        return self.mean[texts[:, None], latents] + self.masked_share[texts, None] * self.at_zero[latents]
+
+
+@torch.no_grad()
+def pool_latents(sae: NestedSAE, bank: TextBank) -> PooledLatents:
+    """Encode every row once and average it over its text. Memory: texts · width · 4 bytes, and the chunk's."""
+    device = sae.W_enc.device
+    chunk_rows = max(CHUNK_ELEMENTS[device.type] // sae.config.width, int(bank.n_real.max()))
+    mean = torch.empty(len(bank.n_real), sae.config.width, device=device)
+    lengths = bank.n_real.tolist()
+    first_text = first_row = 0
+    while first_text < len(lengths):
+        n_texts, n_rows = whole_texts(lengths[first_text:], chunk_rows)
+        latents = sae.encode(bank.rows[first_row : first_row + n_rows].to(device)).float()
+        for i, part in enumerate(torch.split(latents, lengths[first_text : first_text + n_texts])):
+            torch.mean(part, 0, out=mean[first_text + i])
+        first_text, first_row = first_text + n_texts, first_row + n_rows
+    at_zero = sae.encode(torch.zeros(1, sae.config.d_model, device=device)).float()[0]
+    return PooledLatents(mean, at_zero, (bank.n_masked / bank.n_real).to(device))
+
+
+def whole_texts(lengths: Sequence[int], limit: int) -> tuple[int, int]:
+    """How many of the first texts fit into `limit` rows, at least one, and their rows."""
+    n_rows = 0
+    for n, length in enumerate(lengths):
+        if n and n_rows + length > limit:
+            return n, n_rows
+        n_rows += length
+    return len(lengths), n_rows
+
+
+def raw_decoder(sae: NestedSAE) -> Float[Tensor, "latent d_model"]:
+    """Decoder rows in the space of raw residuals, float32: W_dec / scale, since decode divides by the scale."""
+    return sae.W_dec.detach().float() / sae.scale.float()

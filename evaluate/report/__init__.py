@@ -1,0 +1,1 @@
+"""Results in, pages out. Never loads torch."""

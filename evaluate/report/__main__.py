@@ -1,0 +1,9 @@
+"""python -m evaluate.report: see `write.py`."""
+
+from __future__ import annotations
+
+from evaluate.report.write import cli
+from pipeline.base.cli import main
+
+if __name__ == "__main__":
+    main(cli, "evaluate.report")

@@ -1,0 +1,132 @@
+"""How panels are drawn: each function returns one that plots into given axes, in the stand-in colours of `svg.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from evaluate.report.runs import Results, Row, Run, Sharing, sharing_label
+from evaluate.report.svg import BLOCKS, INK, N_SERIES, SERIES
+from evaluate.statistics import Estimate, estimate
+
+MARKERS, MARK_NAMES = "os^DvP*X", "●■▲◆▼✚★✖"
+"""A mark a group, and its look in text."""
+Band = list[tuple[float, Estimate]]
+"""Estimates along an axis."""
+Draw = Callable[[Axes], None]
+Histogram = tuple[list[float], list[float]]
+"""Edges and counts."""
+Point = tuple[Run, float, float]
+
+
+def colour(results: Results, sharing: Sharing) -> str:
+    """The stand-in colour of a way of sharing: ink for flat."""
+    return SERIES[series_index(results, sharing)] if sharing else INK
+
+
+def series_index(results: Results, sharing: Sharing) -> int:
+    """The position of a way of sharing in the palette; those beyond its end share the last colour."""
+    return min(results.sharings.index(sharing), N_SERIES - 1)
+
+
+def legend(results: Results, rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Colour variables of the page and labels of the rows' ways of sharing, each once."""
+    present = {row.sharing for row in rows}
+    return [(f"s{series_index(results, s)}", sharing_label(s)) for s in results.sharings if s in present]
+
+
+def band_of(points: Sequence[Mapping[int, float]], *, common: bool = False) -> Band:
+    """Estimates over seeds at every x that any seed has, or only at those that all have."""
+    keys = [set(p) for p in points]
+    xs = sorted(set.intersection(*keys) if common and keys else set().union(*keys))
+    return [(x, e) for x in xs if (e := estimate([p[x] for p in points if x in p]))]
+
+
+def band_rows(names: dict[str, Any], x: str, lines: Mapping[Row, Band]) -> list[dict[str, Any]]:
+    """Bands as CSV rows: what they are of, the row, the value of x, mean, interval, seeds."""
+    return [
+        {**names, "row": row.label, x: at, "mean": e.mean, "low": e.low, "high": e.high, "seeds": e.n}
+        for row, band in lines.items()
+        for at, e in band
+    ]
+
+
+def shaded(results: Results, lines: Mapping[Row, Band], *, log: bool) -> Draw:
+    """Lines of means with shaded intervals; on a logarithmic y when asked and all means are above 0."""
+
+    def draw(axes: Axes) -> None:
+        for row, band in lines.items():
+            x, mean = [at for at, _ in band], np.array([e.mean for _, e in band])
+            half = np.array([e.half or 0.0 for _, e in band])
+            axes.plot(x, mean, color=colour(results, row.sharing), label=row.label)
+            if half.any():
+                low = np.maximum(mean - half, mean.min() / 2) if log else mean - half
+                axes.fill_between(x, low, mean + half, color=colour(results, row.sharing), alpha=0.18, lw=0)
+        if log and all(e.mean > 0 for band in lines.values() for _, e in band):
+            logarithmic(axes, x=False)
+
+    return draw
+
+
+def bars(lines: Sequence[tuple[str, str, Band]], *, log: bool, ticks: bool) -> Draw:
+    """Points with interval bars, joined: (colour, label, band) each; `ticks` puts one at every x and nowhere else."""
+
+    def draw(axes: Axes) -> None:
+        for shade, label, band in lines:
+            axes.errorbar(
+                [x for x, _ in band], [e.mean for _, e in band], [e.half or 0.0 for _, e in band],
+                color=shade, label=label, marker="o", ms=3.5, elinewidth=0.9, lw=1.3,
+            )  # fmt: skip
+        if log:
+            logarithmic(axes, x=True)
+        if ticks:
+            xs = sorted({x for _, _, band in lines for x, _ in band})
+            axes.set_xticks(xs, [f"{x:g}" for x in xs])
+            axes.xaxis.set_minor_locator(NullLocator())
+
+    return draw
+
+
+def row_lines(results: Results, lines: Mapping[Row, Band]) -> list[tuple[str, str, Band]]:
+    """Rows' bands in their colours, for `bars`."""
+    return [(colour(results, row.sharing), row.label, band) for row, band in lines.items()]
+
+
+def logarithmic(axes: Axes, *, x: bool) -> None:
+    """A logarithmic axis with plain numbers at 1, 2, 3 and 5 of each decade."""
+    (axes.set_xscale if x else axes.set_yscale)("log")
+    axis = axes.xaxis if x else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def scatter(results: Results, points: Sequence[Point]) -> Draw:
+    """One artist a checkpoint, so that each can be pointed at; a marker a group; last checkpoints larger."""
+    marker = {id(run): MARKERS[g % len(MARKERS)] for g, group in enumerate(results.groups) for run in group.runs}
+
+    def draw(axes: Axes) -> None:
+        for i, (run, x, y) in enumerate(points):
+            last = id(run) in marker
+            axes.plot(
+                [x], [y], marker.get(id(run), "o"), color=colour(results, run.sharing), ms=6 if last else 3,
+                alpha=1.0 if last else 0.5, mew=0, gid=f"p{i}",
+            )  # fmt: skip
+
+    return draw
+
+
+def histograms(blocks: Mapping[str, Histogram]) -> Draw:
+    """Step histograms, each scaled to its own number of latents."""
+
+    def draw(axes: Axes) -> None:
+        for name, (edges, counts) in blocks.items():
+            share = np.array(counts) / max(sum(counts), 1)
+            axes.stairs(share, edges, color=BLOCKS[name], fill=True, alpha=0.25)
+            axes.stairs(share, edges, color=BLOCKS[name], lw=1.4, label=name, ls="-" if name == "shared" else "--")
+
+    return draw

@@ -1,0 +1,200 @@
+"""Figures across checkpoints and settings: quality against sparsity, how often latents fire, ablations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from evaluate.report.drawing import MARK_NAMES, Band, Histogram, Point, bars, colour, histograms, legend, scatter
+from evaluate.report.figures import Figure, Missing, Numbers, across_n, by_level, loss
+from evaluate.report.runs import Group, Results, Row, Run, Sharing, sharing_label
+from evaluate.report.svg import BLOCKS, Panel
+from evaluate.report.table import number, plus_minus
+from evaluate.statistics import estimate
+
+
+def make_figures(results: Results) -> list[Figure | Missing]:
+    """All figures in reading order."""
+    return [builder(results) for builder in (loss, across_n, by_level, pareto, density, ablation)]
+
+
+def pareto(results: Results) -> Figure | Missing:
+    """Figure 4: KL and explained variance against L0, every checkpoint."""
+    title = "Quality against sparsity, every checkpoint"
+    panels: list[Panel] = []
+    numbers: Numbers = []
+    captions = []
+    for id in ("kl_nats", "ev"):
+        metric = results.metric(id)
+        scored = [(run, run.score("l0"), run.score(id)) for run in results.runs]
+        points = [(run, x, y) for run, x, y in scored if x is not None and y is not None]
+        if points:
+            tips = {
+                f"p{i}": f"{run.name}: L0 {number(x)}, {metric.label} {number(y)}"
+                for i, (run, x, y) in enumerate(points)
+            }
+            label = f"{metric.label} ({metric.unit})"
+            draw = scatter(results, points)
+            panels.append(Panel(f"pareto-{id}", f"{metric.label} against L0", "L0 (latents/token)", label, draw, tips))
+            numbers += [{"score": id, **point_row(run), "l0": x, "value": y} for run, x, y in points]
+            captions.append(front_caption(metric.label, metric.better == "higher", points))
+    if not panels:
+        return Missing(title, "L0 with KL or explained variance is not among these results")
+    caption = f"Larger points are last checkpoints. Point at one, or tap it, to see which it is. {' '.join(captions)}"
+    if len(results.groups) > 1:
+        marks = ", ".join(f"{MARK_NAMES[g % len(MARK_NAMES)]} {group.label}" for g, group in enumerate(results.groups))
+        caption += f" Marks: {marks}."
+    rows = [row for group in results.groups for row in group.rows]
+    return Figure("pareto", title, caption, panels, legend(results, rows), numbers)
+
+
+def point_row(run: Run) -> dict[str, str | int]:
+    """What tells a checkpoint from others, as CSV columns."""
+    return {"checkpoint": run.name, "row": sharing_label(run.sharing), "seed": run.seed, "step": run.step}
+
+
+def front(higher: bool, points: Sequence[Point]) -> list[Point]:
+    """The points that no other one matches: at most as many latents a token, and at least as good."""
+    sign = -1 if higher else 1
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p[1], sign * p[2])):
+        if not best or sign * point[2] < sign * best[-1][2]:
+            best.append(point)
+    return best
+
+
+def front_caption(label: str, higher: bool, points: Sequence[Point]) -> str:
+    """Which ways of sharing stand on the front."""
+    best = front(higher, points)
+    counts = Counter(sharing_label(run.sharing) for run, _, _ in best)
+    listed = ", ".join(f"{n} with {name}" for name, n in counts.most_common())
+    return f"On the {label} front (nothing as sparse is better) stand {len(best)} of {len(points)}: {listed}."
+
+
+def density(results: Results) -> Figure | Missing:
+    """Figure 5: how often latents fire, shared and specialised apart."""
+    title = "How often latents fire"
+    panels: list[Panel] = []
+    numbers: Numbers = []
+    medians = []
+    for r, row in enumerate(results.main.rows):
+        blocks = {name: found for name in BLOCKS if (found := histogram(row, name))}
+        if blocks:
+            draw = histograms(blocks)
+            panels.append(
+                Panel(
+                    f"density-{r}", row.label, "log₁₀ density (share of tokens)", "share of latents", draw, height=2.3
+                )
+            )
+            numbers += [bin for name, found in blocks.items() for bin in histogram_rows(row, name, found)]
+            medians.append(f"{row.label}: " + ", ".join(f"{name} {10 ** median(*h):.2g}" for name, h in blocks.items()))
+    if not panels:
+        return Missing(title, "these results carry no density histogram")
+    caption = f"Latents that fired, all seeds together. Median share of tokens by block: {'; '.join(medians)}."
+    if results.main.label:
+        caption += f" Drawn for {results.main.label}."
+    return Figure("density", title, caption, panels, [(name, name) for name in BLOCKS], numbers)
+
+
+def histogram(row: Row, block: str) -> Histogram | None:
+    """Edges (log10 density) and counts of a block of latents, summed over seeds; None when no run carries them."""
+    carried = [(run.data.get("features") or {}).get("density") or {} for run in row.runs]
+    found = [density for density in carried if density.get(block)]
+    if not found:
+        return None
+    same = [density[block] for density in found if density["edges"] == found[0]["edges"]]
+    return list(found[0]["edges"]), [float(sum(counts)) for counts in zip(*same)]
+
+
+def histogram_rows(row: Row, block: str, found: Histogram) -> Numbers:
+    """A histogram as CSV rows."""
+    edges, counts = found
+    return [
+        {"row": row.label, "block": block, "log10_low": low, "log10_high": high, "latents": n}
+        for low, high, n in zip(edges, edges[1:], counts)
+    ]
+
+
+def median(edges: list[float], counts: list[float]) -> float:
+    """The middle of a histogram, interpolated within its bin."""
+    cumulative = np.concatenate([[0.0], np.cumsum(counts)])
+    return float(np.interp(cumulative[-1] / 2, cumulative, edges))
+
+
+def ablation(results: Results) -> Figure | Missing:
+    """Figure 6: scores against each numeric setting in which the results differ."""
+    title = "Ablations"
+    panels: list[Panel] = []
+    numbers: Numbers = []
+    rows: list[Row] = []
+    axes = dict(ablation_axes(results))
+    for setting, groups in axes.items():
+        rows += [row for group in groups for row in group.rows]
+        for id in ("kl_nats", "ev", "l0"):
+            lines = ablation_lines(setting, groups, id)
+            if lines:
+                metric = results.metric(id)
+                log = setting != "layer" and all(float(group.settings[setting]) > 0 for group in groups)
+                draw = bars(
+                    [(colour(results, s), sharing_label(s), band) for s, band in lines.items()], log=log, ticks=True
+                )
+                label = f"{metric.label} ({metric.unit})"
+                panels.append(Panel(f"ablation-{setting}-{id}", f"{metric.label} by {setting}", setting, label, draw))
+                numbers += ablation_rows(setting, id, lines)
+    if not panels:
+        return Missing(title, "these results do not differ in width, learning rate, layer or another number")
+    return Figure("ablations", title, ablation_caption(results, axes), panels, legend(results, rows), numbers)
+
+
+def ablation_axes(results: Results) -> Iterator[tuple[str, list[Group]]]:
+    """Each numeric setting with several values, and the groups along it: all other settings as in the main group."""
+    main = results.main.settings
+    for setting, value in main.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        along = [group for group in results.groups if group.settings | {setting: value} == main]
+        if len(along) > 1:
+            yield setting, sorted(along, key=lambda group: float(group.settings[setting]))
+
+
+def ablation_lines(setting: str, groups: Sequence[Group], metric: str) -> dict[Sharing, Band]:
+    """Estimates along a setting, by way of sharing."""
+    lines: dict[Sharing, Band] = {}
+    for group in groups:
+        for row in group.rows:
+            if e := estimate(list(row.values(metric).values())):
+                lines.setdefault(row.sharing, []).append((float(group.settings[setting]), e))
+    return lines
+
+
+def ablation_rows(setting: str, metric: str, lines: Mapping[Sharing, Band]) -> Numbers:
+    """Estimates along a setting as CSV rows."""
+    return [
+        {"setting": setting, "value": x, "row": sharing_label(sharing), "score": metric, "mean": e.mean, "low": e.low,
+         "high": e.high, "seeds": e.n}
+        for sharing, band in lines.items()
+        for x, e in band
+    ]  # fmt: skip
+
+
+def ablation_caption(results: Results, axes: Mapping[str, Sequence[Group]]) -> str:
+    """At which value of each setting KL and explained variance are best for the flat dictionary, or the first row."""
+    sentences = []
+    for id in ("kl_nats", "ev"):
+        metric, parts = results.metric(id), []
+        for setting, groups in axes.items():
+            lines = ablation_lines(setting, groups, id)
+            if lines:
+                sharing = min(lines, key=lambda s: (len(s), s))
+                best = (max if metric.better == "higher" else min)(lines[sharing], key=lambda point: point[1].mean)
+                parts.append(f"{setting} {best[0]:g} ({plus_minus(best[1])}, {sharing_label(sharing)})")
+        if parts:
+            word = "highest" if metric.better == "higher" else "lowest"
+            label = metric.label[0].upper() + metric.label[1:]
+            sentences.append(f"{label} is {word} at {'; '.join(parts)}.")
+    return (
+        " ".join(sentences)
+        + " Settings not on an axis are those of the largest group; no test is made between settings."
+    )

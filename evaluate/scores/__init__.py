@@ -1,0 +1,1 @@
+"""Scores that need no text: from the store's evaluation rows and the layers after the cut."""

@@ -1,0 +1,58 @@
+"""The sparse coding rate: how much of a level's explained variance the n most important latents of a row carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from evaluate.scores.sample import Batch, Survey
+from pipeline.sae.metrics import explained_variance, row_squares
+from pipeline.sae.nested import NestedSAE
+
+N_VALUES = (2, 5, 10, 20, 50, 100)
+
+
+class SparseCoding:
+    """Streaming Σ‖x − x̂_n‖² for each level and n, float64, where x̂_n keeps the n latents largest by |z_j|·‖W_dec,j‖.
+
+    An n above a level's number of latents is left out. Extra memory: a batch's rows × (largest n) × 12 bytes.
+    """
+
+    def __init__(self, sae: NestedSAE, survey: Survey, n_values: Sequence[int] = N_VALUES) -> None:
+        self.sae, self.survey = sae, survey
+        self.n_values = [[n for n in sorted(n_values) if n <= m] for m in sae.config.levels]
+        self.decoder_norms = sae.W_dec.norm(dim=1)
+        self.error = survey.group_n.new_zeros(2, sae.config.n_levels, len(n_values))
+
+    def update(self, z: Float[Tensor, "row latent"], batch: Batch, levels: Sequence[int]) -> None:
+        """Add a batch's kept rows for some levels."""
+        importance = z.abs() * self.decoder_norms
+        for level in levels:
+            m, ns = self.sae.config.levels[level], self.n_values[level]
+            if not ns:
+                continue
+            top = importance[:, :m].topk(ns[-1], dim=1).indices
+            kept = z.gather(1, top)
+            x_hat = self.sae.b_dec.expand(len(z), -1)
+            for i, (a, b) in enumerate(zip([0, *ns], ns)):
+                x_hat = x_hat + decode_some(self.sae.W_dec, top[:, a:b], kept[:, a:b])
+                error = row_squares(batch.x - self.sae.denormalize(x_hat)).double()
+                self.error[:, level, i] += batch.weights @ error
+
+    def rates(self, level: int, full: float | None) -> list[tuple[int, float | None]]:
+        """(n, ev with n latents / `full`) over all kept rows; None where the level's own ev, `full`, is not positive."""
+        ev = explained_variance(self.error[0, level], self.survey.moments[0]).tolist()
+        whole = full if full is not None and full > 0 else math.nan
+        rates = [e / whole for e in ev]
+        return [(n, rate if math.isfinite(rate) else None) for n, rate in zip(self.n_values[level], rates)]
+
+
+def decode_some(
+    W_dec: Float[Tensor, "latent d_model"], indices: Tensor, values: Float[Tensor, "row n"]
+) -> Float[Tensor, "row d_model"]:
+    """Σ over some latents of each row of value · decoder row, without a dense matrix of latents."""
+    return torch.nn.functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")

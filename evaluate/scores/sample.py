@@ -1,0 +1,116 @@
+"""The evaluation sample: the store's eval split batch by batch, and what one pass over its rows says without any SAE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pipeline.sae.metrics import Moments, row_squares
+
+if TYPE_CHECKING:
+    from pipeline.store.reader import Store
+
+GROUP_SEQUENCES = 16
+"""Sequences in the "batch" of `ev_legacy` and `ev_saebench`, as in SAEBench: fixed, whatever batch size we run with."""
+
+WEIGHTINGS = ("scores", "scores_without_massive")
+"""Every average is computed twice: over all kept rows, and over those that are not massive. Names as in FORMAT.md."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences of the split. Kept rows are the positions that are not special, in order.
+
+    `weights` [2, row] is 1 where a kept row counts: always; unless it is massive. `targets` is the next token of the
+    same sequence, −1 after the last position. `group` numbers each row's group of GROUP_SEQUENCES sequences.
+    """
+
+    first: int
+    residual: Float[Tensor, "seq pos d_model"]
+    tokens: Int[Tensor, "seq pos"]
+    kept: Bool[Tensor, "seq pos"]
+    x: Float[Tensor, "row d_model"]
+    weights: Float[Tensor, "2 row"]
+    targets: Int[Tensor, " row"]
+    group: Int[Tensor, " row"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first `n_sequences` sequences of a store's eval split, read in batches to a device."""
+
+    store: Store
+    n_sequences: int
+    batch_size: int
+    device: torch.device
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of GROUP_SEQUENCES sequences; the last may be smaller."""
+        return -(-self.n_sequences // GROUP_SEQUENCES)
+
+    def survey(self) -> Survey:
+        """What one pass over the rows says."""
+        return survey(self.batches(), self.n_groups, self.store.d_model, self.device)
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches in the order of the split; the last may be smaller. Raises DamagedError when bytes changed."""
+        for first in range(0, self.n_sequences, self.batch_size):
+            yield self.batch(first, min(first + self.batch_size, self.n_sequences))
+
+    def batch(self, first: int, stop: int) -> Batch:
+        """Sequences first to stop − 1."""
+        split, context = self.store.eval, self.store.context
+        rows = slice(first * context, stop * context)
+        residual = split.read(rows.start, rows.stop).to(self.device).view(stop - first, context, -1)
+        tokens = torch.from_numpy(split.tokens[first:stop]).long()
+        kept = ~torch.from_numpy(split.special[first:stop]).bool()
+        normal = torch.from_numpy(split.kept()[rows]).view_as(kept)[kept]
+        targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], 1)[kept]
+        group = (torch.arange(first, stop) // GROUP_SEQUENCES)[:, None].expand_as(kept)[kept]
+        kept = kept.to(self.device)
+        return Batch(
+            first=first,
+            residual=residual,
+            tokens=tokens.to(self.device),
+            kept=kept,
+            x=residual[kept].float(),
+            weights=torch.stack([torch.ones_like(normal), normal]).double().to(self.device),
+            targets=targets.to(self.device),
+            group=group.to(self.device),
+        )
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over the rows says, in float64, for both weightings: moments, and per group the count, Σ‖x‖², mean."""
+
+    moments: tuple[Moments, Moments]
+    group_n: Float[Tensor, "2 group"]
+    group_sum_sq: Float[Tensor, "2 group"]
+    group_mean: Float[Tensor, "2 group d_model"]
+
+    @property
+    def n_rows(self) -> Float[Tensor, "2"]:
+        """Rows that count."""
+        return torch.stack([m.n for m in self.moments])
+
+
+def survey(batches: Iterable[Batch], n_groups: int, d_model: int, device: torch.device) -> Survey:
+    """Read the rows once, before any checkpoint: a group's mean must be known before its first row is scored."""
+    moments = (Moments.zeros(d_model, device), Moments.zeros(d_model, device))
+    n, sum_sq = torch.zeros(2, 2, n_groups, dtype=torch.float64, device=device)
+    sum_x = torch.zeros(2, n_groups, d_model, dtype=torch.float64, device=device)
+    for batch in batches:
+        squares = row_squares(batch.x).double()
+        for k, weights in enumerate(batch.weights):
+            moments[k].update(batch.x, weights)
+            n[k].index_add_(0, batch.group, weights)
+            sum_sq[k].index_add_(0, batch.group, weights * squares)
+            sum_x[k].index_add_(0, batch.group, weights[:, None] * batch.x.double())
+    return Survey(moments, n, sum_sq, sum_x / n.clamp(min=1)[..., None])

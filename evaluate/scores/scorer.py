@@ -1,0 +1,142 @@
+"""Scores one checkpoint while batches go by: encode once, decode level by level, run only the suffix for each level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from evaluate.checkpoints.find import Checkpoint, resolve_levels
+from evaluate.scores.behaviour import Behaviour, Clean, behaviour_scores, score_residual, splice
+from evaluate.scores.coding import SparseCoding
+from evaluate.scores.features import Correlation, density_features, geometry
+from evaluate.scores.firing import Firing
+from evaluate.scores.reconstruction import Reconstruction, spread_in_group
+from evaluate.scores.sample import WEIGHTINGS, Batch, Survey
+from pipeline.base.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pipeline.model.split_lm import SplitLM
+
+SCORES = ("kl", "ev", "l0", "coding", "features")
+"""Families computed from the store: behaviour (kl_*, ce*, top1), reconstruction, sparsity, sparse_coding_rate, features."""
+
+
+@dataclass(frozen=True)
+class Batched:
+    """A batch with what all checkpoints share of it."""
+
+    batch: Batch
+    clean: Clean | None
+    spread: Tensor
+
+
+def shared_work(batch: Batch, clean: Clean | None, survey: Survey) -> Batched:
+    """Compute once what every checkpoint needs of a batch."""
+    return Batched(batch, clean, spread_in_group(batch, survey))
+
+
+class Scorer:
+    """One checkpoint on the device with its running sums. Raises CheckpointError when its file cannot be loaded.
+
+    `scores` names families of SCORES; `levels` is all, last, or indices.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        survey: Survey,
+        scores: Sequence[str],
+        levels: str,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.checkpoint, self.scores, self.levels = checkpoint, tuple(scores), resolve_levels(levels, checkpoint)
+        self.sae = checkpoint.load().float().to(device).eval().requires_grad_(False)
+        config = self.sae.config
+        self.firing = Firing(config.levels, device)
+        self.reconstruction = {level: Reconstruction(survey) for level in self.levels}
+        self.behaviour = {level: Behaviour(device) for level in self.levels}
+        self.coding = SparseCoding(self.sae, survey) if "coding" in scores else None
+        self.correlation = Correlation(config, seed, device) if "features" in scores else None
+
+    def update(self, lm: SplitLM | None, shared: Batched, chunk: int) -> None:
+        """Add a batch."""
+        batch = shared.batch
+        z = self.sae.encode(batch.x)
+        self.firing.update(z, batch)
+        for level, x_hat in enumerate(self.sae.decode_levels(z)):
+            if level not in self.levels:
+                continue
+            self.reconstruction[level].update(batch, x_hat, shared.spread)
+            if lm is not None and shared.clean is not None:
+                scores = score_residual(lm, batch, shared.clean, splice(batch, x_hat), chunk)
+                self.behaviour[level].update(batch, scores)
+        if self.coding is not None:
+            self.coding.update(z, batch, self.levels)
+        if self.correlation is not None:
+            self.correlation.update(z, batch)
+
+    def require_finite(self) -> None:
+        """Raise CheckpointError when a reconstruction or a KL so far is not finite: no need to go on."""
+        for level in self.levels:
+            sums = (self.reconstruction[level].sums[:, :3], self.behaviour[level].sums)
+            for what, values in zip(("reconstruction", "KL or CE"), sums):
+                if not values.isfinite().all():
+                    raise CheckpointError(
+                        f"{self.checkpoint.path}: the {what} of level {level} is not finite (NaN or infinite); its weights "
+                        "are damaged or overflow the model's dtype (try --dtype float32)"
+                    )
+
+    def level_results(self, baselines: Sequence[dict[str, float]] | None) -> list[dict[str, Any]]:
+        """The results' `levels`: each with its scores over all kept rows and without massive ones."""
+        self.require_finite()
+        return [self._level(level, baselines) for level in self.levels]
+
+    def _level(self, level: int, baselines: Sequence[dict[str, float]] | None) -> dict[str, Any]:
+        reconstruction, firing = self.reconstruction[level].scores(), self.firing.scores(level)
+        found: dict[str, Any] = {"level": level, "n_latents": self.sae.config.levels[level]}
+        for k, name in enumerate(WEIGHTINGS):
+            scores: dict[str, float | None] = {}
+            if baselines is not None:
+                scores |= behaviour_scores(self.behaviour[level], baselines[k], k)
+            if "ev" in self.scores:
+                scores |= reconstruction[k]
+            if "l0" in self.scores:
+                scores |= firing[k]
+            found[name] = {metric: defined(value) for metric, value in scores.items()}
+        if "l0" in self.scores:
+            found["l0_quantiles"] = self.firing.l0_quantiles(level)
+            if level == self.sae.config.n_levels - 1 and "dead" in self.checkpoint.provenance:
+                found["scores"]["dead_in_training"] = self.checkpoint.provenance["dead"]
+        return found
+
+    def series(self) -> dict[str, list[dict[str, Any]]]:
+        """The results' `series` that need no texts: the sparse coding rate by n and level."""
+        if self.coding is None:
+            return {}
+        rows = []
+        for level in self.levels:
+            full = self.reconstruction[level].scores()[0]["ev"]
+            points = self.coding.rates(level, full)
+            rows += [{"n": n, "level": level, "value": value, "low": None, "high": None} for n, value in points]
+        return {"sparse_coding_rate": rows}
+
+    def features(self) -> dict[str, Any]:
+        """The results' `features`."""
+        provenance = self.checkpoint.provenance
+        training = {name: provenance[name] for name in ("dead", "fired_rows", "rows_seen") if name in provenance}
+        found: dict[str, Any] = {"training": training} if training else {}
+        if self.correlation is None:
+            return found
+        found |= density_features(self.sae.config, self.firing)
+        return found | {"geometry": geometry(self.sae), "correlation": self.correlation.features()}
+
+
+def defined(value: float | None) -> float | None:
+    """NaN, the mean over no rows, as None; infinities stay and are refused when results are written."""
+    return None if value is None or math.isnan(value) else value

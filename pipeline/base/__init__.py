@@ -1,0 +1,1 @@
+"""The machine, files and terminals: what every other room stands on. Knows nothing of SAEs."""

@@ -1,0 +1,143 @@
+"""The machine: device, dtype, seeds, ranks, memory, versions. What a run records so that it can be made again."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import subprocess
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.base.errors import UsageError
+
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA when there is one, else the CPU. Raises UsageError for a device that is not there."""
+    if name == "auto":
+        return torch.device(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: no CUDA device is visible here; use --device cpu or auto")
+    return device
+
+
+@cache
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 natively (AMX or AVX512-BF16), so that bf16 is faster than float32."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the hardware multiplies it natively, else float32. Returns `bf16` or `float32`."""
+    if name != "auto":
+        return name
+    fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else cpu_has_bf16()
+    return "bf16" if fast else "float32"
+
+
+def derive_seed(*key: int | str) -> int:
+    """A 63-bit seed that is a pure function of its key, the same on every machine and Python."""
+    text = "/".join(str(part) for part in key).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
+def numpy_rng(*key: int | str) -> np.random.Generator:
+    """A numpy generator seeded by `derive_seed(*key)`."""
+    return np.random.Generator(np.random.PCG64(derive_seed(*key)))
+
+
+def torch_rng(*key: int | str) -> torch.Generator:
+    """A CPU torch generator seeded by `derive_seed(*key)`. Draw on the CPU and move: results do not depend on device."""
+    return torch.Generator().manual_seed(derive_seed(*key))
+
+
+def product_rate(dtype: torch.dtype, device: torch.device, rows: int, inner: int, width: int) -> float:
+    """FLOP/s of a [rows, inner] by [inner, width] product, the best of three measured now: for estimates of time."""
+    x, w = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, width)))
+    seconds = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        (x @ w).sum().item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * rows * inner * width / min(seconds[1:])
+
+
+def rank() -> int:
+    """This process's rank under torchrun, else 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's rank on its own node under torchrun, else 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes under torchrun, else 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),  # version 2
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
+)
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be used without swapping (MemAvailable, within the cgroup's limit if there is one)."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    for folder, limit, used in CGROUPS:
+        if (folder / limit).exists() and (allowed := (folder / limit).read_text().strip()) != "max":
+            available = min(available, int(allowed) - int((folder / used).read_text()) + cached(folder))
+    return max(available, 0)
+
+
+def cached(folder: Path) -> int:
+    """Bytes that a cgroup is charged for files in the page cache, which go as soon as memory is short."""
+    fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return sum(int(fields.get(name, 0)) for name in ("inactive_file", "active_file"))
+
+
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "zarr", "numcodecs", "numpy", "safetensors")
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Installed versions of the libraries that shape results, without importing them."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def git_state() -> str:
+    """Commit of this checkout, `-dirty` when it has uncommitted changes, `unknown` outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        run = subprocess.run(("git", *words), cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        return run.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,1 @@
+"""Experiments: one TOML file names every stage; what is on disk, described and verified."""

@@ -1,0 +1,69 @@
+"""Job scripts for a Slurm cluster: harvest, then every training grid side by side, then the rest and the report.
+
+Every stage goes on where it was, so the scripts are the stages' own commands: a job that was preempted or timed out is
+put in the queue again, and the last job is `pipeline run`, which finds all that is done and does what is missing.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from pipeline.base.files import write_bytes
+from pipeline.experiment import experiment as experiments
+from pipeline.experiment import stages
+
+HEAD = """#!/usr/bin/env bash
+#SBATCH --job-name={name}
+#SBATCH --output={log}
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --gpus=1
+{extra}
+set -euo pipefail
+cd {root}
+"""
+
+
+def write_jobs(experiment: experiments.Experiment, file: Path, out: Path, sbatch: str) -> Path:
+    """Write the scripts to `out/jobs` and return `submit.sh`, which hands them to sbatch in order.
+
+    `sbatch`: further words for every job, such as "--partition=gpu --time=12:00:00".
+    """
+    places = experiments.Places.of(experiment, out)
+    grids = [(layer, grid) for layer in experiment.layers for grid in experiment.train]
+    trains = {
+        f"train_{i}": ("train", experiments.train_words(grid, places, layer)) for i, (layer, grid) in enumerate(grids)
+    }
+    finish = ("pipeline", ["run", str(file.absolute() if file.exists() else file), "--out", str(places.out)])
+    jobs = {"harvest": ("harvest", experiments.harvest_words(experiment, places)), **trains, "finish": finish}
+    for name, (stage, words) in jobs.items():
+        write_job(places.out / "jobs", name, stage, words, sbatch)
+    return write_submit(places.out / "jobs", list(trains))
+
+
+def write_job(folder: Path, name: str, stage: str, words: list[str], sbatch: str) -> None:
+    """One job's script: the directives, then the stage's command with this interpreter."""
+    extra = "".join(f"#SBATCH {word}\n" for word in shlex.split(sbatch))
+    head = HEAD.format(name=name, log=folder / f"{name}.log", extra=extra, root=shlex.quote(str(stages.ROOT)))
+    write_script(folder / f"{name}.sh", head + shlex.join([sys.executable, "-m", stage, *words]) + "\n")
+
+
+def write_submit(folder: Path, trains: list[str]) -> Path:
+    """The script that submits all jobs, each after those it needs."""
+    here = shlex.quote(str(folder))
+    lines = ["#!/usr/bin/env bash", "set -euo pipefail", f"harvest=$(sbatch --parsable {here}/harvest.sh)"]
+    lines += [f"{name}=$(sbatch --parsable --dependency=afterok:$harvest {here}/{name}.sh)" for name in trains]
+    needed = ":".join(f"${name}" for name in trains)
+    lines += [
+        f"finish=$(sbatch --parsable --dependency=afterok:{needed} {here}/finish.sh)",
+        'echo "submitted, the last is job $finish"',
+    ]
+    write_script(folder / "submit.sh", "\n".join(lines) + "\n")
+    return folder / "submit.sh"
+
+
+def write_script(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+    path.chmod(0o755)

@@ -1,0 +1,108 @@
+"""Starts the stages as their own processes: they meet on disk, never in memory."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.base.errors import PipelineError
+from pipeline.base.progress import LOG_VARIABLE
+
+ROOT = Path(__file__).parents[2]
+"""The checkout: `data/` lies here, and stages run here so that `evaluate` is ours whatever else is installed."""
+
+
+def options(settings: Mapping[str, Any], *, negatable: bool = False) -> list[str]:
+    """Command-line options of a table of settings: a list repeats the option, true is a bare flag.
+
+    False is left out, or `--no-x` for a stage whose flags are `negatable` (train, where some are on by default).
+    """
+    words: list[str] = []
+    for name, value in settings.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is True:
+                words.append(f"--{name}")
+            elif one is not False:
+                words += [f"--{name}", str(one)]
+            elif negatable:
+                words.append(f"--no-{name}")
+    return words
+
+
+def show(stage: str, words: Sequence[str]) -> str:
+    """A stage's command as a person would type it."""
+    return shlex.join(["python", "-m", stage, *words])
+
+
+def run_stage(stage: str, words: Sequence[str], log: Path) -> str:
+    """Run a stage to its end, its progress on this terminal and its lines appended to `log`; what it prints to stdout.
+
+    Raises PipelineError naming the stage and its exit code when it fails; the stage has already said why. When this
+    process dies, however, the stage dies with it.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        file.write(f"$ {show(stage, words)}\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", stage, *words],
+        cwd=ROOT,
+        env=stage_environment(log),
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,
+    ) as process:
+        try:
+            output, _ = process.communicate()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+    if process.returncode == 130:
+        raise KeyboardInterrupt
+    if process.returncode != 0:
+        raise PipelineError(f"{show(stage, words)}: exit code {process.returncode}; see above or {log}, then run again")
+    return output
+
+
+def ask_stage(stage: str, words: Sequence[str], log: Path) -> Any:
+    """Run a stage with --json and return what it printed. Raises PipelineError as `run_stage`."""
+    return json.loads(run_stage(stage, [*words, "--json"], log))
+
+
+def pass_on(stage: str, words: Sequence[str]) -> None:
+    """Become a stage: run it with this terminal and exit with its code, for a command that only forwards its words.
+
+    Paths in `words` are taken from here, so it runs here and not in ROOT.
+    """
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    sys.exit(
+        subprocess.run([sys.executable, "-m", stage, *words], env=environment, preexec_fn=die_with_parent).returncode
+    )
+
+
+def python_path() -> str:
+    """PYTHONPATH with the checkout first."""
+    return os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
+
+
+def stage_environment(log: Path) -> dict[str, str]:
+    """Our environment with the log's path, and with the checkout first where Python looks.
+
+    Idle OpenMP threads sleep rather than spin: on a machine that does anything else besides, spinning made a training
+    step several times slower (NOTES.md)."""
+    waiting = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    return os.environ | waiting | {"PYTHONPATH": python_path(), LOG_VARIABLE: str(log.resolve())}
+
+
+def die_with_parent() -> None:
+    """In the child before exec: have the kernel kill it when its parent dies (Linux; elsewhere it lives on)."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

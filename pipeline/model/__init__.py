@@ -1,0 +1,1 @@
+"""A Hugging Face causal language model cut at a layer."""

@@ -1,0 +1,1 @@
+"""The nested SAE, its checkpoint, its measure, and the ways it travels."""

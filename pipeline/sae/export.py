@@ -1,0 +1,182 @@
+"""Exports an SAE to the folders that SAELens and dictionary_learning load, with centre and scale folded in.
+
+An exported SAE takes raw residuals and its latents are in residual units: z_exported = z / scale, with decoder rows of
+unit norm. With s the scale and c the centre,
+
+    b_dec' = b_dec / s + c,   b_enc' = b_enc / s,   threshold' = threshold / s,   W_enc and W_dec as they are,
+
+since ((x − c) s − b_dec) W_enc + b_enc = s · ((x − b_dec') W_enc + b_enc'). LayerNorm does not fold into a linear
+encoder: it travels to SAELens as the class in `pipeline.sae.saelens`, and to dictionary_learning not at all.
+Formats: SAELens 6 (cfg.json, sae_weights.safetensors), dictionary_learning 0.1 (config.json, ae.pt).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from pipeline.base.errors import DiskError, UsageError
+from pipeline.base.files import atomic, write_bytes, write_json
+from pipeline.sae.checkpoint import Header, load_checkpoint
+from pipeline.sae.nested import NestedSAE
+
+Format = Literal["saelens", "dictionary-learning"]
+FORMATS: tuple[Format, ...] = ("saelens", "dictionary-learning")
+SAELENS_NESTED = "nested_layernorm"
+"""Architecture name under which `pipeline.sae.saelens` registers the LayerNorm SAE."""
+
+
+def export(checkpoint: Path, kind: Format, out: Path, level: int | None = None) -> list[Path]:
+    """Export a checkpoint: the whole dictionary to `out`, or each level l to `out/level_l`, or one of them.
+
+    `level`: None for the whole dictionary, −1 for every level, else one. Returns the folders written. Raises UsageError
+    for what the format cannot express (a level of topk; LayerNorm in dictionary_learning), DiskError when a folder
+    holds something else.
+    """
+    sae, header = load_checkpoint(checkpoint)
+    if level is None:
+        return [export_one(sae, header, kind, out)]
+    n_levels = sae.config.n_levels
+    if not -1 <= level < n_levels:
+        raise UsageError(f"{checkpoint}: has levels 0 to {n_levels - 1}, asked for {level}")
+    chosen = range(n_levels) if level == -1 else [level]
+    return [export_one(sae.prefix(one), header, kind, out / f"level_{one}") for one in chosen]
+
+
+def export_one(sae: NestedSAE, header: Header, kind: Format, folder: Path) -> Path:
+    """Write one SAE as one folder of a format."""
+    known = {"cfg.json", "sae_weights.safetensors", "config.json", "ae.pt"}
+    if folder.exists() and (other := sorted(p.name for p in folder.iterdir() if p.name not in known)):
+        raise DiskError(f"{folder}: holds something else ({', '.join(other[:3])}); choose an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "saelens":
+        write_saelens(sae, header, folder)
+    else:
+        write_dictionary_learning(sae, header, folder)
+    return folder
+
+
+def folded(sae: NestedSAE) -> dict[str, Tensor]:
+    """Weights of the same SAE for raw residuals, latents divided by the scale (see the top of this file), float32."""
+    s, c = sae.scale.float(), sae.center.float()
+    tensors = {
+        "W_enc": sae.W_enc.float(),
+        "b_enc": sae.b_enc.float() / s,
+        "W_dec": sae.W_dec.float(),
+        "b_dec": sae.b_dec.float() / s + c,
+    }
+    if sae.config.activation in ("jumprelu", "batchtopk"):
+        tensors["threshold"] = sae.threshold.float() / s
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def write_saelens(sae: NestedSAE, header: Header, folder: Path) -> None:
+    """cfg.json and sae_weights.safetensors of SAELens 6; batchtopk travels as jumprelu with its inference threshold."""
+    config = sae.config
+    tensors = folded(sae)
+    architecture = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "batchtopk": "jumprelu"}[
+        config.activation
+    ]
+    settings: dict[str, Any] = {"k": config.k, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}
+    if config.layernorm != "none":
+        architecture, settings = SAELENS_NESTED, layernorm_settings(sae)
+        tensors |= {
+            "ln_gain": sae.ln_gain.detach().float(),
+            "ln_bias": sae.ln_bias.detach().float(),
+            "center": sae.center,
+        }
+        if config.activation == "jumprelu":  # compared after LayerNorm, which has no units
+            tensors["threshold"] = sae.threshold.detach().float()
+    cfg = {
+        "architecture": architecture,
+        "d_in": config.d_model,
+        "d_sae": config.width,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": saelens_metadata(header),
+        **settings,
+    }
+    write_bytes(folder / "sae_weights.safetensors", safetensors_bytes(tensors))
+    write_json(folder / "cfg.json", cfg)
+
+
+def layernorm_settings(sae: NestedSAE) -> dict[str, Any]:
+    """Further fields of cfg.json for `pipeline.sae.saelens`. Dividing the pre-activations by s divides LayerNorm's eps by s²."""
+    scale, config = float(sae.scale), sae.config
+    return {
+        "levels": list(config.levels),
+        "activation": config.activation,
+        "layernorm": config.layernorm,
+        "layernorm_eps": config.layernorm_eps / scale**2,
+        "latent_scale": 1.0 if config.layernorm_rescale else 1 / scale,
+        "layernorm_rescale": config.layernorm_rescale,
+        "k": config.k,
+    }
+
+
+def saelens_metadata(header: Header) -> dict[str, Any]:
+    """What SAELens and SAEBench look for; `sae_lens_version` keeps SAELens from rebuilding it as an old one's."""
+    store = header.provenance.get("store", {})
+    return {
+        "sae_lens_version": "6.0.0",
+        "sae_lens_training_version": None,
+        "model_name": str(store.get("model", "")).split("/")[-1],
+        "hook_name": f"blocks.{store.get('layer')}.hook_resid_post",
+        "hook_head_index": None,
+        "context_size": store.get("context"),
+        "prepend_bos": True,
+        "dataset_path": store.get("corpus"),
+        "levels": list(header.sae.levels),
+    }
+
+
+def write_dictionary_learning(sae: NestedSAE, header: Header, folder: Path) -> None:
+    """ae.pt (plain tensors) and config.json of dictionary_learning. Raises UsageError for LayerNorm."""
+    config = sae.config
+    if config.layernorm != "none":
+        raise UsageError("dictionary_learning has no class with LayerNorm; export to saelens, or train without it")
+    tensors = folded(sae)
+    name, state = dictionary_state(sae, tensors)
+    store = header.provenance.get("store", {})
+    trainer = {
+        "trainer_class": f"{name}Trainer",
+        "dict_class": name,
+        "activation_dim": config.d_model,
+        "dict_size": config.width,
+        "layer": store.get("layer"),
+        "lm_name": store.get("model"),
+        "submodule_name": f"resid_post_layer_{store.get('layer')}",
+        "k": config.k,
+        "group_sizes": [block.stop - block.start for block in config.blocks],
+    }
+    with atomic(folder / "ae.pt") as file:
+        torch.save(state, file)
+    write_json(folder / "config.json", {"trainer": trainer, "buffer": {"ctx_len": store.get("context")}})
+
+
+def dictionary_state(sae: NestedSAE, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """Class name and state dict of dictionary_learning for folded tensors."""
+    config = sae.config
+    linear = {
+        "encoder.weight": tensors["W_enc"].T.contiguous(),
+        "encoder.bias": tensors["b_enc"],
+        "decoder.weight": tensors["W_dec"].T.contiguous(),
+    }
+    k = torch.tensor(config.k, dtype=torch.int)
+    if config.activation == "relu":
+        return "AutoEncoder", linear | {"bias": tensors["b_dec"]}
+    if config.activation == "topk":
+        return "AutoEncoderTopK", linear | {"b_dec": tensors["b_dec"], "k": k, "threshold": torch.tensor(-1.0)}
+    if config.activation == "batchtopk" and bool((tensors["threshold"] == tensors["threshold"][0]).all()):
+        sizes = torch.tensor([block.stop - block.start for block in config.blocks])
+        extra = {"threshold": tensors["threshold"][0], "k": k, "group_sizes": sizes}
+        return "MatryoshkaBatchTopKSAE", {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")} | extra
+    shifted = tensors["b_enc"] - tensors["b_dec"] @ tensors["W_enc"]  # this class does not subtract b_dec
+    return "JumpReluAutoEncoder", tensors | {"b_enc": shifted}

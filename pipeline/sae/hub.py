@@ -1,0 +1,168 @@
+"""SAEs that travel: load one from a path or the Hugging Face Hub, push one with a model card, pull one to a folder.
+
+The Hub is reached through huggingface_hub alone, which finds the user's token itself; no token is read, printed or
+stored here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.base.errors import CheckpointError
+from pipeline.base.files import hash_file, read_json, write_bytes
+from pipeline.sae.checkpoint import load_checkpoint, read_header
+from pipeline.sae.nested import NestedSAE
+
+WEIGHTS, RESULTS = "sae.safetensors", "results.json"
+
+
+def load(source: str | Path, device: torch.device | str = "cpu") -> NestedSAE:
+    """An SAE ready for `encode`, `decode` and `decode_level` on raw residuals.
+
+    `source`: a checkpoint file, a member's folder (its final checkpoint), a folder with one checkpoint, or the id of a
+    Hub repository ("owner/name"). Raises CheckpointError when there is none or more than one.
+    """
+    return load_checkpoint(find_checkpoint(source), device)[0]
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The one checkpoint file that `source` means (see `load`). Raises CheckpointError."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return checkpoint_in(path)
+    if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/")):
+        return checkpoint_in(download(source))
+    raise CheckpointError(f"{source}: expected a checkpoint, a folder with one, or a Hub id owner/name; found nothing")
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The final checkpoint of a member's folder, or the only one of another. Raises CheckpointError."""
+    if (folder / "complete.json").exists():
+        return folder / str(read_json(folder / "complete.json")["final"])
+    if (folder / "checkpoints").is_dir():
+        raise CheckpointError(f"{folder}: training is not finished; name one of its checkpoints, or finish it")
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise CheckpointError(f"{folder}: expected one checkpoint, found {len(found)}; name the file")
+    return found[0]
+
+
+def download(repo_id: str, revision: str | None = None) -> Path:
+    """Folder of a Hub repository's snapshot in the user's cache. Raises CheckpointError with what to do."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision))
+    except GatedRepoError as error:
+        raise CheckpointError(f"{repo_id}: gated; accept its terms on the Hub and run `hf auth login`") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(f"{repo_id}: not a path here, and the Hub cannot be reached; check both") from error
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"{repo_id}: the Hub says: {error.server_message or error}") from error
+
+
+def push(source: str | Path, repo_id: str, results: Path | None = None, private: bool = False) -> str:
+    """Upload a checkpoint, its model card and its results (if given); the address of the commit.
+
+    Raises CheckpointError when the results are of another checkpoint or the Hub refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    checkpoint = find_checkpoint(source)
+    files = repository_files(checkpoint, results, repo_id)
+    operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, exist_ok=True, private=private)
+        message = f"Nested SAE, step {read_header(checkpoint).step}"
+        return str(api.create_commit(repo_id, operations, commit_message=message).commit_url)
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"{repo_id}: the Hub says: {error.server_message or error}") from error
+
+
+def pull(repo_id: str, out: Path, revision: str | None = None) -> Path:
+    """Copy a repository's checkpoint and results into `out`, checked; the checkpoint's path."""
+    folder = download(repo_id, revision)
+    load_checkpoint(checkpoint_in(folder))
+    for name in (WEIGHTS, RESULTS, "README.md"):
+        if (folder / name).exists():
+            write_bytes(out / name, (folder / name).read_bytes())
+    return out / WEIGHTS
+
+
+def repository_files(checkpoint: Path, results: Path | None, repo_id: str) -> dict[str, bytes]:
+    """What a repository holds: weights, card, and results. Raises CheckpointError when results are of another checkpoint."""
+    load_checkpoint(checkpoint)
+    data = read_json(results) if results else None
+    if data and data["checkpoint"]["sha256"] != hash_file(checkpoint):
+        raise CheckpointError(f"{results}: results of another checkpoint than {checkpoint}; evaluate this one first")
+    files = {WEIGHTS: checkpoint.read_bytes(), "README.md": model_card(checkpoint, data, repo_id).encode()}
+    if results:
+        files[RESULTS] = results.read_bytes()
+    return files
+
+
+def model_card(checkpoint: Path, results: dict[str, Any] | None, repo_id: str) -> str:
+    """Markdown with the Hub's front matter: what the SAE is, what made it, its scores, and how to load it."""
+    header = read_header(checkpoint)
+    sae, store, train = header.sae, header.provenance.get("store", {}), header.provenance.get("train", {})
+    levels = ", ".join(f"{m:,}" for m in sae.levels)
+    facts = {
+        "model": f"{store.get('model')} (revision {store.get('revision') or 'not pinned'})",
+        "hook point": f"residual stream after layer {store.get('layer')}",
+        "width": f"{sae.width:,} latents in levels of {levels}",
+        "activation": sae.activation + (f", k = {sae.k}" if sae.k else "") + f", LayerNorm {sae.layernorm}",
+        "recipe": f"{train.get('recipe')}, α = {train.get('alpha')}, seed {train.get('seed')}",
+        "trained on": f"{header.provenance.get('rows_seen', 0):,} rows in {header.step:,} steps, context {store.get('context')}",
+        "code": header.provenance.get("git"),
+    }
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    return "\n".join(
+        [
+            "---",
+            "library_name: nested-sae",
+            "tags: [sparse-autoencoder, matryoshka, interpretability]",
+            *([f"base_model: {store['model']}"] if str(store.get("model", "")).count("/") == 1 else []),
+            "---",
+            f"# {repo_id.split('/')[-1]}",
+            "",
+            "A nested (Matryoshka) sparse autoencoder: every prefix of its dictionary is a dictionary too.",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+            *score_table(results),
+            "```python",
+            "import pipeline",
+            f'sae = pipeline.load("{repo_id}")  # takes raw residuals',
+            "z = sae.encode(residual)",
+            "x_hat = sae.decode(z)  # sae.decode_level(z, 0): the shared dictionary alone",
+            "```",
+            "",
+        ]
+    )
+
+
+def score_table(results: dict[str, Any] | None) -> list[str]:
+    """Markdown rows of the main scores by level, with unit and direction; empty without results."""
+    if not results:
+        return []
+    from pipeline.definitions import METRICS
+
+    names = ("kl_nats", "kl_score", "ce_score", "ev", "l0", "dead")
+    arrows = {"lower": "↓", "higher": "↑", "neither": ""}
+    titles = [f"{METRICS[name].label} ({METRICS[name].unit}) {arrows[METRICS[name].better]}".strip() for name in names]
+    lines = ["| latents | " + " | ".join(titles) + " |", "|---" * (len(names) + 1) + "|"]
+    for level in results["levels"]:
+        values = [level["scores"].get(name) for name in names]
+        cells = ["–" if value is None else f"{value:.4g}" for value in values]
+        lines.append(f"| {level['n_latents']:,} | " + " | ".join(cells) + " |")
+    return [*lines, ""]

@@ -1,0 +1,229 @@
+"""The nested SAE: one dictionary whose prefixes are dictionaries too.
+
+    x  = (x_raw − center) · scale            in float32, before any cast                        [row, d_model]
+    a  = (x − b_dec) W_enc + b_enc           pre-activations                                    [row, latent]
+    a' = gain · (a − μ_l) / σ_l + bias       LayerNorm inside each level's own block (optional)
+    z  = (‖x‖/√d) · act(a')                  the row's scale comes back only with LayerNorm
+    x̂_l = b_dec + Σ_{j < m_l} z_j W_dec[j]   cumulative decode, one level from the one before   [row, d_model]
+
+LayerNorm statistics never look outside a level's block, so a prefix of the dictionary is itself an SAE; only `topk`,
+which selects over all latents of a row, is not. Raw residuals go in and come out: `encode` centres and scales, `decode`
+undoes it. Paper: "Nested Dictionary Learning", Eq. 1-4; the levels generalise its two (shared, whole).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pipeline.base.errors import UsageError
+
+Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
+LayerNorm = Literal["none", "pre", "post"]
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """Shape and activation of a nested SAE; saved whole in every checkpoint.
+
+    `levels` are cumulative sizes, strictly increasing, the last one equal to `width`; a flat SAE has one.
+    `layernorm`: none; `pre` on pre-activations; `post` after the activation. `layernorm_rescale` multiplies ‖x‖/√d back.
+    `k`: latents a row that topk and batchtopk keep, 0 for the others. Raises UsageError when fields contradict.
+    """
+
+    d_model: int
+    width: int
+    levels: tuple[int, ...]
+    activation: Activation = "relu"
+    k: int = 0
+    layernorm: LayerNorm = "none"
+    layernorm_rescale: bool = True
+    layernorm_eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        sizes = (0, *self.levels)
+        if not self.levels or self.levels[-1] != self.width or any(a >= b for a, b in zip(sizes, sizes[1:])):
+            raise UsageError(f"levels {self.levels} must increase strictly from above 0 to the width {self.width}")
+        if self.activation in ("topk", "batchtopk") and self.k < 1:
+            raise UsageError(f"{self.activation} needs k of at least 1, got {self.k}")
+        if self.activation == "topk" and self.k > self.width:
+            raise UsageError(f"topk cannot keep k = {self.k} of {self.width} latents")
+        if self.layernorm == "post" and self.activation != "relu":
+            raise UsageError(f"LayerNorm after the activation goes with relu only, not with {self.activation}")
+
+    @property
+    def n_levels(self) -> int:
+        """How many nested dictionaries there are; 1 is a flat SAE."""
+        return len(self.levels)
+
+    @property
+    def n_shared(self) -> int:
+        """Latents of the innermost level; 0 for a flat SAE, whose latents are all specialised."""
+        return self.levels[0] if self.n_levels > 1 else 0
+
+    @property
+    def blocks(self) -> tuple[slice, ...]:
+        """Each level's own latents: those it adds to the level before."""
+        return tuple(slice(a, b) for a, b in zip((0, *self.levels), self.levels))
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether inference compares latents with a stored threshold."""
+        return self.activation in ("jumprelu", "batchtopk")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; `from_dict` reads it back."""
+        return dataclasses.asdict(self) | {"levels": list(self.levels)}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> SAEConfig:
+        """Raises TypeError on a field this version does not know."""
+        return SAEConfig(**(data | {"levels": tuple(data["levels"])}))
+
+
+ALIGNMENT, ALIGNED_FROM = 8, 1024
+"""A level ends at a multiple of 8 latents in dictionaries of at least 1024: at another, every product over the block behind
+it begins at an address that matrix kernels do not like (measured: 4 % of a step at width 16384 for m₁ = 3277)."""
+
+
+def level_size(share: float, width: int) -> int:
+    """Latents of a level that is to have this share of the width: to the nearest one, or to the nearest aligned number."""
+    step = ALIGNMENT if width >= ALIGNED_FROM else 1
+    return min(width, step * round(share * width / step))
+
+
+def levels_for_alpha(alpha: float, width: int) -> tuple[int, ...]:
+    """The paper's two levels, m₁ = αF (`level_size`) and F; α = 0 is the flat baseline with one.
+
+    Raises UsageError for α outside [0, 1), or one so small or large that a level would be empty.
+    """
+    if not 0 <= alpha < 1:
+        raise UsageError(f"alpha {alpha} is outside [0, 1)")
+    n_shared = level_size(alpha, width)
+    if alpha > 0 and not 0 < n_shared < width:
+        raise UsageError(f"alpha {alpha} of width {width} leaves a level empty")
+    return (n_shared, width) if n_shared else (width,)
+
+
+class NestedSAE(nn.Module):
+    """A nested SAE ready for use. Weights: W_enc [d_model, latent], b_enc [latent], W_dec [latent, d_model], b_dec [d_model].
+
+    Further tensors where the config asks: threshold [latent] (jumprelu: on the pre-activation, strict; batchtopk: on the
+    latent itself), ln_gain and ln_bias [latent]. Buffers center [d_model] and scale [] map raw residuals to the space
+    it was trained in and stay float32 whatever the weights are cast to. Made with zeros: load or initialise the weights.
+    """
+
+    center: Tensor
+    scale: Tensor
+
+    def __init__(self, config: SAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, width = config.d_model, config.width
+        self.W_enc = nn.Parameter(torch.zeros(d, width))
+        self.b_enc = nn.Parameter(torch.zeros(width))
+        self.W_dec = nn.Parameter(torch.zeros(width, d))
+        self.b_dec = nn.Parameter(torch.zeros(d))
+        if config.has_threshold:
+            self.threshold = nn.Parameter(torch.zeros(width), requires_grad=config.activation == "jumprelu")
+        if config.layernorm != "none":
+            self.ln_gain = nn.Parameter(torch.ones(width))
+            self.ln_bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("center", torch.zeros(d))
+        self.register_buffer("scale", torch.ones(()))
+
+    def normalize(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """Raw residuals to the training space, in float32: centred, then scaled so that the mean of ‖x‖² was 1."""
+        return (x.float() - self.center.float()) * self.scale.float()
+
+    def denormalize(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """Back to raw residuals, in float32."""
+        return x.float() / self.scale.float() + self.center.float()
+
+    def preactivations(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows latent"]:
+        """(x − b_dec) W_enc + b_enc for normalised x, before LayerNorm."""
+        return x.to(self.W_enc.dtype) @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)
+
+    def layernorm(self, a: Float[Tensor, "*rows latent"]) -> Float[Tensor, "*rows latent"]:
+        """LayerNorm inside each level's block (biased variance), then the affine per latent."""
+        blocks = [
+            nn.functional.layer_norm(a[..., b], (b.stop - b.start,), eps=self.config.layernorm_eps)
+            for b in self.config.blocks
+        ]
+        return torch.cat(blocks, -1) * self.ln_gain + self.ln_bias
+
+    def latents_before_selection(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows latent"]:
+        """Non-negative latents of normalised rows, before topk, batchtopk or its threshold drop any (LayerNorm `post` may
+        make them negative)."""
+        a = self.preactivations(x)
+        if self.config.layernorm == "pre":
+            a = self.layernorm(a)
+        z = torch.where(a > self.threshold, a.relu(), 0.0) if self.config.activation == "jumprelu" else a.relu()
+        if self.config.layernorm == "post":
+            z = self.layernorm(z)
+        if self.config.layernorm != "none" and self.config.layernorm_rescale:
+            z = z * (x.float().norm(dim=-1, keepdim=True) / math.sqrt(self.config.d_model)).to(z.dtype)
+        return z
+
+    def encode_normalized(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows latent"]:
+        """Latents of rows that are already centred and scaled, as inference selects them."""
+        z = self.latents_before_selection(x)
+        if self.config.activation == "topk":
+            top = z.topk(self.config.k, dim=-1)
+            return torch.zeros_like(z).scatter(-1, top.indices, top.values)
+        if self.config.activation == "batchtopk":
+            return torch.where(z > self.threshold, z, 0.0)
+        return z
+
+    def encode(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows latent"]:
+        """Latents of raw residual rows of any dtype. Steering, scores and exports all see this z."""
+        return self.encode_normalized(self.normalize(x))
+
+    def decode_normalized_levels(self, z: Float[Tensor, "*rows latent"]) -> Iterator[Float[Tensor, "*rows d_model"]]:
+        """Reconstructions of every level in turn in the training space; each adds its block to the one before."""
+        x_hat: Tensor = self.b_dec
+        for block in self.config.blocks:
+            x_hat = x_hat + z[..., block] @ self.W_dec[block]
+            yield x_hat
+
+    def decode_levels(self, z: Float[Tensor, "*rows latent"]) -> Iterator[Float[Tensor, "*rows d_model"]]:
+        """Raw reconstructions of every level in turn, innermost first, float32."""
+        return (self.denormalize(x_hat) for x_hat in self.decode_normalized_levels(z))
+
+    def decode_level(self, z: Float[Tensor, "*rows latent"], level: int) -> Float[Tensor, "*rows d_model"]:
+        """Raw reconstruction of one level, 0 the innermost, -1 the whole dictionary, float32."""
+        m = self.config.levels[level]
+        return self.denormalize(z[..., :m] @ self.W_dec[:m] + self.b_dec)
+
+    def decode(self, z: Float[Tensor, "*rows latent"]) -> Float[Tensor, "*rows d_model"]:
+        """Raw reconstruction by the whole dictionary, float32. Linear in z; never needs x."""
+        return self.decode_level(z, -1)
+
+    def forward(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """decode(encode(x)): raw residuals in, raw reconstructions out."""
+        return self.decode(self.encode(x))
+
+    def prefix(self, level: int) -> NestedSAE:
+        """The SAE made of one level's latents, as a copy. Raises UsageError for topk, which selects over all latents."""
+        config = self.config
+        m = config.levels[level]
+        if config.activation == "topk" and m < config.width:
+            raise UsageError("a level of a topk SAE is not an SAE: topk selects over all latents of a row")
+        levels = config.levels[: config.levels.index(m) + 1]
+        small = NestedSAE(dataclasses.replace(config, width=m, levels=levels))
+        small.load_state_dict({name: latent_slice(name, tensor, m) for name, tensor in self.state_dict().items()})
+        return small.to(self.W_enc.device, self.W_enc.dtype)
+
+
+def latent_slice(name: str, tensor: Tensor, m: int) -> Tensor:
+    """The part of a named SAE tensor that belongs to the first m latents."""
+    if name == "W_enc":
+        return tensor[:, :m]
+    return tensor[:m] if name in ("W_dec", "b_enc", "threshold", "ln_gain", "ln_bias") else tensor

@@ -1,0 +1,135 @@
+"""Where a store's files lie: a local folder here, object storage in `remote.py`. Everything else works with keys.
+
+A key is a path inside the store, with slashes: `train/resid/c/0/0`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, Protocol, runtime_checkable
+
+from pipeline.base.errors import DamagedError, DiskError
+from pipeline.base.files import atomic, disk_errors, sync_folder
+
+
+@runtime_checkable
+class Files(Protocol):
+    """The few operations a store needs. Writes appear whole or not at all; all raise DiskError when they cannot."""
+
+    def where(self, key: str) -> str:
+        """The full path or URL of a key, for messages."""
+
+    def read(self, key: str) -> bytes:
+        """All bytes of a file. Raises DamagedError when it is not there."""
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers, one after the other, from `offset` on. Raises DamagedError when bytes are missing."""
+
+    def size(self, key: str) -> int | None:
+        """Bytes of a file; None when it is not there."""
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write a whole file."""
+
+    def create(self, key: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        """A file to write piece by piece; it appears when the block is left without an exception."""
+
+    def delete(self, key: str) -> None:
+        """Remove a file; nothing happens when it is not there."""
+
+    def keys(self) -> list[str]:
+        """Every file there is, sorted, leftovers of killed writers included."""
+
+
+class LocalFiles:
+    """A store in a local folder, which need not exist yet."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def where(self, key: str) -> str:
+        """The file's path."""
+        return str(self.root / key)
+
+    def read(self, key: str) -> bytes:
+        """All bytes of a file."""
+        with disk_errors(self.root / key), missing_is_damage(self.where(key)):
+            return (self.root / key).read_bytes()
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """One preadv; goes on where the kernel returns early."""
+        with disk_errors(self.root / key), missing_is_damage(self.where(key)):
+            descriptor = os.open(self.root / key, os.O_RDONLY)
+        try:
+            left = [buffer.cast("B") for buffer in buffers]
+            while left:
+                n = os.preadv(descriptor, left, offset)
+                if n == 0:
+                    raise DamagedError(f"{self.where(key)}: ends before byte {offset + 1}; it was cut short")
+                offset += n
+                while left and n >= len(left[0]):
+                    n -= len(left.pop(0))
+                if left:
+                    left[0] = left[0][n:]
+        finally:
+            os.close(descriptor)
+
+    def size(self, key: str) -> int | None:
+        """Bytes of a file; None when it is not there."""
+        with disk_errors(self.root / key), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return (self.root / key).stat().st_size
+        return None
+
+    def write(self, key: str, data: bytes) -> None:
+        """Temporary name, fsync, rename."""
+        with self.create(key) as file:
+            file.write(data)
+
+    @contextlib.contextmanager
+    def create(self, key: str) -> Iterator[BinaryIO]:
+        """Temporary name, fsync, rename; new folders are fsynced into their parents too."""
+        path = self.root / key
+        with disk_errors(path):
+            make_folder(path.parent)
+        with atomic(path) as file:
+            yield file
+
+    def delete(self, key: str) -> None:
+        """Unlink and fsync the folder, so that the file stays gone."""
+        path = self.root / key
+        with disk_errors(path), contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            sync_folder(path.parent)
+
+    def keys(self) -> list[str]:
+        """Every file below the folder. Raises DiskError when the path is a file."""
+        with disk_errors(self.root):
+            if self.root.exists() and not self.root.is_dir():
+                raise DiskError(f"{self.root}: is a file, expected a folder; choose another path")
+            return sorted(str(p.relative_to(self.root)) for p in self.root.rglob("*") if not p.is_dir())
+
+
+@contextlib.contextmanager
+def missing_is_damage(where: str) -> Iterator[None]:
+    """A file of ours that is not there is a damaged store, not a caller's mistake."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise DamagedError(f"{where}: the file is gone; run harvest --repair to make it again") from error
+
+
+def make_folder(folder: Path) -> None:
+    """mkdir -p that survives a power cut: each new folder is fsynced into its parent."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def is_url(path: Path | str) -> bool:
+    """Whether a path names object storage (s3://…, memory://…) rather than a local folder."""
+    return isinstance(path, str) and "://" in path

@@ -1,0 +1,270 @@
+"""The arrays of a store: their names, shapes, chunks, files, and their zarr.json. Layout: FORMAT.md, "Store".
+
+Absent data has a fill value that no harvest writes: NaN, or −1 for tokens. So a plain Zarr reader, which fills in what
+is missing without a word, shows NaN where a shard is gone and never zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.base.errors import UsageError
+from pipeline.base.files import hash_config
+from pipeline.store.shards import CODECS, chunk_bound, codec_json, index_nbytes
+
+SPLITS = ("train", "eval")
+COMMITTED = ("resid", "norm", "moments")
+"""The arrays whose shard files a commit record vouches for, in its order."""
+
+BF16_NAN = 0x7FC0
+OUR_KEY = re.compile(
+    r"(zarr\.json|mean/(zarr\.json|c/0)"
+    r"|(train|eval)/(zarr\.json|(tokens|special|resid|norm|moments|commit)/(zarr\.json|c/\d+(/0)?)))(\.\d+\.partial)?"
+)
+"""Every file that a store may hold, leftovers of killed writers included."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """One Zarr array. `chunk` is the shape of one file; `inner` that of the chunks inside a sharded file."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+    dimensions: tuple[str, ...]
+    fill: int | str
+    inner: tuple[int, ...] | None = None
+    codec: str = "none"
+    view_as: str = ""
+
+    def key(self, k: int) -> str:
+        """The file of the k-th chunk (or shard) along the first dimension; others are never split."""
+        return f"{self.path}/c/{k}" + "/0" * (len(self.shape) - 1)
+
+    @property
+    def metadata_key(self) -> str:
+        """The file of the array's metadata."""
+        return f"{self.path}/zarr.json"
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Little-endian, as stored."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def padding(self) -> int | float:
+        """The fill value as a number."""
+        return math.nan if self.fill == "NaN" else int(self.fill)
+
+    @property
+    def n_files(self) -> int:
+        """Chunks (or shards) along the first dimension."""
+        return -(-self.shape[0] // self.chunk[0])
+
+    @property
+    def file_nbytes(self) -> int:
+        """Bytes of one whole file of an array that is not sharded: the data and its crc32c."""
+        return math.prod(self.chunk) * self.numpy_dtype.itemsize + 4
+
+    def metadata(self) -> bytes:
+        """The zarr.json of this array, the bytes zarr-python writes."""
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        single = [{"name": "bytes"}] if self.numpy_dtype.itemsize == 1 else [little]
+        codecs: list[dict[str, Any]] = [*single, *codec_json(self.codec, self.numpy_dtype.itemsize), {"name": "crc32c"}]
+        if self.inner is not None:
+            configuration = {
+                "chunk_shape": self.inner,
+                "codecs": codecs,
+                "index_codecs": [little, {"name": "crc32c"}],
+                "index_location": "end",
+            }
+            codecs = [{"name": "sharding_indexed", "configuration": configuration}]
+        return zarr_json(
+            {
+                "shape": self.shape,
+                "data_type": self.dtype,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.chunk}},
+                "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+                "fill_value": self.fill,
+                "codecs": codecs,
+                "attributes": {"view_as": self.view_as} if self.view_as else {},
+                "dimension_names": self.dimensions,
+                "zarr_format": 3,
+                "node_type": "array",
+                "storage_transformers": [],
+            }
+        )
+
+
+def zarr_json(data: Mapping[str, Any]) -> bytes:
+    """JSON as zarr-python writes it."""
+    return json.dumps(data, indent=2, allow_nan=False).encode()
+
+
+def group_metadata(attributes: Mapping[str, Any]) -> bytes:
+    """The zarr.json of a group."""
+    return zarr_json({"attributes": attributes, "zarr_format": 3, "node_type": "group"})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The part of a store's config that fixes the shape of its files. Rows are counted in `*_rows`.
+
+    Raises UsageError when a shard is not whole chunks, or a chunk not whole sequences.
+    """
+
+    d_model: int
+    context: int
+    dtype: str
+    shard_rows: int
+    chunk_rows: int
+    codec: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("bf16", "float32"):
+            raise UsageError(f"a store holds bf16 or float32, not {self.dtype!r}")
+        if self.codec not in CODECS:
+            raise UsageError(f"codec {self.codec!r} is not one of {', '.join(CODECS)}")
+        if min(self.d_model, self.context, self.shard_rows, self.chunk_rows) < 1:
+            raise UsageError("d_model, context, shard_rows and chunk_rows must be at least 1")
+        if self.shard_rows % self.chunk_rows or self.chunk_rows % self.context:
+            raise UsageError(
+                f"shard_rows {self.shard_rows} must be a multiple of chunk_rows {self.chunk_rows}, "
+                f"and that of the context {self.context}"
+            )
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> Layout:
+        """The layout named by a store's config. Raises UsageError when a field is not there."""
+        names = [*Layout.__dataclass_fields__]
+        if missing := [name for name in names if name not in config]:
+            raise UsageError(f"the store's config lacks {', '.join(missing)}")
+        return Layout(**{name: config[name] for name in names})
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of rows as they are read."""
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Inner chunks of a whole shard: the slots of its index."""
+        return self.shard_rows // self.chunk_rows
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Bytes of one inner chunk of resid before compression."""
+        return self.chunk_rows * self.d_model * (2 if self.dtype == "bf16" else 4)
+
+    @property
+    def mean(self) -> Array:
+        """The mean of the training split's kept rows."""
+        return Array("mean", (self.d_model,), "float64", (self.d_model,), ("d_model",), "NaN")
+
+
+@dataclass(frozen=True)
+class SplitLayout:
+    """The arrays of one split and the rows of each of its shards."""
+
+    name: str
+    layout: Layout
+    n_sequences: int
+
+    @property
+    def n_rows(self) -> int:
+        """Token positions of the split, special ones included."""
+        return self.n_sequences * self.layout.context
+
+    @property
+    def n_shards(self) -> int:
+        """Shards, a ragged last one included."""
+        return -(-self.n_rows // self.layout.shard_rows)
+
+    def shard_rows_range(self, k: int) -> tuple[int, int]:
+        """First row of shard k, and one past its last."""
+        start = k * self.layout.shard_rows
+        return start, min(start + self.layout.shard_rows, self.n_rows)
+
+    def n_chunks(self, k: int) -> int:
+        """Inner chunks that shard k holds, a ragged last one included."""
+        start, stop = self.shard_rows_range(k)
+        return -(-(stop - start) // self.layout.chunk_rows)
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """Every array of the split by name."""
+        of, n, rows = self.layout, self.n_sequences, self.n_rows
+        bf16 = of.dtype == "bf16"
+        path, per_shard, shards = self.name, of.shard_rows // of.context, self.n_shards
+        sequences = ("sequence", "position")
+        resid = Array(
+            f"{path}/resid", (rows, of.d_model), "uint16" if bf16 else "float32", (of.shard_rows, of.d_model),
+            ("row", "d_model"), BF16_NAN if bf16 else "NaN", (of.chunk_rows, of.d_model), of.codec,
+            "bfloat16" if bf16 else "",
+        )  # fmt: skip
+        moments = (2 + of.d_model,)
+        return {
+            "tokens": Array(f"{path}/tokens", (n, of.context), "int32", (per_shard, of.context), sequences, -1),
+            "special": Array(f"{path}/special", (n, of.context), "uint8", (per_shard, of.context), sequences, 255),
+            "resid": resid,
+            "norm": Array(f"{path}/norm", (rows,), "float32", (of.shard_rows,), ("row",), "NaN"),
+            "moments": Array(
+                f"{path}/moments", (shards, *moments), "float64", (1, *moments), ("shard", "moment"), "NaN"
+            ),
+            "commit": Array(
+                f"{path}/commit", (shards, len(COMMITTED)), "uint64", (1, len(COMMITTED)), ("shard", "file"), 0
+            ),
+        }
+
+
+def metadata_files(
+    config: Mapping[str, Any], n_sequences: Mapping[str, int], segments: Sequence[int]
+) -> dict[str, bytes]:
+    """Every zarr.json below the root: key → bytes.
+
+    The groups name the config they belong to by its hash, and that of the training split the root's `segments` again: so
+    a repair knows both when the root itself is damaged.
+    """
+    layout = Layout.from_config(config)
+    files = {layout.mean.metadata_key: layout.mean.metadata()}
+    for name in SPLITS:
+        again = {"segments": list(segments)} if name == "train" else {}
+        files[f"{name}/zarr.json"] = group_metadata({"config_sha256": hash_config(config)} | again)
+        for array in SplitLayout(name, layout, n_sequences[name]).arrays.values():
+            files[array.metadata_key] = array.metadata()
+    return files
+
+
+def pad_rows(array: npt.NDArray[Any], n_rows: int, fill: int | float) -> npt.NDArray[Any]:
+    """The array with rows of the fill value appended up to `n_rows`, as Zarr pads a ragged last chunk."""
+    if len(array) == n_rows:
+        return array
+    return np.concatenate([array, np.full((n_rows - len(array), *array.shape[1:]), fill, dtype=array.dtype)])
+
+
+ROOT_REST = 2048
+"""Bytes of the root's zarr.json beside config and files: hashes, versions, statistics."""
+
+
+def estimate_bytes(config: Mapping[str, Any], n_train: int, n_eval: int) -> int:
+    """Bytes of a finished store of so many sequences: exact to a few kB for codec none, an upper bound when compressed."""
+    layout, metadata = Layout.from_config(config), metadata_files(config, {"train": n_train, "eval": n_eval}, [n_train])
+    root = group_metadata({"config": config, "files": dict.fromkeys(metadata, "0" * 64)})
+    total = len(root) + ROOT_REST + sum(map(len, metadata.values())) + layout.mean.file_nbytes
+    for name, n_sequences in (("train", n_train), ("eval", n_eval)):
+        split = SplitLayout(name, layout, n_sequences)
+        n_chunks = sum(split.n_chunks(k) for k in range(split.n_shards))
+        total += n_chunks * (chunk_bound(layout.codec, layout.chunk_nbytes) + 4)
+        total += split.n_shards * index_nbytes(layout.chunks_per_shard)
+        total += sum(a.n_files * a.file_nbytes for name, a in split.arrays.items() if name != "resid")
+    return total

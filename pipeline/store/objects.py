@@ -1,0 +1,132 @@
+"""Stores on object storage, and where a path or a URL leads. Needs the extra `remote` (fsspec and its driver) for URLs.
+
+Any URL that fsspec knows works: s3://bucket/acts.zarr, gs://…, memory://…; where its driver is not installed and obstore
+is, obstore serves s3, gs and az. Credentials and endpoints come from where the driver looks for them (AWS_ACCESS_KEY_ID,
+AWS_ENDPOINT_URL, …). An object appears whole or not at all, so the order of writing is all that a harvest needs to be safe
+there too. Training reads rows in any order: stage the store first (`staging.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from pipeline.base.errors import DamagedError, DiskError, UsageError
+from pipeline.base.files import disk_errors
+from pipeline.store.backend import Files, LocalFiles, is_url
+
+OBSTORE = ("s3", "gs", "az", "abfs")
+"""Protocols that obstore takes on where their own fsspec driver is not installed."""
+
+
+def open_url(url: str) -> tuple[Any, str]:
+    """The file system of a URL, without a cache of listings, and the path in its terms. Raises ImportError, ValueError."""
+    import fsspec
+
+    protocol = url.split("://")[0]
+    try:
+        driver = fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        if protocol not in OBSTORE:
+            raise
+        try:
+            import obstore.fsspec
+        except ImportError:
+            raise error from None
+        obstore.fsspec.register(protocol)
+        driver = fsspec.get_filesystem_class(protocol)
+    keeps_listings = not driver.__module__.startswith("obstore")
+    fs, root = fsspec.core.url_to_fs(url, **({"use_listings_cache": False} if keeps_listings else {}))
+    return fs, str(root)
+
+
+class RemoteFiles:
+    """A store's files behind a URL. Files to write wait on the local disk (TMPDIR) until they are whole: one shard."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            with remote_errors(url):
+                self.fs, self.root = open_url(url)
+        except ImportError as error:
+            raise UsageError(f"{url}: needs a package that is not here ({error}); pip install '.[remote]'") from error
+        except ValueError as error:
+            raise UsageError(f"{url}: not a URL that fsspec knows ({error})") from error
+        self.url = url.rstrip("/")
+
+    def path(self, key: str) -> str:
+        """The path of a key in the file system's own terms."""
+        return f"{self.root.rstrip('/')}/{key}"
+
+    def where(self, key: str) -> str:
+        """The URL of a key."""
+        return f"{self.url}/{key}" if key else self.url
+
+    def read(self, key: str) -> bytes:
+        """One GET."""
+        with remote_errors(self.where(key)):
+            return cast(bytes, self.fs.cat_file(self.path(key)))
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """One GET of a range."""
+        wanted = [buffer.cast("B") for buffer in buffers]
+        n = sum(map(len, wanted))
+        with remote_errors(self.where(key)):
+            data = memoryview(self.fs.cat_file(self.path(key), start=offset, end=offset + n))
+        if len(data) != n:
+            raise DamagedError(f"{self.where(key)}: ends before byte {offset + n}; it was cut short")
+        for buffer in wanted:
+            buffer[:], data = data[: len(buffer)], data[len(buffer) :]
+
+    def size(self, key: str) -> int | None:
+        """One HEAD."""
+        with remote_errors(self.where(key)), contextlib.suppress(FileNotFoundError):
+            return int(self.fs.info(self.path(key))["size"])
+        return None
+
+    def write(self, key: str, data: bytes) -> None:
+        """One PUT."""
+        with remote_errors(self.where(key)):
+            self.fs.pipe_file(self.path(key), data)
+
+    @contextlib.contextmanager
+    def create(self, key: str) -> Iterator[BinaryIO]:
+        """Written to the local disk, uploaded when it is whole."""
+        folder = Path(tempfile.gettempdir())
+        with disk_errors(folder), tempfile.NamedTemporaryFile(dir=folder, prefix="nested-sae-") as file:
+            yield cast(BinaryIO, file)
+            file.flush()
+            with remote_errors(self.where(key)):
+                self.fs.put_file(file.name, self.path(key))
+
+    def delete(self, key: str) -> None:
+        """One DELETE."""
+        with remote_errors(self.where(key)), contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(key))
+
+    def keys(self) -> list[str]:
+        """A listing of everything below the URL."""
+        with remote_errors(self.url), contextlib.suppress(FileNotFoundError):
+            base = self.path("")
+            return sorted(name.removeprefix(base) for name in self.fs.find(self.root) if name.startswith(base))
+        return []
+
+
+@contextlib.contextmanager
+def remote_errors(where: str) -> Iterator[None]:
+    """What a network or a bucket says, as errors of ours."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedError(f"{where}: the file is gone; run harvest --repair to make it again") from error
+    except PermissionError as error:
+        raise DiskError(f"{where}: no permission ({error}); check the credentials and the bucket") from error
+    except OSError as error:
+        raise DiskError(f"{where}: {error}; check the URL and the connection, then run again") from error
+
+
+def open_files(path: Path | str) -> Files:
+    """The files of a store at a local path or at a URL that fsspec knows."""
+    return RemoteFiles(str(path)) if is_url(path) else LocalFiles(Path(path))

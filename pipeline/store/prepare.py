@@ -1,0 +1,291 @@
+"""Preparing an activation store: everything but its shards. New, going on, extending, repairing. Used by harvest alone.
+
+The root's zarr.json says "preparing" before the first other file is touched and "prepared" after the last, so a folder
+is ours from the first byte on, and one whose preparation was killed cannot be taken for a store.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.base.errors import DamagedError, DiskError, MismatchError, StoreError, UsageError
+from pipeline.base.files import PARTIAL, hash_config, hash_parts, require_same, sha256
+from pipeline.store.backend import Files
+from pipeline.store.layout import OUR_KEY, SPLITS, Layout, SplitLayout, metadata_files, pad_rows
+from pipeline.store.objects import open_files
+from pipeline.store.reader import FORMAT, ROOT_KEY, VERSION, Store, read_root, write_root
+from pipeline.store.shards import with_crc, without_crc
+from pipeline.store.split import Mask, Rows
+from pipeline.store.writer import StoreWriter, sweep
+
+GROUPS = ("train/zarr.json", "eval/zarr.json")
+BLOCK = 4096
+"""Sequences that are converted and hashed at a time."""
+
+
+@dataclass(frozen=True)
+class SplitTokens:
+    """What a split's rows stand for: `tokens` int32 and `special` bool, both [n_sequences, context].
+
+    `special` is true for BOS, EOS, PAD, any special token of the tokenizer, and for position 0 always.
+    Raises UsageError when shapes or dtypes are others, a split is empty, or position 0 is not marked.
+    """
+
+    tokens: Rows
+    special: Mask
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or self.tokens.shape != self.special.shape or len(self.tokens) == 0:
+            raise UsageError(
+                f"tokens {self.tokens.shape}, special {self.special.shape}: expected [n_sequences, context]"
+            )
+        if self.tokens.dtype != np.int32 or self.special.dtype != np.bool_ or not self.special[:, 0].all():
+            raise UsageError("tokens must be int32, special bool and true at position 0")
+
+    def hashes(self, n_sequences: int | None = None) -> tuple[str, str]:
+        """SHA-256 of the first sequences' tokens (little-endian int32) and special mask (uint8)."""
+
+        def hashed(array: npt.NDArray[Any], dtype: str) -> str:
+            return hash_parts(array[a : a + BLOCK].astype(dtype).tobytes() for a in range(0, len(array), BLOCK))
+
+        return hashed(self.tokens[:n_sequences], "<i4"), hashed(self.special[:n_sequences], "u1")
+
+
+def segments(path: Path | str, *, repair: bool = False) -> tuple[int, ...]:
+    """Cumulative training sequences after each harvest of the store at `path`; () when there is none.
+
+    To extend a store, make the tokens of these segments again and append new ones. Raises StoreError, and DamagedError
+    unless `repair`: then a root that is gone or damaged is passed over for what the training group says.
+    """
+    files = open_files(path)
+    try:
+        return tuple(read_root(files)["segments"])
+    except StoreError:
+        if not repair:
+            return ()
+    except DamagedError:
+        if not repair:
+            raise
+    try:
+        return tuple(int(n) for n in json.loads(files.read("train/zarr.json"))["attributes"]["segments"])
+    except (DamagedError, ValueError, KeyError, TypeError):
+        return ()
+
+
+def extended(earlier: Sequence[int], n_train: int) -> tuple[int, ...]:
+    """The segments of a store when it has `n_train` training sequences: one more, unless it has that many already."""
+    return tuple(earlier) if n_train in earlier[-1:] else (*earlier, n_train)
+
+
+def resume(path: Path | str, config: Mapping[str, Any], n_train: int, n_eval: int) -> StoreWriter | None:
+    """The writer of a store that is prepared or complete for this config and these numbers of sequences.
+
+    None: call `prepare` (there is no store yet, its preparation was stopped, or more training sequences are asked for).
+    Raises MismatchError naming the fields that differ, StoreError, DamagedError.
+    """
+    files = open_files(path)
+    if files.size(ROOT_KEY) is None:
+        return None
+    store = Store.load(path)
+    if store.attributes["state"] == "preparing":
+        return None
+    require_same(store.path, store.config, config, "the store")
+    require_sizes(store.where, store.attributes, n_train, n_eval)
+    return StoreWriter.open(path) if n_train == store.train.n_sequences else None
+
+
+def prepare(
+    path: Path | str,
+    config: Mapping[str, Any],
+    train: SplitTokens,
+    evaluation: SplitTokens,
+    versions: Mapping[str, str],
+    *,
+    repair: bool = False,
+) -> StoreWriter:
+    """Make a store ready for its shards: tokens, special masks, all metadata, then the root. One process at a time.
+
+    Run again it changes nothing. With more training sequences, the first of them those already there, it extends the
+    store: whole shards stay, a ragged last one is given up, to be written at its new size. With `repair` it also writes
+    again whatever of this is damaged and gives up every damaged shard (reads all bodies); `pending` then lists them.
+
+    Raises MismatchError (another config or other tokens; says which), DiskError (the folder holds something else, the
+    disk is full), DamagedError (without `repair`).
+    """
+    files, splits = open_files(path), {"train": train, "eval": evaluation}
+    layout = Layout.from_config(config)
+    require_context(layout, splits)
+    require_ours(files)
+    cumulative = extended(segments(path, repair=repair), len(train.tokens))
+    previous = read_previous(files, config, splits, cumulative, repair)
+    attributes = new_attributes(config, splits, versions, cumulative, previous)
+    if previous is not None and is_prepared(previous, attributes) and not repair:
+        return StoreWriter.open(path)
+    write_root(files, attributes | {"state": "preparing"})
+    sweep(files)
+    if previous is not None and (previous["state"] == "preparing" or previous["segments"] != attributes["segments"]):
+        give_up_ragged(files, layout, attributes["segments"])
+    for key, data in prepared_files(config, layout, splits, cumulative):
+        if files.size(key) != len(data) or files.read(key) != data:
+            files.write(key, data)
+    write_root(files, attributes)
+    writer = StoreWriter.open(path)
+    if repair:
+        writer.give_up_damaged()
+    return writer
+
+
+def read_previous(
+    files: Files, config: Mapping[str, Any], splits: Mapping[str, SplitTokens], cumulative: Sequence[int], repair: bool
+) -> dict[str, Any] | None:
+    """Attributes of the store that is there and goes on; None when a new one begins. Raises when it cannot go on."""
+    has_shards = any("/commit/c/" in key for key in files.keys())  # noqa: SIM118 (not a dict)
+    try:
+        previous = read_root(files)
+    except (StoreError, DamagedError):
+        if files.size(ROOT_KEY) is not None and not repair:
+            raise
+        require_known(files, config, splits, cumulative, repair)
+        return None
+    if previous["state"] == "preparing" and not has_shards:
+        return None  # a first preparation that was killed: nothing of it is worth keeping
+    path = Path(files.where(""))
+    require_same(path, previous["config"], config, "the store")
+    require_sizes(str(path), previous, len(splits["train"].tokens), len(splits["eval"].tokens))
+    for name in SPLITS:
+        expected = previous["tokens_sha256"][name], previous["special_sha256"][name]
+        if splits[name].hashes(previous["n_sequences"][name]) != expected:
+            raise MismatchError(
+                f"{path}: its {name} tokens are others although the config is the same; use another path"
+            )
+    return previous
+
+
+def is_whole(files: Files, key: str) -> bool:
+    """Whether a chunk file fits its crc32c."""
+    try:
+        without_crc(files.read(key), key)
+    except DamagedError:
+        return False
+    return True
+
+
+def require_known(
+    files: Files, config: Mapping[str, Any], splits: Mapping[str, SplitTokens], cumulative: Sequence[int], repair: bool
+) -> None:
+    """Without a readable root: raise unless the folder holds nothing yet, or `repair` and just this config and these tokens.
+
+    A group that names the config and a file of tokens must be as they would be written now, and no file of tokens may be
+    whole and another.
+    """
+    keys = [key for key in files.keys() if not key.endswith(PARTIAL)]  # noqa: SIM118 (not a dict)
+    if not keys:
+        return
+    if not repair:
+        raise DamagedError(f"{files.where(ROOT_KEY)}: gone, though the rest of a store is there; run harvest --repair")
+    there = {
+        key: files.read(key) == data
+        for key, data in prepared_files(config, Layout.from_config(config), splits, cumulative)
+        if key in keys and (key in GROUPS or "/tokens/c/" in key)
+    }
+    groups = [there.pop(key) for key in GROUPS if key in there]
+    others = [key for key, same in there.items() if not same and is_whole(files, key)]
+    if others or not any(groups) or not any(there.values()):
+        raise MismatchError(
+            f"{files.where('')}: its root is damaged and no other file shows that it was made with this config and these "
+            f"tokens (config {hash_config(config)[:10]}…); use the command that made it, or another path"
+        )
+
+
+def require_sizes(where: str, previous: Mapping[str, Any], n_train: int, n_eval: int) -> None:
+    """Raise MismatchError unless a store may go on with these numbers of sequences."""
+    held = previous["n_sequences"]
+    if n_eval != held["eval"]:
+        raise MismatchError(f"{where}: holds {held['eval']:,} evaluation sequences, asked {n_eval:,}; use another path")
+    if n_train < held["train"]:
+        raise MismatchError(
+            f"{where}: holds {held['train']:,} training sequences, asked fewer ({n_train:,}); use it as it is, or another path"
+        )
+    if n_train > held["train"] and previous["state"] == "preparing":
+        raise MismatchError(
+            f"{where}: its harvest of {held['train']:,} training sequences was stopped while it began; run that one first"
+        )
+
+
+def require_context(layout: Layout, splits: Mapping[str, SplitTokens]) -> None:
+    """Raise UsageError unless the tokens' rows are one context long."""
+    for name, split in splits.items():
+        if split.tokens.shape[1] != layout.context:
+            raise UsageError(
+                f"{name}: sequences of {split.tokens.shape[1]} tokens, the config's context is {layout.context}"
+            )
+
+
+def require_ours(files: Files) -> None:
+    """Raise DiskError when the folder holds a file that no store has."""
+    for key in files.keys():  # noqa: SIM118 (not a dict)
+        if OUR_KEY.fullmatch(key) is None:
+            raise DiskError(f"{files.where(key)}: the folder holds something else than a store; choose another path")
+
+
+def new_attributes(
+    config: Mapping[str, Any],
+    splits: Mapping[str, SplitTokens],
+    versions: Mapping[str, str],
+    cumulative: Sequence[int],
+    previous: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Attributes of the prepared store, without its seal. Versions stay those of the harvest that began it."""
+    n_sequences = {name: len(splits[name].tokens) for name in SPLITS}
+    hashes = {name: splits[name].hashes() for name in SPLITS}
+    tokens = {name: hashes[name][0] for name in SPLITS}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "state": "prepared",
+        "id": hash_config({"config": config, "tokens_sha256": tokens}),
+        "config": dict(config),
+        "segments": list(cumulative),
+        "n_sequences": n_sequences,
+        "tokens_sha256": tokens,
+        "special_sha256": {name: hashes[name][1] for name in SPLITS},
+        "files": {key: sha256(data) for key, data in metadata_files(config, n_sequences, cumulative).items()},
+        "versions": dict(previous["versions"] if previous else versions),
+    }
+
+
+def is_prepared(previous: Mapping[str, Any], attributes: Mapping[str, Any]) -> bool:
+    """Whether the store on disk already is what these attributes ask for, finished or not."""
+    return previous["state"] != "preparing" and all(
+        previous[name] == value for name, value in attributes.items() if name != "state"
+    )
+
+
+def give_up_ragged(files: Files, layout: Layout, cumulative: list[int]) -> None:
+    """Before an extension: give up the shard that was the last and not full; it will be larger."""
+    if len(cumulative) < 2:
+        return
+    before = SplitLayout("train", layout, cumulative[-2])
+    if before.n_rows % layout.shard_rows:
+        for name in ("commit", "resid", "norm", "moments"):
+            files.delete(before.arrays[name].key(before.n_shards - 1))
+
+
+def prepared_files(
+    config: Mapping[str, Any], layout: Layout, splits: Mapping[str, SplitTokens], cumulative: Sequence[int]
+) -> Iterator[tuple[str, bytes]]:
+    """Every file of a prepared store but the root: key, bytes."""
+    yield from metadata_files(config, {name: len(splits[name].tokens) for name in SPLITS}, cumulative).items()
+    for name in SPLITS:
+        arrays = SplitLayout(name, layout, len(splits[name].tokens)).arrays
+        for data, array in ((splits[name].tokens, arrays["tokens"]), (splits[name].special, arrays["special"])):
+            for k in range(array.n_files):
+                part = data[k * array.chunk[0] : (k + 1) * array.chunk[0]].astype(array.numpy_dtype)
+                yield array.key(k), with_crc(pad_rows(part, array.chunk[0], array.padding))

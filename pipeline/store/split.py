@@ -1,0 +1,228 @@
+"""One split of a store: tokens, special positions, norms, and rows in order. Nothing missing is ever read as data."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from pipeline.base.errors import DamagedError, StoreError, UsageError
+from pipeline.store.backend import Files, LocalFiles
+from pipeline.store.layout import COMMITTED, Array, SplitLayout
+from pipeline.store.mapping import MappedShard, map_file
+from pipeline.store.moments import Statistics, not_massive
+from pipeline.store.shards import Index, check_bodies, digest, read_chunk, read_index, without_crc
+
+COMMIT_FLAG = 1 << 32
+"""Added to a digest in a commit record, so that a record that was never written, 0, is not a digest."""
+
+Rows = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
+
+
+def to_numpy(rows: Tensor) -> npt.NDArray[Any]:
+    """The memory of bf16 or float32 rows as the store's dtype: uint16 bits, or float32. Not a copy."""
+    return rows.view(torch.int16).numpy().view(np.uint16) if rows.dtype == torch.bfloat16 else rows.numpy()
+
+
+def read_array(files: Files, array: Array) -> npt.NDArray[Any]:
+    """A whole array that is not sharded. Raises DamagedError when a chunk is missing, cut short or changed."""
+    return np.concatenate([read_part(files, array, k) for k in range(array.n_files)])
+
+
+def read_part(files: Files, array: Array, k: int) -> npt.NDArray[Any]:
+    """What the k-th file of such an array holds, without the padding of the last. Raises DamagedError."""
+    data = without_crc(files.read(array.key(k)), files.where(array.key(k)))
+    if len(data) + 4 != array.file_nbytes:
+        raise DamagedError(f"{files.where(array.key(k))}: {len(data) + 4} bytes, expected {array.file_nbytes}")
+    return np.frombuffer(data, array.numpy_dtype).reshape(array.chunk)[: array.shape[0] - k * array.chunk[0]]
+
+
+class Split:
+    """The training or the evaluation part of a store. Row r is position r % context of sequence r // context."""
+
+    def __init__(self, files: Files, shape: SplitLayout, statistics: Statistics | None) -> None:
+        self.files, self.shape, self.statistics = files, shape, statistics
+        self.name, self.n_rows, self.n_sequences = shape.name, shape.n_rows, shape.n_sequences
+        self.n_shards, self.shard_rows, self.chunk_rows = (
+            shape.n_shards,
+            shape.layout.shard_rows,
+            shape.layout.chunk_rows,
+        )
+        self.n_chunks = -(-self.n_rows // self.chunk_rows)
+        self.arrays = shape.arrays
+        self._index: dict[int, Index] = {}
+
+    @cached_property
+    def tokens(self) -> Rows:
+        """Token ids, int32 [n_sequences, context]."""
+        return read_array(self.files, self.arrays["tokens"])
+
+    @cached_property
+    def special(self) -> Mask:
+        """Special positions, bool [n_sequences, context]; position 0 always is."""
+        return read_array(self.files, self.arrays["special"]).view(np.bool_)
+
+    @cached_property
+    def norm(self) -> npt.NDArray[np.float32]:
+        """‖x‖ of every row before centring, float32 [n_rows]."""
+        return read_array(self.files, self.arrays["norm"])
+
+    @cached_property
+    def moments(self) -> npt.NDArray[np.float64]:
+        """Count, Σ‖x‖², Σx of each shard's non-special rows, float64 [n_shards, 2 + d_model]."""
+        return read_array(self.files, self.arrays["moments"])
+
+    def kept(self, max_norm: float | Literal["store"] | None = "store") -> Mask:
+        """Rows that count, bool [n_rows]: not special, and norm at most `max_norm` times the training median.
+
+        "store" takes the multiple of the store's own statistics; None keeps massive rows too.
+        """
+        usable = ~self.special.reshape(-1)
+        if max_norm is None:
+            return usable
+        if self.statistics is None:
+            raise StoreError(f"{self.files.where('')}: unfinished, so its median norm is not known; finish the harvest")
+        multiple = self.statistics.massive_multiple if max_norm == "store" else max_norm
+        return usable & not_massive(self.norm, multiple, self.statistics.median_norm)
+
+    def shard_tokens(self, k: int) -> Rows:
+        """Token ids of shard k alone, int32 [seq, context]."""
+        return read_part(self.files, self.arrays["tokens"], k)
+
+    def shard_usable(self, k: int) -> Mask:
+        """Rows of shard k that are not special, bool [row]."""
+        return ~read_part(self.files, self.arrays["special"], k).reshape(-1).view(np.bool_)
+
+    def shard_norm(self, k: int) -> npt.NDArray[np.float32]:
+        """‖x‖ of the rows of shard k, float32 [row]."""
+        return read_part(self.files, self.arrays["norm"], k)
+
+    def massive(self, multiple: float | None, median: float) -> npt.NDArray[np.int64]:
+        """Rows, in order, that are not special and whose norm is beyond `multiple` medians; none when it is None.
+
+        Reads one shard's norms at a time.
+        """
+        if multiple is None:
+            return np.empty(0, np.int64)
+        found = []
+        for k in range(self.n_shards):
+            beyond = self.shard_usable(k) & ~not_massive(self.shard_norm(k), multiple, median)
+            found.append(np.flatnonzero(beyond) + k * self.shard_rows)
+        return np.concatenate(found)
+
+    def shard_rows_range(self, k: int) -> tuple[int, int]:
+        """First row of shard k, and one past its last."""
+        return self.shape.shard_rows_range(k)
+
+    def shard_path(self, k: int) -> Path:
+        """The local file of shard k. Raises UsageError when the store is on object storage."""
+        if not isinstance(self.files, LocalFiles):
+            raise UsageError(
+                f"{self.files.where('')}: not a local folder; copy it with python -m pipeline stage URL PATH"
+            )
+        return self.files.root / self.arrays["resid"].key(k)
+
+    def commit(self, k: int) -> tuple[int, ...] | None:
+        """Digests of shard k's resid, norm and moments files (shards.py); None when it is not committed."""
+        array = self.arrays["commit"]
+        if self.files.size(array.key(k)) is None:
+            return None
+        where = self.files.where(array.key(k))
+        data = without_crc(self.files.read(array.key(k)), where)
+        record = [int(value) for value in np.frombuffer(data, array.numpy_dtype)] if len(data) == 24 else []
+        if len(record) != len(COMMITTED) or any(value >> 32 != 1 for value in record):
+            raise DamagedError(f"{where}: not a commit record; run harvest --repair")
+        return tuple(value - COMMIT_FLAG for value in record)
+
+    def index(self, k: int) -> Index:
+        """Where shard k's chunks stand in its file, (offset, nbytes) uint64 [chunk, 2]; read once, checked."""
+        if k not in self._index:
+            n_slots, key = self.shape.layout.chunks_per_shard, self.arrays["resid"].key(k)
+            self._index[k] = read_index(self.files, key, n_slots, self.shape.n_chunks(k))
+        return self._index[k]
+
+    def check_shard(self, k: int, bodies: bool = True) -> None:
+        """Raise DamagedError unless shard k is committed, its files have their sizes and its index is right.
+
+        With `bodies`, every byte of its files is read and compared with the commit record.
+        """
+        record = self.commit(k)
+        if record is None:
+            where = self.files.where(self.arrays["commit"].key(k))
+            raise DamagedError(f"{where}: gone, so shard {k} is not committed; run harvest --repair")
+        for name in ("norm", "moments"):
+            array = self.arrays[name]
+            if (size := self.files.size(array.key(k))) != array.file_nbytes:
+                raise DamagedError(f"{self.files.where(array.key(k))}: {size} bytes, expected {array.file_nbytes}")
+        self._index.pop(k, None)
+        index = self.index(k)
+        if bodies:
+            self._check_bodies(k, index, record)
+
+    def _check_bodies(self, k: int, index: Index, record: tuple[int, ...]) -> None:
+        found = [check_bodies(self.files, self.arrays["resid"].key(k), index)]
+        for name in ("norm", "moments"):
+            data = self.files.read(self.arrays[name].key(k))
+            without_crc(data, self.files.where(self.arrays[name].key(k)))
+            found.append(digest([data[-4:]]))
+        for name, digest_found, expected in zip(COMMITTED, found, record):
+            if digest_found != expected:
+                raise DamagedError(
+                    f"{self.files.where(self.arrays[name].key(k))}: whole, but not the file that was committed (digest "
+                    f"{digest_found:#010x}, committed {expected:#010x}); run harvest --repair"
+                )
+
+    def chunk_rows_range(self, chunk: int) -> tuple[int, int]:
+        """First row of an inner chunk counted through the split, and one past its last."""
+        return chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, self.n_rows)
+
+    def read_chunk(self, chunk: int, out: Shaped[Tensor, "row d_model"]) -> None:
+        """Read the rows of one chunk into `out`, contiguous, the store's dtype, exactly as many rows as the chunk has.
+
+        One preadv straight into `out` with codec none; the crc32c is checked. Safe to call from several threads.
+        """
+        start, stop = self.chunk_rows_range(chunk)
+        if out.shape != (stop - start, self.shape.layout.d_model) or out.dtype != self.shape.layout.torch_dtype:
+            raise ValueError(f"chunk {chunk} is [{stop - start}, d_model], out is {tuple(out.shape)} {out.dtype}")
+        ragged = stop - start < self.chunk_rows
+        whole = torch.empty(self.chunk_rows, out.shape[1], dtype=out.dtype) if ragged else out
+        k, slot = divmod(chunk, self.shape.layout.chunks_per_shard)
+        offset, nbytes = (int(value) for value in self.index(k)[slot])
+        read_chunk(self.files, self.arrays["resid"].key(k), (offset, nbytes), self.shape.layout.codec, to_numpy(whole))
+        if ragged:
+            out.copy_(whole[: stop - start])
+
+    def read(self, start: int, stop: int) -> Shaped[Tensor, "row d_model"]:
+        """Rows start … stop in order, in the store's dtype, crc checked. Raises DamagedError, never zeros."""
+        if not 0 <= start <= stop <= self.n_rows:
+            raise UsageError(f"rows {start} to {stop} are not within 0 and {self.n_rows} of split {self.name}")
+        out = torch.empty(stop - start, self.shape.layout.d_model, dtype=self.shape.layout.torch_dtype)
+        for chunk in range(start // self.chunk_rows, -(-stop // self.chunk_rows)):
+            first, last = self.chunk_rows_range(chunk)
+            a, b = max(first, start), min(last, stop)
+            if (a, b) == (first, last):
+                self.read_chunk(chunk, out[a - start : b - start])
+            else:
+                whole = torch.empty(last - first, out.shape[1], dtype=out.dtype)
+                self.read_chunk(chunk, whole)
+                out[a - start : b - start] = whole[a - first : b - first]
+        return out
+
+    def mapped_shard(self, k: int) -> MappedShard:
+        """Shard k mapped for reading rows in any order; bodies are not checked (`check_shard` does that).
+
+        The index is checked to say that chunks stand one after the other. Raises UsageError when the store is compressed.
+        """
+        layout = self.shape.layout
+        if layout.codec != "none":
+            raise UsageError(f"{self.files.where('')}: codec {layout.codec} cannot be mapped; train in window mode")
+        path, index = self.shard_path(k), self.index(k)
+        assert (index[:, 1] == layout.chunk_nbytes + 4).all(), f"{path}: chunks of a size that no uncompressed row has"
+        return map_file(str(path), path.stat().st_size, layout.torch_dtype, layout.d_model, layout.chunk_rows)

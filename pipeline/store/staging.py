@@ -1,0 +1,87 @@
+"""The copy of a store to a local disk, for training: rows are read in any order there.
+
+Stopped anywhere, the same call goes on; every shard is checked against its commit record as it arrives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipeline.base.errors import DamagedError, DiskError, MismatchError
+from pipeline.base.files import require_free
+from pipeline.base.progress import Progress
+from pipeline.store.backend import Files, LocalFiles
+from pipeline.store.layout import COMMITTED, estimate_bytes
+from pipeline.store.prepare import require_ours
+from pipeline.store.reader import ROOT_KEY, Store, read_root, write_root
+from pipeline.store.split import Split
+
+PIECE = 8 << 20
+"""Bytes of one download request."""
+DOWNLOADS = 4
+"""Shards that `stage` copies at a time."""
+
+
+def copy_file(source: Files, target: Files, key: str) -> None:
+    """Copy one file piece by piece."""
+    size = source.size(key)
+    if size is None:
+        raise DamagedError(f"{source.where(key)}: the file is gone; run harvest --repair")
+    buffer = memoryview(bytearray(min(size, PIECE)))
+    with target.create(key) as file:
+        for offset in range(0, size, PIECE):
+            piece = buffer[: min(PIECE, size - offset)]
+            source.read_into(key, offset, [piece])
+            file.write(piece)
+
+
+def stage(url: str, path: Path, *, quiet: bool = False) -> Store:
+    """Copy a finished store to a local folder and check every byte against its commit records; returns it, opened.
+
+    Stopped anywhere, the same call goes on: shards that are there and whole are not copied again. Raises StoreError
+    (no finished store at the URL), MismatchError (another store in the folder), DiskError, DamagedError.
+    """
+    source, target = Store.open(url), LocalFiles(path)
+    require_ours(target)
+    begin(source, target)
+    store = Store(target, path, source.attributes)
+    shards = [(split, k) for split in store.splits for k in range(split.n_shards)]
+    for key in small_files(store):
+        copy_file(source.files, target, key)
+    with Progress(len(shards), "stage", "shard", quiet=quiet) as bar, ThreadPoolExecutor(DOWNLOADS) as pool:
+        for _ in pool.map(lambda shard: copy_shard(source.files, *shard), shards):
+            bar.advance(1)
+    write_root(target, source.attributes)
+    return Store.open(path)
+
+
+def begin(source: Store, target: LocalFiles) -> None:
+    """Mark the folder as being written, unless a copy of this store is there. Raises MismatchError, DiskError."""
+    n_train, n_eval = source.train.n_sequences, source.eval.n_sequences
+    if target.size(ROOT_KEY) is None:
+        if target.keys():
+            raise DiskError(f"{target.root}: holds part of a store without its root; choose another folder")
+        require_free(target.root, estimate_bytes(source.config, n_train, n_eval), "the copy of the store")
+    elif (found := read_root(target)["id"]) != source.id:
+        raise MismatchError(f"{target.root}: store {found[:10]}… is there, asked {source.id[:10]}…; use another folder")
+    write_root(target, source.attributes | {"state": "preparing"})
+
+
+def small_files(store: Store) -> list[str]:
+    """Keys of everything but the root and the shards' own files."""
+    arrays = [split.arrays[name] for split in store.splits for name in ("tokens", "special")]
+    chunks = [array.key(k) for array in [*arrays, store.layout.mean] for k in range(array.n_files)]
+    return [*store.attributes["files"], *chunks]
+
+
+def copy_shard(source: Files, split: Split, k: int) -> None:
+    """Copy one shard, commit record last, unless it is there and whole. Raises DamagedError when it arrives broken."""
+    with contextlib.suppress(DamagedError):
+        split.check_shard(k)
+        return
+    split.files.delete(split.arrays["commit"].key(k))
+    for name in (*COMMITTED, "commit"):
+        copy_file(source, split.files, split.arrays[name].key(k))
+    split.check_shard(k)

@@ -1,0 +1,236 @@
+"""Writing the shards of an activation store, and finishing it. Used by harvest alone; `store_prepare.py` comes first.
+
+    writer = resume(path, config, n_train, n_eval)             # the store is there: no text is needed again
+    writer = writer or prepare(path, config, train, evaluation, versions)
+    for split in ("train", "eval"):
+        for k in writer.pending(split):                        # several workers: those with k % world_size == rank
+            with writer.shard(split, k) as shard:
+                shard.write(rows)                              # [row, d_model], in order, blocks of any size
+    writer.finish()                                            # one process, when all shards are committed
+
+Killed anywhere, the same steps go on, and the bytes that result are those of a harvest that was never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Shaped
+from torch import Tensor
+
+from pipeline.base.errors import DamagedError, ModelError, StoreError, UsageError
+from pipeline.base.files import PARTIAL, sha256
+from pipeline.store.backend import Files
+from pipeline.store.layout import COMMITTED, pad_rows
+from pipeline.store.moments import MASSIVE_MULTIPLE, Statistics, mean_and_scale, median_of, merge, norms_and_moments
+from pipeline.store.reader import Store, moments_without, write_root
+from pipeline.store.shards import ShardStream, digest, with_crc
+from pipeline.store.split import COMMIT_FLAG, Split, to_numpy
+
+
+class StoreWriter:
+    """Writes the shards of a prepared store. Several processes may hold one; each shard must have one owner."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.files, self.layout = store, store.files, store.layout
+
+    @staticmethod
+    def open(path: Path | str) -> StoreWriter:
+        """The writer of a store that is prepared or complete. Raises StoreError, or DamagedError for its metadata."""
+        store = Store.load(path)
+        if store.attributes["state"] == "preparing":
+            raise StoreError(f"{path}: its preparation was stopped; run the same harvest command again")
+        store.check_metadata()
+        return StoreWriter(store)
+
+    def split(self, name: str) -> Split:
+        """The reading side of a split: tokens, special, n_shards, shard_rows_range."""
+        return self.store.train if name == "train" else self.store.eval
+
+    def pending(self, name: str) -> list[int]:
+        """Shards of a split that are not committed, in order. A commit record that is damaged counts as none."""
+        return [k for k in range(self.split(name).n_shards) if not is_committed(self.split(name), k)]
+
+    def sweep(self) -> None:
+        """Delete what killed workers left half-written. Only while nobody writes; `prepare` and `finish` do it too."""
+        sweep(self.files)
+
+    @contextlib.contextmanager
+    def shard(self, name: str, k: int) -> Iterator[ShardWriter]:
+        """Write shard k inside a with-block; leaving it commits the shard, an exception leaves nothing behind.
+
+        Raises UsageError when too few or too many rows were written, DiskError when the disk is full, StoreError when
+        the shard is committed already.
+        """
+        split = self.split(name)
+        if is_committed(split, k):
+            raise StoreError(
+                f"{self.store.where}: shard {k} of {name} is committed; harvest --repair gives up damaged ones"
+            )
+        with self.files.create(split.arrays["resid"].key(k)) as file:
+            writer = ShardWriter(file, split, k)
+            yield writer
+            resid_digest = writer.end()
+        commit(self.files, split, k, resid_digest, writer)
+
+    def give_up(self, name: str, k: int) -> None:
+        """Take a shard's commit record away, then its files: it is pending again."""
+        arrays = self.split(name).arrays
+        for array in ("commit", *COMMITTED):
+            self.files.delete(arrays[array].key(k))
+
+    def give_up_damaged(self) -> list[tuple[str, int]]:
+        """Read every committed shard and give up those that are not as they were committed; returns (split, shard)."""
+        damaged = []
+        for split in self.store.splits:
+            for k in range(split.n_shards):
+                try:
+                    if split.commit(k) is not None:
+                        split.check_shard(k)
+                except DamagedError:
+                    damaged.append((split.name, k))
+                    self.give_up(split.name, k)
+        return damaged
+
+    def finish(self) -> Store:
+        """Write mean, statistics and state "complete"; returns the store, opened. Nothing changes when it is complete.
+
+        Raises StoreError when a shard is not committed, or when no training row is left to make statistics of, and
+        DamagedError when a committed shard is not as it was (bodies are not read).
+        """
+        left = {split.name: n for split in self.store.splits if (n := len(self.pending(split.name)))}
+        if left:
+            raise StoreError(f"{self.store.where}: shards are not committed ({left}); run harvest again")
+        self.sweep()
+        store = Store.load(self.store.where)
+        if not store.complete:
+            store.check()
+            mean, statistics = measure(store, MASSIVE_MULTIPLE)
+            self.files.write(store.layout.mean.key(0), with_crc(mean))
+            write_root(self.files, store.attributes | {"state": "complete", "statistics": statistics.to_dict()})
+        return Store.open(self.store.where)
+
+
+class ShardWriter:
+    """Takes one shard's rows: chunks go to disk as they fill, norms and moments are kept. Holds one chunk at most."""
+
+    def __init__(self, file: BinaryIO, split: Split, k: int) -> None:
+        start, stop = split.shard_rows_range(k)
+        layout = self.layout = split.shape.layout
+        self.name, self.first_row, self.n_rows, self.n_written = split.name, start, stop - start, 0
+        self.stream = ShardStream(file, layout.codec, layout.chunks_per_shard)
+        self.padding = split.arrays["resid"].padding
+        self.special = ~split.shard_usable(k)
+        self.norm = np.empty(self.n_rows, np.float32)
+        self.moments: list[npt.NDArray[np.float64]] = []
+        self.held = np.empty((layout.chunk_rows, layout.d_model), split.arrays["resid"].numpy_dtype)
+        self.n_held = 0
+
+    def write(self, rows: Shaped[Tensor, "row d_model"]) -> None:
+        """Append rows, CPU, contiguous, the store's dtype, in order; blocks may be of any size.
+
+        Whole chunks are written from the caller's memory; only what does not fill one is copied. Raises UsageError for
+        rows of another kind or too many of them, ModelError for one that is not finite.
+        """
+        layout = self.layout
+        if rows.dtype != layout.torch_dtype or rows.ndim != 2 or rows.shape[1] != layout.d_model:
+            raise UsageError(
+                f"expected {layout.torch_dtype} [row, {layout.d_model}], got {rows.dtype} {list(rows.shape)}"
+            )
+        if self.n_written + self.n_held + len(rows) > self.n_rows:
+            raise UsageError(f"{self.name}: a shard of {self.n_rows} rows, more were written")
+        left = to_numpy(rows.contiguous())
+        while len(left):
+            room = layout.chunk_rows - self.n_held
+            block, left = left[:room], left[room:]
+            if len(block) == layout.chunk_rows:
+                self._append(block)
+                continue
+            self.held[self.n_held : self.n_held + len(block)] = block
+            self.n_held += len(block)
+            if self.n_held == layout.chunk_rows:
+                self._append_held()
+
+    def _append_held(self) -> None:
+        n, self.n_held = self.n_held, 0
+        self._append(self.held[:n])
+
+    def _append(self, rows: npt.NDArray[Any]) -> None:
+        """One chunk: its norms and moments, then its bytes; a ragged one is padded."""
+        span = slice(self.n_written, self.n_written + len(rows))
+        norm, moments = norms_and_moments(rows, self.special[span])
+        if not (finite := np.isfinite(norm)).all():
+            row = self.first_row + self.n_written + int(np.argmin(finite))
+            raise ModelError(f"{self.name}: the model's residual at row {row} is not finite; try --dtype float32")
+        self.norm[span] = norm
+        self.moments.append(moments)
+        self.stream.append(pad_rows(rows, self.layout.chunk_rows, self.padding))
+        self.n_written += len(rows)
+
+    def end(self) -> int:
+        """Write what is held and the index; returns the digest of the file. Raises UsageError when rows are missing."""
+        if self.n_held:
+            self._append_held()
+        if self.n_written != self.n_rows:
+            raise UsageError(f"{self.name}: a shard of {self.n_rows} rows, only {self.n_written} were written")
+        return self.stream.close()
+
+
+def commit(files: Files, split: Split, k: int, resid_digest: int, written: ShardWriter) -> None:
+    """Write norm and moments of a shard whose resid file is in place, and then the record that makes it count."""
+    arrays = split.arrays
+    norm = with_crc(pad_rows(written.norm, split.shard_rows, arrays["norm"].padding))
+    moments = with_crc(merge(np.stack(written.moments)))
+    files.write(arrays["norm"].key(k), norm)
+    files.write(arrays["moments"].key(k), moments)
+    record = np.array([resid_digest, digest([norm[-4:]]), digest([moments[-4:]])], "<u8") + np.uint64(COMMIT_FLAG)
+    files.write(arrays["commit"].key(k), with_crc(record))
+
+
+def is_committed(split: Split, k: int) -> bool:
+    """Whether a shard has a commit record that can be read."""
+    try:
+        return split.commit(k) is not None
+    except DamagedError:
+        return False
+
+
+def sweep(files: Files) -> None:
+    """Delete every half-written file of a killed process."""
+    for key in files.keys():  # noqa: SIM118 (not a dict)
+        if key.endswith(PARTIAL):
+            files.delete(key)
+
+
+def measure(store: Store, multiple: float) -> tuple[npt.NDArray[np.float64], Statistics]:
+    """Mean (float64 [d_model]) and statistics of a store's training split, for massive rows beyond `multiple`.
+
+    Reads one shard's norms and special mask at a time, so that memory does not grow with the store.
+    """
+    split = store.train
+    shards = range(split.n_shards)
+    n_usable = sum(np.count_nonzero(split.shard_usable(k)) for k in shards)
+    if not n_usable:
+        raise StoreError(
+            f"{store.where}: every training row is special, so nothing can be trained; check --context and --bos"
+        )
+    median = median_of(lambda: (split.shard_norm(k)[split.shard_usable(k)] for k in shards))
+    massive = split.massive(multiple, median)
+    mean, scale, share = mean_and_scale(moments_without(split, massive), store.where)
+    statistics = Statistics(
+        n_rows=split.n_rows,
+        n_special=split.n_rows - int(n_usable),
+        n_massive=len(massive),
+        n_kept=int(n_usable) - len(massive),
+        massive_multiple=multiple,
+        median_norm=median,
+        mean_sha256=sha256(mean.tobytes()),
+        scale=scale,
+        mean_share=share,
+    )
+    return mean, statistics

@@ -1,0 +1,216 @@
+"""Time of a training step against its floor, and against peers.
+
+    python tests/bench/bench_train.py                                   # both shapes
+    python tests/bench/bench_train.py --shape 640x4096 --rounds 5 --peer-python /path/to/env/bin/python
+
+The floor is the five large products of a step alone: torch.mm in bf16 on contiguous [row, d], [d, latent], [latent, d]
+(DECISIONS 18). Everything is timed in turn, round after round in one run; figures are medians. Peers (their own
+environment, optional) step on a batch of the same shape in a process that only works when asked.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import click
+import torch
+
+from pipeline.base.runtime import resolve_dtype
+from train.config import TrainConfig
+from train.recipes import batchtopk, paper
+from train.step.member import Batch, Member, normalise_batch
+from train.step.scratch import Scratch
+
+CPU = torch.device("cpu")
+FIVE = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+OURS: dict[str, Callable[..., TrainConfig]] = {
+    "paper, α 0": lambda **c: paper(alpha=0.0, layernorm="none", **c),
+    "paper, α 0.2": lambda **c: paper(alpha=0.2, layernorm="none", **c),
+    "paper, 5 levels": lambda **c: paper(levels=FIVE, layernorm="none", **c),
+    "paper, α 0, LayerNorm": lambda **c: paper(alpha=0.0, **c),
+    "paper, α 0.2, LayerNorm": lambda **c: paper(alpha=0.2, **c),
+    "batchtopk, 2 levels": lambda **c: batchtopk(alpha=0.2, **c),
+    "batchtopk, 5 levels": lambda **c: batchtopk(levels=FIVE, **c),
+    "batchtopk, 2 levels, auxiliary loss": lambda **c: batchtopk(alpha=0.2, **c),
+}
+
+
+def floor_step(d_model: int, width: int, rows: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Encode, decode, both weight gradients and the latents' gradient, nothing else, into buffers that exist."""
+    x, z = torch.randn(rows, d_model).to(dtype), torch.randn(rows, width).to(dtype)
+    w_enc, w_dec = torch.randn(d_model, width).to(dtype), torch.randn(width, d_model).to(dtype)
+    latents, rows_out = torch.empty_like(z), torch.empty_like(x)
+    w_enc_out, w_dec_out = torch.empty_like(w_enc), torch.empty_like(w_dec)
+
+    def step() -> None:
+        torch.mm(x, w_enc, out=latents)
+        torch.mm(z, w_dec, out=rows_out)
+        torch.mm(x, w_dec.T, out=latents)
+        torch.mm(z.T, x, out=w_dec_out)
+        torch.mm(x.T, z, out=w_enc_out)
+
+    return step
+
+
+def random_batch(d_model: int, rows: int) -> Batch:
+    """Sparse mixtures of directions, so that the trainers have something to find."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(4 * d_model, d_model, generator=generator)
+    x = (torch.rand(rows, 4 * d_model, generator=generator) < 0.01).float() @ directions
+    center = x.mean(0)
+    return normalise_batch(x, center, float((x - center).square().sum(1).mean() ** -0.5))
+
+
+def one_step(name: str, member: Member, batch: Batch) -> None:
+    """A step; where the auxiliary loss is to act, on a dictionary with as many dead latents as it looks at."""
+    if name.endswith("auxiliary loss"):
+        member.n_rows = member.config.dead_after_rows
+        member.rows_since_fired[: 2 * member.config.aux_k] = member.n_rows
+    member.step(batch)
+
+
+def make_member(config: TrainConfig, d_model: int, scratch: Scratch) -> Member:
+    return Member(config, d_model, torch.zeros(d_model), 1.0, CPU, scratch)
+
+
+class Peers:
+    """The process of bench_peers.py: `names`, and one timed step of each when asked."""
+
+    def __init__(self, python: str, d_model: int, width: int, rows: int) -> None:
+        arguments = [
+            python,
+            str(Path(__file__).parents[1] / "peers" / "bench_peers.py"),
+            str(d_model),
+            str(width),
+            str(rows),
+        ]
+        self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.names: list[str] = json.loads(self._line())
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise click.ClickException("the peers' process ended; see its message above")
+        return line
+
+    def step(self, name: str) -> float:
+        assert self.process.stdin is not None
+        print(name, file=self.process.stdin, flush=True)
+        return float(self._line())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def measure_shape(
+    d_model: int, width: int, rows: int, rounds: int, dtype: str, peer_python: str | None
+) -> dict[str, float]:
+    """Median seconds of a step by name; the first round warms up and is dropped."""
+    scratch, batch = Scratch(CPU), random_batch(d_model, rows)
+    members = {name: make_member(make(width=width, dtype=dtype), d_model, scratch) for name, make in OURS.items()}
+    peers = Peers(peer_python, d_model, width, rows) if peer_python else None
+    floor = floor_step(d_model, width, rows, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    times: dict[str, list[float]] = {"floor": []} | {name: [] for name in (*members, *(peers.names if peers else ()))}
+    for _ in range(rounds + 1):
+        for name, taken in times.items():
+            if name == "floor":
+                taken.append(seconds(floor))
+            elif name in members:
+                taken.append(seconds(lambda name=name: one_step(name, members[name], batch)))
+            elif peers is not None:
+                taken.append(peers.step(name))
+    if peers is not None:
+        peers.close()
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+
+
+def measure_members(d_model: int, width: int, rows: int, counts: list[int], dtype: str, steps: int) -> dict[int, float]:
+    """Rows a second summed over so many members on one batch."""
+    batch, rates = random_batch(d_model, rows), {}
+    for n in counts:
+        scratch = Scratch(CPU)
+        members = [
+            make_member(paper(width=width, dtype=dtype, layernorm="none", seed=seed), d_model, scratch)
+            for seed in range(n)
+        ]
+        for member in members:
+            member.step(batch)
+        taken = statistics.median(seconds(lambda ms=members: [m.step(batch) for m in ms]) for _ in range(steps))
+        rates[n] = n * rows / taken
+    return rates
+
+
+def summary(medians: dict[str, float], dtype: str) -> dict[str, Any]:
+    """Ratios of medians. peer_over_ours: each peer to our step with its kind of sparsifier, 2 levels where it has 2."""
+    flat = medians["paper, α 0"]
+    peers = {name: value for name, value in medians.items() if name != "floor" and name not in OURS}
+    ours = {name: "batchtopk, 2 levels" if "BatchTopK" in name else "paper, α 0" for name in peers}
+    return {
+        "dtype": dtype,
+        "step_over_floor": {name: medians[name] / medians["floor"] for name in OURS},
+        "nested_over_flat": {"2": medians["paper, α 0.2"] / flat, "5": medians["paper, 5 levels"] / flat},
+        "peer_over_ours": {f"{name} / {ours[name]}": value / medians[ours[name]] for name, value in peers.items()},
+    }
+
+
+def print_table(title: str, medians: dict[str, float]) -> None:
+    print(f"\n{title}: median of a step\n{'':62s}{'ms':>10s}{'x floor':>10s}")
+    for name, value in medians.items():
+        print(f"{name:62s}{1e3 * value:10.1f}{value / medians['floor']:10.2f}")
+
+
+@click.command(help=__doc__)
+@click.option("--shape", "shapes", multiple=True, default=("640x4096", "2304x16384"), show_default=True)
+@click.option("--rows", default=2048, show_default=True, help="rows a step")
+@click.option("--rounds", default=9, show_default=True, help="timed rounds after one of warm-up")
+@click.option("--peer-python", default=None, help="interpreter of an environment with sae-lens and dictionary-learning")
+@click.option("--members", default="1,5,25", show_default=True, help="numbers of members on one batch; empty: none")
+@click.option("--member-shape", default="256x1024", show_default=True)
+def main(
+    shapes: tuple[str, ...], rows: int, rounds: int, peer_python: str | None, members: str, member_shape: str
+) -> None:
+    dtype = resolve_dtype("auto", CPU)
+    results: dict[str, Any] = {}
+    for shape in shapes:
+        d_model, width = (int(number) for number in shape.split("x"))
+        medians = measure_shape(d_model, width, rows, rounds, dtype, peer_python)
+        print_table(f"d_model x width {shape}, {rows} rows, {dtype}, {torch.get_num_threads()} threads", medians)
+        results[shape] = summary(medians, dtype)
+    counts = [int(n) for n in members.split(",") if n]
+    d_model, width = (int(number) for number in member_shape.split("x"))
+    rates = measure_members(d_model, width, rows, counts, dtype, steps=max(3, rounds // 3))
+    for n, rate in rates.items():
+        print(f"{n} members of {member_shape}: {rate:,.0f} rows/s in all")
+    last = results[shapes[-1]]
+    headline = {
+        "shape": shapes[-1],
+        "step_over_floor": last["step_over_floor"]["paper, α 0.2"],
+        "nested_over_flat": last["nested_over_flat"],
+        "peer_over_ours": last["peer_over_ours"],
+        "rows_per_s": {str(n): rate for n, rate in rates.items()},
+        "all": results,
+    }
+    print(json.dumps(headline, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Rows: in which order they come, where they lie, and whether they are what was written."""

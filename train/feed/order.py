@@ -1,0 +1,131 @@
+"""Which row comes when: a pure function of the seed and the epoch. Bookkeeping only; no file is touched here.
+
+Rows are delivered in one endless stream. Position p of it is row p % n_kept of epoch p // n_kept, so that one integer
+says where a training stands. Every kept row comes exactly once an epoch.
+
+    exact       an epoch is one window: a permutation of all kept rows
+    windowed    chunks are permuted, dealt into windows of nearly equal size, and rows are permuted within a window;
+                var(batch mean) is then 1 + (deff − 1) · batch / window times that of an exact permutation (STORAGE.md).
+                The very first window comes in two, an eighth of its chunks and the rest, so that a training begins before
+                a whole one was read
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.base.errors import StoreError
+from pipeline.base.runtime import numpy_rng
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of an epoch: `rows` of the split in the order of delivery, all of them in `chunks`."""
+
+    chunks: Rows
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows start … stop of a window, counted in its order of delivery."""
+
+    epoch: int
+    window: int
+    start: int
+    stop: int
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in this piece."""
+        return self.stop - self.start
+
+
+class Order:
+    """The stream of kept rows. `window_rows` is the most rows a window may span, kept or not; None: exact.
+
+    Raises StoreError when no row is kept.
+    """
+
+    def __init__(self, kept: npt.NDArray[np.bool_], chunk_rows: int, seed: int, window_rows: int | None) -> None:
+        self.kept, self.chunk_rows, self.seed = kept, chunk_rows, seed
+        self.n_kept = int(np.count_nonzero(kept))
+        if not self.n_kept:
+            raise StoreError(
+                "no training row is left without special and massive ones; raise --max-norm or harvest more"
+            )
+        starts = np.arange(0, len(kept), chunk_rows)
+        self.kept_in_chunk = np.add.reduceat(kept, starts, dtype=np.int64)
+        self.n_chunks = len(starts)
+        chunks_a_window = self.n_chunks if window_rows is None else max(window_rows // chunk_rows, 1)
+        self.exact = window_rows is None
+        self.n_windows = -(-self.n_chunks // chunks_a_window)
+
+    def chunks(self, epoch: int) -> list[Rows]:
+        """The chunks of every window of an epoch, in order."""
+        if self.exact:
+            return [np.arange(self.n_chunks)]
+        permuted: Rows = numpy_rng("chunks", self.seed, epoch).permutation(self.n_chunks)
+        windows = np.array_split(permuted, self.n_windows)
+        first = len(windows[0]) // 8
+        return np.split(windows[0], [first]) + windows[1:] if epoch == 0 and first else windows
+
+    def window_sizes(self, epoch: int) -> list[int]:
+        """Kept rows of every window of an epoch; a window may have none."""
+        return [int(self.kept_in_chunk[chunks].sum()) for chunks in self.chunks(epoch)]
+
+    def window(self, epoch: int, index: int) -> Window:
+        """One window with its rows in the order of delivery."""
+        chunks = self.chunks(epoch)[index]
+        rows = np.flatnonzero(self.kept) if self.exact else self.kept_rows_of(chunks)
+        return Window(chunks, numpy_rng("rows", self.seed, epoch, index).permutation(rows))
+
+    def kept_rows_of(self, chunks: Rows) -> Rows:
+        """The kept rows of some chunks, chunk after chunk."""
+        rows = (chunks[:, None] * self.chunk_rows + np.arange(self.chunk_rows)).reshape(-1)
+        rows = rows[rows < len(self.kept)]
+        kept: Rows = rows[self.kept[rows]]
+        return kept
+
+    def pieces(self, position: int) -> Iterator[Piece]:
+        """What is left of the stream from `position` on, window by window, without end."""
+        epoch, skip = divmod(position, self.n_kept)
+        while True:
+            for index, size in enumerate(self.window_sizes(epoch)):
+                if skip < size:
+                    yield Piece(epoch, index, skip, size)
+                skip = max(skip - size, 0)
+            epoch += 1
+
+    def batches(self, position: int, batch_size: int) -> Iterator[list[Piece]]:
+        """Batches of exactly `batch_size` rows from `position` on, without end; one may cross windows and epochs."""
+        batch: list[Piece] = []
+        missing = batch_size
+        for piece in self.pieces(position):
+            start = piece.start
+            while start < piece.stop:
+                stop = min(start + missing, piece.stop)
+                batch.append(Piece(piece.epoch, piece.window, start, stop))
+                missing -= stop - start
+                start = stop
+                if not missing:
+                    yield batch
+                    batch, missing = [], batch_size
+
+
+def share_of(batch: list[Piece], part: int, n_parts: int) -> list[Piece]:
+    """One of `n_parts` equal parts of a batch, whose size they divide."""
+    n_rows = sum(piece.n_rows for piece in batch) // n_parts
+    first, last, share = part * n_rows, (part + 1) * n_rows, []
+    for piece in batch:
+        start, stop = max(piece.start, piece.start + first), min(piece.stop, piece.start + last)
+        if start < stop:
+            share.append(Piece(piece.epoch, piece.window, start, stop))
+        first, last = first - piece.n_rows, last - piece.n_rows
+    return share

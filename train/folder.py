@@ -1,0 +1,252 @@
+"""A member of a training on disk: its folder, config, checkpoints, rolling state, metrics. Layout: FORMAT.md, "Training folder".
+
+Whatever moment a process is killed at, the state and the lines of metrics up to its step are whole, and the same
+command goes on from there to the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from torch import Tensor
+
+from pipeline.base.errors import DamagedError, DiskError, UsageError
+from pipeline.base.files import (
+    canonical_json,
+    disk_errors,
+    hash_config,
+    hash_file,
+    lock_folder,
+    read_json,
+    require_same,
+    sweep_partials,
+    write_bytes,
+    write_json,
+)
+from pipeline.sae.checkpoint import load_tensors, save_checkpoint, save_tensors
+from pipeline.sae.nested import NestedSAE
+from train.config import TrainConfig
+
+FORMAT, VERSION = "nested-sae-member", 1
+STATE_FORMAT, STATE_VERSION = "nested-sae-training-state", 1
+NAME = re.compile(r"(alpha([0-9.e-]+|auto)|levels\d+)-seed\d+-[0-9a-f]{10}")
+OTHERS = {"tensorboard", "wandb"}
+"""Folders beside the members' that `--log` makes."""
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """A config as JSON data in which equal configs are equal text: 0 in a field of floats is 0.0."""
+    hints = get_type_hints(TrainConfig)
+    data = config.to_dict()
+    return {
+        name: float(value) if type(value) is int and float in (hints[name], *get_args(hints[name])) else value
+        for name, value in data.items()
+    }
+
+
+def member_name(config: TrainConfig) -> str:
+    """alpha0.2-seed0-<first 10 of the hash of the config>; alphaauto-…, and levels5-… when levels were given."""
+    alpha = config.alpha if isinstance(config.alpha, str | None) else f"{config.alpha:g}"
+    shape = f"levels{len(config.levels)}" if alpha is None else f"alpha{alpha}"
+    return f"{shape}-seed{config.seed}-{hash_config(plain(config))[:10]}"
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `last` so many, those at multiples of `every` steps (0: none), and always the final one."""
+
+    last: int
+    every: int
+
+    @staticmethod
+    def parse(text: str) -> Keep:
+        """Read `last:3,every:1000`, either part alone, or `all`. Raises UsageError."""
+        if text == "all":
+            return Keep(1, 1)
+        parts = dict(re.findall(r"(last|every):(\d+)", text))
+        if not parts or ",".join(f"{name}:{n}" for name, n in parts.items()) != text or not int(parts.get("last", 1)):
+            raise UsageError(f"--keep {text}: write last:3,every:1000, or one of the two with last at least 1, or all")
+        return Keep(int(parts.get("last", 1)), int(parts.get("every", 0)))
+
+    def kept(self, steps: Iterable[int]) -> set[int]:
+        """Those of the steps at which checkpoints exist that stay."""
+        there = sorted(steps)
+        return {step for step in there if self.every and step % self.every == 0} | set(there[-self.last :])
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One member's folder. `store` and `order` are what its config leaves out and its bytes depend on."""
+
+    out: Path
+    config: TrainConfig
+    store: Mapping[str, Any]
+
+    @cached_property
+    def name(self) -> str:
+        """The folder's name: an identity of the config."""
+        return member_name(self.config)
+
+    @property
+    def path(self) -> Path:
+        """OUT/name."""
+        return self.out / self.name
+
+    @property
+    def state_path(self) -> Path:
+        """The rolling training state."""
+        return self.path / "state.safetensors"
+
+    def checkpoint_path(self, step: int) -> Path:
+        """checkpoints/step_000100.safetensors."""
+        return self.path / "checkpoints" / f"step_{step:06d}.safetensors"
+
+    def recorded_order(self) -> dict[str, Any] | None:
+        """The order of rows that a member on disk is trained in; None when it is new.
+
+        Raises MismatchError when the folder was made with another config or store.
+        """
+        path = self.path / "config.json"
+        if not path.exists():
+            return None
+        found = read_json(path)
+        if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+            raise DamagedError(f"{path}: not a {FORMAT} of version {VERSION}; choose another --out")
+        require_same(path, identity(found), identity(self.description(found["order"])), "this member")
+        return dict(found["order"])
+
+    def description(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """What config.json holds."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": plain(self.config),
+            "store": dict(self.store),
+            "order": dict(order),
+        }
+
+    def prepare(self, order: Mapping[str, Any]) -> int:
+        """Make the folder, or sweep what a killed process left; returns a descriptor that holds its lock until closed.
+
+        Raises DiskError when another process trains this member.
+        """
+        with disk_errors(self.path):
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(self.path, "training this member")
+        sweep_partials(self.path)
+        if not (self.path / "config.json").exists():
+            write_json(self.path / "config.json", self.description(order))
+        return lock
+
+    def final(self) -> Path | None:
+        """The final checkpoint of a finished member, else None. Raises DamagedError when it is gone."""
+        path = self.path / "complete.json"
+        if not path.exists():
+            return None
+        final = self.path / str(read_json(path)["final"])
+        if not final.exists():
+            raise DamagedError(f"{final}: gone, though {path} names it; delete {path} to train the end again")
+        return final
+
+    def step(self) -> int:
+        """Steps that are on disk: what a run would go on from."""
+        if self.final() is not None:
+            return self.config.steps
+        return int(self.read_state()[1]["step"]) if self.state_path.exists() else 0
+
+    def read_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The rolling state and its header. Raises DamagedError when its bytes changed."""
+        try:
+            return load_tensors(self.state_path, STATE_FORMAT, STATE_VERSION)
+        except DamagedError as error:
+            raise DamagedError(f"{error}; or delete {self.state_path} to train this member from the start") from error
+
+    def write_state(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Replace the rolling state; the metrics up to it are on disk before it is."""
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            sync_file(self.path / name)
+        header = {"format": STATE_FORMAT, "version": STATE_VERSION, "step": step, "member": self.name}
+        save_tensors(self.state_path, state, header)
+
+    def write_checkpoint(self, sae: NestedSAE, step: int, provenance: Mapping[str, Any]) -> None:
+        """Write one checkpoint whole."""
+        save_checkpoint(self.checkpoint_path(step), sae, step, provenance)
+
+    def retain(self, keep: Keep) -> None:
+        """Delete the checkpoints that the rule does not keep."""
+        there = {
+            int(path.stem.removeprefix("step_")): path
+            for path in (self.path / "checkpoints").glob("step_*.safetensors")
+        }
+        kept = keep.kept(there) | {self.config.steps}
+        for step in there.keys() - kept:
+            there[step].unlink()
+
+    def finish(self, keep: Keep) -> None:
+        """Name the final checkpoint in complete.json and drop the rolling state, which nothing needs any more."""
+        self.retain(keep)  # again: a kill may have come between the last checkpoint and what it puts an end to
+        final = self.checkpoint_path(self.config.steps)
+        record = {"final": str(final.relative_to(self.path)), "sha256": hash_file(final)}
+        write_json(self.path / "complete.json", record)
+        self.drop_state()
+
+    def drop_state(self) -> None:
+        """Delete the rolling state of a finished member, where it still is: a kill may have come just before."""
+        self.state_path.unlink(missing_ok=True)
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl or timings.jsonl; a kill can tear only the last one."""
+        with disk_errors(self.path), open(self.path / name, "a") as file:
+            file.write(canonical_json(line) + "\n")
+
+    def truncate(self, step: int) -> None:
+        """Take back lines of metrics and timings beyond a step, and a torn one."""
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            path = self.path / name
+            lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+            kept = [line for line in lines if line_step(line) <= step]
+            if not path.exists() or len(kept) < len(lines):
+                write_bytes(path, "".join(line + "\n" for line in kept).encode())
+
+
+def line_step(line: str) -> float:
+    """The step of a line of metrics; infinity for a torn one."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def sync_file(path: Path) -> None:
+    """fsync a file that others append to."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def identity(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What of config.json must not change while a member is trained."""
+    return {part: description[part] for part in ("config", "store", "order")}
+
+
+def check_out(out: Path) -> None:
+    """Raise DiskError when OUT is a file, or a folder that holds other things and no member."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DiskError(f"{out}: is a file; choose a folder for --out")
+    names = sorted(path.name for path in out.iterdir() if path.is_dir() and not path.name.startswith("."))
+    foreign = [name for name in names if name not in OTHERS and not NAME.fullmatch(name)]
+    if foreign and len(foreign) == len([name for name in names if name not in OTHERS]):
+        raise DiskError(
+            f"{out}: holds something else ({', '.join(foreign[:3])}); choose an empty or new folder for --out"
+        )

@@ -1,0 +1,1 @@
+"""One SAE in training: everything between a batch and updated weights."""

@@ -1,0 +1,376 @@
+"""One SAE in training: forward and backward written out, five large products a step, nothing fetched from the device.
+
+    a = (x − b_dec) W_enc     z = latents of a     x̂_l = x̂_{l−1} + z_l W_dec,l     ∂W_dec = zᵀ G     ∂z = G W_decᵀ
+    ∂W_enc = (x − b_dec)ᵀ ∂a
+
+G is the suffix sum of the levels' residuals (`objectives`). The gradient of b_dec through the encoder is −W_enc Σ_rows ∂a,
+a product with a vector. Products are in bf16 (or float32), weights, moments, statistics and everything else in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from pipeline.base.errors import CheckpointError
+from pipeline.sae.nested import NestedSAE
+from train.config import TrainConfig
+from train.step import objectives, sharing
+from train.step.controller import Controller
+from train.step.graphs import Capture, Recorded
+from train.step.latents import Latents, Penalty, PoolGradient
+from train.step.optim import Adam, learning_rate
+from train.step.scratch import Scratch as Scratch
+from train.step.weights import initial_weights, mapped_weights
+
+PRODUCT_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass
+class Batch:
+    """One batch in the training space, prepared once and shared by all members, which never write to it."""
+
+    x: Tensor  # [row, d_model] float32, centred and scaled (members subtract b_dec and cast to bf16 themselves)
+    norm: Tensor  # [row] ‖x‖
+    total: Tensor  # [d_model] float64 Σ x
+    square: Tensor  # [] float64 Σ ‖x‖²
+
+
+def normalise_batch(
+    x_raw: Float[Tensor, "row d_model"], center: Float[Tensor, " d_model"], scale: float, out: Batch | None = None
+) -> Batch:
+    """(x_raw − center) · scale in the dtype of `center` (float32), before any cast.
+
+    x_raw: any dtype, on the device of `center`. `out`: a batch of the same shape whose buffers are written again (give
+    it: fresh large buffers cost page faults). Returns `out`, or a new batch.
+    """
+    x = torch.empty(x_raw.shape, dtype=center.dtype, device=center.device) if out is None else out.x
+    x.copy_(x_raw).sub_(center).mul_(scale)
+    norm = torch.linalg.vector_norm(x, dim=1)
+    parts = (norm, x.sum(0).double(), norm.double().square().sum())
+    if out is None:
+        return Batch(x, *parts)
+    for buffer, part in zip((out.norm, out.total, out.square), parts):
+        buffer.copy_(part)
+    return out
+
+
+class Schedule:
+    """What changes from step to step by the config alone, on the device: tensors, so that a recorded step can read them.
+
+    lr: float32, of Adam. ramp: float64, of the penalty. weight: of the newest batch in the running threshold.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device, wide: torch.dtype) -> None:
+        self.config = config
+        self.lr = torch.zeros((), dtype=torch.float32, device=device)
+        self.ramp = torch.zeros((), dtype=torch.float64, device=device)
+        self.weight = torch.zeros((), dtype=wide, device=device)
+        self.set(0)
+
+    def set(self, n_steps: int) -> None:
+        """To the step that follows `n_steps` finished ones."""
+        self.lr.fill_(learning_rate(self.config, n_steps))
+        self.ramp.fill_(objectives.sparsity_ramp(self.config, n_steps))
+        self.weight.fill_(max(1 / (n_steps + 1), 1 - self.config.threshold_decay))
+
+
+class Member:
+    """One SAE in training. All randomness is a function of config.seed and the step; the same values on every device.
+
+    `config.dtype` is resolved, not "auto". center, scale: of the training space, to be recorded in the SAE.
+    group: for data-parallel training; each process steps on its own rows of the global batch, gradients and counts are
+    summed over processes, threshold and clip are those of the global batch. None: one process.
+    capture: records steps to replay them (`graphs.py`); None: every step runs operation by operation.
+    `n_steps` is the optimiser steps done, `n_rows` the rows seen by all processes together.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        d_model: int,
+        center: Tensor,
+        scale: float,
+        device: torch.device,
+        scratch: Scratch,
+        group: dist.ProcessGroup | None = None,
+        capture: Capture | None = None,
+    ) -> None:
+        self.config, self.shape, self.scratch, self.group = config, config.sae_config(d_model), scratch, group
+        self.dtype = product_dtype(config.dtype)
+        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.center, self.scale, self.device = center, scale, device
+        self.n_steps = self.n_rows = 0
+        self.weights = {name: weight.to(device, self.wide) for name, weight in initial_weights(config, d_model).items()}
+        self.adam = Adam(self.weights, self.dtype, config)
+        self.schedule, self.recorded = Schedule(config, device, self.wide), Recorded(capture)
+        self.latents = Latents(config, self.shape, self.weights, scratch, self.dtype, group)
+        self.penalty = objectives.penalty_weights(config, self.shape.n_shared).to(device, self.wide)
+        self.rows_since_fired = torch.zeros(config.width, dtype=torch.int64, device=device)
+        self.controller = Controller(config.target_l0, device)
+        self.threshold = torch.zeros((), dtype=self.wide, device=device)
+        self.explained = torch.zeros(3, dtype=torch.float64, device=device)  # Σ errors: shared, whole; Σ ‖x‖²
+        self.sums = {name: torch.zeros(n, dtype=torch.float64, device=device) for name, n in self._sum_sizes().items()}
+
+    def _sum_sizes(self) -> dict[str, int]:
+        """Accumulators since the last `metrics`, and their lengths."""
+        scalars = dict.fromkeys(("steps", "rows", "square", "loss", "l0", "aux", "grad_norm", "clipped"), 1)
+        return scalars | {"total": self.shape.d_model, "errors": self.shape.n_levels, "l1": 2}
+
+    def step(self, batch: Batch) -> None:
+        """One optimiser step on this process's rows of the batch. Fetches nothing from the device."""
+        self.schedule.set(self.n_steps)
+        self.recorded.run(self._kind(batch), lambda: self._step(batch))
+        self.n_steps += 1
+        self.n_rows += self._n_rows(batch)
+        if self.config.alpha == "auto":
+            self._adapt()
+
+    def _n_rows(self, batch: Batch) -> int:
+        """Rows of the batch, those of all processes."""
+        return len(batch.x) * (dist.get_world_size(self.group) if self.group else 1)
+
+    def _kind(self, batch: Batch) -> Hashable | None:
+        """What a step depends on beside the contents of tensors; None where that is new at every step."""
+        if self.config.level_weighting == "random" or self.group is not None:
+            return None
+        places = (batch.x.data_ptr(), self.scratch.generation)
+        return (*places, self.shape.levels, self._kept, self._may_have_dead, self.n_steps == 0, self._controls)
+
+    @property
+    def _kept(self) -> int:
+        return objectives.kept_a_row(self.config, self.n_steps)
+
+    @property
+    def _may_have_dead(self) -> bool:
+        return self.n_rows >= self.config.dead_after_rows
+
+    @property
+    def _controls(self) -> bool:
+        return self.n_steps >= self.config.sparsity_warmup_steps
+
+    def _step(self, batch: Batch) -> None:
+        forward = self._forward(batch)
+        gradients = self._backward(forward)
+        self._sum_over_processes(forward, gradients)
+        norm = self.adam.update(gradients, self.schedule.lr)
+        self._account(forward, norm)
+
+    def _forward(self, batch: Batch) -> Forward:
+        config, low, b_dec = self.config, self.adam.low, self.weights["b_dec"]
+        n_local, n_rows = len(batch.x), self._n_rows(batch)
+        pool = objectives.auxiliary_pool(config, self.rows_since_fired) if self._may_have_dead else None
+        x_low = self._take("x", n_local, self.shape.d_model).copy_(batch.x - b_dec)
+        a = torch.mm(x_low, low["W_enc"], out=self._take("a", n_local, config.width))
+        fired = self.latents.forward(a, batch.norm, pool, self._kept, n_rows)
+        terms = objectives.reconstruction_terms(config, self.shape.levels, self.n_steps)
+        decoded = objectives.reconstruct(
+            self.latents.z, low["W_dec"], b_dec, batch.x, terms, n_rows, self.scratch, pool is not None
+        )
+        factor = self.schedule.ramp * self.controller.factor
+        sums = {"counts": fired.counts.double(), "l1": fired.l1, "errors": decoded.errors}
+        sums |= {"total": batch.total, "square": batch.square.reshape(1), "aux": torch.zeros_like(fired.l1[:1])}
+        return Forward(n_rows, x_low, pool, terms, decoded, factor, sums)
+
+    def _backward(self, forward: Forward) -> dict[str, Tensor]:
+        z, low, config = self.latents.z, self.adam.low, self.config
+        w_dec = self._take("W_dec", config.width, self.shape.d_model)
+        dz = self._take("dz", len(z), config.width)
+        for block, gradient in zip(forward.terms.blocks, forward.decoded.gradients):
+            torch.mm(z[:, block].T, gradient, out=w_dec[block])
+            torch.mm(gradient, low["W_dec"][block].T, out=dz[:, block])
+        auxiliary = self._auxiliary(forward, w_dec)
+        penalty = Penalty(config.penalty, self.penalty * (forward.factor / forward.n_rows).to(self.wide))
+        gradients = self.latents.backward(dz, penalty, auxiliary)
+        w_enc = torch.mm(forward.x_low.T, dz, out=self._take("W_enc", self.shape.d_model, config.width))
+        b_dec = forward.decoded.b_dec - self.weights["W_enc"] @ gradients["b_enc"]
+        return {"W_enc": w_enc, "W_dec": w_dec, "b_dec": b_dec} | gradients
+
+    def _auxiliary(self, forward: Forward, w_dec: Tensor) -> PoolGradient | None:
+        """The auxiliary loss's gradient for latents; its value goes to the sums, its decoder gradient to `w_dec`."""
+        pool, remainder = forward.pool, forward.decoded.remainder
+        if pool is None or remainder is None:
+            return None
+        is_dead = (self.rows_since_fired[pool] >= self.config.dead_after_rows).to(self.dtype)
+        forward.sums["aux"][0], gradient = objectives.auxiliary_loss(
+            self.config, pool, is_dead, self.latents.pool_z, self.adam.low["W_dec"], remainder, forward.n_rows, w_dec
+        )
+        return gradient
+
+    def _sum_over_processes(self, forward: Forward, gradients: dict[str, Tensor]) -> None:
+        """Losses were divided by the rows of all processes, so gradients add up to those of the global batch."""
+        if self.group is None:
+            return
+        for gradient in gradients.values():
+            dist.all_reduce(gradient, group=self.group)
+        flat = torch.cat(list(forward.sums.values()))
+        dist.all_reduce(flat, group=self.group)
+        parts = torch.split(flat, [len(part) for part in forward.sums.values()])
+        forward.sums = dict(zip(forward.sums, parts))
+
+    def _account(self, forward: Forward, norm: Tensor) -> None:
+        """Counters, running estimates and the sums that `metrics` reports."""
+        config, n_rows, sums = self.config, forward.n_rows, forward.sums
+        self.rows_since_fired.add_(n_rows).masked_fill_(sums["counts"] > 0, 0)
+        l0 = sums["counts"].sum() / n_rows
+        if config.activation == "batchtopk":
+            self.threshold += (self.latents.threshold - self.threshold) * self.schedule.weight
+        for name in ("errors", "l1", "aux", "total", "square"):
+            self.sums[name] += sums[name]
+        self.sums["loss"] += self._loss(forward)
+        self.sums["l0"] += l0
+        self.sums["grad_norm"] += norm
+        self.sums["clipped"] += norm > config.clip_norm if config.clip_norm else 0
+        self.sums["steps"] += 1
+        self.sums["rows"] += n_rows
+        if config.target_l0:
+            self.controller.see(l0, first=self.n_steps == 0, acts=self._controls)
+        if config.alpha == "auto":
+            self.explained += torch.cat([sums["errors"], sums["square"]])
+
+    def _adapt(self) -> None:
+        """Move the end of the shared level when it is time (syncs then)."""
+        if not sharing.adapts(self.config, self.n_steps):
+            return
+        *errors, square = self.explained.tolist()
+        self.explained.zero_()
+        width, target = self.config.width, self.config.shared_target
+        self._share(sharing.adapted(self.shape.n_shared, width, errors, square, target))
+
+    def _share(self, n_shared: int) -> None:
+        """From now on the first `n_shared` latents are the shared ones."""
+        self.shape = self.latents.shape = dataclasses.replace(self.shape, levels=(n_shared, self.config.width))
+        self.penalty = objectives.penalty_weights(self.config, n_shared).to(self.device, self.wide)
+
+    def _loss(self, forward: Forward) -> Tensor:
+        """The whole objective of this batch, a row."""
+        sums, n_rows, n_shared = forward.sums, forward.n_rows, self.shape.n_shared
+        loss = sums["aux"].sum()
+        for weight, error in zip(forward.terms.weights, sums["errors"]):
+            loss = loss + weight * error / n_rows
+        if self.config.penalty == "none":
+            return loss
+        counts = sums["counts"]
+        l0 = torch.stack([counts[:n_shared].sum(), counts[n_shared:].sum()])
+        size = sums["l1"] if self.config.penalty == "l1" else l0
+        shared, specialised = self.config.lambda_shared * size[0], self.config.lambda_specialised * size[1]
+        return loss + forward.factor * (shared + specialised) / n_rows
+
+    def metrics(self) -> dict[str, float | int | list[float]]:
+        """Scalars over the steps since the last call (syncs): CONTRACT's metrics.jsonl line, but for the epoch.
+
+        step, rows (seen so far); means a row: loss (the whole objective), recon (a list, innermost level first; with
+        random prefixes by rank), l1_shared and l1_specialised (E Σ|z|, before λ), aux, l0; n_shared (latents of the
+        shared level now); ev (a list; centred on the mean of these rows); means a step: grad_norm (before clipping),
+        clipped (share of steps); dead (share of latents that did not fire over the last dead_rows rows); lr and lambda
+        (the penalty's factor: warm-up times controller) of the last step. Values may be NaN: ask `is_finite` first.
+        After it the sums begin anew.
+        """
+        sums = {name: value.tolist() for name, value in self.sums.items()}
+        n_steps, n_rows = sums["steps"][0], sums["rows"][0]
+        variance = sums["square"][0] - sum(total * total for total in sums["total"]) / n_rows
+        last = self.n_steps - 1
+        dead, dead_rows = self.dead()
+        for value in self.sums.values():
+            value.zero_()
+        return {
+            "step": self.n_steps,
+            "rows": self.n_rows,
+            "loss": sums["loss"][0] / n_steps,
+            "recon": [error / n_rows for error in sums["errors"]],
+            "ev": [1 - error / variance for error in sums["errors"]],
+            "l1_shared": sums["l1"][0] / n_rows,
+            "l1_specialised": sums["l1"][1] / n_rows,
+            "aux": sums["aux"][0] / n_steps,
+            "l0": sums["l0"][0] / n_steps,
+            "n_shared": self.shape.n_shared,
+            "dead": dead,
+            "dead_rows": dead_rows,
+            "grad_norm": sums["grad_norm"][0] / n_steps,
+            "clipped": sums["clipped"][0] / n_steps,
+            "lr": learning_rate(self.config, last),
+            "lambda": objectives.sparsity_ramp(self.config, last) * float(self.controller.factor),
+        }
+
+    def dead(self) -> tuple[float, int]:
+        """Share of latents that did not fire, and over how many of the last rows that was counted (syncs)."""
+        n_rows = min(self.n_rows, self.config.dead_after_rows)
+        return float((self.rows_since_fired >= n_rows).double().mean()) if n_rows else 0.0, n_rows
+
+    def is_finite(self) -> bool:
+        """Whether every loss and gradient norm since the last `metrics` was finite (syncs). Ask before a checkpoint."""
+        return bool(torch.isfinite(self.sums["loss"] + self.sums["grad_norm"]).all())
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `load_state` needs to go on bit-identically: the tensors themselves, so write them before stepping on."""
+        estimates = {"controller": self.controller.state, "threshold": self.threshold}
+        counters = {"rows_since_fired": self.rows_since_fired}
+        position = {"n_steps": torch.tensor(self.n_steps), "n_rows": torch.tensor(self.n_rows)}
+        sums = {f"sum.{name}": value for name, value in self.sums.items()}
+        if self.config.alpha == "auto":
+            position |= {"n_shared": torch.tensor(self.shape.n_shared), "explained": self.explained}
+        return self.adam.state() | estimates | counters | position | sums
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state()` of a member of the same config. Raises CheckpointError when names or shapes differ."""
+        own = self.state()
+        wrong = [name for name in own.keys() | state.keys() if name not in own or name not in state]
+        wrong += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+        if wrong:
+            raise CheckpointError(f"the training state does not fit this member: {', '.join(sorted(wrong))}")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self.n_steps, self.n_rows = int(state["n_steps"]), int(state["n_rows"])
+        if "n_shared" in state:
+            self._share(int(state["n_shared"]))
+        self.adam.refresh_low()
+
+    def load_weights(self, sae: NestedSAE) -> None:
+        """Warm start: begin from the weights of an SAE of the same width, mapped into this training space.
+
+        Raises CheckpointError when its shape does not fit.
+        """
+        for name, weight in mapped_weights(sae, self.sae()).items():
+            self.weights[name].copy_(weight)
+        self.adam.refresh_low()
+
+    def sae(self) -> NestedSAE:
+        """The SAE as it stands: a float32 copy on the CPU with center, scale and threshold filled in (syncs)."""
+        sae = NestedSAE(self.shape)
+        tensors = {name: weight for name, weight in self.weights.items() if name != "log_threshold"}
+        tensors |= {"center": self.center, "scale": torch.tensor(self.scale)}
+        if self.shape.activation == "jumprelu":
+            tensors["threshold"] = self.weights["log_threshold"].exp()
+        if self.shape.activation == "batchtopk":
+            tensors["threshold"] = self.threshold.expand(self.config.width)
+        sae.load_state_dict({name: tensor.detach().cpu().float() for name, tensor in tensors.items()})
+        return sae.eval()
+
+    def _take(self, name: str, *shape: int) -> Tensor:
+        return self.scratch.take(name, shape, self.dtype)
+
+
+@dataclass
+class Forward:
+    """What the backward and the accounting of one step need of its forward."""
+
+    n_rows: int  # of the global batch
+    x_low: Tensor  # [row, d_model] x − b_dec in the products' dtype
+    pool: Tensor | None  # [pool] candidates of the auxiliary loss
+    terms: objectives.Terms
+    decoded: objectives.Reconstruction
+    factor: Tensor  # [] of the penalty: warm-up times controller
+    sums: dict[str, Tensor]  # float64 vectors over rows: counts [latent], l1 [2], errors [level], total, square, aux
+
+
+def product_dtype(name: str) -> torch.dtype:
+    """The torch dtype of products for a resolved config.dtype."""
+    if name not in PRODUCT_DTYPES:
+        raise ValueError(f"dtype {name!r} is not resolved; use runtime.resolve_dtype first")
+    return PRODUCT_DTYPES[name]
