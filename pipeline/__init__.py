@@ -1,14 +1,23 @@
 """What two stages need, or what defines bytes on disk. Stages meet only here and on disk; this package imports no stage.
 
-Importing it loads nothing, so that a report needs no torch; `pipeline.load` is fetched when it is first asked for.
+Importing it loads nothing, so that a report needs no torch. What a notebook calls is fetched when it is first asked for:
+`pipeline.load`, `pipeline.attach`, and the edits `pipeline.steer`, `pipeline.ablate`, `pipeline.clamp`.
 """
 
 from typing import Any
 
+NOTEBOOK = {
+    "load": "pipeline.sae.hub",
+    "attach": "pipeline.live.attach",
+    "steer": "pipeline.live.edits",
+    "ablate": "pipeline.live.edits",
+    "clamp": "pipeline.live.edits",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from pipeline.sae.hub import load
+    if name in NOTEBOOK:
+        import importlib
 
-        return load
+        return getattr(importlib.import_module(NOTEBOOK[name]), name)
     raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

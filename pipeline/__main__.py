@@ -165,6 +165,33 @@ def export(checkpoint: Path, kind: str, out: Path, level: str | None) -> None:
 
 
 @cli.command()
+@click.argument("checkpoint")
+@click.option("--text", required=True, help="What the model reads.")
+@click.option("--model", help="Folder or Hub id.  [default: the one that made the SAE's store]")
+@click.option("--layer", type=COUNT, help="The SAE sits after this layer.  [default: that of the SAE's store]")
+@click.option("--top", type=COUNT, default=5, show_default=True, help="Latents of each level to show at a token.")
+@click.option("--out", type=PATH, help="Write an HTML page instead of lines.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto.")
+def inspect(
+    checkpoint: str, text: str, model: str | None, layer: int | None, top: int, out: Path | None, device: str
+) -> None:
+    """Show which latents a text wakes: every token with its strongest shared and specialised latents.
+
+    \b
+    Example: python -m pipeline inspect runs/l19/alpha0.2-seed0-1a2b3c4d5e --text "The capital of France is Paris"
+    """
+    from pipeline.base.files import write_bytes
+    from pipeline.live.inspect import as_lines, as_page, block_names, inspect_checkpoint
+
+    sae, tokens = inspect_checkpoint(checkpoint, text, model, layer, top, device)
+    if out is None:
+        click.echo("\n".join(as_lines(tokens)))
+        return
+    write_bytes(out, as_page(tokens, block_names(sae.config.n_levels), text).encode())
+    click.echo(out)
+
+
+@cli.command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("repository")
 @click.option("--results", type=PATH, help="Its results file; the scores go into the model card.")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from evaluate.scores.sample import Batch
 from pipeline.base.errors import ModelError
+from pipeline.model import splicing
 
 if TYPE_CHECKING:
     from pipeline.model.split_lm import SplitLM
@@ -43,9 +44,7 @@ class TokenScores:
 
 def splice(batch: Batch, x_hat: Float[Tensor, "row d_model"]) -> Float[Tensor, "seq pos d_model"]:
     """The residual stream with its kept rows replaced, in the residual's dtype; special positions stay as they are."""
-    spliced = batch.residual.clone()
-    spliced[batch.kept] = x_hat.to(spliced.dtype)
-    return spliced
+    return splicing.splice(batch.residual, batch.kept, x_hat)
 
 
 def kept_hidden(lm: SplitLM, batch: Batch, residual: Float[Tensor, "seq pos d_model"]) -> Float[Tensor, "row d_model"]:

@@ -1,0 +1,77 @@
+"""`python -m pipeline inspect`: the strongest latents of each token, in lines and on a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from pipeline.__main__ import cli
+from pipeline.base.errors import UsageError
+from pipeline.live.inspect import Block, Token, as_lines, as_page, block_names, inspect_checkpoint
+from pipeline.model.split_lm import SplitLM, load_tokenizer
+from pipeline.sae.checkpoint import save_checkpoint
+from pipeline.sae.nested import NestedSAE, SAEConfig
+
+ROOT = Path(__file__).parents[1]
+MODEL = str(ROOT / "data" / "tiny-gemma2")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A random SAE for the shipped model's layer 3."""
+    sae = NestedSAE(SAEConfig(192, 40, (10, 40)))
+    with torch.no_grad():
+        sae.W_enc.normal_(generator=torch.Generator().manual_seed(1))
+        torch.nn.init.orthogonal_(sae.W_dec)
+    path = tmp_path / "sae.safetensors"
+    save_checkpoint(path, sae, 1, {"store": {"model": MODEL, "layer": 3}})
+    return path
+
+
+def test_strongest_are_those_of_encode(checkpoint: Path) -> None:
+    """Numbers and activations are those of `encode` on the residual of a plain prefix, block by block."""
+    sae, tokens = inspect_checkpoint(str(checkpoint), "It was late", None, None, 3, "cpu")
+    ids = load_tokenizer(MODEL)("It was late", return_tensors="pt")["input_ids"]
+    residual = SplitLM.load(MODEL, dtype="auto", part="whole", layers=[3]).prefix(ids)[3][0]
+    assert tokens[0].blocks == ()
+    for token, z in zip(tokens[1:], sae.encode(residual[1:])):
+        for block, part in zip(token.blocks, sae.config.blocks):
+            order = z[part].argsort(descending=True)[: len(block.strongest)]
+            assert [latent for latent, _ in block.strongest] == (order + part.start).tolist()
+            assert block.n_active == int((z[part] > 0).sum())
+
+
+def test_lines_show_what_fires() -> None:
+    """A line a token; special ones are left alone."""
+    block = Block("shared", ((7, 1.25), (2, 0.5)), 9)
+    assert as_lines([Token("<bos>", ()), Token(" a", (block,))]) == [
+        "'<bos>'  (left alone)",
+        "' a'     shared 9: 7:1.25 2:0.5",
+    ]
+
+
+def test_page_is_inert() -> None:
+    """Tokens that look like markup are text on the page."""
+    block = Block("shared", ((7, 1.25),), 1)
+    page = as_page([Token("<script>alert(1)</script>", (block,))], block_names(2), "<img src=x>")
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_command_writes_a_page(checkpoint: Path, tmp_path: Path) -> None:
+    """--out writes the page and prints its path."""
+    out = tmp_path / "deep" / "page.html"
+    done = CliRunner().invoke(cli, ["inspect", str(checkpoint), "--text", "It was", "--out", str(out)])
+    assert done.output.strip() == str(out)
+    assert "shared" in out.read_text()
+
+
+def test_unnamed_model_is_asked_for(tmp_path: Path) -> None:
+    """A checkpoint that does not say where it is from needs --model and --layer."""
+    save_checkpoint(tmp_path / "sae.safetensors", NestedSAE(SAEConfig(8, 4, (4,))), 1, {})
+    with pytest.raises(UsageError, match="--model and --layer"):
+        inspect_checkpoint(str(tmp_path / "sae.safetensors"), "x", None, None, 3, "cpu")
