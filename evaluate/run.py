@@ -162,7 +162,11 @@ class Job:
         from evaluate.probing.texts import text_model
 
         model = text_model(
-            self.models.load("prefix"), self.models.tokenizer, self.models.layer, self.store.config["bos"]
+            self.models.load("prefix"),
+            self.models.tokenizer,
+            self.models.layer,
+            self.store.config["bos"],
+            parse_special=bool(self.store.config.get("parse_special")),
         )
         self.probing = prepare(self.config.probing, self.texts, model, self.config.out / "probes")
 

@@ -13,6 +13,17 @@ from pipeline.base.errors import UsageError
 DEFAULTS = {name: field.default for name, field in HarvestConfig.__dataclass_fields__.items()}
 
 
+class Names(click.ParamType[tuple[str, ...]]):
+    """Names with commas between them."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return (
+            value if isinstance(value, tuple) else tuple(name.strip() for name in str(value).split(",") if name.strip())
+        )
+
+
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.option("--model", default=DEFAULTS["model"], help="Hugging Face model: a folder or a Hub id.")
 @click.option(
@@ -24,11 +35,28 @@ DEFAULTS = {name: field.default for name, field in HarvestConfig.__dataclass_fie
 )  # fmt: skip
 @click.option(
     "--corpus", default=DEFAULTS["corpus"],
-    help="A Hub data set, streamed, or a file (.jsonl, .jsonl.zst, .jsonl.gz, .json.gz, .txt, .parquet) or a folder of them.",
+    help="A Hub data set, streamed, or a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt; those of text also .zst, "
+    ".gz, .bz2, .xz), a folder of them, or one that datasets saved.",
 )  # fmt: skip
-@click.option("--subset", help="Subset (configuration) of a Hub data set.")
-@click.option("--split", default=DEFAULTS["split"], help="Split of a Hub data set.")
-@click.option("--text-field", default=DEFAULTS["text_field"], help="Field or column that holds the text.")
+@click.option("--subset", help="Subset (configuration) of a data set.")
+@click.option("--split", default=DEFAULTS["split"], help="Split of a data set.")
+@click.option(
+    "--text-field", default=DEFAULTS["text_field"],
+    help="Field or column that holds the text, or a.b for nested ones. A list of token ids is taken as it is, a list of "
+    "messages is written with the tokenizer's chat template.",
+)  # fmt: skip
+@click.option(
+    "--parse-special", is_flag=True,
+    help="Read special tokens' names in texts (the turn markers of chats) as those tokens. Off, since a corpus could then "
+    "forge them.",
+)  # fmt: skip
+@click.option(
+    "--roles", type=Names(), default=(), show_default=False,
+    help="Of chats: keep only tokens of messages of these roles, as assistant or user,assistant. [default: all]",
+)  # fmt: skip
+@click.option(
+    "--skip-bad", type=COUNT, default=DEFAULTS["skip_bad"], help="Records that may be passed over, each named."
+)
 @click.option(
     "--eval-corpus", help="Separate corpus for the evaluation split. [default: the first documents of --corpus]"
 )

@@ -23,7 +23,7 @@ class HarvestConfig:
     from the machine. Raises UsageError when fields contradict.
 
     `tokens` and `eval_tokens` count BOS; `batch_size` is in sequences, `shard_rows` and `chunk_rows` in tokens,
-    `max_buffer` in documents. `bos`: auto, none, or a token id.
+    `max_buffer` in documents, `skip_bad` in records. `bos`: auto, none, or a token id.
     """
 
     store: str
@@ -34,6 +34,9 @@ class HarvestConfig:
     subset: str | None = None
     split: str = "train"
     text_field: str = "text"
+    parse_special: bool = False
+    roles: tuple[str, ...] = ()
+    skip_bad: int = 0
     eval_corpus: str | None = None
     tokens: int = 10_000_000
     eval_tokens: int | None = None

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
-import io
-import json
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import zstandard
-
+from harvest.shelf import Shelf
 from pipeline.base.errors import CorpusError
 from pipeline.base.files import disk_errors, hash_file, sha256
+from pipeline.base.progress import say
+from pipeline.base.record_files import TEXT, expected, is_read, record_files
+from pipeline.base.records import (
+    Record,
+    Unread,
+    kind_of,
+)
 from pipeline.base.runtime import derive_seed, numpy_rng
+
+Message = Mapping[str, Any]
+Content = str | list[int] | list[Message]
+"""Text, the token ids of a text that was tokenised before, or the messages of a chat."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """What one record holds, and where it is, for messages."""
+
+    where: str
+    content: Content
 
 
 @dataclass(frozen=True)
 class Source:
-    """Which corpus, as the options say it. `buffer`: documents of the shuffle buffer, for a streamed dataset only."""
+    """Which corpus, as the options say it. `buffer`: documents of the shuffle buffer, for a streamed dataset only.
+
+    `text_field` is a column, or a path into nested ones: a.b. `skip_bad`: records that may be passed over, each named.
+    """
 
     corpus: str
     subset: str | None = None
@@ -30,6 +47,12 @@ class Source:
     seed: int = 0
     buffer: int = 10_000
     revision: str | None = None
+    skip_bad: int = 0
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What both kinds of corpus say of their source."""
+        return {"text_field": self.text_field} | ({"skip_bad": self.skip_bad} if self.skip_bad else {})
 
 
 class LocalCorpus:
@@ -38,8 +61,9 @@ class LocalCorpus:
     def __init__(self, source: Source, scratch: Path) -> None:
         self.source, self.scratch = source, scratch
         self.root = Path(source.corpus).expanduser()
-        self.files = corpus_files(self.root)
-        self.sha256 = sha256("".join(f"{self._name(path)} {hash_file(path)}\n" for path in self.files))
+        with disk_errors(self.root):
+            self.files = record_files(self.root, source.split, source.subset)
+            self.sha256 = sha256("".join(f"{self._name(path)} {hash_file(path)}\n" for path in self.files))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix() if self.root.is_dir() else path.name
@@ -47,31 +71,34 @@ class LocalCorpus:
     @property
     def identity(self) -> dict[str, Any]:
         """The hash is over names and contents of the files."""
-        return {
-            "id": self.source.corpus,
-            "text_field": self.source.text_field,
-            "sha256": self.sha256,
-            "order": f"documents permuted by seed {self.source.seed}",
-        }
+        order = f"documents permuted by seed {self.source.seed}"
+        return {"id": self.source.corpus, **self.source.about, "sha256": self.sha256, "order": order}
 
-    def documents(self) -> Iterator[str]:
-        """Documents are copied once, uncompressed, to an unnamed temporary file, so that memory stays small."""
-        with disk_errors(self.scratch):
-            self.scratch.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.scratch) as spool:
-                ends = [0]
-                for path in self.files:
-                    for text in read_documents(path, self.source.text_field):
-                        ends.append(ends[-1] + spool.write(text.encode("utf-8", "replace")))
-                if ends[-1] == 0:
-                    raise CorpusError(f"{self.root}: there is no text in it; give a corpus with documents")
-                for i in numpy_rng("corpus", self.source.seed).permutation(len(ends) - 1):
-                    spool.seek(ends[i])
-                    yield spool.read(ends[i + 1] - ends[i]).decode()
+    @property
+    def is_one_text(self) -> bool:
+        """Whether it is a single text file, which holds a single document."""
+        return len(self.files) == 1 and kind_of(self.files[0]) == TEXT
+
+    def documents(self) -> Iterator[Document]:
+        """Each document once. Files of plain JSON lines are read where they lie, one line after another of the permutation;
+        others are copied once, uncompressed, to an unnamed temporary file. Memory stays small either way."""
+        with disk_errors(self.scratch), Shelf(self.scratch, self.source.text_field) as shelf:
+            for path in self.files:
+                shelf.add(path)
+            order = numpy_rng("corpus", self.source.seed).permutation(len(shelf))
+            found = (document_of(*shelf.record(int(i)), self.source.text_field) for i in order)
+            any_text = False
+            for document in good(found, self.source.skip_bad):
+                any_text = any_text or bool(document.content)
+                yield document
+            if not any_text:
+                raise CorpusError(f"{self.root}: there is no text in it; give a corpus with documents")
 
 
 class StreamedCorpus:
     """A Hub dataset at one commit, read as it downloads; shuffled within a buffer, and by whole files where it has several."""
+
+    is_one_text = False
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -85,19 +112,22 @@ class StreamedCorpus:
             "id": self.source.corpus,
             "subset": self.source.subset,
             "split": self.source.split,
-            "text_field": self.source.text_field,
+            **self.source.about,
             "revision": self.revision,
             "order": f"streamed, shuffled within {self.source.buffer} documents by seed {self.source.seed}",
         }
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Document]:
         """Downloads only as far as it is asked for."""
         source = self.source
         with hub_errors(source):
             stream = load_stream(source, self.revision)
             stream = stream.shuffle(seed=derive_seed("corpus", source.seed) % 2**32, buffer_size=source.buffer)
-            for n, record in enumerate(stream):
-                yield text_of(record, source.text_field, f"{source.corpus}, document {n}")
+            found = (
+                document_of(f"{source.corpus}, document {n}", record, source.text_field)
+                for n, record in enumerate(stream)
+            )
+            yield from good(found, source.skip_bad)
 
 
 Corpus = LocalCorpus | StreamedCorpus
@@ -111,10 +141,8 @@ def open_corpus(source: Source, scratch: Path) -> Corpus:
     local = Path(source.corpus).expanduser()
     if local.exists():
         return LocalCorpus(source, scratch)
-    if source.corpus.startswith((".", "/", "~")) or source.corpus.endswith(tuple(READERS)):
-        raise CorpusError(
-            f"{local}: no such file or folder; give one of {', '.join(READERS)}, a folder of them, or a Hub id"
-        )
+    if source.corpus.startswith((".", "/", "~")) or is_read(local):
+        raise CorpusError(f"{local}: no such file or folder; give a file ({expected()}), a folder of them, or a Hub id")
     return StreamedCorpus(source)
 
 
@@ -147,97 +175,66 @@ def hub_errors(source: Source) -> Iterator[None]:
         ) from error
 
 
-def corpus_files(root: Path) -> list[Path]:
-    """The corpus files that a path names, sorted. Raises CorpusError when there are none that we can read."""
-    if root.is_dir():
-        found = sorted(p for p in root.rglob("*") if p.is_file() and p.name.endswith(tuple(READERS)))
-        if not found:
-            raise CorpusError(f"{root}: no corpus files in this folder; expected {', '.join(READERS)}")
-        return found
-    if not root.name.endswith(tuple(READERS)):
-        raise CorpusError(f"{root}: not a corpus file; expected {', '.join(READERS)}")
-    return [root]
+def good(found: Iterable[Document | CorpusError], allowed: int) -> Iterator[Document]:
+    """The documents, passing over at most `allowed` records that hold none, each named. Raises CorpusError for one more."""
+    n_bad = 0
+    for document in found:
+        if isinstance(document, Document):
+            yield document
+            continue
+        n_bad += 1
+        if n_bad > allowed:
+            hint = f"{allowed} bad records were allowed" if allowed else "mend it, or allow some: --skip-bad N"
+            raise CorpusError(f"{document}; {hint}")
+        say(f"skipped bad record {n_bad} of at most {allowed}: {document}")
 
 
-def read_documents(path: Path, field: str) -> Iterator[str]:
-    """The documents of one file in order. Raises CorpusError naming path and line for what cannot be read."""
-    reader = next(read for suffix, read in READERS.items() if path.name.endswith(suffix))
-    return reader(path, field)
-
-
-def read_json_lines(path: Path, field: str) -> Iterator[str]:
-    """One JSON object a line, compressed or not; empty lines are passed over."""
-    number = 0
+def document_of(where: str, record: Record | Unread | Any, field: str) -> Document | CorpusError:
+    """The document of one record, or what is wrong with it."""
+    if isinstance(record, Unread):
+        return CorpusError(f"{where}: {record.reason}")
+    if not isinstance(record, Mapping):
+        return CorpusError(f"{where}: expected a JSON object, found {type(record).__name__}")
     try:
-        with open_text(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield text_of(json.loads(line), field, f"{path}:{number}")
-    except (ValueError, EOFError, OSError, zstandard.ZstdError) as error:
-        if isinstance(error, CorpusError):
-            raise
-        at = number if isinstance(error, json.JSONDecodeError) else number + 1
-        raise CorpusError(f"{path}:{at}: cannot be read ({error}); expected one JSON object a line") from error
+        value = value_at(record, field)
+    except KeyError:
+        names = ", ".join(map(repr, record)) or "none"
+        return CorpusError(f"{where}: no field {field!r}; fields found: {names}; choose --text-field")
+    if isinstance(value, str):
+        return Document(where, well_formed(value))
+    if is_ids(value) or is_chat(value):
+        return Document(where, value)
+    kind = "null" if value is None else type(value).__name__
+    return CorpusError(f"{where}: field {field!r} is {kind}, expected text, token ids or messages; choose --text-field")
 
 
-def open_text(path: Path) -> io.TextIOWrapper:
-    """A text file of UTF-8, decompressed as its name says."""
-    if path.suffix == ".zst":
-        return io.TextIOWrapper(zstandard.open(path, "rb"), encoding="utf-8")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return open(path, encoding="utf-8")
+def value_at(record: Mapping[str, Any], field: str) -> Any:
+    """A column's value, or that of a path into nested ones. Raises KeyError."""
+    if field in record:
+        return record[field]
+    value: Any = record
+    for part in field.split("."):
+        if not isinstance(value, Mapping):
+            raise KeyError(field)
+        value = value[part]
+    return value
 
 
-def read_text(path: Path, _field: str) -> Iterator[str]:
-    """A text file is one document."""
-    try:
-        yield path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: not UTF-8 text ({error}); convert it or leave it out") from error
+def well_formed(text: str) -> str:
+    """The text with `?` for halves of surrogate pairs, which JSON may hold and UTF-8 cannot."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-def read_parquet(path: Path, field: str) -> Iterator[str]:
-    """A column of a Parquet file, read piece by piece."""
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if field not in file.schema_arrow.names:
-            raise no_field(f"{path}", field, file.schema_arrow.names)
-        for batch in file.iter_batches(columns=[field]):
-            for n, text in enumerate(batch.column(0).to_pylist()):
-                yield text_of({field: text}, field, f"{path}, row {n} of a batch")
-    except pyarrow.ArrowException as error:
-        raise CorpusError(f"{path}: cannot be read as Parquet ({error})") from error
+def is_ids(value: Any) -> bool:
+    """Whether it is a list of token ids."""
+    return isinstance(value, list) and bool(value) and all(type(id) is int for id in value)
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    ".jsonl": read_json_lines,
-    ".jsonl.zst": read_json_lines,
-    ".jsonl.gz": read_json_lines,
-    ".json.gz": read_json_lines,
-    ".txt": read_text,
-    ".parquet": read_parquet,
-}
+def is_chat(value: Any) -> bool:
+    """Whether it is a list of messages, each with a role."""
+    return isinstance(value, list) and bool(value) and all(is_message(one) for one in value)
 
 
-def text_of(record: Any, field: str, where: str) -> str:
-    """The text of one record. Raises CorpusError when the field is not there or is not text."""
-    if not isinstance(record, dict):
-        raise CorpusError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    if field not in record:
-        raise no_field(where, field, list(record))
-    if not isinstance(record[field], str):
-        raise CorpusError(
-            f"{where}: field {field!r} is {type(record[field]).__name__}, expected text; choose --text-field"
-        )
-    return str(record[field])
-
-
-def no_field(where: str, field: str, found: list[str]) -> CorpusError:
-    """The error for a record without the text field."""
-    return CorpusError(
-        f"{where}: no field {field!r}; fields found: {', '.join(map(repr, found)) or 'none'}; choose --text-field"
-    )
+def is_message(value: Any) -> bool:
+    """Whether it has a role, and content that is text or that a template may know."""
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value

@@ -12,6 +12,7 @@ import torch
 
 from harvest.config import CHUNK_ROWS, EVAL_SHARE, SHARD_CHUNKS, HarvestConfig
 from harvest.corpus import Corpus, Source, open_corpus
+from harvest.texts import Reader
 from harvest.tokens import Packing
 from pipeline.base.errors import DamagedError, ModelError, StoreError
 from pipeline.base.runtime import local_rank, resolve_device, resolve_dtype
@@ -65,6 +66,11 @@ class Plan:
     n_eval: int
     stores: Mapping[int, str]
     configs: Mapping[int, dict[str, Any]]
+
+    @property
+    def reader(self) -> Reader:
+        """How documents become tokens."""
+        return Reader(self.tokenizer, self.info.vocab, self.config.parse_special, self.config.roles)
 
     @property
     def estimate(self) -> int:
@@ -187,7 +193,13 @@ def shared_config(
         "shard_rows": config.shard_rows,
         "chunk_rows": config.chunk_rows,
         "codec": config.codec,
-    }
+    } | texts_config(config)
+
+
+def texts_config(config: HarvestConfig) -> dict[str, Any]:
+    """How texts are read, where it is not the plain way; stores without these fields were read plainly."""
+    special = {"parse_special": True} if config.parse_special else {}
+    return special | ({"roles": list(config.roles)} if config.roles else {})
 
 
 def keep_name(identity: dict[str, Any], held: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -201,7 +213,16 @@ def find_corpora(config: HarvestConfig, held: Mapping[str, Any]) -> Corpora:
 
     def source(name: str, corpus: str, subset: str | None) -> Source:
         revision = (held.get(name) or {}).get("revision")
-        return Source(corpus, subset, config.split, config.text_field, config.seed, config.max_buffer, revision)
+        return Source(
+            corpus,
+            subset=subset,
+            split=config.split,
+            text_field=config.text_field,
+            seed=config.seed,
+            buffer=config.max_buffer,
+            revision=revision,
+            skip_bad=config.skip_bad,
+        )
 
     return Corpora(
         training=source("corpus", config.corpus, config.subset),

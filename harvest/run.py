@@ -14,7 +14,8 @@ import numpy as np
 from harvest.config import HarvestConfig
 from harvest.forward import harvest_shards, pending_shards
 from harvest.plan import Plan, beside, make_plan
-from harvest.tokens import Tokens, mark_special, pack, scratch_array, shuffle, tokenized
+from harvest.texts import Tokens
+from harvest.tokens import Pieces, mark_special, pack, scratch_array, shuffle, tokenized
 from pipeline.base.errors import DamagedError, MismatchError, StoreError
 from pipeline.base.files import disk_errors, free_bytes, human_bytes, lock_folder, require_free
 from pipeline.base.progress import Progress, format_seconds, say
@@ -23,6 +24,7 @@ from pipeline.model.split_lm import SplitLM, forward_seconds
 from pipeline.store.backend import is_url, make_folder
 from pipeline.store.prepare import SplitTokens, prepare, resume
 from pipeline.store.reader import Split, Store
+from pipeline.store.split import Mask
 from pipeline.store.writer import StoreWriter
 
 Barrier = Callable[[], None]
@@ -191,34 +193,44 @@ def copied(plan: Plan, split: Split) -> SplitTokens:
 def make_tokens(plan: Plan, quiet: bool) -> tuple[SplitTokens, SplitTokens]:
     """Tokens of both splits: documents split first, then packed, then the sequences of each segment shuffled.
 
-    Without a corpus of its own, evaluation takes the first documents and training goes on with the next one.
+    Without a corpus of its own, evaluation takes the first documents and training goes on with the next one; of a single
+    text evaluation takes the beginning, and training goes on one context further.
     """
     training, other = plan.corpora.opened
-    stream = tokenized(training.documents(), plan.tokenizer)
-    eval_stream = stream if other is None else tokenized(other.documents(), plan.tokenizer)
+    stream = tokenized(training.documents(), plan.reader)
+    eval_stream = stream if other is None else tokenized(other.documents(), plan.reader)
     with contextlib.closing(stream), contextlib.closing(eval_stream):
-        eval_rows = pack_split(plan, eval_stream, plan.n_eval, "evaluation", quiet)
-        train_rows = pack_split(plan, stream, plan.n_train, "training", quiet)
+        pieces = Pieces(stream)
+        eval_rows = pack_split(plan, pieces if other is None else Pieces(eval_stream), plan.n_eval, "evaluation", quiet)
+        if other is None and training.is_one_text:
+            pieces.skip_tokens(plan.config.context)
+        elif other is None:
+            pieces.skip_document()
+        train_rows = pack_split(plan, pieces, plan.n_train, "training", quiet)
     return finished(plan, train_rows, plan.segments), finished(plan, eval_rows, (plan.n_eval,))
 
 
-def pack_split(plan: Plan, documents: Iterator[list[int]], n_sequences: int, what: str, quiet: bool) -> Tokens:
-    """The next rows of a stream of tokenised documents, with progress."""
-    rows = scratch_array(plan.corpora.scratch, (n_sequences, plan.config.context), np.int32)
+def pack_split(plan: Plan, pieces: Pieces, n_sequences: int, what: str, quiet: bool) -> tuple[Tokens, Mask]:
+    """The next rows of a stream of tokenised documents and where they are not to be kept, with progress."""
+    shape = (n_sequences, plan.config.context)
+    rows = scratch_array(plan.corpora.scratch, shape, np.int32)
+    left_out = scratch_array(plan.corpora.scratch, shape, np.bool_)
     with Progress(n_sequences, f"tokenise {what}", "sequence", quiet=quiet) as bar:
 
         def advance(rows: int, n_documents: int) -> None:
             bar.advance(rows - bar.n, f"{n_documents:,} documents")
 
-        pack(documents, plan.packing, rows, what, advance)
-    return rows
+        pack(pieces, plan.packing, rows, left_out, what, advance)
+    return rows, left_out
 
 
-def finished(plan: Plan, rows: Tokens, segments: Sequence[int]) -> SplitTokens:
-    """Rows shuffled within their segments, with their mask of special tokens."""
+def finished(plan: Plan, packed: tuple[Tokens, Mask], segments: Sequence[int]) -> SplitTokens:
+    """Rows shuffled within their segments, with their mask of special tokens and of those that are not to be kept."""
+    rows, left_out = packed
     tokens = scratch_array(plan.corpora.scratch, rows.shape, np.int32)
     special = scratch_array(plan.corpora.scratch, rows.shape, np.bool_)
     shuffle(rows, segments, plan.config.seed, tokens)
+    shuffle(left_out, segments, plan.config.seed, special)
     mark_special(tokens, plan.configs[plan.config.layers[0]]["special_ids"], plan.info.vocab, special)
     return SplitTokens(tokens, special)
 

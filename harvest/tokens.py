@@ -3,11 +3,13 @@
     row  =  BOS, then context − 1 tokens of text        (without a BOS: context tokens of text)
 
 Documents follow each other in a row with a separator between them (the BOS, or the EOS where there is no BOS), left out
-where a document starts a row. A long document goes on in the next row. The last fragment is dropped.
+where a document starts a row. A long document goes on in the next row. The last fragment is dropped. Giant texts are cut
+before they are tokenised, so that memory does not grow with them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import tempfile
@@ -20,11 +22,12 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from harvest.corpus import Document
+from harvest.texts import Part, Piece, Reader, Tokens
 from pipeline.base.errors import CorpusError, ModelError
 from pipeline.base.files import disk_errors, require_free
 from pipeline.base.runtime import numpy_rng
 
-Tokens = npt.NDArray[np.int32]
 Item = TypeVar("Item")
 
 BATCH_CHARACTERS = 2_000_000
@@ -56,11 +59,46 @@ def scratch_array(folder: Path, shape: tuple[int, ...], dtype: type[np.generic])
             return np.memmap(file, dtype, "r+", shape=shape)
 
 
-class Packer:
-    """Fills rows [seq, pos] with documents, one after the other, and stops when they are full."""
+class Pieces:
+    """A stream of pieces that several splits take from, one after the other."""
 
-    def __init__(self, packing: Packing, rows: Tokens) -> None:
-        self.packing, self.rows = packing, rows
+    def __init__(self, pieces: Iterator[Piece]) -> None:
+        self.pieces = pieces
+        self.waiting: Piece | None = None
+
+    def next(self) -> Piece | None:
+        """The next piece; None at the end."""
+        piece, self.waiting = self.waiting, None
+        return piece if piece is not None else next(self.pieces, None)
+
+    def put_back(self, piece: Piece) -> None:
+        """Let `next` give this one."""
+        self.waiting = piece
+
+    def skip_document(self) -> None:
+        """Drop what is left of the document in hand."""
+        while (piece := self.next()) is not None:
+            if piece.starts:
+                self.put_back(piece)
+                return
+
+    def skip_tokens(self, n: int) -> None:
+        """Drop n tokens; what follows begins a document."""
+        while n > 0 and (piece := self.next()) is not None:
+            rest = piece.after(min(n, len(piece.ids)))
+            n -= len(piece.ids)
+            if len(rest.ids):
+                self.put_back(dataclasses.replace(rest, starts=True))
+
+
+class Packer:
+    """Fills rows [seq, pos] with documents, one after the other, and stops when they are full.
+
+    `left_out` [seq, pos] is set where a piece's tokens are not to be kept.
+    """
+
+    def __init__(self, packing: Packing, rows: Tokens, left_out: npt.NDArray[np.bool_]) -> None:
+        self.packing, self.rows, self.left_out = packing, rows, left_out
         self.row, self.at, self.n_documents = 0, 0, 0
 
     @property
@@ -68,77 +106,72 @@ class Packer:
         """Whether every row is complete."""
         return self.row == len(self.rows)
 
-    def add(self, document: Sequence[int]) -> None:
-        """One document's tokens; what does not fit any more is dropped."""
-        if len(document) == 0 or self.full:
-            return
-        if self.at > (self.packing.bos is not None):
-            self._put(np.array([self.packing.separator], np.int32))
-        self._put(np.asarray(document, np.int32))
-        self.n_documents += 1
+    def add(self, piece: Piece) -> int:
+        """A piece's tokens, as many as fit; returns how many did."""
+        if len(piece.ids) == 0 or self.full:
+            return 0
+        if piece.starts:
+            if self.at > (self.packing.bos is not None):
+                self._put(np.array([self.packing.separator], np.int32), None)
+            self.n_documents += 1
+        return self._put(piece.ids, piece.kept)
 
-    def _put(self, tokens: Tokens) -> None:
-        while len(tokens) and not self.full:
+    def _put(self, tokens: Tokens, kept: npt.NDArray[np.bool_] | None) -> int:
+        done = 0
+        while done < len(tokens) and not self.full:
             if self.at == 0 and self.packing.bos is not None:
                 self.rows[self.row, 0], self.at = self.packing.bos, 1
-            n = min(len(tokens), self.packing.context - self.at)
-            self.rows[self.row, self.at : self.at + n] = tokens[:n]
-            tokens, self.at = tokens[n:], self.at + n
+            n = min(len(tokens) - done, self.packing.context - self.at)
+            self.rows[self.row, self.at : self.at + n] = tokens[done : done + n]
+            if kept is not None:
+                self.left_out[self.row, self.at : self.at + n] = ~kept[done : done + n]
+            done, self.at = done + n, self.at + n
             if self.at == self.packing.context:
                 self.row, self.at = self.row + 1, 0
+        return done
 
 
 def pack(
-    documents: Iterator[Sequence[int]],
+    pieces: Pieces,
     packing: Packing,
     rows: Tokens,
+    left_out: npt.NDArray[np.bool_],
     what: str,
     progress: Callable[[int, int], None] = lambda rows, documents: None,
 ) -> int:
     """Fill `rows` [seq, context] with the documents in order; returns how many documents they took.
 
-    Only as many documents are taken as it needs, so the next caller goes on with the one after. `progress` is told rows
-    and documents so far. Raises CorpusError, saying how many tokens there were, when there are too few.
+    Only as much is taken as it needs, so the next caller goes on in the middle of the last document, or skips its rest.
+    `progress` is told rows and documents so far. Raises CorpusError, saying how many tokens there were, when there are too
+    few.
     """
-    packer = Packer(packing, rows)
+    packer = Packer(packing, rows, left_out)
     while not packer.full:
-        document = next(documents, None)
-        if document is None:
+        piece = pieces.next()
+        if piece is None:
             raise CorpusError(
                 f"the {what} corpus is shorter than asked: {packer.row * packing.context:,} tokens in whole rows, "
                 f"{rows.size:,} asked; ask for fewer or give a longer corpus"
             )
-        packer.add(document)
+        n = packer.add(piece)
+        if n < len(piece.ids):
+            pieces.put_back(piece.after(n))
         progress(packer.row, packer.n_documents)
     return packer.n_documents
 
 
-def tokenized(texts: Iterator[str], tokenizer: Any) -> Generator[list[int], None, None]:
-    """Token ids of each text, without special tokens, tokenised in batches one ahead of who reads them.
-
-    What looks like a special token inside a text is text: a corpus cannot put in a BOS.
-    """
-    plain = {
-        "add_special_tokens": False,
-        "split_special_tokens": True,
-        "return_attention_mask": False,
-        "verbose": False,
-    }
-
-    def batches() -> Iterator[list[list[int]]]:
-        for batch in batched(texts, BATCH_CHARACTERS):
-            yield tokenizer(batch, **plain)["input_ids"]
-
-    for batch in ahead(batches()):
+def tokenized(documents: Iterator[Document], reader: Reader) -> Generator[Piece, None, None]:
+    """The tokens of each document, made in batches one ahead of who reads them."""
+    for batch in ahead(reader.pieces(batch) for batch in batched(reader.parts(documents), BATCH_CHARACTERS)):
         yield from batch
 
 
-def batched(texts: Iterator[str], n_characters: int) -> Iterator[list[str]]:
-    """Groups of texts of at least so many characters together, the last one of what is left."""
+def batched(parts: Iterator[Part], n_characters: int) -> Iterator[list[Part]]:
+    """Groups of parts of at least so many characters together, the last one of what is left."""
     batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for part in parts:
+        batch.append(part)
+        size += len(part.text) or len(part.ids)
         if size >= n_characters:
             yield batch
             batch, size = [], 0
@@ -156,7 +189,7 @@ def ahead(items: Iterator[Item]) -> Iterator[Item]:
             yield item
 
 
-def shuffle(rows: Tokens, segments: Sequence[int], seed: int, out: Tokens) -> None:
+def shuffle(rows: npt.NDArray[Any], segments: Sequence[int], seed: int, out: npt.NDArray[Any]) -> None:
     """Sequences into `out`, permuted by seed within each segment, so that an extension leaves those before it as they were.
 
     `segments` are cumulative numbers of sequences.
@@ -168,7 +201,7 @@ def shuffle(rows: Tokens, segments: Sequence[int], seed: int, out: Tokens) -> No
 
 
 def mark_special(tokens: Tokens, special: Sequence[int], vocab: int, out: npt.NDArray[np.bool_]) -> None:
-    """Set `out` to true at special tokens and at position 0 of every row, else to false.
+    """Set `out` to true at special tokens and at position 0 of every row, and leave it as it is elsewhere.
 
     Raises ModelError for an id that the model does not have.
     """
@@ -180,5 +213,5 @@ def mark_special(tokens: Tokens, special: Sequence[int], vocab: int, out: npt.ND
             raise ModelError(
                 f"the tokenizer makes token {int(block.max())}, the model knows {vocab}; give the model its own tokenizer"
             )
-        out[a : a + BLOCK] = table[block]
+        out[a : a + BLOCK] |= table[block]
     out[:, 0] = True

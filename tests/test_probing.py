@@ -17,6 +17,7 @@ from evaluate.probing.series import merge, series
 from evaluate.probing.texts import TextModel, make_bank, pool_latents, text_model, whole_texts
 from pipeline.base.errors import CorpusError, UsageError
 from pipeline.model.split_lm import SplitLM, load_tokenizer, resolve_bos
+from support import tiny_models
 from support.probing_cases import random_sae
 
 WORDS = {"austen": "residual stream", "other": "small model", "female": "best times", "male": "worst line"}
@@ -202,3 +203,12 @@ def test_missing_values_are_left_out_of_the_mean_over_tasks_and_seeds() -> None:
 def test_a_config_that_cannot_be_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         config(Path("x"), **changes)
+
+
+def test_texts_forge_no_special_tokens(lm_folder: Callable[[str], Path]) -> None:
+    """What looks like a special token in a text is text, unless the store was made with --parse-special."""
+    lm = SplitLM.load(str(lm_folder("gemma2")), part="prefix", layers=[1])
+    tokenizer = tiny_models.build_tokenizer()
+    plain, parsed = (text_model(lm, tokenizer, 1, 2, parse_special=parse) for parse in (False, True))
+    assert not {1, 2} & set(plain.tokenize(["a<bos>b<eos>"])[0])
+    assert {1, 2} <= set(parsed.tokenize(["a<bos>b<eos>"])[0])

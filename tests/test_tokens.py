@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harvest.corpus import Content, Document
+from harvest.texts import Part, Piece, Reader, Tokens
 from harvest.tokens import (
     Packing,
-    Tokens,
+    Pieces,
     ahead,
     batched,
     mark_special,
@@ -45,10 +48,24 @@ def expected_stream(documents: list[list[int]], context: int, bos: int | None, s
     return out
 
 
-def packed(documents: Iterator[list[int]], packing: Packing, n: int, what: str) -> tuple[Tokens, int]:
-    """Rows packed into new memory, and how many documents they took."""
+def packed(documents: Iterator[list[int]] | Pieces, packing: Packing, n: int, what: str) -> tuple[Tokens, int]:
+    """Rows packed into new memory, and how many documents they took; the rest of the last one is skipped."""
     rows = np.empty((n, packing.context), np.int32)
-    return rows, pack(documents, packing, rows, what)
+    pieces = documents if isinstance(documents, Pieces) else pieces_of(documents)
+    n_documents = pack(pieces, packing, rows, np.zeros(rows.shape, np.bool_), what)
+    pieces.skip_document()
+    return rows, n_documents
+
+
+def pieces_of(documents: Iterable[list[int]]) -> Pieces:
+    """Whole documents."""
+    return Pieces(Piece(np.array(ids, np.int32)) for ids in documents)
+
+
+def ids_of(texts: Iterable[Content], **options: Any) -> list[list[int]]:
+    """Tokens of documents, all of whose parts belong to the one they start with."""
+    reader = Reader(tiny_models.build_tokenizer(), tiny_models.VOCAB, **options)
+    return [piece.ids.tolist() for piece in tokenized((Document("x", text) for text in texts), reader)]
 
 
 def shuffled(rows: Tokens, segments: tuple[int, ...], seed: int) -> Tokens:
@@ -59,8 +76,8 @@ def shuffled(rows: Tokens, segments: tuple[int, ...], seed: int) -> Tokens:
 
 
 def marked(tokens: Tokens, special: list[int], vocab: int) -> Mask:
-    """The mask of special tokens, in memory that held something else."""
-    out = np.ones(tokens.shape, np.bool_)
+    """The mask of special tokens where everything was to be kept."""
+    out = np.zeros(tokens.shape, np.bool_)
     mark_special(tokens, special, vocab, out)
     return out
 
@@ -94,7 +111,7 @@ def test_a_document_that_starts_a_row_has_no_second_bos_before_it() -> None:
 
 
 def test_no_document_is_in_two_splits() -> None:
-    documents = iter([[10] * 9, [11] * 9, [12] * 9, [13] * 9])
+    documents = pieces_of([[10] * 9, [11] * 9, [12] * 9, [13] * 9])
     first, _ = packed(documents, Packing(4, BOS, BOS), 2, "evaluation")
     second, _ = packed(documents, Packing(4, BOS, BOS), 4, "training")
     assert set(first.reshape(-1).tolist()) == {BOS, 10}
@@ -142,20 +159,21 @@ def test_scratch_arrays_are_files_that_nobody_sees(tmp_path: Path) -> None:
 def test_texts_are_tokenised_in_order_without_special_tokens() -> None:
     tokenizer = tiny_models.build_tokenizer()
     texts = [f"text {n}" for n in range(20)]
-    ids = list(tokenized(iter(texts), tokenizer))
+    ids = ids_of(texts)
     assert [tokenizer.decode(i) for i in ids] == texts
     assert not any({0, 1, 2} & set(i) for i in ids)
 
 
 def test_what_looks_like_a_special_token_in_a_text_is_text() -> None:
     tokenizer = tiny_models.build_tokenizer()
-    (ids,) = tokenized(iter(["a<bos>b<eos>"]), tokenizer)
+    (ids,) = ids_of(["a<bos>b<eos>"])
     assert not {1, 2} & set(ids)
     assert tokenizer.decode(ids) == "a<bos>b<eos>"
 
 
 def test_texts_are_grouped_by_their_length() -> None:
-    assert list(batched(iter(["aaaa", "b", "cc", "ddddd", "e"]), 4)) == [["aaaa"], ["b", "cc", "ddddd"], ["e"]]
+    groups = batched((Part("x", text) for text in ("aaaa", "b", "cc", "ddddd", "e")), 4)
+    assert [[part.text for part in group] for group in groups] == [["aaaa"], ["b", "cc", "ddddd"], ["e"]]
 
 
 def test_the_next_item_is_made_while_one_is_used() -> None:
@@ -187,8 +205,8 @@ def test_an_error_in_the_thread_comes_through_in_its_place() -> None:
 
 def test_the_thread_ends_when_its_reader_stops_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harvest.tokens.BATCH_CHARACTERS", 1000)
-    texts = (f"text {n}" for n in range(10**9))
-    stream = tokenized(texts, tiny_models.build_tokenizer())
+    texts = (Document("x", f"text {n}") for n in range(10**9))
+    stream = tokenized(texts, Reader(tiny_models.build_tokenizer(), tiny_models.VOCAB))
     next(stream)
     stream.close()
     deadline = time.monotonic() + 10

@@ -2,20 +2,20 @@
 
 A data set is two tables (train, test) of rows (text, first attribute, second attribute), in file order. The two Hub sets
 are SAEBench's, with its columns, pairs and classes (EVALUATION.md 2.1); a local one is a folder with train.* and test.*,
-or two files, `TRAIN,TEST`, in .jsonl or .jsonl.zst.
+or two files, `TRAIN,TEST`, in any format that `pipeline.base.records` reads.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import CorpusError, UsageError
 from pipeline.base.files import canonical_json, sha256
+from pipeline.base.records import READERS, kind_of, whole_records
 
 Value = str | int | float | bool
 Pair = tuple[Value, Value]
@@ -129,7 +129,7 @@ def load_attribute_data(
         first_pairs = named_pairs(pairs, distinct(train.first), spec.names, source) or spec.first_pairs
         return AttributeData(source, spec.columns, train, test, first_pairs, spec.second_pair, spec.classes, spec.names)
     train_path, test_path = local_paths(source)
-    train_rows, test_rows = read_json_lines(train_path), read_json_lines(test_path)
+    train_rows, test_rows = whole_records(train_path), whole_records(test_path)
     columns = find_columns(train_path, train_rows, text, attributes)
     train, test = to_table(train_rows, columns, train_path), to_table(test_rows, columns, test_path)
     first, second = distinct(train.first), distinct(train.second)
@@ -202,42 +202,11 @@ def local_paths(source: str) -> tuple[Path, Path]:
 
 
 def only_file(folder: Path, split: str) -> Path:
-    """`train.jsonl` or `train.jsonl.zst` of a folder. Raises CorpusError unless exactly one is there."""
-    found = [path for name in (f"{split}.jsonl", f"{split}.jsonl.zst") if (path := folder / name).is_file()]
+    """`train.jsonl`, `train.parquet` and the like. Raises CorpusError unless exactly one is there."""
+    found = [path for path in sorted(folder.glob(f"{split}.*")) if kind_of(path) in READERS and path.is_file()]
     if len(found) != 1:
-        raise CorpusError(f"{folder}: expected one of {split}.jsonl and {split}.jsonl.zst, found {len(found)}")
+        raise CorpusError(f"{folder}: expected one file {split}.jsonl, .csv, .parquet or the like, found {len(found)}")
     return found[0]
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Every row of a .jsonl or .jsonl.zst file. Raises CorpusError naming the line that is not a JSON object."""
-    rows = []
-    for number, line in enumerate(text_lines(path), 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CorpusError(f"{path}: line {number} is not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise CorpusError(f"{path}: line {number} is not a JSON object")
-        rows.append(row)
-    if not rows:
-        raise CorpusError(f"{path}: there is no row in it")
-    return rows
-
-
-def text_lines(path: Path) -> Iterator[str]:
-    """Lines that are not blank, decompressed where the name ends in .zst. Raises CorpusError when it cannot be read."""
-    import zstandard
-
-    try:
-        with (
-            zstandard.open(path, "rt", encoding="utf-8")
-            if path.suffix == ".zst"
-            else open(path, encoding="utf-8") as lines
-        ):
-            yield from (line for line in lines if line.strip())
-    except (OSError, UnicodeDecodeError, zstandard.ZstdError) as error:
-        raise CorpusError(f"{path}: cannot be read ({error})") from error
 
 
 def find_columns(

@@ -42,11 +42,13 @@ class TextModel:
     identity: Mapping[str, Any]
 
 
-def text_model(lm: SplitLM, tokenizer: Any, layer: int, bos: int | None) -> TextModel:
-    """A SplitLM's prefix and its Hugging Face tokenizer as a TextModel; `bos` as the store has it."""
+def text_model(lm: SplitLM, tokenizer: Any, layer: int, bos: int | None, *, parse_special: bool = False) -> TextModel:
+    """A SplitLM's prefix and its Hugging Face tokenizer as a TextModel; `bos` and `parse_special` as the store has them."""
     lm_identity = {"weights_sha256": lm.weights_sha256, "layer": layer, "dtype": str(lm.dtype), "bos": bos}
+    lm_identity |= {"parse_special": parse_special}
+    options = {"add_special_tokens": False, "split_special_tokens": not parse_special}
     return TextModel(
-        tokenize=lambda texts: tokenizer(list(texts), add_special_tokens=False)["input_ids"],
+        tokenize=lambda texts: tokenizer(list(texts), **options)["input_ids"],
         residual=lambda tokens: lm.prefix(tokens.to(lm.device))[layer],
         bos=bos,
         special=tuple(special_ids(tokenizer)),

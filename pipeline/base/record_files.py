@@ -1,0 +1,159 @@
+"""Which files of a path hold the records of a split: a file, a folder, what `datasets` saved, a copy of a Hub data set.
+
+A folder is read as `datasets` would read it: what `save_to_disk` wrote by its own index, a data set's card (README.md) by the
+configurations it names, else by the splits that file names show (train.jsonl, test-00000-of-00002.parquet). Where none shows,
+every file is read. Hidden files, readmes and licences never are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.base.errors import CorpusError
+from pipeline.base.files import read_json
+from pipeline.base.records import COMPRESSED, READERS, kind_of
+
+ABOUT = (
+    "readme",
+    "license",
+    "licence",
+    "copying",
+    "notice",
+    "changelog",
+    "dataset_info",
+    "dataset_infos",
+    "dataset_dict",
+    "state",
+)
+"""Beginnings of names of files that are about a data set."""
+TEXT = ".txt"
+
+
+def record_files(root: Path, split: str, subset: str | None) -> list[Path]:
+    """The files of a split, sorted. Raises CorpusError when there are none, naming the splits or subsets there are."""
+    if not root.is_dir():
+        return [require_kind(root)]
+    if (root / "dataset_dict.json").is_file():
+        return saved_files(one_of(root, "split", split, read_json(root / "dataset_dict.json").get("splits", ())), split)
+    if (root / "state.json").is_file():
+        return saved_files(root, split)
+    if configs := card_configs(root):
+        return card_files(root, configs, split, subset)
+    if subset is not None:
+        root = one_of(root, "subset", subset, [p.name for p in sorted(root.iterdir()) if p.is_dir()])
+    return folder_files(root, split)
+
+
+def require_kind(path: Path) -> Path:
+    """The path. Raises CorpusError unless it names a file of records or of text."""
+    if not is_read(path):
+        raise CorpusError(f"{path}: not a corpus file; expected {expected()}")
+    return path
+
+
+def is_read(path: Path) -> bool:
+    """Whether a file's name says that it holds records or text."""
+    return kind_of(path) in (*READERS, TEXT)
+
+
+def expected() -> str:
+    """What can be read, for messages."""
+    return f"{', '.join((*READERS, TEXT))}, or compressed ({', '.join(COMPRESSED)})"
+
+
+def one_of(root: Path, what: str, asked: str, there: Any) -> Path:
+    """The folder of a split or subset. Raises CorpusError naming those that are there."""
+    names = [str(name) for name in there]
+    if asked not in names:
+        raise CorpusError(f"{root}: no {what} {asked!r}; there are {', '.join(names) or 'none'}; choose --{what}")
+    return root / asked
+
+
+def saved_files(folder: Path, split: str) -> list[Path]:
+    """The Arrow files that `Dataset.save_to_disk` wrote, in its order."""
+    state = read_json(folder / "state.json")
+    held = state.get("_split")
+    if held is not None and held != split:
+        raise CorpusError(f"{folder}: holds the split {held!r}, not {split!r}; choose --split {held}")
+    files = state.get("_data_files")
+    if not isinstance(files, list) or not all(
+        isinstance(f, Mapping) and isinstance(f.get("filename"), str) for f in files
+    ):
+        raise CorpusError(f"{folder}/state.json: does not list its files; save the data set again")
+    found = [folder / f["filename"] for f in files]
+    for path in found:
+        if path.parent != folder or not path.is_file():
+            raise CorpusError(f"{path}: named by {folder}/state.json and not there; save the data set again")
+    return found
+
+
+def card_configs(root: Path) -> list[dict[str, Any]]:
+    """The configurations that a data set's card names, if any."""
+    from huggingface_hub import metadata_load
+
+    card = root / "README.md"
+    try:
+        found = (metadata_load(card) or {}) if card.is_file() else {}
+    except (ValueError, OSError) as error:
+        raise CorpusError(f"{card}: its header cannot be read ({type(error).__name__}); mend or remove it") from error
+    configs = found.get("configs") if isinstance(found, dict) else None
+    return [c for c in configs or () if isinstance(c, dict) and c.get("data_files")]
+
+
+def card_files(root: Path, configs: list[dict[str, Any]], split: str, subset: str | None) -> list[Path]:
+    """The files that a card names for a subset's split."""
+    by_name = {str(c.get("config_name", "default")): c for c in configs}
+    default = next((name for name, c in by_name.items() if c.get("default") or name == "default"), None)
+    chosen = subset or default or (next(iter(by_name)) if len(by_name) == 1 else None)
+    if chosen is None or chosen not in by_name:
+        raise CorpusError(f"{root}: which subset? there are {', '.join(by_name)}; choose --subset")
+    given = by_name[chosen]["data_files"]
+    entries = (
+        given
+        if isinstance(given, list) and given and isinstance(given[0], dict)
+        else [{"split": "train", "path": given}]
+    )
+    patterns = {str(e.get("split", "train")): e.get("path") for e in entries if isinstance(e, dict)}
+    one_of(root, "split", split, patterns)
+    wanted = patterns[split]
+    found = [p for pattern in ([wanted] if isinstance(wanted, str) else wanted or ()) for p in root.glob(str(pattern))]
+    return existing(root, [p for p in found if p.is_file() and root.resolve() in p.resolve().parents], split)
+
+
+def folder_files(root: Path, split: str) -> list[Path]:
+    """The files of a split by their names, as `datasets` finds them; every file where no name shows a split."""
+    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
+
+    candidates = [p for p in sorted(root.rglob("*")) if p.is_file() and is_read(p) and not is_about(p, root)]
+    if not candidates:
+        raise CorpusError(f"{root}: no corpus files in this folder; expected {expected()}")
+    try:
+        patterns = get_data_patterns(str(root))
+    except EmptyDatasetError:
+        patterns = {}
+    if all(list(found) == ["**"] for found in patterns.values()):
+        return candidates
+    splits: dict[str, set[Path]] = {str(name): set() for name in patterns}
+    for name, found in patterns.items():
+        for pattern in found:
+            with contextlib.suppress(FileNotFoundError):  # one of several ways to write a split's name
+                splits[str(name)] |= {Path(path) for path in resolve_pattern(pattern, str(root))}
+    one_of(root, "split", split, splits)
+    return existing(root, [path for path in candidates if path.absolute() in splits[split]], split)
+
+
+def is_about(path: Path, root: Path) -> bool:
+    """Whether a file is hidden, or about the data rather than data."""
+    parts = path.relative_to(root).parts
+    return any(part.startswith((".", "__")) for part in parts) or path.name.lower().split(".")[0] in ABOUT
+
+
+def existing(root: Path, files: list[Path], split: str) -> list[Path]:
+    """Sorted, each once. Raises CorpusError when there are none that can be read."""
+    found = sorted({path for path in files if is_read(path)})
+    if not found:
+        raise CorpusError(f"{root}: no file of split {split!r} that can be read; expected {expected()}")
+    return found
