@@ -115,14 +115,14 @@ def command(layers: tuple[int, ...], dry_run: bool, as_json: bool, repair: bool,
     Production, on one GPU (first accept the licence of google/gemma-2-2b on the Hub, then `hf auth login`):
       python -m harvest --layer 19 --tokens 10M --store /data/gemma-2-2b-19.zarr
     """
-    from harvest.run import planned, run  # here, so that --help does not load torch and transformers
+    from harvest import run as stage  # here, so that --help does not load torch and transformers
 
     if as_json and not dry_run:
         raise UsageError("--json goes with --dry-run")
     config = HarvestConfig(layers=tuple(layers), **options)
     if not dry_run:
-        run(config, repair=repair)
-    elif (plan := planned(config, repair=repair)) and as_json:
+        stage.run(config, repair=repair)
+    elif (plan := stage.dry_run(config, repair=repair)) and as_json:
         print_json(plan)
 
 

@@ -3,6 +3,7 @@ import pytest
 
 from pipeline.base.cli import COUNT, SIZE, main
 from pipeline.base.errors import CorpusError, UsageError
+from pipeline.base.progress import Progress, say, silenced
 from pipeline.experiment.experiment import Experiment
 from pipeline.experiment.stages import options
 
@@ -64,3 +65,13 @@ def test_shipped_experiments_are_readable_by_name(name: str, tmp_path: object) -
 
     experiment = Experiment.read(Path(f"{name}.toml"))
     assert experiment.train[0]["alpha"] == [0, 0.1, 0.2, 0.3, 0.5]
+
+
+def test_silence_holds_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    """Inside the block neither lines nor progress are written; nested blocks and what comes after are as before."""
+    with silenced(), silenced(False):
+        say("a")
+        with Progress(1, "work", "row") as bar:
+            bar.advance(1)
+    say("b")
+    assert capsys.readouterr().err == "b\n"

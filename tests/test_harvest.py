@@ -17,10 +17,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import harvest.forward
+import harvest.plan
 import harvest.run
 from harvest.__main__ import command
 from harvest.config import HarvestConfig
-from harvest.run import run
+from harvest.run import dry_run, run
 from pipeline.base.errors import CorpusError, DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
 from pipeline.base.files import lock_folder
 from pipeline.model.split_lm import SplitLM, load_tokenizer
@@ -362,7 +363,7 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(
 def test_the_estimate_of_the_size_is_right(config: HarvestConfig, codec: Any) -> None:
     config = config.replace(codec=codec)
     run(config, quiet=True)
-    estimate = harvest.run.make_plan(config).estimate
+    estimate = harvest.plan.make_plan(config).estimate
     actual = sum(p.stat().st_size for p in Path(config.store).rglob("*") if p.is_file())
     assert actual <= estimate
     if codec == "none":
@@ -372,7 +373,7 @@ def test_the_estimate_of_the_size_is_right(config: HarvestConfig, codec: Any) ->
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
     config: HarvestConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(config, dry_run=True)
+    dry_run(config)
     said = capsys.readouterr().err
     assert "1,600 for training, 320 for evaluation" in said
     assert "1,920 rows × 1 stores" in said

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -17,6 +19,20 @@ LOG_VARIABLE = "PIPELINE_LOG"
 """Environment variable: a file to which every line that a person sees is appended too."""
 
 
+_silent = False
+
+
+@contextlib.contextmanager
+def silenced(quiet: bool = True) -> Iterator[None]:
+    """Let `say` and `Progress` say nothing inside the block, in every thread, where `quiet`."""
+    global _silent
+    before, _silent = _silent, _silent or quiet
+    try:
+        yield
+    finally:
+        _silent = before
+
+
 class Progress:
     """Counts units of work. `with Progress(total, "harvest", unit="row") as bar: bar.advance(128, "1.2 GB")`.
 
@@ -26,9 +42,11 @@ class Progress:
 
     def __init__(self, total: int, label: str, unit: str, *, done: int = 0, quiet: bool = False) -> None:
         self.total, self.label, self.unit, self.n, self.start_n = total, label, unit, done, done
-        self._note, self._t0, self._last, self._quiet = "", time.monotonic(), time.monotonic(), quiet
+        self._note = ""
+        self._t0 = self._last = time.monotonic()
+        self._quiet = quiet or _silent
         self._bar = None
-        if sys.stderr.isatty() and not quiet:
+        if sys.stderr.isatty() and not self._quiet:
             self._bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True, leave=True)
 
     def advance(self, n: int, note: str = "") -> None:
@@ -68,7 +86,9 @@ class Progress:
 
 
 def say(line: str) -> None:
-    """One line for a person, on stderr, without tearing a progress bar."""
+    """One line for a person, on stderr, without tearing a progress bar. Nothing where `silenced`."""
+    if _silent:
+        return
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
     log_line(line)

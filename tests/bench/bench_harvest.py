@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import harvest.plan
 import harvest.run
 from harvest.config import HarvestConfig
 from pipeline.base.cli import COUNT
@@ -114,7 +115,7 @@ def main(
             batch_size=batch_size, dtype=dtype, device=device, shard_rows=512 * context, chunk_rows=8 * context,
         )  # fmt: skip
         lm = SplitLM.load(str(model), dtype=dtype, device=resolve_device(device), part="prefix", layers=[layers - 1])
-        plan = harvest.run.make_plan(config.replace(store=str(Path(place) / "plan")))
+        plan = harvest.plan.make_plan(config.replace(store=str(Path(place) / "plan")))
         ids = tiny_models.tokens(plan.n_train + plan.n_eval, context)
         size = int(plan.config.batch_size or 1)
         bare_rows_per_s(lm, ids[: 2 * size], size)  # warm up

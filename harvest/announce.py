@@ -1,0 +1,76 @@
+"""What a harvest says: what it will do and take, before it does it, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from harvest.plan import Plan, beside
+from pipeline.base.files import free_bytes, human_bytes
+from pipeline.base.progress import format_seconds
+from pipeline.base.runtime import DTYPES, cpu_has_bf16
+from pipeline.model.split_lm import forward_seconds
+from pipeline.store.backend import is_url
+from pipeline.store.reader import Store
+
+
+def describe(plan: Plan) -> str:
+    """What will be done, in a few lines, with the estimate of its size."""
+    c = plan.config
+    at_most = "" if c.codec == "none" else "at most "
+    rows, n_stores = (plan.n_train + plan.n_eval) * c.context, len(plan.stores)
+    free = "" if is_url(c.store) else f", {human_bytes(free_bytes(beside(c.store)))} free"
+    lines = [
+        f"model    {c.model}, layer {', '.join(map(str, c.layers))} of {plan.info.n_layers}, d_model {plan.info.d_model}",
+        f"tokens   {plan.n_train * c.context:,} for training, {plan.n_eval * c.context:,} for evaluation, "
+        f"in sequences of {c.context}, "
+        + (f"BOS {plan.packing.bos} first" if plan.packing.bos is not None else "no BOS"),
+        f"compute  {plan.device}, {c.dtype}, {c.attention} attention, {c.batch_size} sequences a batch",
+        f"store    {c.store}: {rows:,} rows × {n_stores} stores, {at_most}{human_bytes(plan.estimate)}{free}",
+    ]
+    if c.dtype == "bf16" and plan.device.type == "cpu" and not cpu_has_bf16():
+        lines.append("note     this CPU has no bf16 arithmetic: --dtype float32 is faster here")
+    return "\n".join(lines)
+
+
+def describe_cost(c: Mapping[str, float]) -> str:
+    """Time and memory, roughly: products at a rate measured now, the layers that run, and what harvest adds."""
+    return (
+        f"time     about {format_seconds(c['seconds'])} ({c['flop']:.2g} FLOP, products measured now)\n"
+        f"memory   about {human_bytes(c['memory'])}: weights of the layers that run, a batch, two shards"
+    )
+
+
+def cost(plan: Plan) -> dict[str, float]:
+    """FLOP, seconds and bytes of memory that all of a harvest takes; and of one token in the layers after the last."""
+    c, info = plan.config, plan.info
+    assert c.batch_size is not None, "settled by the plan"
+    prefix, suffix = info.flop(max(c.layers), trust_remote_code=c.trust_remote_code)
+    flop, dtype = prefix * (plan.n_train + plan.n_eval) * c.context, DTYPES[c.dtype]
+    rows = (c.batch_size * c.context * 12 + 2 * int(c.shard_rows or 0)) * info.d_model
+    embedding = info.vocab * info.d_model
+    return {
+        "flop": flop,
+        "seconds": forward_seconds(flop, dtype, plan.device, info.d_model),
+        "memory": dtype.itemsize * (prefix / 2 + embedding + rows),
+        "suffix_seconds": forward_seconds(suffix, dtype, plan.device, info.d_model),
+    }
+
+
+def as_json(plan: Plan, costs: Mapping[str, float]) -> dict[str, Any]:
+    """A plan as JSON data: `stores` (layer, path, config, n_sequences), `bytes`, `cost`."""
+    n_sequences = {"train": plan.n_train, "eval": plan.n_eval}
+    stores = [
+        {"layer": layer, "path": path, "config": plan.configs[layer], "n_sequences": n_sequences}
+        for layer, path in plan.stores.items()
+    ]
+    return {"stores": stores, "bytes": plan.estimate, "cost": dict(costs)}
+
+
+def finished(store: Store) -> str:
+    """One line about a finished store."""
+    s = store.statistics
+    return (
+        f"{store.path}: complete, {s.n_rows:,} training rows ({s.n_special:,} special, {s.n_massive:,} massive), "
+        f"{store.eval.n_rows:,} evaluation rows, median norm {s.median_norm:.4g}, id {store.id[:10]}"
+    )

@@ -1,0 +1,90 @@
+"""The tokens of both splits: documents first, then rows, then sequences shuffled; or those that a store already holds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from harvest.plan import Plan
+from harvest.texts import Tokens
+from harvest.tokens import Pieces, mark_special, pack, scratch_array, shuffle, tokenized
+from pipeline.base.errors import DamagedError, StoreError
+from pipeline.base.progress import Progress
+from pipeline.store.prepare import SplitTokens
+from pipeline.store.reader import Split, Store
+from pipeline.store.split import Mask
+
+Splits = tuple[SplitTokens, SplitTokens]
+"""Training, evaluation."""
+
+
+def make_tokens(plan: Plan) -> Splits:
+    """Tokens of both splits: documents split first, then packed, then the sequences of each segment shuffled.
+
+    Without a corpus of its own, evaluation takes the first documents and training goes on with the next one; of a single
+    text evaluation takes the beginning, and training goes on one context further.
+    """
+    training, other = plan.corpora.opened
+    stream = tokenized(training.documents(), plan.reader)
+    eval_stream = stream if other is None else tokenized(other.documents(), plan.reader)
+    with contextlib.closing(stream), contextlib.closing(eval_stream):
+        pieces = Pieces(stream)
+        eval_rows = pack_split(plan, pieces if other is None else Pieces(eval_stream), plan.n_eval, "evaluation")
+        if other is None and training.is_one_text:
+            pieces.skip_tokens(plan.config.context)
+        elif other is None:
+            pieces.skip_document()
+        train_rows = pack_split(plan, pieces, plan.n_train, "training")
+    return finished(plan, train_rows, plan.segments), finished(plan, eval_rows, (plan.n_eval,))
+
+
+def pack_split(plan: Plan, pieces: Pieces, n_sequences: int, what: str) -> tuple[Tokens, Mask]:
+    """The next rows of a stream of tokenised documents and where they are not to be kept, with progress."""
+    shape = (n_sequences, plan.config.context)
+    rows = scratch_array(plan.corpora.scratch, shape, np.int32)
+    left_out = scratch_array(plan.corpora.scratch, shape, np.bool_)
+    with Progress(n_sequences, f"tokenise {what}", "sequence") as bar:
+
+        def advance(rows: int, n_documents: int) -> None:
+            bar.advance(rows - bar.n, f"{n_documents:,} documents")
+
+        pack(pieces, plan.packing, rows, left_out, what, advance)
+    return rows, left_out
+
+
+def finished(plan: Plan, packed: tuple[Tokens, Mask], segments: Sequence[int]) -> SplitTokens:
+    """Rows shuffled within their segments, with their mask of special tokens and of those that are not to be kept."""
+    rows, left_out = packed
+    tokens = scratch_array(plan.corpora.scratch, rows.shape, np.int32)
+    special = scratch_array(plan.corpora.scratch, rows.shape, np.bool_)
+    shuffle(rows, segments, plan.config.seed, tokens)
+    shuffle(left_out, segments, plan.config.seed, special)
+    mark_special(tokens, plan.configs[plan.config.layers[0]]["special_ids"], plan.info.vocab, special)
+    return SplitTokens(tokens, special)
+
+
+def stored_tokens(plan: Plan, path: str) -> Splits | None:
+    """The tokens that a store holds, when they are whole and as many as asked, so that a repair needs no corpus."""
+    try:
+        store = Store.load(path)
+        store.check_metadata()
+    except (StoreError, DamagedError):
+        return None
+    if (store.train.n_sequences, store.eval.n_sequences) != (plan.n_train, plan.n_eval):
+        return None
+    train, evaluation = (copied(plan, split) for split in store.splits)
+    return train, evaluation
+
+
+def copied(plan: Plan, split: Split) -> SplitTokens:
+    """A split's tokens and special mask, outside the store that is about to be repaired."""
+    shape, per_shard = (split.n_sequences, plan.config.context), split.shard_rows // plan.config.context
+    tokens = scratch_array(plan.corpora.scratch, shape, np.int32)
+    special = scratch_array(plan.corpora.scratch, shape, np.bool_)
+    for k in range(split.n_shards):
+        part = slice(k * per_shard, (k + 1) * per_shard)
+        tokens[part] = split.shard_tokens(k)
+        special[part] = ~split.shard_usable(k).reshape(-1, plan.config.context)
+    return SplitTokens(tokens, special)
