@@ -16,33 +16,39 @@ def modules_after(statement: str) -> set[str]:
 
 
 def test_importing_pipeline_costs_nothing() -> None:
+    """Importing pipeline costs nothing."""
     assert not modules_after("import pipeline") & {"torch", "numpy", "zarr", "transformers"}
 
 
 def test_training_loads_no_language_model() -> None:
+    """Training loads no language model."""
     loaded = modules_after("import train.__main__, train.run, train.folder, train.feed.loader, train.step.member")
     assert "torch" in loaded
     assert not loaded & {"transformers", "datasets", "sklearn", "matplotlib", "evaluate", "harvest"}
 
 
-def test_a_report_loads_no_torch() -> None:
+def test_report_loads_no_torch() -> None:
+    """A report loads no torch."""
     loaded = modules_after("import evaluate.report.__main__")
     assert not loaded & {"torch", "transformers", "datasets", "zarr", "train", "harvest"}
 
 
-def test_the_pipeline_command_starts_without_torch() -> None:
+def test_pipeline_command_starts_without_torch() -> None:
+    """The pipeline command starts without torch."""
     assert not modules_after("import pipeline.__main__") & {"torch", "transformers", "train", "evaluate", "harvest"}
 
 
 @pytest.mark.parametrize("package", ["pipeline", "harvest", "train", "evaluate"])
-def test_our_packages_are_those_of_this_checkout(package: str) -> None:
+def test_packages_are_of_this_checkout(package: str) -> None:
+    """Our packages are those of this checkout."""
     code = f"import {package}; print({package}.__file__)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert Path(run.stdout.strip()) == ROOT / package / "__init__.py"
 
 
 @pytest.mark.parametrize("command", ["harvest", "train", "evaluate", "pipeline"])
-def test_every_command_has_a_help_with_an_example(command: str) -> None:
+def test_commands_help_with_an_example(command: str) -> None:
+    """Every command has a help with an example."""
     run = subprocess.run(
         [sys.executable, "-m", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -50,6 +56,7 @@ def test_every_command_has_a_help_with_an_example(command: str) -> None:
 
 
 def test_nothing_is_pickled() -> None:
+    """Nothing is pickled."""
     allowed = {
         "evaluate/checkpoints/foreign.py",
         "pipeline/sae/export.py",

@@ -9,7 +9,8 @@ from test_sae import KINDS, random_sae
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_comes_back_as_the_same_sae(tmp_path: Path, kind: str) -> None:
+def test_checkpoint_roundtrips_the_sae(tmp_path: Path, kind: str) -> None:
+    """A checkpoint comes back as the same SAE."""
     sae, path = random_sae(KINDS[kind]), tmp_path / "a.safetensors"
     save_checkpoint(path, sae, 7, {"member": "m"})
     loaded, header = load_checkpoint(path)
@@ -19,14 +20,16 @@ def test_a_checkpoint_comes_back_as_the_same_sae(tmp_path: Path, kind: str) -> N
     assert torch.equal(loaded(raw), sae(raw))
 
 
-def test_saving_the_same_sae_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_saving_twice_gives_equal_bytes(tmp_path: Path) -> None:
+    """Saving the same SAE twice gives the same bytes."""
     sae = random_sae(KINDS["batchtopk"])
     for name in ("a", "b"):
         save_checkpoint(tmp_path / name, sae, 7, {"z": 1, "a": [1.5, None]})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_flipped_byte_anywhere_is_an_error(tmp_path: Path) -> None:
+def test_any_flipped_byte_is_an_error(tmp_path: Path) -> None:
+    """A flipped byte anywhere is an error."""
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, random_sae(KINDS["relu"]), 7, {"note": "x"})
     whole = path.read_bytes()
@@ -36,7 +39,8 @@ def test_a_flipped_byte_anywhere_is_an_error(tmp_path: Path) -> None:
             load_checkpoint(path)
 
 
-def test_a_truncated_checkpoint_is_an_error(tmp_path: Path) -> None:
+def test_truncated_checkpoint_is_an_error(tmp_path: Path) -> None:
+    """A truncated checkpoint is an error."""
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, random_sae(KINDS["relu"]), 7, {})
     path.write_bytes(path.read_bytes()[:-100])
@@ -44,7 +48,8 @@ def test_a_truncated_checkpoint_is_an_error(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-def test_a_missing_checkpoint_an_unknown_version_and_a_foreign_file_are_told_apart(tmp_path: Path) -> None:
+def test_unreadable_checkpoints_are_told_apart(tmp_path: Path) -> None:
+    """A missing checkpoint, an unknown version and a foreign file are told apart."""
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         load_checkpoint(tmp_path / "none.safetensors")
     save_tensors(tmp_path / "v9", {"a": torch.zeros(1)}, {"format": "nested-sae-checkpoint", "version": 9})

@@ -12,27 +12,32 @@ from pipeline.experiment.stages import options
     ("text", "number"),
     [("10_000_000", 10_000_000), ("10M", 10_000_000), ("1.5k", 1500), ("7", 7), ("2,000", 2000), ("1B", 10**9)],
 )
-def test_counts_are_read_as_people_write_them(text: str, number: int) -> None:
+def test_counts_read_as_people_write(text: str, number: int) -> None:
+    """Counts are read as people write them."""
     assert COUNT.convert(text, None, None) == number
 
 
 @pytest.mark.parametrize("text", ["", "ten", "1.5", "-3", "1e6", "3MM"])
-def test_what_is_not_a_count_is_refused(text: str) -> None:
+def test_what_is_no_count_is_refused(text: str) -> None:
+    """What is not a count is refused."""
     with pytest.raises(click.BadParameter):
         COUNT.convert(text, None, None)
 
 
 @pytest.mark.parametrize(("text", "number"), [("2GB", 2 * 10**9), ("500M", 500 * 10**6), ("12", 12), ("1GiB", 10**9)])
 def test_sizes_take_a_unit(text: str, number: int) -> None:
+    """Sizes take a unit."""
     assert SIZE.convert(text, None, None) == number
 
 
 @pytest.mark.parametrize(
     ("error", "code"), [(CorpusError("bad corpus"), 1), (UsageError("bad option"), 2), (KeyboardInterrupt(), 130)]
 )
-def test_exit_codes_tell_a_disk_from_a_typo(
+def test_exit_codes_tell_disk_from_typo(
     error: BaseException, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Exit codes tell a disk from a typo."""
+
     @click.command()
     def command() -> None:
         raise error
@@ -46,14 +51,16 @@ def test_exit_codes_tell_a_disk_from_a_typo(
     assert (str(error) or "run the same command again") in printed
 
 
-def test_a_wrong_option_exits_with_two(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_option_exits_with_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong option exits with two."""
     monkeypatch.setattr("sys.argv", ["x", "--nope"])
     with pytest.raises(SystemExit) as stop:
         main(click.Command("x", callback=lambda: None), "x")
     assert stop.value.code == 2
 
 
-def test_settings_become_options_a_list_repeats_and_true_is_a_flag() -> None:
+def test_settings_become_options() -> None:
+    """Settings become options: a list repeats and true is a flag."""
     words = options({"alpha": [0, 0.2], "recipe": "paper", "repair": True, "compile": False})
     assert words == ["--alpha", "0", "--alpha", "0.2", "--recipe", "paper", "--repair"]
     assert options({"layernorm-rescale": False}, negatable=True) == ["--no-layernorm-rescale"]
@@ -61,6 +68,7 @@ def test_settings_become_options_a_list_repeats_and_true_is_a_flag() -> None:
 
 @pytest.mark.parametrize("name", ["demo", "paper"])
 def test_shipped_experiments_are_readable_by_name(name: str, tmp_path: object) -> None:
+    """Shipped experiments are readable by name."""
     from pathlib import Path
 
     experiment = Experiment.read(Path(f"{name}.toml"))

@@ -39,11 +39,13 @@ def contents(opened: Corpus) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz", "a.json.gz"])
-def test_every_document_of_a_json_lines_file_comes_once(tmp_path: Path, name: str) -> None:
+def test_json_lines_documents_come_once(tmp_path: Path, name: str) -> None:
+    """Every document of a JSON-lines file comes once."""
     assert sorted(read(write_lines(tmp_path / name, TEXTS))) == sorted(TEXTS)
 
 
-def test_a_parquet_column_is_read(tmp_path: Path) -> None:
+def test_parquet_column_is_read(tmp_path: Path) -> None:
+    """A parquet column is read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -53,7 +55,8 @@ def test_a_parquet_column_is_read(tmp_path: Path) -> None:
         read(tmp_path / "a.parquet")
 
 
-def test_a_folder_is_all_its_files_and_a_text_file_is_one_document(tmp_path: Path) -> None:
+def test_folder_is_all_its_files(tmp_path: Path) -> None:
+    """A folder is all its files and a text file is one document."""
     (tmp_path / "in").mkdir()
     write_lines(tmp_path / "in" / "b.jsonl", TEXTS)
     (tmp_path / "in" / "a.txt").write_text("one document\nof two lines")
@@ -61,7 +64,8 @@ def test_a_folder_is_all_its_files_and_a_text_file_is_one_document(tmp_path: Pat
     assert sorted(read(tmp_path / "in")) == sorted([*TEXTS, "one document\nof two lines"])
 
 
-def test_the_order_is_a_function_of_the_seed(tmp_path: Path) -> None:
+def test_order_is_a_function_of_seed(tmp_path: Path) -> None:
+    """The order is a function of the seed."""
     path = write_lines(tmp_path / "a.jsonl", TEXTS)
     assert read(path, seed=1) == read(path, seed=1)
     assert read(path, seed=1) != read(path, seed=2)
@@ -70,12 +74,14 @@ def test_the_order_is_a_function_of_the_seed(tmp_path: Path) -> None:
 
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=30))
 def test_any_text_survives_the_temporary_copy(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    """Any text survives the temporary copy."""
     path = write_lines(tmp_path_factory.mktemp("c") / "a.jsonl", ["something", *texts])
     expected = sorted(t.encode("utf-8", "replace").decode() for t in ["something", *texts])
     assert sorted(read(path)) == expected
 
 
-def test_the_temporary_copy_is_gone_when_reading_stops_early(tmp_path: Path) -> None:
+def test_temporary_copy_goes_when_reading_stops(tmp_path: Path) -> None:
+    """The temporary copy is gone when reading stops early."""
     path = write_lines(tmp_path / "a.jsonl.gz", TEXTS)
     documents = LocalCorpus(Source(str(path)), tmp_path / "scratch").documents()
     next(documents)
@@ -83,7 +89,8 @@ def test_the_temporary_copy_is_gone_when_reading_stops_early(tmp_path: Path) -> 
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_the_identity_follows_the_bytes_and_not_the_folder(tmp_path: Path) -> None:
+def test_identity_follows_bytes_not_folder(tmp_path: Path) -> None:
+    """The identity follows the bytes and not the folder."""
     (tmp_path / "x").mkdir()
     a, b = write_lines(tmp_path / "a.jsonl", TEXTS), write_lines(tmp_path / "x" / "a.jsonl", TEXTS)
     sha = open_corpus(Source(str(a)), tmp_path).identity["sha256"]
@@ -93,29 +100,34 @@ def test_the_identity_follows_the_bytes_and_not_the_folder(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["/no/such.jsonl", "nowhere.jsonl.zst", "./folder"])
-def test_a_missing_corpus_is_said_to_be_missing(tmp_path: Path, name: str) -> None:
+def test_missing_corpus_is_named(tmp_path: Path, name: str) -> None:
+    """A missing corpus is said to be missing."""
     with pytest.raises(CorpusError, match="no such file or folder"):
         open_corpus(Source(name), tmp_path)
 
 
 @pytest.mark.parametrize("texts", [[], ["", ""]])
-def test_an_empty_corpus_is_refused(tmp_path: Path, texts: list[str]) -> None:
+def test_empty_corpus_is_refused(tmp_path: Path, texts: list[str]) -> None:
+    """An empty corpus is refused."""
     with pytest.raises(CorpusError, match="no text in it"):
         read(write_lines(tmp_path / "a.jsonl", texts))
 
 
-def test_a_folder_without_corpus_files_is_refused(tmp_path: Path) -> None:
+def test_folder_without_corpus_files_is_refused(tmp_path: Path) -> None:
+    """A folder without corpus files is refused."""
     with pytest.raises(CorpusError, match="no corpus files"):
         read(tmp_path)
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """A file of another kind is refused."""
     (tmp_path / "a.pdf").write_text("x")
     with pytest.raises(CorpusError, match="not a corpus file"):
         read(tmp_path / "a.pdf")
 
 
-def test_a_missing_text_field_is_refused_naming_those_there_are(tmp_path: Path) -> None:
+def test_missing_text_field_names_the_others(tmp_path: Path) -> None:
+    """A missing text field is refused, naming those there are."""
     path = write_lines(tmp_path / "a.jsonl", TEXTS, field="content")
     with pytest.raises(CorpusError, match=r"a\.jsonl:\d+: no field 'text'; fields found: 'content', 'meta'"):
         read(path)
@@ -133,7 +145,8 @@ def test_a_missing_text_field_is_refused_naming_those_there_are(tmp_path: Path) 
         (b"[" * 100_000, r"a\.jsonl:51: is not JSON \(nested too deeply"),
     ],
 )
-def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: bytes, says: str) -> None:
+def test_unreadable_line_is_named(tmp_path: Path, line: bytes, says: str) -> None:
+    """A line that cannot be read is named."""
     path = write_lines(tmp_path / "a.jsonl", TEXTS)
     path.write_bytes(path.read_bytes() + line + b"\n")
     with pytest.raises(CorpusError, match=says):
@@ -141,7 +154,8 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: bytes, says: 
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz"])
-def test_a_compressed_file_that_was_cut_short_is_refused(tmp_path: Path, name: str) -> None:
+def test_truncated_compressed_file_is_refused(tmp_path: Path, name: str) -> None:
+    """A compressed file that was cut short is refused."""
     path = write_lines(tmp_path / name, [f"{n} {n * n}" for n in range(5000)])
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(CorpusError, match="cannot be read"):
@@ -163,7 +177,8 @@ def stream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("stream")
-def test_a_stream_gives_every_document_once_in_a_seeded_order(tmp_path: Path) -> None:
+def test_stream_order_is_seeded(tmp_path: Path) -> None:
+    """A stream gives every document once in a seeded order."""
     first = contents(open_corpus(Source("some/set", seed=1, buffer=10), tmp_path))
     assert sorted(first) == sorted(TEXTS)
     assert first != TEXTS
@@ -172,14 +187,17 @@ def test_a_stream_gives_every_document_once_in_a_seeded_order(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("stream")
-def test_a_stream_is_pinned_to_a_commit_and_says_how_it_was_shuffled() -> None:
+def test_stream_is_pinned_to_a_commit() -> None:
+    """A stream is pinned to a commit and says how it was shuffled."""
     identity = StreamedCorpus(Source("some/set", buffer=10)).identity
     assert identity["revision"] == "abc123"
     assert identity["order"] == "streamed, shuffled within 10 documents by seed 0"
     assert StreamedCorpus(Source("some/set", revision="older")).identity["revision"] == "older"
 
 
-def test_a_data_set_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unreachable_dataset_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A data set that cannot be reached is one line."""
+
     def offline(name: str) -> str:
         raise ConnectionError("no network\nmore")
 

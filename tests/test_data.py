@@ -49,13 +49,15 @@ def provenance() -> Any:
 
 
 @pytest.mark.parametrize("part", ["train", "eval"])
-def test_every_corpus_document_has_text_and_the_name_of_its_set(documents: ModuleType, part: str) -> None:
+def test_corpus_documents_have_text_and_set(documents: ModuleType, part: str) -> None:
+    """Every corpus document has text and the name of its set."""
     corpus = documents.read_documents(DATA / "corpus" / f"{part}.jsonl.zst")
     assert corpus
     assert all(document["text"] and document["meta"]["pile_set_name"] for document in corpus)
 
 
 def test_train_and_eval_share_no_document(documents: ModuleType) -> None:
+    """Train and eval share no document."""
     train, held_out = (
         {document["text"] for document in documents.read_documents(DATA / "corpus" / f"{part}.jsonl.zst")}
         for part in ("train", "eval")
@@ -63,12 +65,14 @@ def test_train_and_eval_share_no_document(documents: ModuleType) -> None:
     assert not train & held_out
 
 
-def test_the_corpus_is_the_one_that_the_model_was_made_from(documents: ModuleType, provenance: Any) -> None:
+def test_corpus_is_the_models_own(documents: ModuleType, provenance: Any) -> None:
+    """The corpus is the one that the model was made from."""
     for part, expected in provenance["corpus_sha256"].items():
         assert documents.sha256(DATA / "corpus" / f"{part}.jsonl.zst") == expected
 
 
-def test_the_model_is_a_gemma_2_with_both_kinds_of_attention_and_both_soft_caps(model: Any) -> None:
+def test_model_is_a_whole_gemma_2(model: Any) -> None:
+    """The model is a Gemma-2 with both kinds of attention and both soft caps."""
     config = model.config
     assert type(model).__name__ == "Gemma2ForCausalLM"
     assert config.layer_types == ["sliding_attention", "full_attention"] * 3
@@ -77,14 +81,16 @@ def test_the_model_is_a_gemma_2_with_both_kinds_of_attention_and_both_soft_caps(
     assert config.num_key_value_heads < config.num_attention_heads
 
 
-def test_the_shipped_weights_are_bfloat16() -> None:
+def test_shipped_weights_are_bfloat16() -> None:
+    """The shipped weights are bfloat16."""
     saved = AutoModelForCausalLM.from_pretrained(MODEL, local_files_only=True)
     assert {parameter.dtype for parameter in saved.parameters()} == {torch.bfloat16}
 
 
-def test_the_model_predicts_held_out_rows_clearly_better_than_the_trigram(
+def test_model_beats_the_trigram(
     script: Any, documents: ModuleType, model: Any, tokenizer: Any, provenance: Any
 ) -> None:
+    """The model predicts held-out rows clearly better than the trigram."""
     texts = [document["text"] for document in documents.read_documents(DATA / "corpus" / "eval.jsonl.zst")]
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     rows = script("make_model").pack([np.array(row) for row in ids])[:-1:20]  # 66 rows over the whole file
@@ -98,7 +104,8 @@ def test_the_model_predicts_held_out_rows_clearly_better_than_the_trigram(
     assert nats == pytest.approx(provenance["eval"]["lm_nats_per_token"], abs=0.15)
 
 
-def test_the_tokenizer_prepends_bos_only_with_special_tokens(tokenizer: Any) -> None:
+def test_tokenizer_prepends_bos_when_asked(tokenizer: Any) -> None:
+    """The tokenizer prepends BOS only with special tokens."""
     assert tokenizer("whale")["input_ids"][0] == tokenizer.bos_token_id == 2
     assert tokenizer.bos_token_id not in tokenizer("whale", add_special_tokens=False)["input_ids"]
 
@@ -106,20 +113,21 @@ def test_the_tokenizer_prepends_bos_only_with_special_tokens(tokenizer: Any) -> 
 @pytest.mark.parametrize(
     "text", ["", " two  blanks\n\n\ttab ", "naïve — “quoted”", "мир 世界 🐳🏳️‍🌈", "a\u0000b\u200d\ufeff"]
 )
-def test_the_tokenizer_gives_any_text_back(tokenizer: Any, text: str) -> None:
+def test_tokenizer_gives_any_text_back(tokenizer: Any, text: str) -> None:
+    """The tokenizer gives any text back."""
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 
-def test_padding_is_on_the_left_as_in_gemma(tokenizer: Any) -> None:
+def test_padding_is_on_the_left(tokenizer: Any) -> None:
+    """Padding is on the left as in Gemma."""
     batch = tokenizer(["whale", "the white whale"], padding=True)
     assert batch["input_ids"][0][0] == tokenizer.pad_token_id
     assert batch["attention_mask"][0][0] == 0
 
 
 @pytest.mark.parametrize(("part", "n"), [("train", 300), ("test", 100)])
-def test_scr_has_n_rows_in_every_cell_and_twice_that_in_the_correlated_ones(
-    documents: ModuleType, part: str, n: int
-) -> None:
+def test_scr_cells_hold_n_rows(documents: ModuleType, part: str, n: int) -> None:
+    """SCR has n rows in every cell and twice that in the correlated ones."""
     rows = documents.read_documents(DATA / "scr" / f"{part}.jsonl.zst")
     cells = Counter((row["author"], row["gender"]) for row in rows)
     assert len(cells) == 4
@@ -127,20 +135,23 @@ def test_scr_has_n_rows_in_every_cell_and_twice_that_in_the_correlated_ones(
     assert min(cells["austen", "female"], cells["other", "male"]) >= 2 * n
 
 
-def test_scr_parts_share_neither_a_text_nor_a_document(documents: ModuleType) -> None:
+def test_scr_parts_share_no_text(documents: ModuleType) -> None:
+    """SCR parts share neither a text nor a document."""
     train, test = (documents.read_documents(DATA / "scr" / f"{part}.jsonl.zst") for part in ("train", "test"))
     for column in ("text", "document"):
         assert not {row[column] for row in train} & {row[column] for row in test}
 
 
-def test_an_scr_passage_holds_pronouns_of_one_gender_only(script: Any) -> None:
+def test_scr_passages_hold_one_gender(script: Any) -> None:
+    """An SCR passage holds pronouns of one gender only."""
     filler = "word " * 40 + "end. "
     text = "She sat. " + filler + "He rose; " + filler + "Him--her " + filler
     genders = [gender for _, gender in script("make_scr").find_passages(text)]
     assert genders == ["female", "male"]
 
 
-def test_make_scr_gives_the_shipped_rows_again(script: Any, documents: ModuleType, tmp_path: Path) -> None:
+def test_make_scr_reproduces_the_shipped_rows(script: Any, documents: ModuleType, tmp_path: Path) -> None:
+    """make_scr gives the shipped rows again."""
     result = CliRunner().invoke(script("make_scr").main, ["--out", str(tmp_path)], catch_exceptions=False)
     assert result.exit_code == 0
     for name in ("train.jsonl.zst", "test.jsonl.zst"):
@@ -150,7 +161,8 @@ def test_make_scr_gives_the_shipped_rows_again(script: Any, documents: ModuleTyp
 TINY = ["--steps=2", "--max-documents=3", "--vocab=300", "--layers=2", "--d-model=96", "--rows-per-step=2"]
 
 
-def test_make_model_writes_a_loadable_folder_and_the_same_one_again(script: Any, tmp_path: Path) -> None:
+def test_make_model_is_reproducible(script: Any, tmp_path: Path) -> None:
+    """make_model writes a loadable folder and the same one again."""
     threads = torch.get_num_threads()
     for name in ("a", "b"):
         out = ["--out", str(tmp_path / name)]
@@ -167,20 +179,23 @@ def test_make_model_writes_a_loadable_folder_and_the_same_one_again(script: Any,
     assert AutoTokenizer.from_pretrained(tmp_path / "a")("x")["input_ids"][0] == 2
 
 
-def test_make_model_refuses_a_folder_that_exists(script: Any, tmp_path: Path) -> None:
+def test_make_model_refuses_existing_folder(script: Any, tmp_path: Path) -> None:
+    """make_model refuses a folder that exists."""
     result = CliRunner().invoke(script("make_model").main, ["--out", str(tmp_path)])
     assert result.exit_code == 1
     assert f"{tmp_path} exists" in result.output
 
 
-def test_the_trigram_is_a_distribution_after_any_context(script: Any) -> None:
+def test_trigram_is_a_distribution(script: Any) -> None:
+    """The trigram is a distribution after any context."""
     text = np.random.default_rng(0).zipf(1.5, 3000) % 47 + 3
     trigram = script("trigram").KneserNeyTrigram([text[:1500], text[1500:]], vocab=50, bos=2)
     for before, previous in [(2, 2), (2, int(text[0])), (int(text[7]), int(text[8])), (49, 49), (0, 1)]:
         assert trigram.distribution(before, previous).sum() == pytest.approx(1.0, abs=1e-12)
 
 
-def test_the_trigram_equals_a_slow_reference(script: Any) -> None:
+def test_trigram_equals_a_slow_reference(script: Any) -> None:
+    """The trigram equals a slow reference."""
     rng, vocab, bos = np.random.default_rng(1), 12, 2
     texts = [rng.zipf(1.6, 400) % 9 + 3 for _ in range(3)]
     trigram = script("trigram").KneserNeyTrigram(texts, vocab, bos)

@@ -43,7 +43,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_and_a_pair_of_files_read_the_same(folder: Path) -> None:
+def test_folder_and_file_pair_read_alike(folder: Path) -> None:
+    """A folder and a pair of files read the same."""
     one = load_attribute_data(str(folder))
     two = load_attribute_data(f"{folder / 'train.jsonl.zst'},{folder / 'test.jsonl'}")
     assert (one.train, one.test) == (two.train, two.test)
@@ -55,11 +56,13 @@ def test_a_folder_and_a_pair_of_files_read_the_same(folder: Path) -> None:
 
 
 def test_named_columns_win_over_found_ones(folder: Path) -> None:
+    """Named columns win over found ones."""
     data = load_attribute_data(str(folder), "text", ("gender", "author"))
     assert data.columns == Columns("text", "gender", "author")
 
 
-def test_two_valued_columns_are_the_attributes_even_beside_others_of_few_values() -> None:
+def test_two_valued_columns_are_the_attributes() -> None:
+    """Two-valued columns are the attributes even beside others of few values."""
     data = [row | {"place": "abc"[i % 3]} for i, row in enumerate(rows(60))]
     assert find_columns(Path("x"), data, None, None) == Columns("text", "author", "gender")
 
@@ -72,6 +75,7 @@ def test_two_valued_columns_are_the_attributes_even_beside_others_of_few_values(
     ],
 )
 def test_ambiguous_columns_are_refused_by_name(folder: Path, change: Any, message: str) -> None:
+    """Ambiguous columns are refused by name."""
     write(folder / "test.jsonl", rows(60))
     (folder / "train.jsonl.zst").unlink()
     write(folder / "train.jsonl", [row | change(i) for i, row in enumerate(rows(60))])
@@ -79,7 +83,8 @@ def test_ambiguous_columns_are_refused_by_name(folder: Path, change: Any, messag
         load_attribute_data(str(folder))
 
 
-def test_a_column_that_is_not_there_is_named(folder: Path) -> None:
+def test_missing_column_is_named(folder: Path) -> None:
+    """A column that is not there is named."""
     with pytest.raises(UsageError, match=r"no column 'sex'; there are text, author"):
         load_attribute_data(str(folder), None, ("author", "sex"))
 
@@ -93,13 +98,15 @@ def test_a_column_that_is_not_there_is_named(folder: Path) -> None:
         (b"\xff\xfe\n", "is not UTF-8"),
     ],
 )
-def test_a_malformed_file_says_where(folder: Path, content: bytes, message: str) -> None:
+def test_malformed_file_says_where(folder: Path, content: bytes, message: str) -> None:
+    """A malformed file says where."""
     (folder / "test.jsonl").write_bytes(content)
     with pytest.raises(CorpusError, match=message):
         load_attribute_data(str(folder))
 
 
 def test_missing_files_are_refused(tmp_path: Path) -> None:
+    """Missing files are refused."""
     with pytest.raises(CorpusError, match=r"expected one file train.jsonl"):
         load_attribute_data(str(tmp_path))
     with pytest.raises(CorpusError, match="not a folder"):
@@ -108,19 +115,22 @@ def test_missing_files_are_refused(tmp_path: Path) -> None:
         load_attribute_data("a.jsonl,b.jsonl")
 
 
-def test_blank_texts_are_left_out_and_counted(folder: Path) -> None:
+def test_blank_texts_are_counted(folder: Path) -> None:
+    """Blank texts are left out and counted."""
     write(folder / "test.jsonl", [*rows(40), rows(1)[0] | {"text": "  \n"}])
     data = load_attribute_data(str(folder))
     assert (len(data.test), data.test.n_blank) == (40, 1)
 
 
-def test_a_row_without_the_column_is_named(folder: Path) -> None:
+def test_row_without_the_column_is_named(folder: Path) -> None:
+    """A row without the column is named."""
     write(folder / "test.jsonl", [*rows(40), {"text": "a", "author": "austen"}])
     with pytest.raises(CorpusError, match="row 40 has no column 'gender'"):
         load_attribute_data(str(folder))
 
 
-def test_more_than_two_first_values_need_pairs_and_give_classes(folder: Path) -> None:
+def test_many_values_need_pairs(folder: Path) -> None:
+    """More than two first values need pairs and give classes."""
     more = [row | {"author": ["a", "b", "c"][i % 3]} for i, row in enumerate(rows(120))]
     write(folder / "train.jsonl.zst", more)
     write(folder / "test.jsonl", more)
@@ -132,7 +142,8 @@ def test_more_than_two_first_values_need_pairs_and_give_classes(folder: Path) ->
         load_attribute_data(str(folder), None, ("author", "gender"), (("c", "d"),))
 
 
-def test_the_second_pair_is_turned_so_that_the_larger_cells_agree() -> None:
+def test_second_pair_is_turned_to_agree() -> None:
+    """The second pair is turned so that the larger cells agree."""
     first = ("a",) * 6 + ("b",) * 6
     second = ("x",) * 2 + ("y",) * 4 + ("x",) * 4 + ("y",) * 2
     table = Table(("t",) * 12, first, second)
@@ -172,7 +183,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("source", list(HUB))
-def test_hub_sets_give_saebench_pairs_and_classes(hub: None, source: str) -> None:
+def test_hub_sets_give_saebench_pairs(hub: None, source: str) -> None:
+    """Hub sets give SAEBench pairs and classes."""
     data = load_attribute_data(source)
     assert len(data.first_pairs) == 4
     a, b = data.first_pairs[1]
@@ -220,7 +232,8 @@ def table_of(n: int, seed: int) -> Table:
 
 
 @given(seed=st.integers(0, 20), n=st.integers(8, 20))
-def test_the_first_seed_takes_saebench_rows_in_file_order(seed: int, n: int) -> None:
+def test_first_seed_takes_saebench_rows(seed: int, n: int) -> None:
+    """The first seed takes SAEBench rows in file order."""
     table = table_of(600, seed)
     frame = pd.DataFrame({"text": table.text, "c1": table.first, "c2": table.second})
     found = scr_contrasts(cells(table, (2, 0), (1.0, 5.0)), n, 42, False, "x")
@@ -230,6 +243,7 @@ def test_the_first_seed_takes_saebench_rows_in_file_order(seed: int, n: int) -> 
 
 @given(seed=st.integers(0, 20), n=st.integers(8, 25))
 def test_class_rows_are_what_pandas_samples(seed: int, n: int) -> None:
+    """Class rows are what pandas samples."""
     table = table_of(400, seed)
     frame = pd.DataFrame({"text": table.text, "c1": table.first, "c2": table.second})
     strata = {
@@ -251,7 +265,8 @@ def local_data(n: int = 400) -> AttributeData:
     )
 
 
-def test_further_seeds_use_other_rows_of_the_same_cells_or_the_same_rows() -> None:
+def test_further_seeds_take_other_rows() -> None:
+    """Further seeds use other rows of the same cells or the same rows."""
     data = local_data()
     fixed, resampled = (scr_task(data, ("austen", "other"), (42, 43), r, Sizes(40, 40)) for r in (False, True))
     first = {name: [set(c.positive.tolist()) for c in pair] for name, pair in fixed.draws[0].items()}
@@ -264,7 +279,8 @@ def test_further_seeds_use_other_rows_of_the_same_cells_or_the_same_rows() -> No
     assert {(data.train.first[i], data.train.second[i]) for i in positive} == {("austen", "female")}
 
 
-def test_two_by_two_values_give_cells_to_tpp_and_each_attribute_to_probing() -> None:
+def test_two_by_two_serves_both_tasks() -> None:
+    """Two by two values give cells to TPP and each attribute to probing."""
     tasks = class_tasks(local_data(), (42,), True, Sizes(80, 80))
     assert [(t.name, t.scores) for t in tasks] == [
         ("local: cells", ("tpp",)),
@@ -276,7 +292,8 @@ def test_two_by_two_values_give_cells_to_tpp_and_each_attribute_to_probing() -> 
 
 
 @given(n_classes=st.integers(2, 6), n=st.integers(1, 30))
-def test_negatives_are_as_many_as_positives_and_even_over_the_other_classes(n_classes: int, n: int) -> None:
+def test_negatives_match_positives(n_classes: int, n: int) -> None:
+    """Negatives are as many as positives and even over the other classes."""
     positives = {str(c): np.arange(c * 100, c * 100 + n) for c in range(n_classes)}
     for name, contrast in one_against_rest(positives, 1, "train").items():
         assert len(contrast.positive) == len(contrast.negative) == n
@@ -287,7 +304,8 @@ def test_negatives_are_as_many_as_positives_and_even_over_the_other_classes(n_cl
         assert len(set(contrast.negative.tolist())) == n
 
 
-def test_a_data_set_that_holds_less_gives_what_it_has_and_too_little_is_refused() -> None:
+def test_too_small_a_set_is_refused() -> None:
+    """A data set that holds less gives what it has and too little is refused."""
     data = local_data(200)
     sizes = scr_task(data, ("austen", "other"), (42,), True, Sizes()).n_rows()
     cell = cells(data.train, ("austen", "other"), ("female", "male"))
@@ -299,7 +317,8 @@ def test_a_data_set_that_holds_less_gives_what_it_has_and_too_little_is_refused(
         class_tasks(local_data(20), (42,), True, Sizes())
 
 
-def test_a_hub_set_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_set_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub set that cannot be had says so."""
     import datasets
 
     def fail(*_args: Any, **_kw: Any) -> None:

@@ -49,7 +49,8 @@ def scores(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_demo_killed_once_in_each_stage_ends_with_the_same_result(tmp_path: Path) -> None:
+def test_demo_survives_kills_in_each_stage(tmp_path: Path) -> None:
+    """The demo killed once in each stage ends with the same result."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = start(whole)
     times = []

@@ -24,7 +24,8 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_store_is_described_with_all_that_made_it_and_its_scale(store: Path) -> None:
+def test_store_is_described(store: Path) -> None:
+    """A store is described with all that made it and its scale."""
     data = describe(str(store))
     assert data["kind"] == "store"
     assert data["config"]["d_model"] == len(data["mean"])
@@ -35,7 +36,8 @@ def test_a_store_is_described_with_all_that_made_it_and_its_scale(store: Path) -
     assert data["bytes"] > 0
 
 
-def test_a_whole_store_verifies_and_a_flipped_byte_exits_with_one(store: Path) -> None:
+def test_verify_finds_a_flipped_byte(store: Path) -> None:
+    """A whole store verifies and a flipped byte exits with one."""
     runner = CliRunner()
     whole = runner.invoke(cli, ["verify", str(store), "--json"], standalone_mode=False)
     assert json.loads(whole.stdout)["whole"] is True
@@ -45,7 +47,8 @@ def test_a_whole_store_verifies_and_a_flipped_byte_exits_with_one(store: Path) -
     assert "train/resid/c/0/0" in json.loads(broken.stdout)["problems"][0]
 
 
-def test_a_damaged_root_is_a_problem_and_not_a_crash(store: Path) -> None:
+def test_damaged_root_is_no_crash(store: Path) -> None:
+    """A damaged root is a problem and not a crash."""
     flip(store / "zarr.json")
     assert len(verify(str(store))) == 1
 
@@ -59,7 +62,8 @@ def member(folder: Path) -> Path:
     return path
 
 
-def test_checkpoints_members_and_training_folders_are_described(tmp_path: Path) -> None:
+def test_checkpoints_and_members_are_described(tmp_path: Path) -> None:
+    """Checkpoints, members and training folders are described."""
     path = member(tmp_path / "runs" / "alpha0.2-seed0-0123456789")
     about = describe(str(path))
     assert (about["step"], about["levels"], about["shared"], about["train"]) == (5, [16, 64], 16, {"alpha": 0.2})
@@ -67,7 +71,8 @@ def test_checkpoints_members_and_training_folders_are_described(tmp_path: Path) 
     assert "alpha0.2-seed0-0123456789" in describe(str(tmp_path / "runs"))
 
 
-def test_a_member_whose_final_checkpoint_was_changed_or_lost_is_a_problem(tmp_path: Path) -> None:
+def test_member_without_checkpoint_is_a_problem(tmp_path: Path) -> None:
+    """A member whose final checkpoint was changed or lost is a problem."""
     path = member(tmp_path / "runs" / "alpha0.2-seed0-0123456789")
     assert verify(str(tmp_path / "runs")) == []
     flip(path)
@@ -77,13 +82,15 @@ def test_a_member_whose_final_checkpoint_was_changed_or_lost_is_a_problem(tmp_pa
 
 
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("x")])
-def test_what_is_none_of_ours_is_told_so(tmp_path: Path, make: object) -> None:
+def test_foreign_path_is_told_so(tmp_path: Path, make: object) -> None:
+    """What is none of ours is told so."""
     make(tmp_path / "thing")  # type: ignore[operator]
     with pytest.raises(PipelineError, match="expected a store"):
         describe(str(tmp_path / "thing"))
 
 
-def test_people_get_indented_lines_and_short_lists(store: Path) -> None:
+def test_people_get_indented_lines(store: Path) -> None:
+    """People get indented lines and short lists."""
     shown = CliRunner().invoke(cli, ["describe", str(store)], standalone_mode=False).stdout
     assert "\nstatistics:\n  " in shown
     assert "  massive_multiple: 3.0\n" in shown

@@ -85,7 +85,8 @@ def resaved(folder: Path, store: dict[str, Any] | None = None, change: Any = Non
     return path
 
 
-def test_every_level_equals_the_slow_way_of_hooking_the_whole_model(place: Path, results: list[dict[str, Any]]) -> None:
+def test_levels_equal_the_hooked_model(place: Path, results: list[dict[str, Any]]) -> None:
+    """Every level equals the slow way of hooking the whole model."""
     store = Store.open(place / "acts.zarr")
     whole = tiny_models.whole_model(place / "model", store.dtype)
     tokens, kept = torch.from_numpy(store.eval.tokens).long(), torch.from_numpy(~store.eval.special)
@@ -114,7 +115,8 @@ def hooked(whole: Any, tokens: torch.Tensor, change: Any) -> torch.Tensor:
     return logits
 
 
-def test_scores_of_the_job_follow_from_its_baselines(results: list[dict[str, Any]]) -> None:
+def test_scores_follow_from_baselines(results: list[dict[str, Any]]) -> None:
+    """Scores of the job follow from its baselines."""
     base, scores = results[0]["baselines"], results[0]["levels"][1]["scores"]
     assert base["ce_zero"] == pytest.approx(math.log(tiny_models.VOCAB), rel=1e-6)
     assert scores["kl_score"] == pytest.approx((base["kl_zero"] - scores["kl_nats"]) / base["kl_zero"])
@@ -122,7 +124,8 @@ def test_scores_of_the_job_follow_from_its_baselines(results: list[dict[str, Any
     assert results[1]["baselines"] == base
 
 
-def test_the_sample_says_what_the_averages_are_over(place: Path, results: list[dict[str, Any]]) -> None:
+def test_sample_says_what_averages_cover(place: Path, results: list[dict[str, Any]]) -> None:
+    """The sample says what the averages are over."""
     store, sample = Store.open(place / "acts.zarr"), results[0]["sample"]
     assert sample["n_rows"] == store.eval.n_rows == 20 * 16
     assert sample["n_tokens"] == int((~store.eval.special).sum())
@@ -132,9 +135,10 @@ def test_the_sample_says_what_the_averages_are_over(place: Path, results: list[d
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_results_do_not_depend_on_the_batch_size(
+def test_batch_size_changes_no_result(
     place: Path, results: list[dict[str, Any]], tmp_path: Path, batch_size: int
 ) -> None:
+    """Results do not depend on the batch size."""
     found = evaluated(place, tmp_path, members(place)[:1], batch_size=batch_size)[0]
     for part in ("levels", "baselines", "features", "series"):
         expected = numbers(results[0][part])
@@ -142,9 +146,10 @@ def test_results_do_not_depend_on_the_batch_size(
     assert found["key"] == results[0]["key"]  # so a batch that fits another machine finds the work done
 
 
-def test_checkpoints_in_groups_score_as_all_at_once(
+def test_groups_score_as_all_at_once(
     place: Path, results: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Checkpoints in groups score as all at once."""
     monkeypatch.setattr(
         planning, "make_plan", lambda *args: planning.Plan(batch=16, chunk=256, group=2, peak=0, limit=0)
     )
@@ -154,13 +159,15 @@ def test_checkpoints_in_groups_score_as_all_at_once(
             assert one[part] == other[part], part
 
 
-def test_the_flat_sae_has_one_level_and_no_shared_block(results: list[dict[str, Any]]) -> None:
+def test_flat_sae_has_one_level(results: list[dict[str, Any]]) -> None:
+    """The flat SAE has one level and no shared block."""
     assert [level["n_latents"] for level in results[2]["levels"]] == [96]
     assert "shared" not in results[2]["features"]["density"]
     assert results[0]["features"]["utilisation"].keys() == {"shared", "specialised"}
 
 
-def test_the_sparse_coding_rate_reaches_one_when_all_latents_are_kept(results: list[dict[str, Any]]) -> None:
+def test_coding_rate_reaches_one(results: list[dict[str, Any]]) -> None:
+    """The sparse coding rate reaches one when all latents are kept."""
     points = {(p["level"], p["n"]): p["value"] for p in results[0]["series"]["sparse_coding_rate"]}
     assert [n for level, n in points if level == 0] == [2, 5, 10, 20]  # the inner level has 32 latents
     assert points[1, 100] == pytest.approx(1, abs=1e-5)
@@ -168,13 +175,15 @@ def test_the_sparse_coding_rate_reaches_one_when_all_latents_are_kept(results: l
     assert values == sorted(values)
 
 
-def test_the_curve_stops_at_the_checkpoints_step(results: list[dict[str, Any]]) -> None:
+def test_curve_stops_at_the_checkpoint(results: list[dict[str, Any]]) -> None:
+    """The curve stops at the checkpoint's step."""
     curve = results[0]["curve"]
     assert curve["step"] == list(range(1, 21))
     assert curve["ev"][0] == [0.1, 0.2]
 
 
-def test_a_long_curve_is_thinned_and_keeps_its_ends(place: Path, tmp_path: Path) -> None:
+def test_long_curve_keeps_its_ends(place: Path, tmp_path: Path) -> None:
+    """A long curve is thinned and keeps its ends."""
     folder = copied_member(place, tmp_path)
     (folder / "metrics.jsonl").write_text(
         "".join(f'{{"step": {i}, "loss": {i}}}\n' for i in range(21)) * 100 + '{"step": 2'
@@ -185,14 +194,16 @@ def test_a_long_curve_is_thinned_and_keeps_its_ends(place: Path, tmp_path: Path)
     assert (curve["step"][0], curve["step"][-1]) == (0, 20)
 
 
-def test_a_broken_line_of_metrics_is_an_error(place: Path, tmp_path: Path) -> None:
+def test_broken_metrics_line_is_an_error(place: Path, tmp_path: Path) -> None:
+    """A broken line of metrics is an error."""
     folder = copied_member(place, tmp_path)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(DamagedError, match=r"metrics\.jsonl: line 2 is not JSON"):
         loss_curve(open_checkpoint(next((folder / "checkpoints").iterdir())))
 
 
-def test_done_checkpoints_are_skipped_and_other_settings_are_other_work(place: Path, tmp_path: Path) -> None:
+def test_done_checkpoints_are_skipped(place: Path, tmp_path: Path) -> None:
+    """Done checkpoints are skipped and other settings are other work."""
     asked = config(place, tmp_path, scores=("l0",))
     first = run(asked, members(place)[:1])
     written = Path(first.results[0]["path"]).stat().st_mtime_ns
@@ -204,21 +215,22 @@ def test_done_checkpoints_are_skipped_and_other_settings_are_other_work(place: P
     assert len(list(tmp_path.glob("*-step_*.json"))) == 4
 
 
-def test_without_behaviour_no_language_model_is_loaded(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_behaviour_loads_no_model(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without behaviour no language model is loaded."""
     monkeypatch.setattr("evaluate.models.Models.load", lambda *_: pytest.fail("the model was loaded"))
     found = evaluated(place, tmp_path, members(place)[:1], scores=("ev", "l0"))[0]
     assert found["baselines"] == {}
     assert "kl_nats" not in found["levels"][0]["scores"]
 
 
-def test_rows_are_rounded_up_to_whole_sequences(place: Path, tmp_path: Path) -> None:
+def test_rows_round_up_to_sequences(place: Path, tmp_path: Path) -> None:
+    """Rows are rounded up to whole sequences."""
     found = evaluated(place, tmp_path, members(place)[:1], rows=33, scores=("ev",))[0]
     assert (found["sample"]["n_sequences"], found["sample"]["n_rows"]) == (3, 48)
 
 
 def test_levels_can_be_chosen(place: Path, tmp_path: Path, results: list[dict[str, Any]]) -> None:
+    """Levels can be chosen."""
     found = evaluated(place, tmp_path, members(place)[:1], levels="last")[0]
     assert found["levels"] == results[0]["levels"][1:]
     checkpoint = open_checkpoint(next((members(place)[2] / "checkpoints").iterdir()))
@@ -227,7 +239,8 @@ def test_levels_can_be_chosen(place: Path, tmp_path: Path, results: list[dict[st
         resolve_levels("1", checkpoint)
 
 
-def test_one_damaged_checkpoint_is_reported_and_the_others_are_finished(place: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoint_spares_the_others(place: Path, tmp_path: Path) -> None:
+    """One damaged checkpoint is reported and the others are finished."""
     runs = tmp_path / "runs"
     shutil.copytree(place / "runs", runs)
     broken = next((sorted(runs.iterdir())[1] / "checkpoints").iterdir())
@@ -242,9 +255,8 @@ def test_one_damaged_checkpoint_is_reported_and_the_others_are_finished(place: P
 
 
 @pytest.mark.parametrize(("value", "what"), [(math.nan, "reconstruction"), (1e30, "reconstruction|KL")])
-def test_a_checkpoint_whose_numbers_are_not_finite_is_an_error_not_minus_one(
-    place: Path, tmp_path: Path, value: float, what: str
-) -> None:
+def test_numbers_not_finite_are_an_error(place: Path, tmp_path: Path, value: float, what: str) -> None:
+    """A checkpoint whose numbers are not finite is an error, not minus one."""
     bad = resaved(copied_member(place, tmp_path), change=lambda sae: sae.b_dec.fill_(value))
     outcome = run(config(place, tmp_path / "out"), [bad, *members(place)[1:2]])
     assert [entry["member"] for entry in outcome.results] == [members(place)[1].name]
@@ -261,39 +273,45 @@ def test_a_checkpoint_whose_numbers_are_not_finite_is_an_error_not_minus_one(
         ({"id": "e" * 64}, "trained on store 'eeee.*--allow-other-store"),
     ],
 )
-def test_a_checkpoint_of_another_layer_model_or_store_is_refused_naming_both(
+def test_checkpoint_of_another_source_is_refused(
     place: Path, tmp_path: Path, store: dict[str, Any], message: str
 ) -> None:
+    """A checkpoint of another layer, model or store is refused, naming both."""
     path = resaved(copied_member(place, tmp_path), store)
     outcome = run(config(place, tmp_path / "out", scores=("ev",)), [path])
     with pytest.raises(CheckpointError, match=message):
         raise outcome.failed[0][1]
 
 
-def test_a_checkpoint_of_another_width_is_refused_naming_both(place: Path, tiny_store: Path) -> None:
+def test_checkpoint_of_another_width_is_refused(place: Path, tiny_store: Path) -> None:
+    """A checkpoint of another width is refused, naming both."""
     checkpoint = open_checkpoint(next((members(place)[0] / "checkpoints").iterdir()))
     narrow = dataclasses.replace(checkpoint, sae=dataclasses.replace(checkpoint.sae, d_model=32))
     with pytest.raises(CheckpointError, match=r"rows have 32 dimensions, those of store .* have 64"):
         require_fit(narrow, Store.open(tiny_store), allow_other_store=False)
 
 
-def test_another_store_of_the_same_model_and_layer_is_allowed_when_asked_for(place: Path, tmp_path: Path) -> None:
+def test_another_store_is_allowed_when_asked(place: Path, tmp_path: Path) -> None:
+    """Another store of the same model and layer is allowed when asked for."""
     path = resaved(copied_member(place, tmp_path), {"id": "e" * 64})
     assert evaluated(place, tmp_path / "out", [path], scores=("ev",), allow_other_store=True)
 
 
-def test_another_model_than_the_stores_is_refused_naming_both(place: Path, tmp_path: Path) -> None:
+def test_another_model_is_refused(place: Path, tmp_path: Path) -> None:
+    """Another model than the store's is refused, naming both."""
     other = tiny_models.make_model(tmp_path / "other", "llama")
     with pytest.raises(ModelError, match=r"other: its weights .* are not those that made store .*acts\.zarr"):
         run(config(place, tmp_path / "out", model=str(other)), members(place))
 
 
-def test_a_store_that_is_not_there_is_an_error(tmp_path: Path, place: Path) -> None:
+def test_missing_store_is_an_error(tmp_path: Path, place: Path) -> None:
+    """A store that is not there is an error."""
     with pytest.raises(StoreError, match="there is no activation store here"):
         run(EvaluateConfig(store=tmp_path / "none.zarr", out=tmp_path), members(place))
 
 
-def test_more_rows_than_the_split_has_are_refused(place: Path, tmp_path: Path) -> None:
+def test_too_many_rows_are_refused(place: Path, tmp_path: Path) -> None:
+    """More rows than the split has are refused."""
     with pytest.raises(UsageError, match="has 320 rows; ask for fewer"):
         run(config(place, tmp_path, rows=10_000), members(place))
 
@@ -302,11 +320,13 @@ def test_more_rows_than_the_split_has_are_refused(place: Path, tmp_path: Path) -
     "changes", [{"scores": ("kl", "fid")}, {"scores": ()}, {"levels": "first"}, {"dtype": "fp8"}, {"batch_size": 0}]
 )
 def test_settings_that_mean_nothing_are_refused(place: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Settings that mean nothing are refused."""
     with pytest.raises(UsageError):
         config(place, tmp_path, **changes)
 
 
-def test_a_folder_stands_for_the_final_checkpoint_of_each_member_or_all_steps(place: Path, tmp_path: Path) -> None:
+def test_folder_means_its_final_checkpoints(place: Path, tmp_path: Path) -> None:
+    """A folder stands for the final checkpoint of each member or all steps."""
     folder = copied_member(place, tmp_path / "runs")
     final = folder / "checkpoints" / "step_000020.safetensors"
     early = Path(shutil.copy(final, folder / "checkpoints" / "step_000010.safetensors"))
@@ -315,7 +335,8 @@ def test_a_folder_stands_for_the_final_checkpoint_of_each_member_or_all_steps(pl
     assert find_checkpoints([early, tmp_path / "runs", early], all_steps=False) == ([early, final], [])
 
 
-def test_an_unfinished_member_is_a_failure_and_its_latest_step_is_not_guessed(place: Path, tmp_path: Path) -> None:
+def test_unfinished_member_is_a_failure(place: Path, tmp_path: Path) -> None:
+    """An unfinished member is a failure and its latest step is not guessed."""
     folder = copied_member(place, tmp_path / "runs")
     (folder / "complete.json").unlink()
     copied_member(place, tmp_path / "runs", seed=1)
@@ -324,16 +345,16 @@ def test_an_unfinished_member_is_a_failure_and_its_latest_step_is_not_guessed(pl
     assert "its training is not complete" in str(failed[0][1])
 
 
-def test_places_without_anything_of_ours_are_errors(tmp_path: Path) -> None:
+def test_foreign_places_are_errors(tmp_path: Path) -> None:
+    """Places without anything of ours are errors."""
     with pytest.raises(CheckpointError, match="no such checkpoint or folder"):
         find_checkpoints([tmp_path / "none"], all_steps=False)
     with pytest.raises(CheckpointError, match="holds no training member"):
         find_checkpoints([tmp_path], all_steps=False)
 
 
-def test_processes_of_a_torchrun_share_the_checkpoints(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchrun_processes_share_checkpoints(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of a torchrun share the checkpoints."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = []
     for rank in ("0", "1"):
@@ -345,7 +366,8 @@ def test_processes_of_a_torchrun_share_the_checkpoints(
 
 
 @pytest.mark.parametrize("limit", [2 * 10**6, 4 * 10**6, 20 * 10**6, 10**9, 10**12])
-def test_a_plan_holds_its_limit(limit: int) -> None:
+def test_plan_holds_its_limit(limit: int) -> None:
+    """A plan holds its limit."""
     parts = planning.Sizes(fixed=1_000_000, sequence=200_000, row=5000, checkpoint=300_000)
     plan = planning.make_plan(parts, 50, 16, 128, 1000, limit, "cpu")
     assert plan.peak == parts.peak(plan.batch, plan.chunk, plan.group) <= limit
@@ -356,7 +378,8 @@ def test_a_plan_holds_its_limit(limit: int) -> None:
         planning.make_plan(parts, 50, 16, 128, 1000, 10**6, "cpu")
 
 
-def test_a_small_memory_gives_the_same_scores(place: Path, results: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_small_memory_gives_equal_scores(place: Path, results: list[dict[str, Any]], tmp_path: Path) -> None:
+    """A small memory gives the same scores."""
     with pytest.raises(UsageError, match="raise --max-memory"):
         run(config(place, tmp_path, max_memory=100_000), members(place))
     found = evaluated(place, tmp_path, members(place)[:1], max_memory=4_000_000)
@@ -366,7 +389,8 @@ def test_a_small_memory_gives_the_same_scores(place: Path, results: list[dict[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [2 * 10**9, 450 * 10**6])
-def test_a_job_stays_within_the_memory_its_plan_states(tmp_path: Path, limit: int) -> None:
+def test_job_stays_within_planned_memory(tmp_path: Path, limit: int) -> None:
+    """A job stays within the memory its plan states."""
     script = Path(__file__).parent / "support" / "measure_memory.py"
     done = subprocess.run([sys.executable, str(script), str(tmp_path), str(limit)], capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
@@ -374,7 +398,8 @@ def test_a_job_stays_within_the_memory_its_plan_states(tmp_path: Path, limit: in
     assert found["peak"] / 4 < found["grown"] < found["peak"] + 100 * 10**6  # allocator and libraries come on top
 
 
-def test_texts_are_known_by_their_content_not_their_path(tmp_path: Path) -> None:
+def test_texts_are_known_by_content(tmp_path: Path) -> None:
+    """Texts are known by their content, not their path."""
     names = []
     for folder in ("a", "b"):
         (tmp_path / folder / "texts").mkdir(parents=True)
@@ -386,7 +411,8 @@ def test_texts_are_known_by_their_content_not_their_path(tmp_path: Path) -> None
     assert source_identity("LabHC/bias_in_bios") == "LabHC/bias_in_bios"
 
 
-def test_a_dry_run_writes_nothing(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_writes_nothing(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dry run writes nothing."""
     outcome = run(config(place, tmp_path / "out"), [place / "runs"], dry_run=True)
     assert not (tmp_path / "out").exists()
     assert outcome.results == []
@@ -395,7 +421,8 @@ def test_a_dry_run_writes_nothing(place: Path, tmp_path: Path, capsys: pytest.Ca
     assert "peak memory at most" in said
 
 
-def test_results_are_plain_json_with_their_definitions(results: list[dict[str, Any]]) -> None:
+def test_results_are_json_with_definitions(results: list[dict[str, Any]]) -> None:
+    """Results are plain JSON with their definitions."""
     assert json.loads(json.dumps(results[0], allow_nan=False)) == results[0]
     for level in results[0]["levels"]:
         assert level["scores"].keys() <= results[0]["definitions"].keys()

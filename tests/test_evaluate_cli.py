@@ -32,9 +32,8 @@ def command(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_a_job_prints_its_results_as_json_then_does_nothing_again(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_second_job_does_nothing(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A job prints its results as JSON, then does nothing again."""
     words = (
         str(place / "runs"),
         "--model",
@@ -58,9 +57,8 @@ def test_a_job_prints_its_results_as_json_then_does_nothing_again(
     assert (tmp_path / "results.csv").exists()
 
 
-def test_a_failing_checkpoint_exits_1_after_the_others(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failing_checkpoint_exits_1_last(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A failing checkpoint exits 1 after the others."""
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"not a checkpoint")
     assert (
@@ -91,9 +89,10 @@ def in_process(place: Path, *words: str) -> int:
         (["--levels", "x"], 2, "--levels 'x'"),
     ],
 )
-def test_what_a_user_caused_is_one_line(
+def test_user_errors_are_one_line(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str
 ) -> None:
+    """What a user caused is one line."""
     places = [] if words[0] == "none" else [str(place / "runs")]
     assert in_process(place, *places, *words, "--out", str(tmp_path / "out")) == code
     said = capsys.readouterr().err
@@ -103,6 +102,7 @@ def test_what_a_user_caused_is_one_line(
 
 
 def test_help_has_an_example_and_defaults() -> None:
+    """Help has an example and defaults."""
     text = CliRunner().invoke(evaluate, ["--help"]).output
     assert "python -m evaluate runs/paper --store acts.zarr" in text
     for option in ("--scores", "--levels", "--all-steps", "--max-memory", "--dry-run", "--json", "--scr"):
@@ -118,6 +118,7 @@ def options(**changes: object) -> dict[str, object]:
 
 
 def test_texts_bring_their_scores_with_them() -> None:
+    """Texts bring their scores with them."""
     assert make_config(**options()).probing is None
     config = make_config(**options(sources=("data/scr",), scr_attributes="a,b"))
     assert config.probing.scores == ("scr", "tpp", "k_sparse_probe")
@@ -139,13 +140,13 @@ def test_texts_bring_their_scores_with_them() -> None:
     ],
 )
 def test_what_texts_take_is_checked(wrong: dict[str, object], message: str) -> None:
+    """What texts take is checked."""
     with pytest.raises(UsageError, match=message):
         make_config(**options(sources=("data/scr",), **wrong))
 
 
-def test_pages_of_latents_are_made_for_the_members_asked_for_and_once(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_latent_pages_are_made_once(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pages of latents are made for the members asked for and once."""
     words = (str(place / "runs"), "--model", str(place / "model"), "--out", str(tmp_path), "--scores", "ev", "--json")
     skipped = []
     for latents in ((), ("--latents", "nobody"), ("--latents", "all"), ("--latents", "all")):

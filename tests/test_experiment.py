@@ -49,7 +49,8 @@ def command(path: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "pipeline", "run", str(path), "--out", str(out)]
 
 
-def test_paths_that_begin_with_a_dot_are_taken_from_the_files_own_folder(tmp_path: Path) -> None:
+def test_dot_paths_start_at_the_file(tmp_path: Path) -> None:
+    """Paths that begin with a dot are taken from the file's own folder."""
     path = tmp_path / "a.toml"
     path.write_text('[harvest]\nmodel = "../m"\ncorpus = "owner/name"\n[train]\nalpha = 0.2\n')
     read = experiments.Experiment.read(path)
@@ -65,15 +66,15 @@ def test_paths_that_begin_with_a_dot_are_taken_from_the_files_own_folder(tmp_pat
         ("x = [", "not readable as TOML"),
     ],
 )
-def test_a_file_that_is_not_an_experiment_says_why(tmp_path: Path, text: str, message: str) -> None:
+def test_broken_experiment_file_says_why(tmp_path: Path, text: str, message: str) -> None:
+    """A file that is not an experiment says why."""
     (tmp_path / "a.toml").write_text(text)
     with pytest.raises(UsageError, match=message):
         experiments.Experiment.read(tmp_path / "a.toml")
 
 
-def test_only_members_that_the_file_asks_for_are_evaluated_and_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_asked_members_are_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only members that the file asks for are evaluated and reported."""
     calls: list[tuple[str, list[str]]] = []
 
     def ask(stage: str, words: list[str], log: Path) -> Any:
@@ -90,7 +91,8 @@ def test_only_members_that_the_file_asks_for_are_evaluated_and_reported(
     assert calls[3][1][:2] == ["/r/one.json", "/r/two.json"]
 
 
-def test_several_layers_get_a_store_each_and_folders_of_their_own(tmp_path: Path) -> None:
+def test_several_layers_get_own_folders(tmp_path: Path) -> None:
+    """Several layers get a store each and folders of their own."""
     (tmp_path / "a.toml").write_text('[harvest]\nmodel = "m"\nlayer = [3, 5]\n[train]\nalpha = 0.2\n')
     read = experiments.Experiment.read(tmp_path / "a.toml")
     places = experiments.Places.of(read, tmp_path / "out")
@@ -103,9 +105,8 @@ def test_several_layers_get_a_store_each_and_folders_of_their_own(tmp_path: Path
     ]
 
 
-def test_a_dry_run_of_what_is_not_there_yet_says_disk_memory_and_time_of_every_stage(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_estimates_every_stage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A dry run of what is not there yet says disk, memory and time of every stage."""
     experiments.dry_run(experiments.Experiment.read(write(tmp_path / "a.toml")), tmp_path / "out")
     said = capfd.readouterr().err
     for part in (
@@ -121,7 +122,8 @@ def test_a_dry_run_of_what_is_not_there_yet_says_disk_memory_and_time_of_every_s
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"logs"}
 
 
-def test_a_stage_that_fails_ends_the_run_with_its_command_and_log(tmp_path: Path) -> None:
+def test_failing_stage_names_command_and_log(tmp_path: Path) -> None:
+    """A stage that fails ends the run with its command and log."""
     with pytest.raises(PipelineError, match=r"python -m harvest --nope: exit code 2"):
         stages.run_stage("harvest", ["--nope"], tmp_path / "log")
     assert "$ python -m harvest --nope" in (tmp_path / "log").read_text()
@@ -135,7 +137,8 @@ def snapshot(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_run_again_does_nothing_and_a_changed_line_does_only_what_it_asks(tmp_path: Path) -> None:
+def test_second_run_does_only_what_changed(tmp_path: Path) -> None:
+    """A second run does nothing and a changed line does only what it asks."""
     out = tmp_path / "out"
     subprocess.run(command(write(tmp_path / "a.toml"), out), cwd=ROOT, check=True)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} | {
@@ -151,7 +154,8 @@ def test_run_again_does_nothing_and_a_changed_line_does_only_what_it_asks(tmp_pa
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_the_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_run_ends_with_equal_bytes(tmp_path: Path) -> None:
+    """Killed at random moments, the run ends with the same bytes."""
     path, whole, out = write(tmp_path / "a.toml"), tmp_path / "whole", tmp_path / "killed"
     start = time.monotonic()
     subprocess.run(command(path, whole), cwd=ROOT, check=True)

@@ -29,7 +29,8 @@ def rows() -> torch.Tensor:
     return torch.randn(20, 16, generator=torch.Generator().manual_seed(3)) * 3 + 1
 
 
-def test_an_exported_sae_takes_raw_residuals_by_saelens_own_formula(tmp_path: Path) -> None:
+def test_export_follows_saelens_formula(tmp_path: Path) -> None:
+    """An exported SAE takes raw residuals by SAELens' own formula."""
     sae = saved(tmp_path / "c", "relu")
     export(tmp_path / "c", "saelens", tmp_path / "out")
     cfg, w = json.loads((tmp_path / "out/cfg.json").read_text()), load_file(tmp_path / "out/sae_weights.safetensors")
@@ -42,7 +43,8 @@ def test_an_exported_sae_takes_raw_residuals_by_saelens_own_formula(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["relu", "jumprelu", "batchtopk"])
-def test_every_level_exports_as_an_sae_of_its_own(tmp_path: Path, kind: str) -> None:
+def test_every_level_exports_alone(tmp_path: Path, kind: str) -> None:
+    """Every level exports as an SAE of its own."""
     sae = saved(tmp_path / "c", kind)
     folders = export(tmp_path / "c", "saelens", tmp_path / "out", level=-1)
     widths = [json.loads((folder / "cfg.json").read_text())["d_sae"] for folder in folders]
@@ -52,7 +54,8 @@ def test_every_level_exports_as_an_sae_of_its_own(tmp_path: Path, kind: str) -> 
     assert torch.allclose(z @ w["W_dec"] + w["b_dec"], sae.decode_level(sae.encode(rows()), 0), rtol=1e-4, atol=1e-4)
 
 
-def test_what_a_format_cannot_express_is_refused(tmp_path: Path) -> None:
+def test_inexpressible_sae_is_refused(tmp_path: Path) -> None:
+    """What a format cannot express is refused."""
     saved(tmp_path / "ln", "relu, LayerNorm")
     with pytest.raises(UsageError, match="LayerNorm"):
         export(tmp_path / "ln", "dictionary-learning", tmp_path / "out")
@@ -61,7 +64,8 @@ def test_what_a_format_cannot_express_is_refused(tmp_path: Path) -> None:
         export(tmp_path / "c", "saelens", tmp_path / "out", level=2)
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    """A folder that holds something else is left alone."""
     saved(tmp_path / "c", "relu")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
@@ -71,7 +75,8 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.skipif("PEERS_PYTHON" not in os.environ, reason="PEERS_PYTHON names no environment with sae-lens")
-def test_the_installed_peers_load_every_export_and_agree(tmp_path: Path) -> None:
+def test_peers_load_exports_and_agree(tmp_path: Path) -> None:
+    """The installed peers load every export and agree."""
     for kind in KINDS:
         for form in FORMATS:
             folder = tmp_path / f"{kind}-{form}".replace(", ", "-")

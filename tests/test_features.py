@@ -56,7 +56,8 @@ def fired(
     return firing
 
 
-def test_l0_l1_and_dead_latents_equal_the_reference_at_every_level() -> None:
+def test_l0_l1_dead_equal_the_reference() -> None:
+    """L0, L1 and dead latents equal the reference at every level."""
     z, massive = sparse_latents(50, 20), torch.arange(50) % 9 == 0
     firing = fired(z, (6, 20), massive, [20, 1, 29])
     for level, m in enumerate((6, 20)):
@@ -65,18 +66,21 @@ def test_l0_l1_and_dead_latents_equal_the_reference_at_every_level() -> None:
         assert without == pytest.approx(reference_firing(z[~massive, :m]), rel=1e-6)
 
 
-def test_l0_quantiles_are_those_of_the_sorted_counts() -> None:
+def test_l0_quantiles_are_of_sorted_counts() -> None:
+    """L0 quantiles are those of the sorted counts."""
     z = torch.tensor([[1.0, 0, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]])
     quantiles = fired(z, (3,)).l0_quantiles(0)
     assert quantiles == {"0": 0, "0.05": 0, "0.25": 0, "0.5": 1, "0.75": 2, "0.95": 3, "1": 3}
 
 
 def test_negative_latents_fire_too() -> None:
+    """Negative latents fire too."""
     scores = fired(torch.tensor([[-1.0, 0.0]]), (2,)).scores(0)[0]
     assert (scores["l0"], scores["l1"], scores["dead"]) == (1, 1, 0.5)
 
 
-def test_no_latent_firing_gives_zeros_and_no_utilisation() -> None:
+def test_silent_latents_give_zeros() -> None:
+    """No latent firing gives zeros and no utilisation."""
     config = SAEConfig(d_model=2, width=4, levels=(2, 4))
     found = density_features(config, fired(torch.zeros(5, 4), (2, 4)))
     assert fired(torch.zeros(5, 4), (2, 4)).scores(1)[0]["dead"] == 1
@@ -86,7 +90,8 @@ def test_no_latent_firing_gives_zeros_and_no_utilisation() -> None:
     assert found["utilisation"]["shared"]["gini"] is None
 
 
-def test_densities_land_in_the_bins_of_their_logarithm() -> None:
+def test_densities_land_in_log_bins() -> None:
+    """Densities land in the bins of their logarithm."""
     z = torch.zeros(1000, 4)
     z[:, 0] = 1  # log10 0
     z[:100, 1] = 1  # -1
@@ -98,7 +103,8 @@ def test_densities_land_in_the_bins_of_their_logarithm() -> None:
     assert bins == {-0.25: 1, -1.0: 1, -2.75: 1}
 
 
-def test_even_use_has_full_entropy_and_one_latent_doing_all_has_none() -> None:
+def test_entropy_runs_from_even_to_single() -> None:
+    """Even use has full entropy and one latent doing all has none."""
     even = utilisation(torch.full((8,), 0.05, dtype=torch.float64))
     assert (even["entropy"], even["gini"]) == (pytest.approx(1), pytest.approx(0, abs=1e-12))
     assert (even["freq_over_1_percent"], even["mass_over_1_percent"], even["freq_over_10_percent"]) == (
@@ -111,7 +117,8 @@ def test_even_use_has_full_entropy_and_one_latent_doing_all_has_none() -> None:
     assert (one["freq_over_10_percent"], one["mass_over_10_percent"]) == (0.25, 1)
 
 
-def test_gini_equals_the_mean_difference_of_all_pairs() -> None:
+def test_gini_equals_mean_pair_difference() -> None:
+    """Gini equals the mean difference of all pairs."""
     density = torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pairs = (density[:, None] - density).abs().mean() / (2 * density.mean())
     assert utilisation(density)["gini"] == pytest.approx(float(pairs))
@@ -126,7 +133,8 @@ def random_sae(d_model: int = 12, levels: tuple[int, ...] = (10, 40), seed: int 
     return sae
 
 
-def test_geometry_equals_cosines_taken_one_by_one() -> None:
+def test_geometry_equals_single_cosines() -> None:
+    """Geometry equals cosines taken one by one."""
     sae = random_sae()
     found = geometry(sae)
     own = torch.nn.functional.cosine_similarity(sae.W_enc.T.double(), sae.W_dec.double())
@@ -140,7 +148,8 @@ def test_geometry_equals_cosines_taken_one_by_one() -> None:
     assert found["nearest"]["within specialised"]["mean"] == pytest.approx(float(within), rel=1e-5)
 
 
-def test_nearest_neighbours_are_the_same_in_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_hold_in_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearest neighbours are the same in small chunks."""
     decoder = torch.nn.functional.normalize(torch.randn(50, 6, generator=torch.Generator().manual_seed(1)), dim=1)
     block = slice(7, 50)
     whole = nearest(decoder, block, block)
@@ -148,7 +157,8 @@ def test_nearest_neighbours_are_the_same_in_small_chunks(monkeypatch: pytest.Mon
     torch.testing.assert_close(nearest(decoder, block, block), whole)
 
 
-def test_a_latent_is_not_its_own_neighbour_but_a_copy_is() -> None:
+def test_copy_is_a_neighbour_self_not() -> None:
+    """A latent is not its own neighbour but a copy is."""
     decoder = torch.eye(4)
     assert nearest(decoder, slice(0, 4), slice(0, 4)).tolist() == [0, 0, 0, 0]
     decoder[3] = decoder[0]
@@ -166,7 +176,8 @@ def correlated(
     return correlation
 
 
-def test_streamed_correlations_equal_numpy_over_rows_that_are_not_massive() -> None:
+def test_streamed_correlations_equal_numpy() -> None:
+    """Streamed correlations equal numpy over rows that are not massive."""
     config = SAEConfig(d_model=2, width=20, levels=(8, 20))
     z, massive = sparse_latents(300, 20), torch.arange(300) % 17 == 0
     z[:, 5] = 2 * z[:, 4]
@@ -193,13 +204,15 @@ def test_streamed_correlations_equal_numpy_over_rows_that_are_not_massive() -> N
     assert found["within specialised"]["mean_abs_pearson"] == pytest.approx(np.abs(within).mean(), abs=1e-6)
 
 
-def test_a_flat_sae_has_one_block() -> None:
+def test_flat_sae_has_one_block() -> None:
+    """A flat SAE has one block."""
     found = correlated(sparse_latents(100, 6), SAEConfig(d_model=2, width=6, levels=(6,)), [100]).features()
     assert "within specialised" in found
     assert "across" not in found
 
 
-def test_correlations_hold_a_bounded_sample_of_latents_drawn_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_correlations_take_a_bounded_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Correlations hold a bounded sample of latents drawn by seed."""
     monkeypatch.setattr(features, "N_SAMPLED", 5)
     config = SAEConfig(d_model=2, width=100, levels=(30, 100))
     one, same, other = Correlation(config, 0, CPU), Correlation(config, 0, CPU), Correlation(config, 1, CPU)
@@ -218,7 +231,8 @@ def coded(sae: NestedSAE, x: torch.Tensor, sizes: Sequence[int]) -> SparseCoding
     return coding
 
 
-def test_the_sparse_coding_rate_equals_a_reference_that_sorts_each_row() -> None:
+def test_coding_rate_equals_sorting_reference() -> None:
+    """The sparse coding rate equals a reference that sorts each row."""
     sae = random_sae()
     sae.W_dec *= torch.linspace(0.1, 3, 40)[:, None]  # norms matter in the ranking
     x = torch.randn(60, 12, generator=torch.Generator().manual_seed(3))
@@ -232,7 +246,8 @@ def test_the_sparse_coding_rate_equals_a_reference_that_sorts_each_row() -> None
             assert rate == pytest.approx(expected, rel=1e-4)
 
 
-def test_keeping_every_latent_that_fires_keeps_all_of_the_explained_variance() -> None:
+def test_keeping_all_latents_keeps_all_ev() -> None:
+    """Keeping every latent that fires keeps all of the explained variance."""
     sae = random_sae(levels=(20,))
     x = torch.randn(30, 12, generator=torch.Generator().manual_seed(3))
     full = reference_sparse_coding(sae.normalize(x), sae.encode(x), sae.W_dec, sae.b_dec, 20)
@@ -241,13 +256,15 @@ def test_keeping_every_latent_that_fires_keeps_all_of_the_explained_variance() -
 
 
 @pytest.mark.parametrize("full", [0.0, -0.3, None])
-def test_the_sparse_coding_rate_is_undefined_where_nothing_is_explained(full: float | None) -> None:
+def test_coding_rate_without_ev_is_undefined(full: float | None) -> None:
+    """The sparse coding rate is undefined where nothing is explained."""
     sae = random_sae()
     coding = coded(sae, torch.randn(30, 12), [30])
     assert [rate for _, rate in coding.rates(1, full)] == [None, None, None]
 
 
 def test_describe_of_nothing_has_no_numbers() -> None:
+    """Describe of nothing has no numbers."""
     assert features.describe(torch.zeros(0))["mean"] is None
     assert features.describe(torch.tensor([1.0, 2.0, 6.0]))["mean"] == 3
     assert not math.isnan(features.describe(torch.tensor([1.0]))["p95"])  # type: ignore[arg-type]

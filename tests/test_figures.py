@@ -36,7 +36,8 @@ def figure(made: Figure | Missing) -> Figure:
     return made
 
 
-def test_every_panel_is_well_formed_xml_without_scripts_styles_or_dates(drawn: dict[str, list[str]]) -> None:
+def test_panels_are_plain_wellformed_xml(drawn: dict[str, list[str]]) -> None:
+    """Every panel is well-formed XML without scripts, styles or dates."""
     for panels in drawn.values():
         for panel in panels:
             root = ElementTree.fromstring(panel)
@@ -45,7 +46,8 @@ def test_every_panel_is_well_formed_xml_without_scripts_styles_or_dates(drawn: d
             assert not re.search(r"20\d\d-\d\d-\d\d", panel)
 
 
-def test_ids_of_all_panels_differ_and_every_reference_has_its_target(drawn: dict[str, list[str]]) -> None:
+def test_panel_ids_differ_and_resolve(drawn: dict[str, list[str]]) -> None:
+    """Ids of all panels differ and every reference has its target."""
     whole = "".join(panel for panels in drawn.values() for panel in panels)
     ids = re.findall(r'\bid="([^"]*)"', whole)
     assert len(ids) == len(set(ids)) > 100
@@ -54,7 +56,8 @@ def test_ids_of_all_panels_differ_and_every_reference_has_its_target(drawn: dict
     assert references <= set(ids)
 
 
-def test_text_stays_text_and_colours_follow_the_page(drawn: dict[str, list[str]]) -> None:
+def test_text_stays_text(drawn: dict[str, list[str]]) -> None:
+    """Text stays text and colours follow the page."""
     panel = drawn["loss"][0]
     assert "<text" in panel
     assert "total loss" in panel
@@ -63,13 +66,15 @@ def test_text_stays_text_and_colours_follow_the_page(drawn: dict[str, list[str]]
     assert "#0102" not in "".join(p for panels in drawn.values() for p in panels)
 
 
-def test_the_same_results_draw_the_same_bytes(results: Results) -> None:
+def test_equal_results_draw_equal_bytes(results: Results) -> None:
+    """The same results draw the same bytes."""
     one, other = (figure(loss(results)).panels[0] for _ in range(2))
     assert svg.standalone(one, 2) == svg.standalone(other, 2)
     assert svg.inline(one) == svg.inline(other)
 
 
-def test_a_saved_panel_stands_alone_with_a_legend_and_real_colours(results: Results) -> None:
+def test_saved_panel_stands_alone(results: Results) -> None:
+    """A saved panel stands alone with a legend and real colours."""
     saved = svg.standalone(figure(loss(results)).panels[0], 2).decode()
     ElementTree.fromstring(saved)
     assert "α = 0.2" in saved
@@ -77,7 +82,8 @@ def test_a_saved_panel_stands_alone_with_a_legend_and_real_colours(results: Resu
     assert "#0102" not in saved
 
 
-def test_colours_of_ways_of_sharing_differ_in_lightness_in_order() -> None:
+def test_sharing_colours_differ_in_lightness() -> None:
+    """Colours of ways of sharing differ in lightness in order."""
     for colours in svg.palette(5):
         parts = [[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in colours[1:]]
         light = [0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in parts]
@@ -85,7 +91,8 @@ def test_colours_of_ways_of_sharing_differ_in_lightness_in_order() -> None:
         assert min(b - a for a, b in zip(light, light[1:])) > 0.04
 
 
-def test_loss_has_a_panel_a_term_and_says_that_totals_are_not_comparable(results: Results) -> None:
+def test_loss_has_a_panel_each_term(results: Results) -> None:
+    """Loss has a panel a term and says that totals are not comparable."""
     made = figure(loss(results))
     assert [panel.id for panel in made.panels] == [
         "loss-0-loss", "loss-0-recon_innermost", "loss-0-recon_whole", "loss-0-l1_shared", "loss-0-l1_specialised"
@@ -96,14 +103,16 @@ def test_loss_has_a_panel_a_term_and_says_that_totals_are_not_comparable(results
     assert all(row["low"] < row["mean"] < row["high"] and row["seeds"] == 3 for row in rows)
 
 
-def test_the_ratio_of_nested_to_flat_loss_in_the_caption_is_that_of_the_last_means(results: Results) -> None:
+def test_caption_ratio_is_of_last_means(results: Results) -> None:
+    """The ratio of nested to flat loss in the caption is that of the last means."""
     last = {
         row.sharing: sum(run.data["curve"]["loss"][-1] for run in row.runs) / len(row.runs) for row in results.main.rows
     }
     assert f"{last[(0.2,)] / last[()]:.2f} at α = 0.2" in figure(loss(results)).caption
 
 
-def test_a_curve_with_gaps_leaves_them_out(results: Results) -> None:
+def test_curve_leaves_out_gaps(results: Results) -> None:
+    """A curve with gaps leaves them out."""
     data = results.runs[0].data | {
         "curve": {"step": [1, 2, 3], "loss": [3.0, None, 1.0], "recon": [[2.0], None, [1.0]]}
     }
@@ -112,14 +121,16 @@ def test_a_curve_with_gaps_leaves_them_out(results: Results) -> None:
     assert curve_of(run, "recon_whole") == {1: 2.0, 3: 1.0}
 
 
-def test_bands_take_every_x_or_only_those_that_all_seeds_have() -> None:
+def test_bands_take_shared_or_all_x() -> None:
+    """Bands take every x or only those that all seeds have."""
     points = [{1: 1.0, 2: 2.0}, {2: 4.0, 3: 9.0}]
     assert [(x, e.mean, e.n) for x, e in band_of(points)] == [(1, 1, 1), (2, 3, 2), (3, 9, 1)]
     assert [x for x, _ in band_of(points, common=True)] == [2]
     assert band_of([]) == band_of([], common=True) == []
 
 
-def test_scores_across_n_are_means_over_seeds_at_each_n(results: Results) -> None:
+def test_scores_across_n_are_seed_means(results: Results) -> None:
+    """Scores across n are means over seeds at each n."""
     made = figure(across_n(results))
     row = next(row for row in results.main.rows if row.sharing)
     expected = sum(run.at("scr")[20] for run in row.runs) / 3
@@ -128,14 +139,16 @@ def test_scores_across_n_are_means_over_seeds_at_each_n(results: Results) -> Non
     assert "n = 20" in made.caption
 
 
-def test_levels_give_the_shared_dictionary_alone_and_the_whole(results: Results) -> None:
+def test_levels_show_shared_and_whole(results: Results) -> None:
+    """Levels give the shared dictionary alone and the whole."""
     made = figure(by_level(results))
     assert {r["latents"] for r in made.numbers if r["row"] == "α = 0.2"} == {205, 1024}
     assert {r["latents"] for r in made.numbers if r["row"] == "α = 0"} == {1024}
     assert "205 of 1,024 latents" in made.caption
 
 
-def test_every_checkpoint_is_a_point_that_says_which_it_is(results: Results, drawn: dict[str, list[str]]) -> None:
+def test_every_checkpoint_is_a_named_point(results: Results, drawn: dict[str, list[str]]) -> None:
+    """Every checkpoint is a point that says which it is."""
     made = figure(pareto(results))
     assert len(made.numbers) == 2 * len(results.runs) == 24
     for panel, markup in zip(made.panels, drawn["pareto"]):
@@ -145,7 +158,8 @@ def test_every_checkpoint_is_a_point_that_says_which_it_is(results: Results, dra
         assert len(panel.tips) == len(results.runs)
 
 
-def test_a_tooltip_from_a_hostile_name_is_text(results: Results) -> None:
+def test_hostile_tooltip_is_text(results: Results) -> None:
+    """A tooltip from a hostile name is text."""
     panel = figure(pareto(results)).panels[0]
     hostile = svg.Panel(
         panel.id, panel.title, "", "", panel.draw, dict.fromkeys(panel.tips, "</title><script>alert(1)</script>")
@@ -153,21 +167,24 @@ def test_a_tooltip_from_a_hostile_name_is_text(results: Results) -> None:
     assert "<script" not in svg.inline(hostile)
 
 
-def test_the_front_holds_what_nothing_as_sparse_beats(results: Results) -> None:
+def test_front_holds_unbeaten_points(results: Results) -> None:
+    """The front holds what nothing as sparse beats."""
     run = results.runs[0]
     points = [(run, 10.0, 0.5), (run, 20.0, 0.4), (run, 20.0, 0.45), (run, 30.0, 0.6), (run, 40.0, 0.1)]
     assert [(x, y) for _, x, y in front(False, points)] == [(10, 0.5), (20, 0.4), (40, 0.1)]
     assert [(x, y) for _, x, y in front(True, points)] == [(10, 0.5), (30, 0.6)]
 
 
-def test_density_histograms_add_seeds_and_have_their_median(results: Results) -> None:
+def test_density_histograms_add_seeds(results: Results) -> None:
+    """Density histograms add seeds and have their median."""
     made = figure(density(results))
     shared = [r["latents"] for r in made.numbers if (r["row"], r["block"]) == ("α = 0.2", "shared")]
     assert sum(shared) == 3 * 205
     assert median([0.0, 1.0, 2.0], [1.0, 3.0]) == pytest.approx(4 / 3)
 
 
-def test_ablations_are_drawn_for_numeric_settings_that_differ_and_hold_the_others(tmp_path: Path) -> None:
+def test_ablations_vary_one_numeric_setting(tmp_path: Path) -> None:
+    """Ablations are drawn for numeric settings that differ and hold the others."""
     write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,))
     for change in ({"width": 2048}, {"lr": 3e-3}, {"layer": 4}):
         write_results(tmp_path, alphas=(0.0,), steps=(400,), **change)  # type: ignore[arg-type]
@@ -192,9 +209,8 @@ def test_ablations_are_drawn_for_numeric_settings_that_differ_and_hold_the_other
         }),
     ],
 )  # fmt: skip
-def test_what_is_missing_leaves_out_its_figure_with_a_reason(
-    tmp_path: Path, drop: list[str], missing: set[str]
-) -> None:
+def test_missing_figure_gives_its_reason(tmp_path: Path, drop: list[str], missing: set[str]) -> None:
+    """What is missing leaves out its figure with a reason."""
     write_results(tmp_path, alphas=(0.0, 0.2), seeds=(0, 1), steps=(400,), drop=drop)
     made = make_figures(read_results([tmp_path]))
     left_out = [f for f in made if isinstance(f, Missing)]

@@ -73,39 +73,46 @@ def top(a: torch.Tensor, k: int) -> torch.Tensor:
     return torch.where(a >= a.topk(k, dim=1).values[:, -1:], a, 0.0)
 
 
-def test_a_saelens_standard_sae(tmp_path: Path) -> None:
+def test_saelens_standard_sae(tmp_path: Path) -> None:
+    """A SAELens standard SAE computes the same here."""
     w = weights()
     same(saelens(tmp_path / "s", w), centred(w).relu(), w)
 
 
-def test_a_saelens_sae_that_does_not_subtract_b_dec(tmp_path: Path) -> None:
+def test_saelens_without_b_dec_subtraction(tmp_path: Path) -> None:
+    """A SAELens SAE that does not subtract b_dec is read as it is."""
     w = weights()
     same(saelens(tmp_path / "s", w, apply_b_dec_to_input=False), (rows() @ w["W_enc"] + w["b_enc"]).relu(), w)
 
 
-def test_a_saelens_topk_sae(tmp_path: Path) -> None:
+def test_saelens_topk_sae(tmp_path: Path) -> None:
+    """A SAELens TopK SAE computes the same here."""
     w = weights()
     same(saelens(tmp_path / "s", w, architecture="topk", k=7), top(centred(w), 7), w)
 
 
-def test_a_saelens_jumprelu_sae(tmp_path: Path) -> None:
+def test_saelens_jumprelu_sae(tmp_path: Path) -> None:
+    """A SAELens JumpReLU SAE computes the same here."""
     w, threshold = weights(), torch.linspace(0, 1, F)
     a = centred(w)
     same(saelens(tmp_path / "s", w | {"threshold": threshold}, architecture="jumprelu"), a.relu() * (a > threshold), w)
 
 
-def test_a_dictionary_learning_autoencoder(tmp_path: Path) -> None:
+def test_dictionary_learning_autoencoder(tmp_path: Path) -> None:
+    """A dictionary_learning autoencoder computes the same here."""
     w = weights()
     same(dictionary(tmp_path / "d", "AutoEncoder", linear_style(w)), centred(w).relu(), w)
 
 
-def test_a_dictionary_learning_topk_sae(tmp_path: Path) -> None:
+def test_dictionary_learning_topk_sae(tmp_path: Path) -> None:
+    """A dictionary_learning TopK SAE computes the same here."""
     w = weights()
     state = linear_style(w, "b_dec") | {"k": torch.tensor(5), "threshold": torch.tensor(-1.0)}
     same(dictionary(tmp_path / "d", "AutoEncoderTopK", state), top(centred(w), 5), w)
 
 
-def test_a_dictionary_learning_matryoshka_sae_keeps_its_groups_as_levels(tmp_path: Path) -> None:
+def test_matryoshka_groups_become_levels(tmp_path: Path) -> None:
+    """A dictionary_learning Matryoshka SAE keeps its groups as levels."""
     w = weights()
     state = w | {"threshold": torch.tensor(0.3), "k": torch.tensor(20), "group_sizes": torch.tensor([16, 32, 48])}
     folder = dictionary(tmp_path / "d", "MatryoshkaBatchTopKSAE", state)
@@ -114,7 +121,8 @@ def test_a_dictionary_learning_matryoshka_sae_keeps_its_groups_as_levels(tmp_pat
     assert load_foreign(folder)[0].config.levels == (16, 48, 96)
 
 
-def test_a_dictionary_learning_jumprelu_sae_does_not_subtract_b_dec(tmp_path: Path) -> None:
+def test_jumprelu_without_b_dec_subtraction(tmp_path: Path) -> None:
+    """A dictionary_learning JumpReLU SAE does not subtract b_dec."""
     w, threshold = weights(), torch.full((F,), 0.25)
     a = rows() @ w["W_enc"] + w["b_enc"]
     same(dictionary(tmp_path / "d", "JumpReluAutoEncoder", w | {"threshold": threshold}), a.relu() * (a > threshold), w)
@@ -129,17 +137,20 @@ def test_a_dictionary_learning_jumprelu_sae_does_not_subtract_b_dec(tmp_path: Pa
     ],
 )
 def test_what_cannot_be_expressed_is_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
+    """What cannot be expressed is refused."""
     with pytest.raises(CheckpointError, match=message):
         load_foreign(saelens(tmp_path / "s", weights(), **cfg))
 
 
-def test_a_batchtopk_sae_without_a_threshold_is_refused(tmp_path: Path) -> None:
+def test_batchtopk_without_threshold_is_refused(tmp_path: Path) -> None:
+    """A BatchTopK SAE without a threshold is refused."""
     state = linear_style(weights(), "b_dec") | {"k": torch.tensor(5), "threshold": torch.tensor(-1.0)}
     with pytest.raises(CheckpointError, match="its threshold was never set"):
         load_foreign(dictionary(tmp_path / "d", "BatchTopKSAE", state))
 
 
-def test_tensors_that_do_not_agree_with_the_config_are_refused(tmp_path: Path) -> None:
+def test_disagreeing_tensors_are_refused(tmp_path: Path) -> None:
+    """Tensors that do not agree with the config are refused."""
     with pytest.raises(CheckpointError, match="config and tensors do not agree"):
         load_foreign(saelens(tmp_path / "s", weights() | {"b_enc": torch.zeros(3)}))
 
@@ -152,13 +163,15 @@ class Evil:
 
 
 def test_no_code_of_a_pickle_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No code of a pickle runs."""
     folder = dictionary(tmp_path / "d", "AutoEncoder", {"encoder.weight": Evil()})
     with pytest.raises(DamagedError, match=r"ae\.pt: cannot be read"):
         load_foreign(folder)
     assert "ran" not in capsys.readouterr().out
 
 
-def test_an_sae_made_elsewhere_is_evaluated_beside_ours(tmp_path: Path) -> None:
+def test_foreign_sae_is_evaluated_beside_ours(tmp_path: Path) -> None:
+    """An SAE made elsewhere is evaluated beside ours."""
     store = lm_stores.make_lm_store(tmp_path, eval_sequences=4)
     lm_stores.save_member(tmp_path / "all", store, lm_stores.make_sae(store))
     saelens(tmp_path / "all" / "theirs", weights())
@@ -170,7 +183,8 @@ def test_an_sae_made_elsewhere_is_evaluated_beside_ours(tmp_path: Path) -> None:
     assert theirs["levels"][0]["scores"].keys() == ours["levels"][1]["scores"].keys() - {"dead_in_training"}
 
 
-def test_an_sae_of_another_layer_is_refused(tmp_path: Path, tiny_store: Path) -> None:
+def test_sae_of_another_layer_is_refused(tmp_path: Path, tiny_store: Path) -> None:
+    """An SAE of another layer is refused."""
     folder = saelens(tmp_path / "s", weights(), metadata={"hook_name": "blocks.4.hook_resid_pre"})
     require_fit(open_checkpoint(folder), Store.open(tiny_store), allow_other_store=False)  # resid_pre 4 is resid_post 3
     folder = saelens(tmp_path / "t", weights(), metadata={"hook_name": "blocks.4.hook_resid_post"})
@@ -178,7 +192,8 @@ def test_an_sae_of_another_layer_is_refused(tmp_path: Path, tiny_store: Path) ->
         require_fit(open_checkpoint(folder), Store.open(tiny_store), allow_other_store=False)
 
 
-def test_a_folder_of_folders_is_searched(tmp_path: Path) -> None:
+def test_folder_of_folders_is_searched(tmp_path: Path) -> None:
+    """A folder of folders is searched."""
     saelens(tmp_path / "a", weights())
     dictionary(tmp_path / "b", "AutoEncoder", linear_style(weights()))
     (tmp_path / "notes").mkdir()

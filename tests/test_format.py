@@ -59,7 +59,8 @@ def train(tiny_store: Path) -> dict[str, Any]:
     return dict(group.arrays())
 
 
-def test_the_arrays_are_those_of_the_page(tiny_store: Path) -> None:
+def test_arrays_are_those_of_the_page(tiny_store: Path) -> None:
+    """The arrays are those of the page."""
     listed = re.findall(r"^ +(\w+) +(u?int\d+|float\d+) +\(([^)]*)\)", section("Store"), re.MULTILINE)
     assert [name for name, _, _ in listed] == ["tokens", "special", "resid", "norm", "moments", "commit", "mean"]
     group = zarr.open_group(tiny_store, mode="r")
@@ -74,7 +75,8 @@ def sum_of(term: str) -> int:
     return sum(SIZES[part.strip()] if part.strip() in SIZES else int(part) for part in term.split("+"))
 
 
-def test_the_attributes_are_those_of_the_page(attributes: dict[str, Any]) -> None:
+def test_attributes_are_those_of_the_page(attributes: dict[str, Any]) -> None:
+    """The attributes are those of the page."""
     assert sorted(attributes) == sorted(listed_fields("Store", "**Attributes**"))
     statistics = re.search(r"when complete: ([^|(]+)", section("Store"))
     assert statistics is not None
@@ -82,7 +84,8 @@ def test_the_attributes_are_those_of_the_page(attributes: dict[str, Any]) -> Non
     assert listed == [field.name for field in dataclasses.fields(Statistics)] == list(attributes["statistics"])
 
 
-def test_the_config_has_every_field_of_the_page(attributes: dict[str, Any]) -> None:
+def test_config_fields_are_of_the_page(attributes: dict[str, Any]) -> None:
+    """The config has every field of the page."""
     row = re.search(r"\| config \| what fixes the bytes: (.*) \|", section("Store"))
     assert row is not None
     listed = [name.strip() for name in re.sub(r"\([^)]*\)", "", row[1]).split(",")]
@@ -90,6 +93,7 @@ def test_the_config_has_every_field_of_the_page(attributes: dict[str, Any]) -> N
 
 
 def test_hashes_are_as_the_page_says(tiny_store: Path, attributes: dict[str, Any]) -> None:
+    """Hashes are as the page says."""
     group = zarr.open_group(tiny_store, mode="r")
     for split in ("train", "eval"):
         assert attributes["tokens_sha256"][split] == sha256(group[f"{split}/tokens"][:].astype("<i4").tobytes())
@@ -102,18 +106,21 @@ def test_hashes_are_as_the_page_says(tiny_store: Path, attributes: dict[str, Any
     assert attributes.pop("seal") == sha256(canonical(attributes))
 
 
-def test_every_zarr_json_below_the_root_is_hashed(tiny_store: Path, attributes: dict[str, Any]) -> None:
+def test_every_nested_zarr_json_is_hashed(tiny_store: Path, attributes: dict[str, Any]) -> None:
+    """Every zarr.json below the root is hashed."""
     found = {str(p.relative_to(tiny_store)): sha256(p.read_bytes()) for p in tiny_store.rglob("*/zarr.json")}
     assert attributes["files"] == found
     assert len(found) == 2 + 1 + 2 * 6
 
 
-def test_every_zarr_json_is_the_bytes_of_json_dumps(tiny_store: Path) -> None:
+def test_zarr_json_is_of_json_dumps(tiny_store: Path) -> None:
+    """Every zarr.json is the bytes of json.dumps."""
     for path in tiny_store.rglob("zarr.json"):
         assert path.read_bytes() == json.dumps(json.loads(path.read_bytes()), indent=2).encode()
 
 
 def test_fill_values_are_never_data(train: dict[str, Any]) -> None:
+    """Fill values are never data."""
     fills = {name: array.fill_value for name, array in train.items()}
     bits = np.array([fills.pop("resid")], np.uint16).view(np.int16)
     assert torch.from_numpy(bits).view(torch.bfloat16).isnan().all()
@@ -121,7 +128,8 @@ def test_fill_values_are_never_data(train: dict[str, Any]) -> None:
     assert fills == {"tokens": -1, "special": 255, "commit": 0}
 
 
-def test_a_shard_is_chunks_with_their_crc32c_and_an_index(tiny_store: Path, train: dict[str, Any]) -> None:
+def test_shard_is_chunks_and_an_index(tiny_store: Path, train: dict[str, Any]) -> None:
+    """A shard is chunks with their CRC32C and an index."""
     data = (tiny_store / "train/resid/c/2/0").read_bytes()  # the ragged one: 384 rows, 3 of 8 chunks
     body, index = data[: 3 * (CHUNK_NBYTES + 4)], data[3 * (CHUNK_NBYTES + 4) :]
     for i in range(3):
@@ -135,7 +143,8 @@ def test_a_shard_is_chunks_with_their_crc32c_and_an_index(tiny_store: Path, trai
     assert google_crc32c.value(index[:-4]) == int.from_bytes(index[-4:], "little")
 
 
-def test_a_commit_record_is_two_to_the_32_and_the_digests(tiny_store: Path, train: dict[str, Any]) -> None:
+def test_commit_record_is_length_and_digests(tiny_store: Path, train: dict[str, Any]) -> None:
+    """A commit record is 2³² and the digests."""
     for k, n_chunks in enumerate((8, 8, 3)):
         resid = (tiny_store / f"train/resid/c/{k}/0").read_bytes()
         ends = [(i + 1) * (CHUNK_NBYTES + 4) for i in range(n_chunks)]
@@ -145,20 +154,21 @@ def test_a_commit_record_is_two_to_the_32_and_the_digests(tiny_store: Path, trai
         assert train["commit"][k].tolist() == [2**32 + digest for digest in digests]
 
 
-def test_the_crc32c_of_a_whole_shard_says_nothing_about_its_rows(tiny_store: Path) -> None:
+def test_shard_crc_says_nothing_of_rows(tiny_store: Path) -> None:
+    """The CRC32C of a whole shard says nothing about its rows."""
     first, second = ((tiny_store / f"train/resid/c/{k}/0").read_bytes() for k in (0, 1))
     assert first != second
     assert google_crc32c.value(first) == google_crc32c.value(second)
 
 
 def test_rows_are_positions_of_sequences(train: dict[str, Any]) -> None:
+    """Rows are positions of sequences."""
     assert train["special"][:, 0].all()
     assert train["norm"][:].reshape(152, 16)[:, 0].mean() > 5 * train["norm"][:].reshape(152, 16)[:, 1:].mean()
 
 
-def test_mean_scale_and_kept_rows_are_those_of_the_page(
-    tiny_store: Path, train: dict[str, Any], attributes: dict[str, Any]
-) -> None:
+def test_statistics_are_those_of_the_page(tiny_store: Path, train: dict[str, Any], attributes: dict[str, Any]) -> None:
+    """Mean, scale and kept rows are those of the page."""
     found = attributes["statistics"]
     x = torch.from_numpy(train["resid"][:].view(np.int16)).view(torch.bfloat16).double().numpy()
     norm, special = train["norm"][:].astype(np.float64), train["special"][:].reshape(-1).astype(bool)
@@ -174,6 +184,7 @@ def test_mean_scale_and_kept_rows_are_those_of_the_page(
 
 
 def test_moments_are_those_of_the_page(train: dict[str, Any]) -> None:
+    """Moments are those of the page."""
     x = torch.from_numpy(train["resid"][:].view(np.int16)).view(torch.bfloat16).double().numpy()
     usable = train["special"][:].reshape(-1) == 0
     for k in range(3):
@@ -182,7 +193,8 @@ def test_moments_are_those_of_the_page(train: dict[str, Any]) -> None:
         assert train["moments"][k] == pytest.approx(np.array(expected), rel=1e-9, abs=1e-9)
 
 
-def test_a_checkpoint_is_one_file_as_the_page_says(tmp_path: Path) -> None:
+def test_checkpoint_is_one_file(tmp_path: Path) -> None:
+    """A checkpoint is one file as the page says."""
     config = SAEConfig(d_model=3, width=5, levels=(2, 5), activation="batchtopk", k=2, layernorm="pre")
     torch.manual_seed(0)
     sae = NestedSAE(config)

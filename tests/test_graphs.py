@@ -128,20 +128,24 @@ def alike(config: TrainConfig, n_steps: int) -> int:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
-def test_a_recorded_step_replayed_is_bit_for_bit_the_step(recipe: str, dtype: str) -> None:
+def test_replayed_step_is_bit_equal(recipe: str, dtype: str) -> None:
+    """A recorded step replayed is bit for bit the step."""
     n_recorded = alike(config_of(recipe, dtype=dtype, **CHANGES[recipe]), 16)
     assert 1 <= n_recorded <= 4  # anew where the warm-up ends, and where latents may be dead for the first time
 
 
-def test_a_ratio_that_adapts_is_recorded_anew_when_it_does() -> None:
+def test_adapting_ratio_is_recorded_anew() -> None:
+    """A ratio that adapts is recorded anew when it does."""
     assert alike(config_of("paper", alpha="auto", steps=400), 40) >= 2
 
 
 def test_random_prefixes_are_never_recorded() -> None:
+    """Random prefixes are never recorded."""
     assert alike(config_of("paper", level_weighting="random", levels=(0.25, 0.5, 1.0)), 6) == 0
 
 
 def test_buffers_that_moved_are_noticed() -> None:
+    """Buffers that moved are noticed."""
     capture, scratch = OneStep(), Scratch(CPU)
     small, large = config_of("paper"), config_of("paper", width=96)
     member, plain = member_of(small, scratch, capture), member_of(small, Scratch(CPU))
@@ -158,7 +162,8 @@ def test_buffers_that_moved_are_noticed() -> None:
     assert torch.equal(member.weights["W_enc"], plain.weights["W_enc"])
 
 
-def test_the_tape_catches_a_step_that_reads_python_or_fetches_a_value() -> None:
+def test_tape_catches_python_reads_and_fetches() -> None:
+    """The tape catches a step that reads Python or fetches a value."""
     x, count = torch.zeros(3), [0]
 
     def reads_python() -> None:
@@ -173,7 +178,9 @@ def test_the_tape_catches_a_step_that_reads_python_or_fetches_a_value() -> None:
         float(x.sum())
 
 
-def test_what_cannot_be_recorded_runs_as_ever_and_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unrecordable_step_runs_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """What cannot be recorded runs as ever and is said once."""
+
     def refuse(step: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("no such thing here")
 
@@ -184,7 +191,8 @@ def test_what_cannot_be_recorded_runs_as_ever_and_is_said_once(capsys: pytest.Ca
     assert capsys.readouterr().err.count("could not be recorded (no such thing here)") == 1
 
 
-def test_auxiliary_pool_here_is_that_of_the_objectives_for_dead_latents() -> None:
+def test_auxiliary_pool_serves_dead_latents() -> None:
+    """Auxiliary pool here is that of the objectives for dead latents."""
     config = config_of("batchtopk", **CHANGES["batchtopk"])
     rows = torch.arange(config.width) * 10
     found = auxiliary_pool(config, rows)
@@ -202,10 +210,11 @@ ON_ANOTHER_DEVICE: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("recipe", "changes"), ON_ANOTHER_DEVICE, ids=str)
-def test_a_step_on_another_device_fetches_nothing_and_mixes_no_devices(
+def test_other_device_step_fetches_nothing(
     recipe: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors without values stand in for an accelerator's: every operation but the fused Adam checks devices, and asking
+    """A step on another device fetches nothing and mixes no devices.
+    Tensors without values stand in for an accelerator's: every operation but the fused Adam checks devices, and asking
     for a value is an error. With a CUDA build of torch, fake CUDA tensors pass the same (NOTES.md)."""
     monkeypatch.undo()  # the real code, which does not take a CPU's ways there
     meta = torch.device("meta")

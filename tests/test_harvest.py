@@ -62,9 +62,8 @@ def copy(finished: HarvestConfig, tmp_path: Path) -> HarvestConfig:
 
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
-def test_what_is_stored_is_a_plain_forward_bit_for_bit(
-    lm_folder: Folder, corpus_file: Path, tmp_path: Path, kind: str, dtype: Any
-) -> None:
+def test_store_is_a_plain_forward(lm_folder: Folder, corpus_file: Path, tmp_path: Path, kind: str, dtype: Any) -> None:
+    """What is stored is a plain forward bit for bit."""
     config = harvest_config(lm_folder(kind), corpus_file, tmp_path / "acts.zarr", dtype=dtype)
     run(config, quiet=True)
     store = Store.open(config.store)
@@ -73,7 +72,8 @@ def test_what_is_stored_is_a_plain_forward_bit_for_bit(
         assert torch.equal(split.read(0, split.n_rows), plain)
 
 
-def test_a_wide_layer_is_stored_bit_for_bit_at_the_recorded_batch_size(corpus_file: Path, tmp_path: Path) -> None:
+def test_wide_layer_equals_at_recorded_batch(corpus_file: Path, tmp_path: Path) -> None:
+    """A wide layer is stored bit for bit at the recorded batch size."""
     wide = {"hidden_size": 2304, "intermediate_size": 512, "num_hidden_layers": 1, "head_dim": 64}
     folder = tiny_models.make_model(tmp_path / "wide", "gemma2", dtype=torch.bfloat16, **wide)
     config = harvest_config(folder, corpus_file, tmp_path / "acts.zarr", layers=(0,), tokens=400, eval_tokens=64)
@@ -82,7 +82,8 @@ def test_a_wide_layer_is_stored_bit_for_bit_at_the_recorded_batch_size(corpus_fi
     assert torch.equal(store.train.read(0, 400), plain_rows(folder, store, "train", layer=0))
 
 
-def test_the_store_says_how_it_was_made(finished: HarvestConfig) -> None:
+def test_store_says_how_it_was_made(finished: HarvestConfig) -> None:
+    """The store says how it was made."""
     store = Store.open(finished.store)
     held = store.config
     assert (store.train.n_sequences, store.eval.n_sequences, store.context) == (100, 20, CONTEXT)
@@ -99,7 +100,8 @@ def test_the_store_says_how_it_was_made(finished: HarvestConfig) -> None:
     assert {"torch", "transformers", "zarr"} <= store.attributes["versions"].keys()
 
 
-def test_every_sequence_starts_with_bos_and_special_tokens_are_marked(finished: HarvestConfig) -> None:
+def test_sequences_start_with_marked_bos(finished: HarvestConfig) -> None:
+    """Every sequence starts with BOS and special tokens are marked."""
     store = Store.open(finished.store)
     for split in (store.train, store.eval):
         assert (split.tokens[:, 0] == 2).all()
@@ -108,6 +110,7 @@ def test_every_sequence_starts_with_bos_and_special_tokens_are_marked(finished: 
 
 
 def test_no_document_is_in_both_splits(finished: HarvestConfig) -> None:
+    """No document is in both splits."""
     store, tokenizer = Store.open(finished.store), load_tokenizer(finished.model)
     names = {}
     for split in (store.train, store.eval):
@@ -118,7 +121,8 @@ def test_no_document_is_in_both_splits(finished: HarvestConfig) -> None:
     assert not names["train"] & names["eval"]
 
 
-def test_an_evaluation_corpus_of_its_own_is_all_that_evaluation_sees(config: HarvestConfig, tmp_path: Path) -> None:
+def test_evaluation_sees_its_own_corpus(config: HarvestConfig, tmp_path: Path) -> None:
+    """An evaluation corpus of its own is all that evaluation sees."""
     other = tiny_models.make_corpus(tmp_path / "other.jsonl", seed=7)
     config = config.replace(eval_corpus=str(other))
     run(config, quiet=True)
@@ -130,15 +134,15 @@ def test_an_evaluation_corpus_of_its_own_is_all_that_evaluation_sees(config: Har
 
 
 def test_sequences_are_shuffled_by_the_seed(config: HarvestConfig, finished: HarvestConfig) -> None:
+    """Sequences are shuffled by the seed."""
     other = config.replace(seed=1)
     run(other, quiet=True)
     one, two = Store.open(finished.store).train.tokens, Store.open(other.store).train.tokens
     assert not np.array_equal(one, two)
 
 
-def test_several_layers_in_one_pass_are_the_stores_of_each_alone(
-    config: HarvestConfig, finished: HarvestConfig, tmp_path: Path
-) -> None:
+def test_joint_layers_equal_single_harvests(config: HarvestConfig, finished: HarvestConfig, tmp_path: Path) -> None:
+    """Several layers in one pass are the stores of each alone."""
     several = config.replace(store=str(tmp_path / "stores"), layers=(2, 1))
     assert run(several, quiet=True) == [str(tmp_path / "stores" / f"layer_{layer}.zarr") for layer in (2, 1)]
     assert store_bytes(tmp_path / "stores" / "layer_1.zarr") == store_bytes(Path(finished.store))
@@ -147,9 +151,8 @@ def test_several_layers_in_one_pass_are_the_stores_of_each_alone(
     assert store_bytes(tmp_path / "stores" / "layer_2.zarr") == store_bytes(Path(alone.store))
 
 
-def test_a_layer_added_later_leaves_the_one_there_alone(
-    config: HarvestConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_added_layer_spares_the_first(config: HarvestConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer added later leaves the one there alone."""
     both = config.replace(store=str(tmp_path / "stores"), layers=(1, 2))
     run(both, quiet=True)
     before = store_bytes(tmp_path / "stores" / "layer_1.zarr")
@@ -173,21 +176,22 @@ def record_loads(patch: pytest.MonkeyPatch) -> list[list[int]]:
     return loaded
 
 
-def test_one_layer_and_several_do_not_share_a_path(copy: HarvestConfig) -> None:
+def test_one_and_several_layers_differ(copy: HarvestConfig) -> None:
+    """One layer and several do not share a path."""
     with pytest.raises(UsageError, match="holds the store of one layer"):
         run(copy.replace(layers=(1, 2)), quiet=True)
 
 
-def test_the_same_command_again_changes_nothing_and_loads_no_model(
-    copy: HarvestConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repeated_command_changes_nothing(copy: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command again changes nothing and loads no model."""
     before, loaded = store_bytes(Path(copy.store)), record_loads(monkeypatch)
     run(copy, quiet=True)
     assert store_bytes(Path(copy.store)) == before
     assert loaded == []
 
 
-def test_more_tokens_extend_the_store_and_leave_its_whole_shards_as_they_are(copy: HarvestConfig) -> None:
+def test_more_tokens_extend_the_store(copy: HarvestConfig) -> None:
+    """More tokens extend the store and leave its whole shards as they are."""
     before, store = store_bytes(Path(copy.store)), Store.open(copy.store)
     tokens = store.train.tokens.copy()
     run(copy.replace(tokens=2400), quiet=True)
@@ -203,7 +207,8 @@ def test_more_tokens_extend_the_store_and_leave_its_whole_shards_as_they_are(cop
     assert torch.equal(extended.train.read(0, 2400), plain)
 
 
-def test_fewer_tokens_than_there_are_is_refused(copy: HarvestConfig) -> None:
+def test_fewer_tokens_are_refused(copy: HarvestConfig) -> None:
+    """Fewer tokens than there are is refused."""
     with pytest.raises(MismatchError, match="holds 100 training sequences, asked fewer"):
         run(copy.replace(tokens=800), quiet=True)
 
@@ -223,16 +228,16 @@ def test_fewer_tokens_than_there_are_is_refused(copy: HarvestConfig) -> None:
         ({"eval_tokens": 640}, "holds 20 evaluation sequences, asked 40"),
     ],
 )
-def test_another_config_on_the_same_path_is_refused_naming_the_fields(
-    copy: HarvestConfig, changes: dict[str, Any], field: str
-) -> None:
+def test_changed_config_is_refused(copy: HarvestConfig, changes: dict[str, Any], field: str) -> None:
+    """Another config on the same path is refused, naming the fields."""
     before = store_bytes(Path(copy.store))
     with pytest.raises(MismatchError, match=field):
         run(copy.replace(**changes), quiet=True)
     assert store_bytes(Path(copy.store)) == before
 
 
-def test_what_was_left_to_the_machine_is_taken_from_the_record(copy: HarvestConfig) -> None:
+def test_machine_choices_come_from_the_record(copy: HarvestConfig) -> None:
+    """What was left to the machine is taken from the record."""
     before = store_bytes(Path(copy.store))
     again = copy.replace(
         batch_size=None, shard_rows=None, chunk_rows=None, eval_tokens=None, dtype="auto", device="auto"
@@ -241,7 +246,8 @@ def test_what_was_left_to_the_machine_is_taken_from_the_record(copy: HarvestConf
     assert store_bytes(Path(copy.store)) == before
 
 
-def test_a_model_and_a_corpus_that_moved_go_on_and_changed_ones_do_not(copy: HarvestConfig, tmp_path: Path) -> None:
+def test_moved_sources_continue_changed_do_not(copy: HarvestConfig, tmp_path: Path) -> None:
+    """A model and a corpus that moved go on and changed ones do not."""
     moved = copy.replace(
         model=str(shutil.copytree(copy.model, tmp_path / "moved")),
         corpus=str(shutil.copy(copy.corpus, tmp_path / "corpus.jsonl")),
@@ -290,9 +296,8 @@ DAMAGES = ("body", "commit", "metadata", "tokens", "norm", "root", "mean", "eval
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_repair_makes_exactly_the_damaged_shards_again(
-    copy: HarvestConfig, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_repair_remakes_only_damaged_shards(copy: HarvestConfig, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Repair makes exactly the damaged shards again."""
     before = store_bytes(Path(copy.store))
     damage(kind, Path(copy.store))
     assert Store.open(copy.store).verify() if kind == "body" else store_bytes(Path(copy.store)) != before
@@ -307,7 +312,8 @@ def test_repair_makes_exactly_the_damaged_shards_again(
     assert made == (redone | {"norm": [("train", 4)], "eval": [("eval", 0)]}).get(kind, [])
 
 
-def test_a_repair_of_shards_needs_no_corpus(copy: HarvestConfig) -> None:
+def test_shard_repair_needs_no_corpus(copy: HarvestConfig) -> None:
+    """A repair of shards needs no corpus."""
     before = store_bytes(Path(copy.store))
     damage("body", Path(copy.store))
     run(copy.replace(corpus="/gone/corpus.jsonl"), quiet=True, repair=True)
@@ -316,12 +322,14 @@ def test_a_repair_of_shards_needs_no_corpus(copy: HarvestConfig) -> None:
 
 @pytest.mark.parametrize("kind", ["deleted", "truncated", "metadata", "root"])
 def test_damage_is_refused_without_repair(copy: HarvestConfig, kind: str) -> None:
+    """Damage is refused without repair."""
     damage(kind, Path(copy.store))
     with pytest.raises((DamagedError, StoreError), match="--repair"):
         run(copy, quiet=True)
 
 
-def test_two_harvests_of_one_store_at_once_are_refused(config: HarvestConfig) -> None:
+def test_concurrent_harvests_are_refused(config: HarvestConfig) -> None:
+    """Two harvests of one store at once are refused."""
     folder = Path(config.store)
     folder.mkdir()
     lock = lock_folder(folder, "testing")
@@ -334,7 +342,8 @@ def test_two_harvests_of_one_store_at_once_are_refused(config: HarvestConfig) ->
     assert Store.open(folder).complete
 
 
-def test_a_layer_added_beside_an_extended_store_gets_its_tokens(config: HarvestConfig) -> None:
+def test_added_layer_follows_extension(config: HarvestConfig) -> None:
+    """A layer added beside an extended store gets its tokens."""
     both = config.replace(layers=(0, 1))
     run(both.replace(tokens=800), quiet=True)
     run(both, quiet=True)
@@ -344,15 +353,15 @@ def test_a_layer_added_beside_an_extended_store_gets_its_tokens(config: HarvestC
     assert (first.train.tokens == second.train.tokens).all()
 
 
-def test_a_harvest_that_cannot_begin_leaves_no_folder(config: HarvestConfig) -> None:
+def test_failed_start_leaves_no_folder(config: HarvestConfig) -> None:
+    """A harvest that cannot begin leaves no folder."""
     with pytest.raises(CorpusError, match="shorter than asked"):
         run(config.replace(tokens=10**8), quiet=True)
     assert not Path(config.store).exists()
 
 
-def test_a_disk_that_is_too_small_is_refused_before_any_work(
-    config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_disk_is_refused_before_work(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is too small is refused before any work."""
     monkeypatch.setattr("pipeline.base.files.free_bytes", lambda path: 100_000)
     with pytest.raises(DiskError, match=r"the store needs 2\d\d\.\d kB, 100\.0 kB are free"):
         run(config, quiet=True)
@@ -360,7 +369,8 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_the_estimate_of_the_size_is_right(config: HarvestConfig, codec: Any) -> None:
+def test_size_estimate_is_right(config: HarvestConfig, codec: Any) -> None:
+    """The estimate of the size is right."""
     config = config.replace(codec=codec)
     run(config, quiet=True)
     estimate = harvest.plan.make_plan(config).estimate
@@ -370,9 +380,8 @@ def test_the_estimate_of_the_size_is_right(config: HarvestConfig, codec: Any) ->
         assert estimate - actual < 8192  # the slack for the root's zarr.json
 
 
-def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
-    config: HarvestConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_writes_nothing(config: HarvestConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dry run says what it would do and writes nothing."""
     dry_run(config)
     said = capsys.readouterr().err
     assert "1,600 for training, 320 for evaluation" in said
@@ -380,9 +389,10 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
     assert not Path(config.store).exists()
 
 
-def test_an_error_of_the_writing_thread_ends_the_harvest_and_leaves_nothing_half(
+def test_writer_error_leaves_nothing_half(
     config: HarvestConfig, finished: HarvestConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An error of the writing thread ends the harvest and leaves nothing half."""
     original, calls = ShardWriter.write, []
 
     def full(writer: ShardWriter, rows: torch.Tensor) -> None:
@@ -400,9 +410,10 @@ def test_an_error_of_the_writing_thread_ends_the_harvest_and_leaves_nothing_half
     assert store_bytes(Path(config.store)) == store_bytes(Path(finished.store))
 
 
-def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(
+def test_ctrl_c_resumes_cleanly(
     config: HarvestConfig, finished: HarvestConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Ctrl-C ends cleanly and the same command goes on."""
     original, calls = SplitLM.prefix, []
 
     def interrupted(lm: SplitLM, tokens: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -422,7 +433,8 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(
     assert store_bytes(Path(config.store)) == store_bytes(Path(finished.store))
 
 
-def test_a_residual_that_is_not_finite_is_refused(config: HarvestConfig, tmp_path: Path) -> None:
+def test_infinite_residual_is_refused(config: HarvestConfig, tmp_path: Path) -> None:
+    """A residual that is not finite is refused."""
     folder = Path(shutil.copytree(config.model, tmp_path / "broken"))
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
@@ -431,7 +443,8 @@ def test_a_residual_that_is_not_finite_is_refused(config: HarvestConfig, tmp_pat
         run(config.replace(model=str(folder)), quiet=True)
 
 
-def test_without_a_bos_documents_are_separated_by_eos(corpus_file: Path, tmp_path: Path) -> None:
+def test_eos_separates_without_bos(corpus_file: Path, tmp_path: Path) -> None:
+    """Without a BOS documents are separated by EOS."""
     folder = tiny_models.make_model(tmp_path / "lm", "llama", adds_bos=False)
     config = harvest_config(folder, corpus_file, tmp_path / "acts.zarr")
     run(config, quiet=True)
@@ -454,9 +467,10 @@ def test_without_a_bos_documents_are_separated_by_eos(corpus_file: Path, tmp_pat
         ({"bos": "first"}, ModelError, "--bos first"),
     ],
 )
-def test_bad_input_is_refused_and_leaves_no_store(
+def test_bad_input_leaves_no_store(
     config: HarvestConfig, changes: dict[str, Any], error: type[Exception], says: str
 ) -> None:
+    """Bad input is refused and leaves no store."""
     with pytest.raises(error, match=says):
         run(config.replace(**changes), quiet=True)
     assert not Path(config.store).exists()
@@ -466,14 +480,14 @@ def test_bad_input_is_refused_and_leaves_no_store(
     "changes",
     [{"layers": ()}, {"layers": (1, 1)}, {"context": 1}, {"tokens": 5}, {"eval_tokens": 0}, {"batch_size": 0}],
 )
-def test_a_config_that_makes_no_sense_is_refused_when_it_is_made(
-    config: HarvestConfig, changes: dict[str, Any]
-) -> None:
+def test_senseless_config_is_refused(config: HarvestConfig, changes: dict[str, Any]) -> None:
+    """A config that makes no sense is refused when it is made."""
     with pytest.raises(UsageError):
         config.replace(**changes)
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(config: HarvestConfig) -> None:
+def test_foreign_folder_is_left_alone(config: HarvestConfig) -> None:
+    """A folder that holds something else is left alone."""
     Path(config.store).mkdir()
     (Path(config.store) / "thesis.tex").write_text("years of work")
     with pytest.raises(DiskError, match="holds something else"):
@@ -481,7 +495,8 @@ def test_a_folder_that_holds_something_else_is_left_alone(config: HarvestConfig)
     assert [p.name for p in Path(config.store).iterdir()] == ["thesis.tex"]
 
 
-def test_the_command_has_an_option_for_every_field() -> None:
+def test_every_field_has_an_option() -> None:
+    """The command has an option for every field."""
     names = {option.name for option in command.params} - {"dry_run", "as_json", "repair"}
     assert names == {field.name for field in dataclasses.fields(HarvestConfig)}
     assert {o.name: o.default for o in command.params if o.name in ("tokens", "context", "model", "dtype", "seed")} == {
@@ -489,7 +504,8 @@ def test_the_command_has_an_option_for_every_field() -> None:
     }  # fmt: skip
 
 
-def test_the_command_reads_counts_with_suffixes_and_makes_the_store(config: HarvestConfig) -> None:
+def test_command_reads_count_suffixes(config: HarvestConfig) -> None:
+    """The command reads counts with suffixes and makes the store."""
     arguments = f"--model {config.model} --layer 1 --corpus {config.corpus} --store {config.store} --tokens 1.6k"
     arguments += " --eval-tokens 320 --context 16 --batch-size 6 --chunk-rows 64 --shard-rows 256 --device cpu"
     result = CliRunner().invoke(command, arguments.split(), catch_exceptions=False)
@@ -497,14 +513,16 @@ def test_the_command_reads_counts_with_suffixes_and_makes_the_store(config: Harv
     assert Store.open(config.store).train.n_rows == 1600
 
 
-def test_the_help_shows_an_example_and_the_defaults() -> None:
+def test_help_shows_example_and_defaults() -> None:
+    """The help shows an example and the defaults."""
     text = CliRunner().invoke(command, ["--help"]).output
     assert "python -m harvest --model data/tiny-gemma2" in text
     assert "10000000" in text
     assert "kB a token" in text
 
 
-def test_a_zarr_reader_sees_what_the_model_computed(finished: HarvestConfig) -> None:
+def test_zarr_reader_sees_the_activations(finished: HarvestConfig) -> None:
+    """A zarr reader sees what the model computed."""
     import zarr
 
     group = zarr.open_group(finished.store, mode="r")
@@ -516,7 +534,8 @@ def test_a_zarr_reader_sees_what_the_model_computed(finished: HarvestConfig) -> 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_on_a_gpu_the_store_is_a_plain_forward_bit_for_bit_too(config: HarvestConfig) -> None:
+def test_gpu_store_is_a_plain_forward(config: HarvestConfig) -> None:
+    """On a GPU the store is a plain forward bit for bit too."""
     config = config.replace(device="cuda")
     run(config, quiet=True)
     store = Store.open(config.store)

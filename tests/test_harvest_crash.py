@@ -124,9 +124,10 @@ def state(path: Path) -> str:
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
-def test_killed_and_started_again_the_bytes_are_those_of_a_harvest_never_stopped(
+def test_killed_harvest_gives_equal_bytes(
     start: Start, configs: Callable[[str], HarvestConfig], n_workers: int
 ) -> None:
+    """Killed and started again, the bytes are those of a harvest never stopped."""
     config = configs(f"few-{n_workers}")
     kill_rounds(start, config, 3, n_workers, seed=n_workers)
     assert finish(start(config, n_workers)) == [0] * n_workers
@@ -136,9 +137,10 @@ def test_killed_and_started_again_the_bytes_are_those_of_a_harvest_never_stopped
 @pytest.mark.slow
 @pytest.mark.parametrize("n_workers", [1, 2])
 @pytest.mark.parametrize("seed", range(3))
-def test_many_kills_at_random_moments_leave_the_same_bytes(
+def test_many_kills_give_equal_bytes(
     start: Start, configs: Callable[[str], HarvestConfig], n_workers: int, seed: int
 ) -> None:
+    """Many kills at random moments leave the same bytes."""
     config = configs(f"many-{n_workers}-{seed}")
     states = kill_rounds(start, config, 8, n_workers, seed=100 * n_workers + seed)
     print(n_workers, seed, sorted(states))
@@ -147,9 +149,8 @@ def test_many_kills_at_random_moments_leave_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_an_extension_that_is_killed_makes_the_same_bytes_as_one_that_is_not(
-    start: Start, configs: Callable[[str], HarvestConfig]
-) -> None:
+def test_killed_extension_gives_equal_bytes(start: Start, configs: Callable[[str], HarvestConfig]) -> None:
+    """An extension that is killed makes the same bytes as one that is not."""
     for name in ("extended", "extended-killed"):
         run(configs(name), quiet=True)
     whole, killed = configs("extended").replace(tokens=2400), configs("extended-killed").replace(tokens=2400)
@@ -160,6 +161,7 @@ def test_an_extension_that_is_killed_makes_the_same_bytes_as_one_that_is_not(
 
 
 def test_committed_shards_are_not_made_again(start: Start, configs: Callable[[str], HarvestConfig]) -> None:
+    """Committed shards are not made again."""
     config = configs("kept")
     (worker,) = start(config)
     shard = Path(config.store) / "train/commit/c/1/0"
@@ -176,14 +178,16 @@ def test_committed_shards_are_not_made_again(start: Start, configs: Callable[[st
     assert not list(Path(config.store).rglob("*.partial"))
 
 
-def test_two_workers_make_the_bytes_of_one(start: Start, configs: Callable[[str], HarvestConfig]) -> None:
+def test_two_workers_make_equal_bytes(start: Start, configs: Callable[[str], HarvestConfig]) -> None:
+    """Two workers make the bytes of one."""
     config = configs("two")
     assert finish(start(config, 2)) == [0, 0]
     assert store_bytes(Path(config.store)) == store_bytes(Path(configs("expected").store))
 
 
 @pytest.mark.slow
-def test_torchrun_with_two_processes_makes_the_bytes_of_one(configs: Callable[[str], HarvestConfig]) -> None:
+def test_torchrun_makes_equal_bytes(configs: Callable[[str], HarvestConfig]) -> None:
+    """Torchrun with two processes makes the bytes of one."""
     config = configs("torchrun")
     arguments = f"--model {config.model} --layer 2 --corpus {config.corpus} --store {config.store} --tokens 1600"
     arguments += " --eval-tokens 320 --context 16 --batch-size 2 --chunk-rows 64 --shard-rows 256 --device cpu"
@@ -195,7 +199,8 @@ def test_torchrun_with_two_processes_makes_the_bytes_of_one(configs: Callable[[s
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on_and_exits_130(configs: Callable[[str], HarvestConfig]) -> None:
+def test_ctrl_c_exits_130_with_advice(configs: Callable[[str], HarvestConfig]) -> None:
+    """Ctrl-C says how to go on and exits 130."""
     config = configs("ctrl-c")
     arguments = f"--model {config.model} --layer 2 --corpus {config.corpus} --store {config.store} --tokens 1600"
     arguments += (

@@ -126,9 +126,10 @@ def some_results(checkpoint: Path) -> Path:
     return checkpoint.parent / "r.json"
 
 
-def test_what_is_pushed_comes_back_by_id_as_the_same_sae(
+def test_pushed_sae_comes_back_equal(
     stand_in: type[StandIn], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """What is pushed comes back by id as the same SAE."""
     checkpoint = a_checkpoint(tmp_path)
     hub.push(checkpoint, "owner/name", some_results(checkpoint))
     assert set(stand_in.files) == {"sae.safetensors", "README.md", "results.json"}
@@ -142,7 +143,8 @@ def test_what_is_pushed_comes_back_by_id_as_the_same_sae(
     assert not any(TOKEN.encode() in data for data in [*written, *stand_in.files.values()])
 
 
-def test_the_model_card_says_what_it_is_how_good_and_how_to_load_it(tmp_path: Path) -> None:
+def test_model_card_says_the_essentials(tmp_path: Path) -> None:
+    """The model card says what it is, how good, and how to load it."""
     checkpoint = a_checkpoint(tmp_path)
     results = json.loads(some_results(checkpoint).read_text())
     card = hub.model_card(checkpoint, results, "owner/name")
@@ -156,7 +158,8 @@ def test_the_model_card_says_what_it_is_how_good_and_how_to_load_it(tmp_path: Pa
         assert text in card, text
 
 
-def test_results_of_another_checkpoint_are_not_pushed(stand_in: type[StandIn], tmp_path: Path) -> None:
+def test_results_of_others_are_not_pushed(stand_in: type[StandIn], tmp_path: Path) -> None:
+    """Results of another checkpoint are not pushed."""
     checkpoint = a_checkpoint(tmp_path)
     write_json(tmp_path / "r.json", {"checkpoint": {"sha256": "0" * 64}, "levels": []})
     with pytest.raises(CheckpointError, match="another checkpoint"):
@@ -164,12 +167,14 @@ def test_results_of_another_checkpoint_are_not_pushed(stand_in: type[StandIn], t
     assert not stand_in.files
 
 
-def test_an_unknown_repository_is_one_clear_error(stand_in: type[StandIn]) -> None:
+def test_unknown_repository_is_one_error(stand_in: type[StandIn]) -> None:
+    """An unknown repository is one clear error."""
     with pytest.raises(CheckpointError, match="owner/none"):
         pipeline.load("owner/none")
 
 
-def test_load_takes_a_file_a_member_folder_or_a_folder_with_one_checkpoint(tmp_path: Path) -> None:
+def test_load_takes_file_member_or_folder(tmp_path: Path) -> None:
+    """Load takes a file, a member folder or a folder with one checkpoint."""
     member = tmp_path / "alpha0.2-seed0"
     (member / "checkpoints").mkdir(parents=True)
     checkpoint = a_checkpoint(member / "checkpoints")

@@ -88,9 +88,8 @@ def activations(store: Store) -> np.ndarray:
     return (z * store.eval.kept()[:, None]).reshape(-1, store.context, WIDTH)
 
 
-def test_each_context_is_a_sequences_peak_and_the_list_is_of_the_largest(
-    written: Path, activations: np.ndarray
-) -> None:
+def test_contexts_are_peaks_of_the_largest(written: Path, activations: np.ndarray) -> None:
+    """Each context is a sequence's peak and the list is of the largest."""
     for latent in read_latents(written):
         z = activations[..., latent["id"]]
         peaks = np.sort(z.max(1))[::-1][:N_CONTEXTS]
@@ -99,9 +98,8 @@ def test_each_context_is_a_sequences_peak_and_the_list_is_of_the_largest(
         assert len({context[0] for context in latent["contexts"]}) == len(found)
 
 
-def test_a_context_holds_the_tokens_and_activations_around_its_peak(
-    written: Path, activations: np.ndarray, store: Store
-) -> None:
+def test_context_holds_tokens_around_its_peak(written: Path, activations: np.ndarray, store: Store) -> None:
+    """A context holds the tokens and activations around its peak."""
     for latent in read_latents(written)[::7]:
         for seq, pos, peak, tokens, acts in latent["contexts"]:
             start, stop = max(0, pos - RADIUS), min(store.context, pos + RADIUS + 1)
@@ -110,7 +108,8 @@ def test_a_context_holds_the_tokens_and_activations_around_its_peak(
             assert acts == pytest.approx(activations[seq, start:stop, latent["id"]], rel=6e-3, abs=1e-6)
 
 
-def test_special_and_massive_rows_neither_peak_nor_count(written: Path, activations: np.ndarray, store: Store) -> None:
+def test_special_and_massive_rows_never_peak(written: Path, activations: np.ndarray, store: Store) -> None:
+    """Special and massive rows neither peak nor count."""
     index = read_script(written / "index.js")
     kept = store.eval.kept()
     assert 0 < kept.sum() < len(kept)
@@ -121,7 +120,8 @@ def test_special_and_massive_rows_neither_peak_nor_count(written: Path, activati
     assert all(kept[row] for row in rows)
 
 
-def test_the_index_gives_level_peak_and_what_a_latent_peaks_on(written: Path, activations: np.ndarray) -> None:
+def test_index_describes_each_latent(written: Path, activations: np.ndarray) -> None:
+    """The index gives level, peak and what a latent peaks on."""
     index = read_script(written / "index.js")
     assert index["level"] == [0] * N_SHARED + [1] * (WIDTH - N_SHARED)
     assert index["max"] == pytest.approx(activations.max((0, 1)), rel=6e-3)
@@ -131,9 +131,8 @@ def test_the_index_gives_level_peak_and_what_a_latent_peaks_on(written: Path, ac
     assert read_summary(written)["dead"] == int((activations.max((0, 1)) == 0).sum())
 
 
-def test_relatives_are_the_pairs_that_fire_together_far_more_than_chance(
-    written: Path, activations: np.ndarray
-) -> None:
+def test_relatives_fire_together_beyond_chance(written: Path, activations: np.ndarray) -> None:
+    """Relatives are the pairs that fire together far more than chance."""
     fires = (activations > 0).reshape(-1, WIDTH).astype(np.float64)
     n_tokens = read_summary(written)["n_tokens"]
     count, together = fires.sum(0), fires.T @ fires
@@ -155,9 +154,10 @@ def test_relatives_are_the_pairs_that_fire_together_far_more_than_chance(
     assert listed > 20
 
 
-def test_the_counts_do_not_depend_on_how_many_pairs_are_held_at_once(
+def test_pair_batches_change_no_count(
     written: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The counts do not depend on how many pairs are held at once."""
     monkeypatch.setattr(latents_module, "PAIR_VALUES", 17 * (WIDTH - N_SHARED))
     monkeypatch.setattr(latents_module, "BATCH_VALUES", 7 * store.context * WIDTH)
     write_latents(make_sae(store), store, Words(), tmp_path, quiet=True)
@@ -166,13 +166,15 @@ def test_the_counts_do_not_depend_on_how_many_pairs_are_held_at_once(
         assert [c[:3] for c in one["contexts"]] == [c[:3] for c in other["contexts"]]
 
 
-def test_a_flat_dictionary_has_no_relatives(store: Store, tmp_path: Path) -> None:
+def test_flat_dictionary_has_no_relatives(store: Store, tmp_path: Path) -> None:
+    """A flat dictionary has no relatives."""
     summary = write_latents(make_sae(store, (WIDTH,)), store, Words(), tmp_path, quiet=True)
     assert (summary["n_shared"], summary["related_latents"], summary["logit_lens"]) == (0, 0, False)
     assert all(latent["related"] == [] and "up" not in latent for latent in read_latents(tmp_path))
 
 
-def test_cosines_of_relatives_are_those_of_decoder_rows() -> None:
+def test_relative_cosines_are_of_decoder_rows() -> None:
+    """Cosines of relatives are those of decoder rows."""
     firing = Firing(torch.tensor([50.0, 50.0, 40.0], dtype=torch.float64), n_shared=1, n_tokens=1000)
     decoder = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0]])
     pairs = relate(torch.tensor([[45.0, 40.0]]), firing, decoder, 0)
@@ -185,14 +187,14 @@ def test_cosines_of_relatives_are_those_of_decoder_rows() -> None:
 
 
 def test_independent_latents_are_not_related() -> None:
+    """Independent latents are not related."""
     fires = (torch.rand(4000, 60, generator=torch_rng("independent")) < 0.1).float()
     firing = Firing(fires.double().sum(0), n_shared=20, n_tokens=4000)
     assert relate(fires[:, :20].T @ fires[:, 20:], firing, torch.eye(60), 0) == []
 
 
-def test_the_logit_lens_is_the_decoder_row_times_the_unembedding(
-    written: Path, store: Store, unembedding: Tensor
-) -> None:
+def test_logit_lens_is_decoder_times_unembedding(written: Path, store: Store, unembedding: Tensor) -> None:
+    """The logit lens is the decoder row times the unembedding."""
     sae = make_sae(store)
     for latent in read_latents(written)[::41]:
         logits = sae.W_dec[latent["id"]] / sae.scale @ unembedding.T
@@ -203,7 +205,8 @@ def test_the_logit_lens_is_the_decoder_row_times_the_unembedding(
         assert [value for _, value in latent["up"]] == pytest.approx(order.values[:10].tolist(), rel=6e-3)
 
 
-def test_peaks_do_not_depend_on_the_batches_they_come_in() -> None:
+def test_batches_change_no_peak() -> None:
+    """Peaks do not depend on the batches they come in."""
     z = torch.rand(40, 9, 5, generator=torch_rng("peaks"))
     whole, parts = TopContexts(5, torch.device("cpu")), TopContexts(5, torch.device("cpu"))
     whole.update(z, 0)
@@ -214,7 +217,8 @@ def test_peaks_do_not_depend_on_the_batches_they_come_in() -> None:
     assert torch.equal(whole.window, parts.window)
 
 
-def test_rows_are_whole_chunks_drawn_by_seed_and_at_most_as_many_as_asked(store: Store) -> None:
+def test_rows_are_chunks_drawn_by_seed(store: Store) -> None:
+    """Rows are whole chunks drawn by seed and at most as many as asked."""
     assert sum(stop - start for start, stop in choose_chunks(store.train, 10**9, 0)) == store.train.n_rows
     some = choose_chunks(store.train, 700, 0)
     assert some == choose_chunks(store.train, 700, 0) != choose_chunks(store.train, 700, 1)
@@ -222,11 +226,14 @@ def test_rows_are_whole_chunks_drawn_by_seed_and_at_most_as_many_as_asked(store:
     assert choose_chunks(store.train, 1, 0)
 
 
-def test_a_token_keeps_its_leading_space_though_decoders_drop_it() -> None:
+def test_token_keeps_its_leading_space() -> None:
+    """A token keeps its leading space though decoders drop it."""
     assert TokenText(Words())(7) == " t7"
 
 
-def test_a_token_longer_than_any_real_one_is_cut() -> None:
+def test_overlong_token_is_cut() -> None:
+    """A token longer than any real one is cut."""
+
     class Long(Words):
         def decode(self, token_ids: list[int], **_: bool) -> str:
             return "x" * 1_000_000 if token_ids != [1] else ""
@@ -234,27 +241,31 @@ def test_a_token_longer_than_any_real_one_is_cut() -> None:
     assert TokenText(Long())(7) == "x" * 100 + "…"
 
 
-def test_characters_that_reorder_hide_or_break_text_are_spelled_out() -> None:
+def test_confusing_characters_are_spelled_out() -> None:
+    """Characters that reorder, hide or break text are spelled out."""
     assert visible("a\u202eb\u2066c\x00\u2028\n\t") == "a⟨U+202E⟩b⟨U+2066⟩c⟨U+0000⟩⟨U+2028⟩↵⇥"
     assert visible("naïve ünïcode שלום 日本 👩‍🚀") == "naïve ünïcode שלום 日本 👩‍🚀"
 
 
 @given(st.text())
-def test_data_in_a_script_reads_back_and_can_neither_end_the_script_nor_leave_ascii(text: str) -> None:
+def test_script_data_roundtrips_as_ascii(text: str) -> None:
+    """Data in a script reads back and can neither end the script nor leave ASCII."""
     written = script_json({"text": text})
     assert written.isascii()
     assert "<" not in written
     assert json.loads(written) == {"text": text}
 
 
-def test_a_folder_whose_writing_was_stopped_does_not_look_complete(written: Path, tmp_path: Path) -> None:
+def test_interrupted_folder_looks_incomplete(written: Path, tmp_path: Path) -> None:
+    """A folder whose writing was stopped does not look complete."""
     write_index(tmp_path, read_summary(written), {"level": [0]})
     (tmp_path / "page_0009.js").write_text("old")
     begin(tmp_path, 2)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_index_of_another_version_or_cut_short_is_refused(written: Path, tmp_path: Path) -> None:
+def test_bad_index_is_refused(written: Path, tmp_path: Path) -> None:
+    """An index of another version or cut short is refused."""
     write_index(tmp_path, read_summary(written) | {"version": 2}, {"level": [0]})
     with pytest.raises(DamagedError, match="version 1"):
         read_summary(tmp_path)
@@ -265,5 +276,6 @@ def test_an_index_of_another_version_or_cut_short_is_refused(written: Path, tmp_
 
 
 def test_latents_lie_beside_their_results() -> None:
+    """Latents lie beside their results."""
     path = Path("results/alpha0.2-seed0-0123456789-step_000400-abcdef0123.json")
     assert latents_folder(path).name == "alpha0.2-seed0-0123456789-step_000400-abcdef0123.latents"

@@ -33,7 +33,8 @@ def whole_run(folder: Path, dtype: str, tokens: Tensor) -> Any:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
-def test_prefix_then_suffix_is_the_whole_model_bit_for_bit(lm_folder: Folder, kind: str, dtype: str) -> None:
+def test_prefix_then_suffix_is_the_model(lm_folder: Folder, kind: str, dtype: str) -> None:
+    """Prefix then suffix is the whole model bit for bit."""
     folder, tokens = lm_folder(kind), tiny_models.tokens(3, 33)
     whole = whole_run(folder, dtype, tokens)
     for layer in (1, tiny_models.LAYERS - 1):
@@ -47,7 +48,8 @@ def test_prefix_then_suffix_is_the_whole_model_bit_for_bit(lm_folder: Folder, ki
 
 
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
-def test_one_model_cut_in_memory_gives_both_parts(lm_folder: Folder, kind: str) -> None:
+def test_model_cut_in_memory_agrees(lm_folder: Folder, kind: str) -> None:
+    """One model cut in memory gives both parts."""
     tokens = tiny_models.tokens(2, 20)
     lm = SplitLM.load(str(lm_folder(kind)), dtype="bf16", part="whole", layers=[1])
     hidden = lm.suffix(lm.prefix(tokens)[1], tokens)
@@ -57,7 +59,8 @@ def test_one_model_cut_in_memory_gives_both_parts(lm_folder: Folder, kind: str) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_wide_layer_is_equal_bit_for_bit_too(tmp_path: Path, dtype: str) -> None:
+def test_wide_layer_agrees_too(tmp_path: Path, dtype: str) -> None:
+    """A wide layer is equal bit for bit too."""
     wide = {"hidden_size": 2304, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64}
     folder = tiny_models.make_model(tmp_path / "wide", "gemma2", dtype=torch.bfloat16, **wide)
     tokens = tiny_models.tokens(5, 31)
@@ -68,7 +71,8 @@ def test_a_wide_layer_is_equal_bit_for_bit_too(tmp_path: Path, dtype: str) -> No
     assert torch.equal(suffix.unembed(suffix.suffix(residual)), whole.logits)
 
 
-def test_several_layers_come_out_of_one_pass(lm_folder: Folder) -> None:
+def test_one_pass_gives_several_layers(lm_folder: Folder) -> None:
+    """Several layers come out of one pass."""
     tokens = tiny_models.tokens(2, 16)
     both = SplitLM.load(str(lm_folder("gemma2")), dtype="bf16", part="prefix", layers=[2, 0]).prefix(tokens)
     assert sorted(both) == [0, 2]
@@ -77,7 +81,8 @@ def test_several_layers_come_out_of_one_pass(lm_folder: Folder) -> None:
         assert torch.equal(alone.prefix(tokens)[layer], residual)
 
 
-def test_logits_may_be_asked_for_a_few_rows_at_a_time(lm_folder: Folder) -> None:
+def test_logits_come_a_few_rows_each(lm_folder: Folder) -> None:
+    """Logits may be asked for a few rows at a time."""
     tokens = tiny_models.tokens(2, 16)
     lm = SplitLM.load(str(lm_folder("gemma2")), dtype="float32", part="whole", layers=[1])
     hidden = lm.suffix(lm.prefix(tokens)[1])
@@ -86,7 +91,8 @@ def test_logits_may_be_asked_for_a_few_rows_at_a_time(lm_folder: Folder) -> None
     assert torch.allclose(rows, lm.unembed(hidden).reshape(-1, lm.vocab)[:7], atol=1e-5)
 
 
-def test_logits_carry_the_soft_cap_of_the_architecture(lm_folder: Folder) -> None:
+def test_logits_carry_the_soft_cap(lm_folder: Folder) -> None:
+    """Logits carry the soft cap of the architecture."""
     lm = SplitLM.load(str(lm_folder("gemma2")), dtype="float32", part="suffix", layers=[1])
     hidden = 1e3 * torch.randn(4, lm.d_model, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(lm.unembed(hidden), 30 * torch.tanh(hidden @ lm.unembedding.T / 30), atol=1e-4)
@@ -94,7 +100,8 @@ def test_logits_carry_the_soft_cap_of_the_architecture(lm_folder: Folder) -> Non
 
 
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
-def test_a_prefix_loads_its_own_layers_only_and_loads_them_right(lm_folder: Folder, kind: str) -> None:
+def test_prefix_loads_only_its_layers(lm_folder: Folder, kind: str) -> None:
+    """A prefix loads its own layers only and loads them right."""
     folder = lm_folder(kind)
     prefix = SplitLM.load(str(folder), dtype="float32", part="prefix", layers=[1])
     whole = tiny_models.whole_model(folder, torch.float32).state_dict()
@@ -105,12 +112,14 @@ def test_a_prefix_loads_its_own_layers_only_and_loads_them_right(lm_folder: Fold
     assert prefix.n_layers == tiny_models.LAYERS
 
 
-def test_lists_with_one_entry_a_layer_are_cut_with_the_layers(lm_folder: Folder) -> None:
+def test_per_layer_lists_are_cut_too(lm_folder: Folder) -> None:
+    """Lists with one entry a layer are cut with the layers."""
     prefix = SplitLM.load(str(lm_folder("gemma3")), dtype="float32", part="prefix", layers=[1])
     assert prefix.model.config.layer_types == ["full_attention", "sliding_attention"]
 
 
-def test_layers_after_the_last_one_asked_for_never_run(lm_folder: Folder) -> None:
+def test_later_layers_never_run(lm_folder: Folder) -> None:
+    """Layers after the last one asked for never run."""
     lm = SplitLM.load(str(lm_folder("llama")), dtype="float32", part="whole", layers=[1])
     ran: list[int] = []
     for n, block in enumerate(lm._blocks):
@@ -122,13 +131,15 @@ def test_layers_after_the_last_one_asked_for_never_run(lm_folder: Folder) -> Non
     assert ran == [2, 3]
 
 
-def test_a_suffix_holds_no_weights_of_the_layers_before_the_cut(lm_folder: Folder) -> None:
+def test_suffix_holds_no_earlier_weights(lm_folder: Folder) -> None:
+    """A suffix holds no weights of the layers before the cut."""
     suffix = SplitLM.load(str(lm_folder("llama")), dtype="float32", part="suffix", layers=[1])
     on_meta = [all(p.is_meta for p in block.parameters()) for block in suffix._blocks]
     assert on_meta == [True, True, False, False]
 
 
-def test_a_prefix_holds_no_untied_head(lm_folder: Folder) -> None:
+def test_prefix_holds_no_untied_head(lm_folder: Folder) -> None:
+    """A prefix holds no untied head."""
     assert SplitLM.load(str(lm_folder("llama")), dtype="float32", part="prefix", layers=[0]).unembedding.is_meta
 
 
@@ -170,6 +181,7 @@ class TupleLM(nn.Module):
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_layers_may_return_tuples(layer: int) -> None:
+    """Layers may return tuples."""
     torch.manual_seed(0)
     model = TupleLM()
     text = SimpleNamespace(num_hidden_layers=3, hidden_size=8, vocab_size=16, max_position_embeddings=None)
@@ -181,24 +193,28 @@ def test_layers_may_return_tuples(layer: int) -> None:
 
 
 @pytest.mark.parametrize("layers", [[4], [-1], [0, 9]])
-def test_a_layer_out_of_range_is_refused_with_the_range(lm_folder: Folder, layers: list[int]) -> None:
+def test_layer_out_of_range_is_refused(lm_folder: Folder, layers: list[int]) -> None:
+    """A layer out of range is refused with the range."""
     with pytest.raises(ModelError, match="out of range; it has layers 0 to 3"):
         SplitLM.load(str(lm_folder("llama")), part="prefix", layers=layers)
 
 
-def test_a_context_longer_than_the_models_is_refused(lm_folder: Folder) -> None:
+def test_too_long_context_is_refused(lm_folder: Folder) -> None:
+    """A context longer than the model's is refused."""
     lm = SplitLM.load(str(lm_folder("gpt2")), part="prefix", layers=[0])
     with pytest.raises(ModelError, match="context of 65 is longer than the model's 64"):
         lm.prefix(tiny_models.tokens(1, 65))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "a/b/c"])
-def test_a_missing_folder_is_said_to_be_missing(name: str) -> None:
+def test_missing_folder_is_named(name: str) -> None:
+    """A missing folder is said to be missing."""
     with pytest.raises(ModelError, match="no such folder"):
         SplitLM.load(name, layers=[0])
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+def test_folder_without_model_is_refused(tmp_path: Path) -> None:
+    """A folder without a model is refused."""
     with pytest.raises(ModelError, match=r"no config\.json"):
         SplitLM.load(str(tmp_path), layers=[0])
 
@@ -209,20 +225,23 @@ def copy(lm_folder: Folder, tmp_path: Path) -> Path:
     return Path(shutil.copytree(lm_folder("llama"), tmp_path / "model"))
 
 
-def test_a_model_without_weights_is_refused(copy: Path) -> None:
+def test_model_without_weights_is_refused(copy: Path) -> None:
+    """A model without weights is refused."""
     (copy / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="cannot be loaded"):
         SplitLM.load(str(copy), layers=[0])
 
 
-def test_a_truncated_weight_file_is_refused(copy: Path) -> None:
+def test_truncated_weight_file_is_refused(copy: Path) -> None:
+    """A truncated weight file is refused."""
     data = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(ModelError, match="cannot be loaded"):
         SplitLM.load(str(copy), layers=[0])
 
 
-def test_a_missing_weight_is_never_replaced_by_random_numbers(copy: Path) -> None:
+def test_missing_weight_is_never_random(copy: Path) -> None:
+    """A missing weight is never replaced by random numbers."""
     weights = load_file(copy / "model.safetensors")
     name = next(name for name in weights if ".0." in name)
     del weights[name]
@@ -231,7 +250,8 @@ def test_a_missing_weight_is_never_replaced_by_random_numbers(copy: Path) -> Non
         SplitLM.load(str(copy), part="prefix", layers=[0])
 
 
-def test_a_model_of_its_own_code_needs_the_flag(copy: Path) -> None:
+def test_own_code_needs_the_flag(copy: Path) -> None:
+    """A model of its own code needs the flag."""
     config = json.loads((copy / "config.json").read_text())
     config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.LM"}}
     (copy / "config.json").write_text(json.dumps(config))
@@ -254,9 +274,9 @@ def refused(kind: type[Exception]) -> Exception:
         (hub.LocalEntryNotFoundError("offline"), "the Hub cannot be reached"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line_with_the_next_step(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
-) -> None:
+def test_hub_refusal_names_next_step(monkeypatch: pytest.MonkeyPatch, error: Exception, says: str) -> None:
+    """What the Hub refuses is one line with the next step."""
+
     def refuse(*_args: Any, **_kwargs: Any) -> str:
         raise error
 
@@ -266,18 +286,21 @@ def test_what_the_hub_refuses_is_one_line_with_the_next_step(
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_a_tokenizer_is_refused(copy: Path) -> None:
+def test_folder_without_tokenizer_is_refused(copy: Path) -> None:
+    """A folder without a tokenizer is refused."""
     for path in copy.glob("token*"):
         path.unlink()
     with pytest.raises(ModelError, match="no tokenizer"):
         load_tokenizer(str(copy))
 
 
-def test_special_ids_are_all_that_the_tokenizer_declares(lm_folder: Folder) -> None:
+def test_special_ids_are_all_declared(lm_folder: Folder) -> None:
+    """Special ids are all that the tokenizer declares."""
     assert special_ids(load_tokenizer(str(lm_folder("llama")))) == [0, 1, 2, 3]
 
 
-def test_auto_takes_the_bos_that_the_tokenizer_puts_first_itself() -> None:
+def test_auto_takes_the_tokenizers_bos() -> None:
+    """Auto takes the BOS that the tokenizer puts first itself."""
     assert resolve_bos(tiny_models.build_tokenizer(adds_bos=True), "auto") == 2
     assert resolve_bos(tiny_models.build_tokenizer(adds_bos=False), "auto") is None
     assert resolve_bos(tiny_models.build_tokenizer(), "none") is None
@@ -285,12 +308,14 @@ def test_auto_takes_the_bos_that_the_tokenizer_puts_first_itself() -> None:
 
 
 @pytest.mark.parametrize("bos", ["yes", "-1", "100000"])
-def test_a_bos_that_is_no_token_is_refused(bos: str) -> None:
+def test_unknown_bos_is_refused(bos: str) -> None:
+    """A BOS that is no token is refused."""
     with pytest.raises(ModelError, match="not a token id"):
         resolve_bos(tiny_models.build_tokenizer(), bos)
 
 
-def test_the_weight_hash_follows_the_bytes(lm_folder: Folder, copy: Path) -> None:
+def test_weight_hash_follows_the_bytes(lm_folder: Folder, copy: Path) -> None:
+    """The weight hash follows the bytes."""
     before = ModelInfo.read(str(copy)).weights_sha256
     assert before == ModelInfo.read(str(lm_folder("llama"))).weights_sha256
     data = bytearray((copy / "model.safetensors").read_bytes())
@@ -302,7 +327,8 @@ def test_the_weight_hash_follows_the_bytes(lm_folder: Folder, copy: Path) -> Non
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
-def test_on_a_gpu_prefix_then_suffix_is_the_whole_model_too(lm_folder: Folder, kind: str) -> None:
+def test_gpu_prefix_then_suffix_agrees(lm_folder: Folder, kind: str) -> None:
+    """On a GPU prefix then suffix is the whole model too."""
     tokens = tiny_models.tokens(3, 33).cuda()
     with torch.no_grad():
         logits = tiny_models.whole_model(lm_folder(kind), torch.bfloat16).cuda()(tokens).logits
@@ -311,7 +337,8 @@ def test_on_a_gpu_prefix_then_suffix_is_the_whole_model_too(lm_folder: Folder, k
     assert torch.equal(suffix.unembed(suffix.suffix(prefix.prefix(tokens)[1])), logits)
 
 
-def test_the_bos_row_of_a_gemma_is_an_outlier_of_another_scale() -> None:
+def test_gemma_bos_row_is_an_outlier() -> None:
+    """The BOS row of a Gemma is an outlier of another scale."""
     model = str(Path(__file__).parents[1] / "data" / "tiny-gemma2")
     tokenizer = load_tokenizer(model)
     text = "It was the best of times, it was the worst of times, and the captain looked out over the sea. " * 12

@@ -39,20 +39,23 @@ def delivered(order: Order, position: int, batch_size: int, n_batches: int) -> l
 
 
 @given(orders(), st.integers(0, 3))
-def test_every_kept_row_comes_exactly_once_in_an_epoch(order: Order, epoch: int) -> None:
+def test_epoch_yields_each_kept_row_once(order: Order, epoch: int) -> None:
+    """Every kept row comes exactly once in an epoch."""
     (rows,) = delivered(order, epoch * order.n_kept, order.n_kept, 1)
     assert sorted(rows) == np.flatnonzero(order.kept).tolist()
 
 
 @given(orders(), st.integers(1, 50), st.integers(0, 12))
-def test_batches_have_their_size_and_any_position_restarts_the_same_stream(order: Order, size: int, skip: int) -> None:
+def test_any_position_restarts_the_stream(order: Order, size: int, skip: int) -> None:
+    """Batches have their size and any position restarts the same stream."""
     whole = delivered(order, 0, size, skip + 3)
     assert all(len(rows) == size for rows in whole)
     assert delivered(order, skip * size, size, 3) == whole[skip:]
 
 
 @given(orders())
-def test_a_window_spans_no_more_rows_than_asked_unless_one_chunk_does(order: Order) -> None:
+def test_window_spans_at_most_its_rows(order: Order) -> None:
+    """A window spans no more rows than asked unless one chunk does."""
     sizes = [len(chunks) for chunks in order.chunks(1)]
     assert sum(sizes) == order.n_chunks
     assert max(sizes) - min(sizes) <= 1
@@ -61,9 +64,8 @@ def test_a_window_spans_no_more_rows_than_asked_unless_one_chunk_does(order: Ord
 
 
 @given(orders(), st.integers(1, 6), st.integers(1, 20), st.integers(0, 50))
-def test_shares_of_a_batch_are_equal_and_together_the_batch(
-    order: Order, n_parts: int, size: int, position: int
-) -> None:
+def test_shares_are_equal_parts_of_batch(order: Order, n_parts: int, size: int, position: int) -> None:
+    """Shares of a batch are equal and together the batch."""
     batch = next(order.batches(position, n_parts * size))
     rows = [(p.epoch, p.window, i) for p in batch for i in range(p.start, p.stop)]
     shares = [
@@ -74,7 +76,8 @@ def test_shares_of_a_batch_are_equal_and_together_the_batch(
     assert [row for share in shares for row in share] == rows
 
 
-def test_a_window_of_an_order_spans_its_rows_at_most() -> None:
+def test_order_window_spans_at_most_rows() -> None:
+    """A window of an order spans its rows at most."""
     order = Order(np.ones(1000, bool), 10, 0, 250)
     assert [len(chunks) for chunks in order.chunks(1)] == [25, 25, 25, 25]
     assert [len(chunks) for chunks in order.chunks(0)] == [3, 22, 25, 25, 25]
@@ -82,14 +85,16 @@ def test_a_window_of_an_order_spans_its_rows_at_most() -> None:
 
 
 @pytest.mark.parametrize("window_rows", [None, 256])
-def test_epochs_and_seeds_have_orders_of_their_own(window_rows: int | None) -> None:
+def test_epochs_and_seeds_differ_in_order(window_rows: int | None) -> None:
+    """Epochs and seeds have orders of their own."""
     first = delivered(Order(np.ones(512, bool), 16, 0, window_rows), 0, 512, 2)
     other = delivered(Order(np.ones(512, bool), 16, 1, window_rows), 0, 512, 1)
     assert first[0] != first[1]
     assert first[0] != other[0]
 
 
-def test_a_split_without_kept_rows_is_refused() -> None:
+def test_split_without_kept_rows_is_refused() -> None:
+    """A split without kept rows is refused."""
     with pytest.raises(StoreError, match="no training row is left"):
         Order(np.zeros(32, bool), 16, 0, None)
 
@@ -117,7 +122,8 @@ def bits(rows: Tensor) -> list[bytes]:
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_an_epoch_of_batches_is_the_kept_rows_of_the_store_bit_for_bit(tiny_store: Path, exact: bool) -> None:
+def test_epoch_is_the_kept_rows(tiny_store: Path, exact: bool) -> None:
+    """An epoch of batches is the kept rows of the store bit for bit."""
     split = Store.open(tiny_store).train
     order = make_order(split, exact)
     n_batches = order.n_kept // 7
@@ -131,7 +137,8 @@ def test_an_epoch_of_batches_is_the_kept_rows_of_the_store_bit_for_bit(tiny_stor
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_a_batch_holds_the_rows_that_its_order_names(tiny_store: Path, exact: bool) -> None:
+def test_batch_holds_rows_of_its_order(tiny_store: Path, exact: bool) -> None:
+    """A batch holds the rows that its order names."""
     split = Store.open(tiny_store).train
     order = make_order(split, exact)
     size = order.n_kept // 3 + 5  # the third crosses into the second epoch
@@ -145,9 +152,8 @@ def test_a_batch_holds_the_rows_that_its_order_names(tiny_store: Path, exact: bo
 
 @settings(max_examples=15, deadline=None)
 @given(size=st.integers(1, 300), skip=st.integers(0, 12), exact=st.booleans(), threads=st.integers(1, 3))
-def test_a_loader_started_at_any_position_delivers_the_same_batches(
-    tiny_store: Path, size: int, skip: int, exact: bool, threads: int
-) -> None:
+def test_loader_restarts_at_any_position(tiny_store: Path, size: int, skip: int, exact: bool, threads: int) -> None:
+    """A loader started at any position delivers the same batches."""
     split = Store.open(tiny_store).train
     order = make_order(split, exact)
     whole = take(split, order, size, skip + 2)
@@ -155,9 +161,8 @@ def test_a_loader_started_at_any_position_delivers_the_same_batches(
     assert all(torch.equal(a, b) for a, b in zip(again, whole[skip:]))
 
 
-def test_compressed_and_mapped_stores_of_the_same_rows_deliver_the_same_batches(
-    tiny_store: Path, tmp_path: Path
-) -> None:
+def test_compressed_and_mapped_deliver_alike(tiny_store: Path, tmp_path: Path) -> None:
+    """Compressed and mapped stores of the same rows deliver the same batches."""
     make_store(tmp_path / "lz4.zarr", codec="lz4")
     plain, compressed = Store.open(tiny_store).train, Store.open(tmp_path / "lz4.zarr").train
     for a, b in zip(
@@ -166,16 +171,16 @@ def test_compressed_and_mapped_stores_of_the_same_rows_deliver_the_same_batches(
         assert torch.equal(a, b)
 
 
-def test_a_compressed_float32_store_is_read_through_windows(compressed_store: Path) -> None:
+def test_compressed_float32_reads_through_windows(compressed_store: Path) -> None:
+    """A compressed float32 store is read through windows."""
     split = Store.open(compressed_store).train
     order = make_order(split, exact=False)
     rows = torch.cat(take(split, order, order.n_kept, 1))
     assert bits(rows) == bits(split.read(0, split.n_rows)[torch.from_numpy(split.kept())])
 
 
-def test_auto_maps_what_fits_and_windows_what_is_compressed_or_too_large(
-    tiny_store: Path, compressed_store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_maps_what_fits(tiny_store: Path, compressed_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Auto maps what fits and windows what is compressed or too large."""
     plain, compressed = Store.open(tiny_store).train, Store.open(compressed_store).train
     assert resolve_mode("auto", plain) == "global"
     assert resolve_mode("auto", compressed) == "window"
@@ -198,14 +203,16 @@ def damaged_store(tiny_store: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_flipped_byte_is_found_when_its_window_is_loaded(damaged_store: Path) -> None:
+def test_window_load_finds_flipped_byte(damaged_store: Path) -> None:
+    """A flipped byte is found when its window is loaded."""
     split = Store.open(damaged_store).train
     order = make_order(split, exact=False)
     with pytest.raises(DamagedError, match=r"train/resid/c/1/0.*harvest --repair"):
         take(split, order, 100, order.n_kept // 100)
 
 
-def test_a_flipped_byte_is_found_by_the_check_beside_mapped_rows(damaged_store: Path) -> None:
+def test_background_check_finds_flipped_byte(damaged_store: Path) -> None:
+    """A flipped byte is found by the check beside mapped rows."""
     check = BodyCheck(Store.open(damaged_store).train)
     check.begin()
     with pytest.raises(DamagedError, match=r"train/resid/c/1/0.*harvest --repair"):
@@ -215,7 +222,8 @@ def test_a_flipped_byte_is_found_by_the_check_beside_mapped_rows(damaged_store: 
     check.close()
 
 
-def test_the_check_of_a_whole_store_passes_and_reads_every_shard(tiny_store: Path) -> None:
+def test_full_check_reads_every_shard(tiny_store: Path) -> None:
+    """The check of a whole store passes and reads every shard."""
     split = Store.open(tiny_store).train
     check = BodyCheck(split)
     check.require()
@@ -223,7 +231,8 @@ def test_the_check_of_a_whole_store_passes_and_reads_every_shard(tiny_store: Pat
     check.close()
 
 
-def test_a_loader_closed_in_the_middle_leaves_no_thread(tiny_store: Path) -> None:
+def test_closed_loader_leaves_no_thread(tiny_store: Path) -> None:
+    """A loader closed in the middle leaves no thread."""
     split = Store.open(tiny_store).train
     loader = Loader(split, make_order(split, False), 64)
     loader.next()
@@ -231,7 +240,8 @@ def test_a_loader_closed_in_the_middle_leaves_no_thread(tiny_store: Path) -> Non
     assert not loader.producer.is_alive()
 
 
-def test_gathering_leaves_the_number_of_torch_threads_of_this_thread_alone(tiny_store: Path) -> None:
+def test_gathering_keeps_torch_threads(tiny_store: Path) -> None:
+    """Gathering leaves the number of torch threads of this thread alone."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -20,7 +20,8 @@ def moments_of(x: torch.Tensor, sizes: list[int]) -> Moments:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
-def test_moments_do_not_depend_on_how_rows_are_split(sizes: list[int]) -> None:
+def test_moments_ignore_how_rows_split(sizes: list[int]) -> None:
+    """Moments do not depend on how rows are split."""
     x = torch.randn(sum(sizes), 5, generator=torch.Generator().manual_seed(1))
     split, whole = moments_of(x, sizes), moments_of(x, [len(x)])
     assert float(split.n) == len(x)
@@ -30,7 +31,8 @@ def test_moments_do_not_depend_on_how_rows_are_split(sizes: list[int]) -> None:
     )
 
 
-def test_explained_variance_of_a_hand_computed_case() -> None:
+def test_ev_of_a_hand_case() -> None:
+    """Explained variance of a hand-computed case."""
     x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]])  # mean 2, total variance 8
     moments = moments_of(x, [3])
     x_hat = torch.tensor([[1.0, 0.0], [2.0, 0.0], [4.0, 1.0]])  # error 1 + 0 + 1
@@ -38,19 +40,22 @@ def test_explained_variance_of_a_hand_computed_case() -> None:
     assert explained_variance(torch.tensor([0.0, 8.0, 16.0]), moments).tolist() == [1.0, 0.0, -1.0]
 
 
-def test_the_mean_as_reconstruction_explains_nothing_far_from_the_origin() -> None:
+def test_mean_reconstruction_explains_nothing() -> None:
+    """The mean as reconstruction explains nothing far from the origin."""
     x = (torch.randn(1000, 8, generator=torch.Generator().manual_seed(0)) + 300).float()
     moments = moments_of(x, [400, 600])
     error = row_squares(x.double() - x.double().mean(0)).double().sum()
     assert float(explained_variance(error, moments)) == pytest.approx(0, abs=1e-6)
 
 
-def test_rows_that_do_not_vary_have_no_explained_variance() -> None:
+def test_constant_rows_have_no_ev() -> None:
+    """Rows that do not vary have no explained variance."""
     moments = moments_of(torch.full((7, 3), 0.1), [3, 4])
     assert math.isnan(float(explained_variance(torch.tensor(0.0), moments)))
 
 
-def test_rows_of_weight_zero_are_left_out() -> None:
+def test_zero_weight_rows_are_left_out() -> None:
+    """Rows of weight zero are left out."""
     x = torch.tensor([[1.0], [2.0], [1e6]])
     moments = Moments.zeros(1)
     moments.update(x, torch.tensor([1.0, 1.0, 0.0]))
@@ -58,6 +63,7 @@ def test_rows_of_weight_zero_are_left_out() -> None:
 
 
 def test_squares_of_bf16_rows_are_float32() -> None:
+    """Squares of bf16 rows are float32."""
     x = torch.full((1, 4096), 1.0078125, dtype=torch.bfloat16)
     assert row_squares(x).dtype == torch.float32
     assert float(row_squares(x)) == pytest.approx(4096 * 1.0078125**2, rel=1e-6)

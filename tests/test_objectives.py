@@ -87,6 +87,7 @@ def leaves(member: Member) -> dict[str, Tensor]:
 @pytest.mark.parametrize("n_levels", LEVELS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_gradient_equals_autograd(variant: str, n_levels: int) -> None:
+    """Every gradient equals autograd."""
     config = tiny(**VARIANTS[variant], **LEVELS[n_levels])
     member, x = tiny_member(config), tiny_rows()
     dead = None
@@ -108,7 +109,8 @@ def test_every_gradient_equals_autograd(variant: str, n_levels: int) -> None:
         torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-8, atol=1e-11)
 
 
-def test_the_additive_objective_does_not_depend_on_alpha_without_layernorm() -> None:
+def test_additive_objective_ignores_alpha() -> None:
+    """The additive objective does not depend on alpha without LayerNorm."""
     x, results = tiny_rows(), []
     for alpha in (0.0, 0.1, 0.2, 0.5):
         config = tiny(objective="additive", layernorm="none", alpha=alpha)
@@ -126,7 +128,8 @@ def test_the_additive_objective_does_not_depend_on_alpha_without_layernorm() -> 
     [{"objective": "nested"}, {"layernorm": "pre"}, {"lambda_shared": 0.01}],
     ids=["nested", "LayerNorm", "lambda"],
 )
-def test_anything_else_makes_the_loss_depend_on_alpha(changes: dict[str, Any]) -> None:
+def test_other_settings_depend_on_alpha(changes: dict[str, Any]) -> None:
+    """Anything else makes the loss depend on alpha."""
     losses = []
     for alpha in (0.1, 0.5):
         config = tiny(**({"objective": "additive", "layernorm": "none", "alpha": alpha} | changes))
@@ -137,22 +140,23 @@ def test_anything_else_makes_the_loss_depend_on_alpha(changes: dict[str, Any]) -
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("guess", [0.0, 0.5, 1e9], ids=["none", "good", "too high"])
-def test_the_batch_threshold_is_the_last_value_of_torch_topk_whatever_the_guess(
-    dtype: torch.dtype, guess: float
-) -> None:
+def test_batch_threshold_equals_torch_topk(dtype: torch.dtype, guess: float) -> None:
+    """The batch threshold is the last value of torch.topk whatever the guess."""
     z = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)).relu().to(dtype)
     for n in (1, 7, 500, 64 * 50):
         assert batch_threshold(z, n, guess) == z.flatten().topk(n).values[-1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_row_thresholds_are_the_last_values_of_torch_topk(dtype: torch.dtype) -> None:
+def test_row_thresholds_equal_torch_topk(dtype: torch.dtype) -> None:
+    """Row thresholds are the last values of torch.topk."""
     z = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)).relu().to(dtype)
     for k in (1, 5, 50):
         assert torch.equal(row_thresholds(z, k), z.topk(k, dim=1).values[:, -1:])
 
 
 def test_batchtopk_keeps_what_torch_topk_keeps() -> None:
+    """BatchTopK keeps what torch.topk keeps."""
     config = tiny(recipe="batchtopk", k=5, aux_k=0)
     member, x = tiny_member(config), tiny_rows()
     member._forward(normalise_batch(x, member.center, 1.0))
@@ -164,11 +168,13 @@ def test_batchtopk_keeps_what_torch_topk_keeps() -> None:
 
 
 def test_batchtopk_keeps_all_of_a_tie() -> None:
+    """BatchTopK keeps all of a tie."""
     z = torch.tensor([[3.0, 1.0, 1.0], [1.0, 0.5, 0.0]])
     assert int((z >= batch_threshold(z, 2)).sum()) == 4
 
 
-def test_batchtopk_keeps_no_zero_when_fewer_latents_are_positive_than_asked() -> None:
+def test_batchtopk_keeps_no_zero() -> None:
+    """BatchTopK keeps no zero when fewer latents are positive than asked."""
     config = tiny(recipe="batchtopk", k=30, aux_k=0)
     member = tiny_member(config)
     member.weights["b_enc"].sub_(1.0)
@@ -177,14 +183,16 @@ def test_batchtopk_keeps_no_zero_when_fewer_latents_are_positive_than_asked() ->
     assert 0 < float(forward.sums["counts"].sum()) < 30 * ROWS
 
 
-def test_size_weights_have_mean_one_and_grow_with_the_level() -> None:
+def test_size_weights_average_one_and_grow() -> None:
+    """Size weights have mean one and grow with the level."""
     terms = reconstruction_terms(tiny(level_weighting="size", alpha=0.25), (10, 40), 0)
     assert terms.weights == (0.4, 1.6)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(levels=st.sets(st.integers(1, 60), min_size=2, max_size=12), seed=st.integers(0, 5), step=st.integers(0, 100))
-def test_random_prefixes_are_as_many_as_levels_and_end_with_the_whole(levels: set[int], seed: int, step: int) -> None:
+def test_random_prefixes_end_with_the_whole(levels: set[int], seed: int, step: int) -> None:
+    """Random prefixes are as many as levels and end with the whole."""
     sizes = tuple(sorted(levels))
     drawn = random_prefixes(sizes, seed, step)
     assert len(set(drawn)) == len(sizes)
@@ -193,13 +201,15 @@ def test_random_prefixes_are_as_many_as_levels_and_end_with_the_whole(levels: se
     assert drawn[-1] == sizes[-1]
 
 
-def test_random_prefixes_are_a_function_of_seed_and_step() -> None:
+def test_random_prefixes_follow_seed_and_step() -> None:
+    """Random prefixes are a function of seed and step."""
     drawn = [random_prefixes((2, 4, 8, 16), seed=0, step=step) for step in range(50)]
     assert drawn == [random_prefixes((2, 4, 8, 16), seed=0, step=step) for step in range(50)]
     assert len(set(drawn)) > 10
 
 
-def test_the_penalty_starts_at_zero_and_is_whole_after_its_warmup() -> None:
+def test_penalty_warms_up_from_zero() -> None:
+    """The penalty starts at zero and is whole after its warmup."""
     config = tiny(sparsity_warmup_steps=10)
     falling = batchtopk(k=4, width=64, sparsity_warmup_steps=10)
     assert [kept_a_row(falling, step) for step in (0, 5, 9, 10, 99)] == [32, 11, 5, 4, 4]
@@ -208,7 +218,8 @@ def test_the_penalty_starts_at_zero_and_is_whole_after_its_warmup() -> None:
     assert [sparsity_ramp(config, step) for step in (0, 5, 10, 15)] == [0.0, 0.5, 1.0, 1.0]
 
 
-def test_the_controller_raises_the_penalty_above_the_wanted_l0_and_lowers_it_below() -> None:
+def test_controller_moves_against_l0_error() -> None:
+    """The controller raises the penalty above the wanted L0 and lowers it below."""
     for l0, raised in ((20.0, True), (5.0, False), (0.0, False)):
         controller = Controller(10.0, torch.device("cpu"))
         controller.see(torch.tensor(l0, dtype=torch.float64), first=True, acts=False)
@@ -219,8 +230,9 @@ def test_the_controller_raises_the_penalty_above_the_wanted_l0_and_lowers_it_bel
 
 
 @pytest.mark.parametrize("delay", [1, 30, 150])
-def test_the_controller_does_not_overshoot_where_l0_answers_late(delay: int) -> None:
-    """L0 follows the penalty λ with a lag of `delay` steps: d log L0 = (log(40/λ) − log L0) / delay."""
+def test_controller_does_not_overshoot(delay: int) -> None:
+    """The controller does not overshoot where L0 answers late.
+    L0 follows the penalty λ with a lag of `delay` steps: d log L0 = (log(40/λ) − log L0) / delay."""
     controller, log_l0, seen = Controller(10.0, torch.device("cpu")), math.log(400.0), []
     for step in range(4000):
         log_l0 += (math.log(40.0) - math.log(float(controller.factor)) - log_l0) / delay
@@ -231,6 +243,7 @@ def test_the_controller_does_not_overshoot_where_l0_answers_late(delay: int) -> 
 
 
 def test_auxiliary_gradients_reach_only_dead_latents() -> None:
+    """Auxiliary gradients reach only dead latents."""
     config = tiny(recipe="batchtopk", k=2, aux_k=4, dead_after_rows=100)
     plain, member, x = tiny_member(dataclasses.replace(config, aux_k=0)), tiny_member(config), tiny_rows()
     member.n_rows = 200

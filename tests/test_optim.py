@@ -31,7 +31,8 @@ def config(**changes: Any) -> TrainConfig:
     return paper(**{"width": 20, "steps": 100, "lr_warmup_steps": 10, "sparsity_warmup_steps": 0} | changes)
 
 
-def test_what_is_left_of_a_gradient_is_orthogonal_to_its_row() -> None:
+def test_projected_gradient_is_orthogonal() -> None:
+    """What is left of a gradient is orthogonal to its row."""
     w = unit_rows(20, 8)
     g = torch.randn(20, 8, generator=torch.Generator().manual_seed(2))
     before = g.clone()
@@ -40,14 +41,16 @@ def test_what_is_left_of_a_gradient_is_orthogonal_to_its_row() -> None:
     torch.testing.assert_close(before - g, (before * w).sum(1, keepdim=True) * w)
 
 
-def test_the_norm_is_over_all_gradients_together_and_before_clipping() -> None:
+def test_norm_is_global_before_clipping() -> None:
+    """The norm is over all gradients together and before clipping."""
     g = gradients(scale=30.0)
     expected = torch.cat([part.flatten() for part in g.values()]).norm()
     adam = Adam(weights(), torch.float32, config())
     assert float(adam.update(g, torch.tensor(1e-3))) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_the_norm_of_bf16_gradients_is_summed_in_float32() -> None:
+def test_bf16_norm_sums_in_float32() -> None:
+    """The norm of bf16 gradients is summed in float32."""
     g = {"W_dec": torch.full((4096, 64), 0.01, dtype=torch.bfloat16)}
     assert float(gradient_norm(g)) == pytest.approx(float(g["W_dec"].double().norm()), rel=1e-3)
 
@@ -64,10 +67,12 @@ def test_the_norm_of_bf16_gradients_is_summed_in_float32() -> None:
     ],
 )
 def test_gradients_are_clipped_or_normalised(changes: dict[str, Any], norm: float, expected: float) -> None:
+    """Gradients are clipped or normalised."""
     assert float(clip_factor(torch.tensor(norm), config(**changes))) == pytest.approx(expected)
 
 
-def test_the_clip_sees_the_gradient_before_its_projection() -> None:
+def test_clip_precedes_projection() -> None:
+    """The clip sees the gradient before its projection."""
     w = weights()
     g = {name: torch.zeros_like(part) for name, part in w.items()}
     g["W_dec"] = 100 * w["W_dec"].clone()  # all of it along the rows: nothing is left after the projection
@@ -78,25 +83,29 @@ def test_the_clip_sees_the_gradient_before_its_projection() -> None:
     assert float(w["b_dec"][0]) == pytest.approx(-shrunk / (shrunk + 1), rel=1e-3)
 
 
-def test_decoder_rows_have_unit_norm_after_an_update() -> None:
+def test_decoder_rows_keep_unit_norm() -> None:
+    """Decoder rows have unit norm after an update."""
     adam = Adam(weights(), torch.float32, config())
     adam.update(gradients(), torch.tensor(0.1))
     torch.testing.assert_close(adam.weights["W_dec"].norm(dim=1), torch.ones(20))
 
 
-def test_the_copy_that_products_read_follows_the_weights() -> None:
+def test_product_copy_follows_the_weights() -> None:
+    """The copy that products read follows the weights."""
     adam = Adam(weights(), torch.bfloat16, config())
     adam.update(gradients(), torch.tensor(0.1))
     for name, low in adam.low.items():
         assert torch.equal(low, adam.weights[name].bfloat16())
 
 
-def test_products_in_the_dtype_of_the_weights_read_the_weights_themselves() -> None:
+def test_equal_dtype_needs_no_copy() -> None:
+    """Products in the dtype of the weights read the weights themselves."""
     adam = Adam(weights(), torch.float32, config())
     assert adam.low["W_enc"] is adam.weights["W_enc"]
 
 
-def test_the_result_does_not_depend_on_the_size_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result does not depend on the size of chunks."""
     results = []
     for size in (16, 1 << 18):
         monkeypatch.setattr(optim, "CHUNK_NUMBERS", size)
@@ -109,12 +118,14 @@ def test_the_result_does_not_depend_on_the_size_of_chunks(monkeypatch: pytest.Mo
 
 
 def test_chunks_cover_every_row_once() -> None:
+    """Chunks cover every row once."""
     w = torch.empty(1001, 700)
     rows = [r for chunk in row_chunks(w) for r in range(chunk.start, chunk.stop)]
     assert rows == list(range(1001))
 
 
-def test_the_learning_rate_warms_up_stays_and_decays() -> None:
+def test_learning_rate_warms_stays_decays() -> None:
+    """The learning rate warms up, stays and decays."""
     c = config(lr=1.0, lr_warmup_steps=10, lr_decay_steps=20)
     rates = [learning_rate(c, step) for step in (0, 4, 9, 50, 80, 90, 99)]
     assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0, 0.5, 0.05])

@@ -41,7 +41,8 @@ def case(n_probes: int = 3, n_rows: int = 50, d: int = 6) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, ProbeConfig(epochs=3, lr=0.1, l1=0.05, batch_size=7)])
-def test_a_stack_of_probes_is_what_each_would_be_alone(recipe: ProbeConfig) -> None:
+def test_stacked_probes_equal_single_ones(recipe: ProbeConfig) -> None:
+    """A stack of probes is what each would be alone."""
     x, data = case()
     start = draw_start(["a", "b", "c"], 6, 50, recipe.epochs)
     found = train_probes(x, data, start, recipe)
@@ -58,7 +59,8 @@ def test_a_stack_of_probes_is_what_each_would_be_alone(recipe: ProbeConfig) -> N
         assert float(found.accuracy[p]) == best
 
 
-def test_of_equal_epochs_the_first_is_kept() -> None:
+def test_first_of_equal_epochs_wins() -> None:
+    """Of equal epochs the first is kept."""
     old = Probes(torch.zeros(3, 2), torch.zeros(3), torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64))
     new = Probes(torch.ones(3, 2), torch.ones(3), torch.tensor([0.5, 0.6, 0.4], dtype=torch.float64))
     kept = better(new, old)
@@ -67,11 +69,13 @@ def test_of_equal_epochs_the_first_is_kept() -> None:
     assert kept.accuracy.tolist() == [0.5, 0.6, 0.5]
 
 
-def test_a_logit_of_zero_counts_as_negative() -> None:
+def test_zero_logit_is_negative() -> None:
+    """A logit of zero counts as negative."""
     assert float(accuracy(torch.tensor([0.0, 0.1, -0.1, 0.0]), torch.tensor([0.0, 1, 1, 1]))) == 0.5
 
 
-def test_a_draw_is_a_function_of_the_name_alone() -> None:
+def test_draw_follows_its_name() -> None:
+    """A draw is a function of the name alone."""
     one, two = draw_start(["a", "b"], 5, 10, 2), draw_start(["b"], 5, 10, 2)
     torch.testing.assert_close(one.weight[1:], two.weight, rtol=0, atol=0)
     assert (one.orders[:, 1] == two.orders[:, 0]).all()
@@ -81,6 +85,7 @@ def test_a_draw_is_a_function_of_the_name_alone() -> None:
 
 @given(n=st.integers(1, 40), epochs=st.integers(1, 3))
 def test_every_epoch_visits_every_row_once(n: int, epochs: int) -> None:
+    """Every epoch visits every row once."""
     orders = draw_start(["a"], 3, n, epochs).orders
     assert (orders.sort(-1).values == torch.arange(n)).all()
 
@@ -97,7 +102,8 @@ def small_task() -> Task:
     return Task("small", ("scr",), draws)
 
 
-def test_probes_come_back_by_seed_and_name() -> None:
+def test_probes_return_by_seed_and_name() -> None:
+    """Probes come back by seed and name."""
     task, x = small_task(), torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
     probes = load_or_train(x, task, (1, 2), RECIPE, {}, None)
     texts = by_seed(task, x, probes)
@@ -108,7 +114,8 @@ def test_probes_come_back_by_seed_and_name() -> None:
     assert (stacked(task).train_labels.sum(1) == 10).all()
 
 
-def test_kept_probes_are_found_again_and_only_for_the_same_question(tmp_path: Path) -> None:
+def test_kept_probes_serve_their_question_only(tmp_path: Path) -> None:
+    """Kept probes are found again and only for the same question."""
     task, x = small_task(), torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
     first = load_or_train(x, task, (1, 2), RECIPE, {"model": "m"}, tmp_path)
     (path,) = tmp_path.iterdir()

@@ -70,7 +70,8 @@ def prepared(config: ProbingConfig, model: TextModel, probes_folder: Path | None
     return prepare(config, read_texts(config), model, probes_folder)
 
 
-def test_a_job_gives_every_score_at_every_level_with_intervals(texts_folder: Path, model: TextModel) -> None:
+def test_job_scores_every_level(texts_folder: Path, model: TextModel) -> None:
+    """A job gives every score at every level with intervals."""
     job = prepared(config(texts_folder), model)
     scores = job.score(random_sae(d=64))
     assert set(scores.series) == {
@@ -95,9 +96,8 @@ def test_a_job_gives_every_score_at_every_level_with_intervals(texts_folder: Pat
     assert job.n_bytes == sum(g.bank.rows.nbytes + g.bank.mean.nbytes for g in job.groups)
 
 
-def test_two_jobs_from_nothing_give_the_same_numbers_and_kept_probes_too(
-    texts_folder: Path, lm_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_repeated_jobs_agree(texts_folder: Path, lm_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Two jobs from nothing give the same numbers and kept probes too."""
     sae, found = random_sae(d=64), []
     for _ in range(2):
         job = prepared(config(texts_folder, scores=("scr", "tpp")), tiny_text_model(lm_folder("gemma2")), tmp_path)
@@ -106,7 +106,8 @@ def test_two_jobs_from_nothing_give_the_same_numbers_and_kept_probes_too(
     assert len(list(tmp_path.glob("probes-*.safetensors"))) == 2
 
 
-def test_only_asked_scores_and_levels_are_computed(texts_folder: Path, model: TextModel) -> None:
+def test_only_asked_scores_are_computed(texts_folder: Path, model: TextModel) -> None:
+    """Only asked scores and levels are computed."""
     job = prepared(config(texts_folder, scores=("tpp",), seeds=(7,)), model)
     assert len(job.sample) == 1
     scores = job.score(random_sae(d=64), levels=[1])
@@ -117,7 +118,8 @@ def test_only_asked_scores_and_levels_are_computed(texts_folder: Path, model: Te
     assert isinstance(scores, ProbingScores)
 
 
-def test_residuals_are_those_of_each_text_alone_at_its_real_positions(model: TextModel) -> None:
+def test_residuals_are_of_single_texts(model: TextModel) -> None:
+    """Residuals are those of each text alone at its real positions."""
     texts = [
         "residual stream",
         "a small model, line by line: it was",
@@ -150,7 +152,8 @@ def plain_model(special: tuple[int, ...] = ()) -> TextModel:
     return TextModel(tokenize, residual, None, special, {})
 
 
-def test_the_first_position_and_special_tokens_are_masked_and_the_dtype_is_kept() -> None:
+def test_specials_are_masked_dtype_kept() -> None:
+    """The first position and special tokens are masked and the dtype is kept."""
     bank = make_bank(["abcb", "xaab"], plain_model(special=(ord("b"),)), 10, 2, "x")
     assert bank.rows[:, 0].tolist() == [99, 97, 97]
     assert bank.n_real.tolist() == [1, 2]
@@ -159,13 +162,15 @@ def test_the_first_position_and_special_tokens_are_masked_and_the_dtype_is_kept(
     assert bank.mean.dtype == torch.float32
 
 
-def test_a_text_of_special_tokens_alone_is_refused() -> None:
+def test_text_of_specials_is_refused() -> None:
+    """A text of special tokens alone is refused."""
     with pytest.raises(CorpusError, match="no token beside special ones"):
         make_bank(["abc", "a"], plain_model(), 10, 2, "x")
 
 
 @pytest.mark.parametrize("limit", [1, 7, 64, 10_000])
-def test_pooled_latents_do_not_depend_on_the_chunk(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_changes_no_pooled_latent(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pooled latents do not depend on the chunk."""
     bank = make_bank(["abcb", "xaab", "abcdefgh", "zz"], plain_model(), 10, 2, "x")
     sae = random_sae(d=3)
     whole = pool_latents(sae, bank)
@@ -175,13 +180,15 @@ def test_pooled_latents_do_not_depend_on_the_chunk(limit: int, monkeypatch: pyte
     torch.testing.assert_close(whole.mean, torch.stack([part.mean(0) for part in one_by_one]), rtol=1e-5, atol=1e-5)
 
 
-def test_chunks_are_whole_texts_and_never_none() -> None:
+def test_chunks_are_whole_texts() -> None:
+    """Chunks are whole texts and never none."""
     assert whole_texts([3, 4, 5], 7) == (2, 7)
     assert whole_texts([3, 4, 5], 2) == (1, 3)
     assert whole_texts([3, 4, 5], 100) == (3, 12)
 
 
-def test_missing_values_are_left_out_of_the_mean_over_tasks_and_seeds() -> None:
+def test_missing_values_leave_the_mean() -> None:
+    """Missing values are left out of the mean over tasks and seeds."""
     one = {("scr", 0, 2): [0.1, None, None]}
     two = {("scr", 0, 2): [0.3, 0.4, None], ("scr", 0, 5): [1.0, 1.0, 1.0]}
     merged = merge([one, two])
@@ -200,7 +207,8 @@ def test_missing_values_are_left_out_of_the_mean_over_tasks_and_seeds() -> None:
     [{"scores": ("srr",)}, {"seeds": ()}, {"seeds": (1, 1)}, {"n_values": (0,)}, {"context": 1}, {"scores": ()}],
     ids=str,
 )
-def test_a_config_that_cannot_be_is_refused(changes: dict[str, object]) -> None:
+def test_impossible_config_is_refused(changes: dict[str, object]) -> None:
+    """A config that cannot be is refused."""
     with pytest.raises(UsageError):
         config(Path("x"), **changes)
 

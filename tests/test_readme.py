@@ -22,9 +22,8 @@ def test_tree_names_every_folder() -> None:
     assert listed == {str(path.parent.relative_to(ROOT)) for folder in top for path in (ROOT / folder).rglob("*.py")}
 
 
-def test_the_notebook_example_steers_the_model_as_the_readme_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_notebook_example_steers_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The notebook example steers the model as the readme says."""
     sae = NestedSAE(SAEConfig(192, 32, (8, 32)))
     torch.nn.init.orthogonal_(sae.W_dec)
     save_checkpoint(tmp_path / "sae.safetensors", sae, 1, {})
@@ -42,6 +41,7 @@ def test_the_notebook_example_steers_the_model_as_the_readme_says(
 @pytest.mark.parametrize(
     "command", ["pip install -c constraints.txt -e .", "python -m pytest", "python -m pipeline demo"]
 )
-def test_the_commands_of_the_readme_are_those_that_ci_runs(command: str) -> None:
+def test_ci_runs_the_readmes_commands(command: str) -> None:
+    """The commands of the readme are those that ci runs."""
     assert command in README
     assert command.replace("-e .", "-e '.[test]'") in (ROOT / ".ci" / "run").read_text()

@@ -13,13 +13,15 @@ from train.recipes import RECIPES, batchtopk, paper
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_names_itself_and_survives_json(name: str) -> None:
+def test_recipe_survives_json(name: str) -> None:
+    """A recipe names itself and survives JSON."""
     config = RECIPES[name]()
     assert config.recipe == name
     assert TrainConfig.from_dict(json.loads(canonical_json(config.to_dict()))) == config
 
 
 def test_paper_is_what_the_paper_states() -> None:
+    """Paper is what the paper states."""
     config = paper()
     assert (config.activation, config.layernorm, config.penalty) == ("relu", "pre", "l1")
     assert (config.lambda_shared, config.lambda_specialised) == (0.04, 0.04)
@@ -28,7 +30,8 @@ def test_paper_is_what_the_paper_states() -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_makes_flat_two_level_and_five_level_saes(name: str) -> None:
+def test_recipes_make_one_to_five_levels(name: str) -> None:
+    """Every recipe makes flat, two-level and five-level SAEs."""
     recipe = RECIPES[name]
     assert recipe(alpha=0.0).level_sizes() == (16384,)
     assert recipe(alpha=0.2).level_sizes() == (3280, 16384)
@@ -61,19 +64,23 @@ def test_every_recipe_makes_flat_two_level_and_five_level_saes(name: str) -> Non
         ({"no_such_field": 1}, "unknown training fields: no_such_field"),
     ],
 )
-def test_a_contradiction_is_refused_with_what_is_wrong(changes: dict[str, Any], said: str) -> None:
+def test_contradiction_is_refused(changes: dict[str, Any], said: str) -> None:
+    """A contradiction is refused with what is wrong."""
     with pytest.raises(UsageError, match=said):
         paper(**changes)
 
 
-def test_an_unknown_choice_is_refused_with_the_ones_there_are() -> None:
+def test_unknown_choice_lists_the_known() -> None:
+    """An unknown choice is refused with the ones there are."""
     config = paper()
     object.__setattr__(config, "objective", "other")  # past the type checker that is on in tests
     with pytest.raises(UsageError, match="'other' is not one of nested, additive"):
         config._check_choices()
 
 
-def test_schedules_that_are_not_given_take_at_most_a_fifth_of_a_shorter_training() -> None:
+def test_default_schedules_fit_short_trainings() -> None:
+    """Schedules that are not given take at most a fifth of a shorter training."""
+
     def schedules(config: TrainConfig) -> tuple[int, int, int]:
         return config.lr_warmup_steps, config.sparsity_warmup_steps, config.lr_decay_steps
 
@@ -82,11 +89,13 @@ def test_schedules_that_are_not_given_take_at_most_a_fifth_of_a_shorter_training
     assert schedules(batchtopk(steps=300, lr_warmup_steps=100)) == (100, 0, 60)
 
 
-def test_a_wanted_l0_is_refused_where_k_sets_it() -> None:
+def test_wanted_l0_is_refused_beside_k() -> None:
+    """A wanted L0 is refused where k sets it."""
     with pytest.raises(UsageError, match="k asks for"):
         batchtopk(target_l0=80.0)
 
 
 def test_every_field_is_described() -> None:
+    """Every field is described."""
     for field in dataclasses.fields(TrainConfig):
         assert field.name in (TrainConfig.__doc__ or "")

@@ -50,7 +50,8 @@ def kept_rows(store: Store, massive: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return store.eval.read(0, store.eval.n_rows)[kept].float(), groups[kept]
 
 
-def test_every_score_equals_its_float64_reference_with_and_without_massive_rows(tiny_store: Path) -> None:
+def test_scores_equal_float64_references(tiny_store: Path) -> None:
+    """Every score equals its float64 reference with and without massive rows."""
     found = scored(sample_of(tiny_store, 7))
     for k, massive in enumerate((True, False)):
         x, groups = kept_rows(Store.open(tiny_store), massive)
@@ -60,7 +61,8 @@ def test_every_score_equals_its_float64_reference_with_and_without_massive_rows(
             assert found[k][name] == pytest.approx(value, rel=2e-6), name
 
 
-def test_massive_rows_change_the_average_and_nothing_else(tiny_store: Path) -> None:
+def test_massive_rows_change_only_the_average(tiny_store: Path) -> None:
+    """Massive rows change the average and nothing else."""
     found = sample_of(tiny_store, 16).survey()
     store = Store.open(tiny_store)
     assert found.n_rows.tolist() == [store.eval.kept(None).sum(), store.eval.kept().sum()]
@@ -68,13 +70,15 @@ def test_massive_rows_change_the_average_and_nothing_else(tiny_store: Path) -> N
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_scores_do_not_depend_on_the_batch_size(tiny_store: Path, batch_size: int) -> None:
+def test_batch_size_changes_no_score(tiny_store: Path, batch_size: int) -> None:
+    """Scores do not depend on the batch size."""
     for one, other in zip(scored(sample_of(tiny_store, batch_size)), scored(sample_of(tiny_store, 16))):
         for name, value in one.items():
             assert value == pytest.approx(other[name], rel=1e-6), name
 
 
-def test_kept_rows_are_all_but_the_special_positions_and_know_their_next_token(tiny_store: Path) -> None:
+def test_kept_rows_know_their_next_token(tiny_store: Path) -> None:
+    """Kept rows are all but the special positions and know their next token."""
     sample, store = sample_of(tiny_store, 5), Store.open(tiny_store)
     batch = list(sample.batches())[1]  # sequences 5 to 9
     rows = store.eval.read(5 * store.context, 10 * store.context).view(5, store.context, -1)
@@ -87,7 +91,8 @@ def test_kept_rows_are_all_but_the_special_positions_and_know_their_next_token(t
         assert int(batch.targets[row]) == following
 
 
-def test_a_hand_computed_reconstruction() -> None:
+def test_hand_computed_reconstruction() -> None:
+    """A reconstruction computed by hand has the scores of that computation."""
     x = torch.tensor([[3.0, 4.0], [0.0, 2.0], [-3.0, 0.0]])
     x_hat = torch.tensor([[3.0, 0.0], [0.0, 1.0], [-3.0, 0.0]])  # errors 16, 1, 0; mean (0, 2); spread 13 + 0 + 13
     batch, found = batch_of(x)
@@ -105,7 +110,8 @@ def test_a_hand_computed_reconstruction() -> None:
     assert scores["ev_legacy"] is None  # the second row is its group's mean: a division by zero
 
 
-def test_a_perfect_reconstruction_scores_one() -> None:
+def test_perfect_reconstruction_scores_one() -> None:
+    """A perfect reconstruction scores one."""
     x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     batch, found = batch_of(x)
     sums = Reconstruction(found)
@@ -116,7 +122,8 @@ def test_a_perfect_reconstruction_scores_one() -> None:
     assert scores["mse"] == 0
 
 
-def test_the_saebench_definition_depends_on_the_scale_of_x_and_ours_does_not() -> None:
+def test_saebench_definition_depends_on_scale() -> None:
+    """The SAEBench definition depends on the scale of x and ours does not."""
     x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) + 1
     values = []
     for factor in (1.0, 3.0):
@@ -129,7 +136,8 @@ def test_the_saebench_definition_depends_on_the_scale_of_x_and_ours_does_not() -
     assert values[1]["ev_saebench"] > 1  # type: ignore[operator]
 
 
-def test_scores_over_no_rows_are_undefined_and_a_broken_reconstruction_is_nan() -> None:
+def test_no_rows_undefined_broken_is_nan() -> None:
+    """Scores over no rows are undefined and a broken reconstruction is NaN."""
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     batch, found = batch_of(x, torch.zeros(4, dtype=torch.float64))
     sums = Reconstruction(found)
@@ -139,7 +147,8 @@ def test_scores_over_no_rows_are_undefined_and_a_broken_reconstruction_is_nan() 
     assert all(math.isnan(value) for value in whole.values() if value is not None)
 
 
-def test_a_row_of_zeros_is_divided_by_one_as_in_saebench() -> None:
+def test_zero_row_is_divided_by_one() -> None:
+    """A row of zeros is divided by one as in SAEBench."""
     numbers = row_numbers(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
     assert numbers["l2_ratio"].tolist() == [5.0]
     assert numbers["cosine"].tolist() == [0.0]

@@ -66,19 +66,22 @@ def remote_tree(url: str) -> dict[str, bytes]:
     return {key: files.read(key) for key in files.keys()}  # noqa: SIM118 (not a dict)
 
 
-def test_a_store_at_a_url_has_the_bytes_of_one_on_a_disk(url: str, local: Path) -> None:
+def test_url_store_has_the_disks_bytes(url: str, local: Path) -> None:
+    """A store at a URL has the bytes of one on a disk."""
     store = make_store(url, **SIZES)
     assert remote_tree(url) == tree(local)
     assert store.verify() == []
     assert describe_store(store) == describe_store(Store.open(local))
 
 
-def test_rows_are_read_in_order_from_a_url(url: str) -> None:
+def test_url_rows_read_in_order(url: str) -> None:
+    """Rows are read in order from a URL."""
     store = make_store(url, **SIZES)
     assert torch.equal(store.train.read(3, 70), make_rows(store.config, "train", 3, 70))
 
 
 def test_zarr_opens_the_same_url(url: str) -> None:
+    """zarr-python opens the same URL."""
     if url.startswith("memory"):
         pytest.skip("zarr-python has its own memory:// which is not fsspec's")
     store = make_store(url, **SIZES)
@@ -86,7 +89,8 @@ def test_zarr_opens_the_same_url(url: str) -> None:
     assert torch.equal(torch.from_numpy(group["train/norm"][:]), torch.from_numpy(store.train.norm.copy()))
 
 
-def test_a_flipped_byte_and_a_missing_shard_are_found_at_a_url(url: str) -> None:
+def test_url_damage_is_found(url: str) -> None:
+    """A flipped byte and a missing shard are found at a URL."""
     files = make_store(url, **SIZES).files
     body = files.read("train/resid/c/0/0")
     files.write("train/resid/c/0/0", bytes([body[0] ^ 1]) + body[1:])
@@ -98,7 +102,8 @@ def test_a_flipped_byte_and_a_missing_shard_are_found_at_a_url(url: str) -> None
         Store.open(url)
 
 
-def test_a_harvest_to_a_url_that_was_stopped_goes_on(url: str, local: Path) -> None:
+def test_stopped_url_harvest_goes_on(url: str, local: Path) -> None:
+    """A harvest to a URL that was stopped goes on."""
     writer = prepare_store(url, store_config(**SMALL), 19, 5)
     with writer.shard("train", 2) as shard:
         shard.write(make_rows(writer.store.config, "train", 64, 76))
@@ -111,19 +116,22 @@ def test_a_harvest_to_a_url_that_was_stopped_goes_on(url: str, local: Path) -> N
     assert remote_tree(url) == tree(local)
 
 
-def test_a_store_at_a_url_cannot_be_mapped(url: str) -> None:
+def test_url_store_cannot_be_mapped(url: str) -> None:
+    """A store at a URL cannot be mapped."""
     with pytest.raises(UsageError, match="pipeline stage"):
         make_store(url, **SIZES).train.mapped_shard(0)
 
 
-def test_a_staged_store_has_the_same_bytes_and_can_be_mapped(url: str, local: Path, tmp_path: Path) -> None:
+def test_staged_store_is_equal_and_mappable(url: str, local: Path, tmp_path: Path) -> None:
+    """A staged store has the same bytes and can be mapped."""
     make_store(url, **SIZES)
     store = staging.stage(url, tmp_path / "staged.zarr", quiet=True)
     assert tree(tmp_path / "staged.zarr") == tree(local)
     assert store.train.mapped_shard(0).view.shape[1] == 6
 
 
-def test_staging_again_copies_only_what_is_damaged(url: str, local: Path, tmp_path: Path) -> None:
+def test_restaging_copies_only_damage(url: str, local: Path, tmp_path: Path) -> None:
+    """Staging again copies only what is damaged."""
     make_store(url, **SIZES)
     path = tmp_path / "staged.zarr"
     staging.stage(url, path, quiet=True)
@@ -135,9 +143,8 @@ def test_staging_again_copies_only_what_is_damaged(url: str, local: Path, tmp_pa
     assert {p for p, inode in inodes.items() if p.stat().st_ino != inode} == {body}
 
 
-def test_a_staging_that_was_stopped_is_no_store_and_goes_on(
-    url: str, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_staging_is_no_store(url: str, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A staging that was stopped is no store and goes on."""
     make_store(url, **SIZES)
     copy_file, left = staging.copy_file, [25]
 
@@ -157,7 +164,8 @@ def test_a_staging_that_was_stopped_is_no_store_and_goes_on(
     assert tree(tmp_path / "staged.zarr") == tree(local)
 
 
-def test_staging_notices_a_shard_that_is_broken_at_the_source(url: str, tmp_path: Path) -> None:
+def test_staging_notices_a_broken_source(url: str, tmp_path: Path) -> None:
+    """Staging notices a shard that is broken at the source."""
     files = make_store(url, **SIZES).files
     body = files.read("train/resid/c/0/0")
     files.write("train/resid/c/0/0", body[:9] + bytes([body[9] ^ 1]) + body[10:])
@@ -167,7 +175,8 @@ def test_staging_notices_a_shard_that_is_broken_at_the_source(url: str, tmp_path
         Store.open(tmp_path / "staged.zarr")
 
 
-def test_staging_leaves_another_store_and_other_files_alone(url: str, local: Path, tmp_path: Path) -> None:
+def test_staging_spares_other_files(url: str, local: Path, tmp_path: Path) -> None:
+    """Staging leaves another store and other files alone."""
     make_store(url, **(SIZES | {"seed": 1}))
     before = tree(local)
     with pytest.raises(MismatchError, match="use another folder"):
@@ -180,6 +189,7 @@ def test_staging_leaves_another_store_and_other_files_alone(url: str, local: Pat
 
 
 def test_staging_needs_room_on_the_disk(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Staging needs room on the disk."""
     make_store(url, **SIZES)
     monkeypatch.setattr("pipeline.base.files.free_bytes", lambda path: 1000)
     with pytest.raises(DiskError, match="the copy of the store needs"):
@@ -187,16 +197,19 @@ def test_staging_needs_room_on_the_disk(url: str, tmp_path: Path, monkeypatch: p
     assert not os.path.exists(tmp_path / "staged.zarr")
 
 
-def test_no_store_at_a_url_is_said_so(url: str) -> None:
+def test_missing_url_store_is_said(url: str) -> None:
+    """No store at a URL is said so."""
     with pytest.raises(StoreError, match="no activation store here"):
         Store.open(url)
 
 
-def test_a_url_of_an_unknown_kind_is_refused() -> None:
+def test_unknown_url_kind_is_refused() -> None:
+    """A URL of an unknown kind is refused."""
     pytest.importorskip("fsspec", reason="needs fsspec (pip install '.[remote]')")
     with pytest.raises(UsageError, match="not a URL that fsspec knows"):
         Store.open("carrier-pigeon://loft/acts.zarr")
 
 
-def test_a_path_without_a_scheme_is_a_local_folder(tmp_path: Path) -> None:
+def test_plain_path_is_local(tmp_path: Path) -> None:
+    """A path without a scheme is a local folder."""
     assert isinstance(open_files(str(tmp_path)), LocalFiles)

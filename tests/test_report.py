@@ -68,7 +68,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report([folder], folder / "report.html")
 
 
-def test_the_report_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:
+def test_report_loads_no_torch(tmp_path: Path) -> None:
+    """The report loads neither torch nor transformers."""
     write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))
     script = (
         "import sys, pathlib; from evaluate.report.write import write_report;"
@@ -79,7 +80,8 @@ def test_the_report_loads_neither_torch_nor_transformers(tmp_path: Path) -> None
     assert done.stdout.strip() == "[]"
 
 
-def test_the_page_is_balanced_and_fetches_nothing(whole: Path) -> None:
+def test_page_is_balanced_and_fetches_nothing(whole: Path) -> None:
+    """The page is balanced and fetches nothing."""
     page = Page(whole.read_text())
     assert not page.unbalanced
     assert not page.open
@@ -94,13 +96,15 @@ def test_the_page_is_balanced_and_fetches_nothing(whole: Path) -> None:
     assert "'unsafe-inline'" not in policy.split("script-src")[1]
 
 
-def test_numbers_do_not_part_from_their_signs_at_the_end_of_a_line(whole: Path) -> None:
+def test_numbers_keep_their_signs(whole: Path) -> None:
+    """Numbers do not part from their signs at the end of a line."""
     prose = re.findall(r"<(?:p class=\"lead\"|figcaption)>(.*?)</(?:p|figcaption)>", whole.read_text(), re.DOTALL)
     assert len(prose) == 6
     assert not any(re.search(" [=±] ", sentence) for sentence in prose)
 
 
-def test_ids_are_unique_and_links_within_the_page_and_beside_it_have_their_targets(whole: Path) -> None:
+def test_ids_are_unique_and_links_resolve(whole: Path) -> None:
+    """Ids are unique and links within the page and beside it have their targets."""
     page = Page(whole.read_text())
     ids = [a["id"] for _, a in page.tags if a.get("id")]
     assert len(ids) == len(set(ids))
@@ -112,7 +116,8 @@ def test_ids_are_unique_and_links_within_the_page_and_beside_it_have_their_targe
             assert (whole.parent / target).is_file()
 
 
-def test_every_figure_is_saved_as_svg_and_its_numbers_as_csv(whole: Path) -> None:
+def test_figures_save_as_svg_and_csv(whole: Path) -> None:
+    """Every figure is saved as SVG and its numbers as CSV."""
     folder = whole.parent / "report_files"
     for name in ("table1", "table2", "loss", "across-n", "levels", "pareto", "density"):
         rows = list(csv.DictReader((folder / f"{name}.csv").read_text().splitlines()))
@@ -120,12 +125,14 @@ def test_every_figure_is_saved_as_svg_and_its_numbers_as_csv(whole: Path) -> Non
     assert len(list(folder.glob("*.svg"))) == 5 + 2 + 3 + 2 + 2
 
 
-def test_the_same_results_give_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+def test_equal_results_give_equal_bytes(whole: Path, tmp_path: Path) -> None:
+    """The same results give the same bytes."""
     again = write_report([whole.parent], tmp_path / "report.html")
     assert again.read_bytes() == whole.read_bytes()
 
 
-def test_no_results_a_missing_path_and_a_wrong_version_are_each_said(tmp_path: Path) -> None:
+def test_unusable_results_are_each_said(tmp_path: Path) -> None:
+    """No results, a missing path and a wrong version are each said."""
     with pytest.raises(UsageError, match="no results"):
         read_results([tmp_path])
     with pytest.raises(UsageError, match="no such results"):
@@ -139,7 +146,8 @@ def test_no_results_a_missing_path_and_a_wrong_version_are_each_said(tmp_path: P
         read_results([tmp_path])
 
 
-def test_the_command_refuses_an_out_that_is_not_an_html_file(tmp_path: Path) -> None:
+def test_out_must_be_an_html_file(tmp_path: Path) -> None:
+    """The command refuses an out that is not an HTML file."""
     write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))
     done = CliRunner().invoke(cli, [str(tmp_path), "--out", str(tmp_path / "report")])
     assert isinstance(done.exception, UsageError)
@@ -148,7 +156,8 @@ def test_the_command_refuses_an_out_that_is_not_an_html_file(tmp_path: Path) -> 
     assert "<bdi>A &amp; B</bdi>" in (tmp_path / "report.html").read_text()
 
 
-def test_latent_pages_beside_results_are_carried_along_and_linked(tmp_path: Path) -> None:
+def test_latent_pages_are_carried_and_linked(tmp_path: Path) -> None:
+    """Latent pages beside results are carried along and linked."""
     path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]
     folder = write_latent_pages(path, ["one", "two"])
     page = Page(report(tmp_path))
@@ -159,7 +168,8 @@ def test_latent_pages_beside_results_are_carried_along_and_linked(tmp_path: Path
     assert (target / "page_0000.js").read_bytes() == (folder / "page_0000.js").read_bytes()
 
 
-def test_names_in_results_are_shown_as_text_wherever_they_come_from(tmp_path: Path) -> None:
+def test_names_in_results_are_text(tmp_path: Path) -> None:
+    """Names in results are shown as text wherever they come from."""
     for path in write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,), recipe=HOSTILE):
         data = read_json(path)
         data["store"]["model"] = data["git"] = HOSTILE
@@ -177,7 +187,8 @@ def test_names_in_results_are_shown_as_text_wherever_they_come_from(tmp_path: Pa
 
 
 @given(st.text())
-def test_any_text_stays_text_in_an_element_and_an_attribute(value: str) -> None:
+def test_any_text_stays_text(value: str) -> None:
+    """Any text stays text in an element and an attribute."""
     page = Page(h("p", text(value), title=value))
     assert [tag for tag, _ in page.tags] == ["p", "bdi"]
     assert (

@@ -106,7 +106,8 @@ def listed(browser: Browser) -> list[int]:
 
 
 @pytest.mark.parametrize("width", [1200, 390])
-def test_the_report_fits_its_window_and_meets_no_problem(browser: Browser, report: Path, width: int) -> None:
+def test_report_fits_its_window(browser: Browser, report: Path, width: int) -> None:
+    """The report fits its window and meets no problem."""
     browser.problems.clear()
     browser.size(width)
     browser.open(report)
@@ -118,7 +119,8 @@ def test_the_report_fits_its_window_and_meets_no_problem(browser: Browser, repor
     assert browser.problems == []
 
 
-def test_hostile_names_are_text_in_the_report(browser: Browser, report: Path) -> None:
+def test_hostile_names_are_text(browser: Browser, report: Path) -> None:
+    """Hostile names are text in the report."""
     browser.size(1200)
     browser.open(report)
     assert browser.evaluate("document.querySelector('h1').textContent") == HOSTILE[0]
@@ -126,7 +128,8 @@ def test_hostile_names_are_text_in_the_report(browser: Browser, report: Path) ->
     assert browser.evaluate("document.title") == HOSTILE[0]
 
 
-def test_pointing_at_a_checkpoint_says_which_it_is(browser: Browser, report: Path) -> None:
+def test_pointing_names_the_checkpoint(browser: Browser, report: Path) -> None:
+    """Pointing at a checkpoint says which it is."""
     browser.size(1200)
     browser.open(report)
     browser.click("#figure-pareto .tip")
@@ -134,7 +137,8 @@ def test_pointing_at_a_checkpoint_says_which_it_is(browser: Browser, report: Pat
     assert "step 400: L0" in said
 
 
-def test_figures_take_the_colours_of_light_and_dark(browser: Browser, report: Path) -> None:
+def test_figures_follow_light_and_dark(browser: Browser, report: Path) -> None:
+    """Figures take the colours of light and dark."""
     found = set()
     for dark in (False, True):
         browser.size(1200, dark=dark)
@@ -143,7 +147,8 @@ def test_figures_take_the_colours_of_light_and_dark(browser: Browser, report: Pa
     assert len(found) == 2
 
 
-def test_typing_in_the_search_field_lists_what_matches(browser: Browser, latents: Path) -> None:
+def test_search_lists_matches(browser: Browser, latents: Path) -> None:
+    """Typing in the search field lists what matches."""
     open_latents(browser, latents)
     assert browser.evaluate("document.querySelectorAll('#list li').length") == 50
     browser.type("#q", "RIGHT TO")
@@ -158,7 +163,8 @@ def test_typing_in_the_search_field_lists_what_matches(browser: Browser, latents
     assert browser.problems == []
 
 
-def test_sorting_and_filtering_by_level_order_the_list(browser: Browser, latents: Path) -> None:
+def test_sort_and_level_order_the_list(browser: Browser, latents: Path) -> None:
+    """Sorting and filtering by level order the list."""
     open_latents(browser, latents, "sort=density&desc=1")
     shares = browser.evaluate(
         "[...document.querySelectorAll('#list li a > :last-child')].map(e => parseFloat(e.textContent.split(', ')[1]))"
@@ -175,7 +181,8 @@ def test_sorting_and_filtering_by_level_order_the_list(browser: Browser, latents
     assert browser.evaluate("document.querySelector('#back').disabled") is False
 
 
-def test_a_click_opens_a_latent_and_its_relative_opens_from_there(browser: Browser, latents: Path) -> None:
+def test_click_opens_latent_and_relative(browser: Browser, latents: Path) -> None:
+    """A click opens a latent and its relative opens from there."""
     open_latents(browser, latents)
     browser.click("#list li:nth-child(3) a")
     browser.wait("document.querySelector('#latent h2')?.textContent === 'Latent 2'")
@@ -186,7 +193,8 @@ def test_a_click_opens_a_latent_and_its_relative_opens_from_there(browser: Brows
     assert browser.problems == []
 
 
-def test_hostile_tokens_are_text_in_contexts_and_lists(browser: Browser, latents: Path) -> None:
+def test_hostile_tokens_are_text(browser: Browser, latents: Path) -> None:
+    """Hostile tokens are text in contexts and lists."""
     open_latents(browser, latents, "latent=130")
     browser.wait("document.querySelectorAll('#latent .context').length > 0")
     shown = browser.evaluate("[...document.querySelectorAll('.context bdi')].map(e => e.textContent).join('')")
@@ -206,7 +214,8 @@ def test_hostile_tokens_are_text_in_contexts_and_lists(browser: Browser, latents
     assert browser.problems == []
 
 
-def test_on_a_phone_a_latent_takes_the_place_of_the_list_and_leads_back(browser: Browser, latents: Path) -> None:
+def test_phone_latent_replaces_the_list(browser: Browser, latents: Path) -> None:
+    """On a phone a latent takes the place of the list and leads back."""
     open_latents(browser, latents)
     browser.size(390)
     browser.evaluate("location.hash = 'latent=5'")
@@ -218,7 +227,8 @@ def test_on_a_phone_a_latent_takes_the_place_of_the_list_and_leads_back(browser:
     browser.wait("!(" + hidden.format("#browse") + ")")
 
 
-def test_a_missing_data_file_is_said(browser: Browser, latents: Path, tmp_path: Path) -> None:
+def test_missing_data_file_is_said(browser: Browser, latents: Path, tmp_path: Path) -> None:
+    """A missing data file is said."""
     alone = tmp_path / "index.html"
     alone.write_bytes(latents.read_bytes())
     browser.open(alone)

@@ -23,7 +23,8 @@ def report(folder: Path) -> str:
         return write_report([folder], folder / "report.html").read_text()
 
 
-def test_table_1_holds_means_intervals_and_the_papers_own_figures(tmp_path: Path) -> None:
+def test_table_1_holds_means_and_intervals(tmp_path: Path) -> None:
+    """Table 1 holds means, intervals and the paper's own figures."""
     write_results(tmp_path, steps=(400,))
     results = read_results([tmp_path])
     row = results.main.rows[2]
@@ -37,7 +38,8 @@ def test_table_1_holds_means_intervals_and_the_papers_own_figures(tmp_path: Path
         assert published in markup
 
 
-def test_holm_runs_over_all_tests_of_the_table_with_rescaled_columns_counted_once(tmp_path: Path) -> None:
+def test_holm_covers_every_test_once(tmp_path: Path) -> None:
+    """Holm runs over all tests of the table with rescaled columns counted once."""
     write_results(tmp_path, steps=(400,))
     results = read_results([tmp_path])
     table = make_table(results)
@@ -52,7 +54,8 @@ def test_holm_runs_over_all_tests_of_the_table_with_rescaled_columns_counted_onc
     assert cells["sparsity"].p == cells["l0"].p
 
 
-def test_a_cell_is_bold_only_when_the_corrected_test_says_so(tmp_path: Path) -> None:
+def test_bold_only_by_corrected_test(tmp_path: Path) -> None:
+    """A cell is bold only when the corrected test says so."""
     write_results(tmp_path, steps=(400,), effect=0.5, noise=0.01)
     markup = report(tmp_path)
     cells = [cell for line in make_table(read_results([tmp_path])).lines for cell in line.cells.values()]
@@ -63,14 +66,16 @@ def test_a_cell_is_bold_only_when_the_corrected_test_says_so(tmp_path: Path) -> 
     assert markup.count("<strong") == len(significant)
 
 
-def test_the_verdict_follows_the_metrics_direction(tmp_path: Path) -> None:
+def test_verdict_follows_the_metrics_direction(tmp_path: Path) -> None:
+    """The verdict follows the metric's direction."""
     write_results(tmp_path, steps=(400,), effect=0.8, noise=0.002)
     line = make_table(read_results([tmp_path])).lines[-1]
     assert line.cells["kl_nats"].verdict == line.cells["kl_score"].verdict == "worse"
     assert line.cells["ev"].verdict == "worse"
 
 
-def test_significant_differences_are_counted_in_the_first_sentence(tmp_path: Path) -> None:
+def test_first_sentence_counts_significant_differences(tmp_path: Path) -> None:
+    """Significant differences are counted in the first sentence."""
     write_results(tmp_path, steps=(400,), effect=0.8, noise=0.002)
     results = read_results([tmp_path])
     table = make_table(results)
@@ -80,7 +85,8 @@ def test_significant_differences_are_counted_in_the_first_sentence(tmp_path: Pat
     assert "worse in KL (4 of 4 rows)" in first
 
 
-def test_no_difference_is_said_to_be_none(tmp_path: Path) -> None:
+def test_no_difference_says_none(tmp_path: Path) -> None:
+    """No difference is said to be none."""
     write_results(tmp_path, steps=(400,), effect=0.0, noise=0.02)
     results = read_results([tmp_path])
     assert headline(make_table(results), results)[0].startswith(
@@ -89,7 +95,8 @@ def test_no_difference_is_said_to_be_none(tmp_path: Path) -> None:
     assert "<strong" not in report(tmp_path)
 
 
-def test_one_seed_has_no_interval_no_star_and_no_claim(tmp_path: Path) -> None:
+def test_one_seed_makes_no_claim(tmp_path: Path) -> None:
+    """One seed has no interval, no star and no claim."""
     write_results(tmp_path, seeds=(0,), effect=0.8)
     results = read_results([tmp_path])
     assert headline(make_table(results), results)[0].startswith("No test is possible")
@@ -99,7 +106,8 @@ def test_one_seed_has_no_interval_no_star_and_no_claim(tmp_path: Path) -> None:
     assert "tests behind the table" not in markup
 
 
-def test_without_a_flat_baseline_nothing_is_compared(tmp_path: Path) -> None:
+def test_no_baseline_means_no_comparison(tmp_path: Path) -> None:
+    """Without a flat baseline nothing is compared."""
     write_results(tmp_path, alphas=(0.1, 0.2), steps=(400,))
     results = read_results([tmp_path])
     assert make_table(results).n_tests == 0
@@ -107,14 +115,16 @@ def test_without_a_flat_baseline_nothing_is_compared(tmp_path: Path) -> None:
     report(tmp_path)
 
 
-def test_flat_dictionaries_alone_make_a_report_too(tmp_path: Path) -> None:
+def test_flat_dictionaries_alone_make_a_report(tmp_path: Path) -> None:
+    """Flat dictionaries alone make a report too."""
     write_results(tmp_path, alphas=(0.0,), steps=(400,))
     results = read_results([tmp_path])
     assert "Only flat dictionaries" in headline(make_table(results), results)[0]
     report(tmp_path)
 
 
-def test_null_scores_are_dashes_and_say_how_many_seeds_the_rest_are(tmp_path: Path) -> None:
+def test_null_scores_are_dashes(tmp_path: Path) -> None:
+    """Null scores are dashes and say how many seeds the rest are."""
     paths = write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,))
     for path in paths[:3]:
         data = read_json(path)
@@ -128,14 +138,16 @@ def test_null_scores_are_dashes_and_say_how_many_seeds_the_rest_are(tmp_path: Pa
     assert "n = 2" in markup
 
 
-def test_rows_take_the_last_checkpoint_of_each_member(tmp_path: Path) -> None:
+def test_rows_take_last_checkpoints(tmp_path: Path) -> None:
+    """Rows take the last checkpoint of each member."""
     write_results(tmp_path, alphas=(0.0, 0.2), steps=(100, 300))
     results = read_results([tmp_path])
     assert len(results.runs) == 12
     assert [[run.step for run in row.runs] for row in results.main.rows] == [[300] * 3, [300] * 3]
 
 
-def test_groups_are_told_apart_by_as_few_settings_as_do_it(tmp_path: Path) -> None:
+def test_groups_differ_by_fewest_settings(tmp_path: Path) -> None:
+    """Groups are told apart by as few settings as do it."""
     write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,))
     write_results(tmp_path, alphas=(0.0,), steps=(400,), recipe="batchtopk", k=32, lambda_shared=0.0)
     write_results(tmp_path, alphas=(0.0,), steps=(400,), width=2048)
@@ -143,7 +155,8 @@ def test_groups_are_told_apart_by_as_few_settings_as_do_it(tmp_path: Path) -> No
     assert labels == ["recipe paper, width 1024", "recipe batchtopk, width 1024", "recipe paper, width 2048"]
 
 
-def test_each_group_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
+def test_groups_meet_their_own_baseline(tmp_path: Path) -> None:
+    """Each group is compared with its own baseline."""
     write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,))
     write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,), layer=4)
     results = read_results([tmp_path])
@@ -154,13 +167,15 @@ def test_each_group_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
             assert line.cells["ev"].test == compare(line.row.values("ev"), flat.values("ev"))
 
 
-def test_several_levels_are_named_by_their_shares() -> None:
+def test_levels_are_named_by_shares() -> None:
+    """Several levels are named by their shares."""
     assert sharing_label(()) == "α = 0"
     assert sharing_label((0.2,)) == "α = 0.2"
     assert sharing_label((1 / 16, 1 / 4)) == "levels 1/16, 1/4, 1"
 
 
-def test_an_sae_made_elsewhere_stands_in_the_table(tmp_path: Path) -> None:
+def test_foreign_sae_stands_in_table(tmp_path: Path) -> None:
+    """An SAE made elsewhere stands in the table."""
     paths = write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,))
     data = read_json(paths[0])
     data["checkpoint"] |= {"provenance": {}, "path": "theirs/sae_weights.safetensors", "sha256": "f" * 64}
@@ -170,7 +185,8 @@ def test_an_sae_made_elsewhere_stands_in_the_table(tmp_path: Path) -> None:
     report(tmp_path)
 
 
-def test_a_checkpoint_given_twice_counts_once_and_the_result_with_latent_pages_is_taken(tmp_path: Path) -> None:
+def test_repeated_checkpoint_counts_once(tmp_path: Path) -> None:
+    """A checkpoint given twice counts once and the result with latent pages is taken."""
     path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]
     data = read_json(path)
     data |= {"key": "0" * 64}
@@ -180,7 +196,8 @@ def test_a_checkpoint_given_twice_counts_once_and_the_result_with_latent_pages_i
     assert [run.path for run in read_results([tmp_path, path, twin]).runs] == [twin]
 
 
-def test_two_checkpoints_that_claim_the_same_step_of_a_run_are_refused(tmp_path: Path) -> None:
+def test_conflicting_steps_are_refused(tmp_path: Path) -> None:
+    """Two checkpoints that claim the same step of a run are refused."""
     path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]
     data = read_json(path)
     data["checkpoint"]["sha256"] = "e" * 64
@@ -189,7 +206,8 @@ def test_two_checkpoints_that_claim_the_same_step_of_a_run_are_refused(tmp_path:
         read_results([tmp_path])
 
 
-def test_numbers_show_two_digits_of_their_interval() -> None:
+def test_numbers_show_digits_of_their_interval() -> None:
+    """Numbers show two digits of their interval."""
     assert plus_minus(Estimate(0.52345, 0.01234, 3)) == "0.523 ± 0.012"
     assert plus_minus(Estimate(85.07, 12.3, 3)) == "85 ± 12"
     assert plus_minus(Estimate(1234.5, 250.0, 3)) == "1,234 ± 250"

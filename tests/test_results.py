@@ -37,7 +37,8 @@ def data(key: str = "a" * 64, **scores: Any) -> dict[str, Any]:
     }
 
 
-def test_results_that_were_written_are_done_under_their_key_only(tmp_path: Path) -> None:
+def test_written_results_are_done_by_key(tmp_path: Path) -> None:
+    """Results that were written are done under their key only."""
     path = result_path(tmp_path, "m", 3, "a" * 64)
     assert path.name == "m-step_000003-aaaaaaaaaa.json"
     assert not is_done(path, "a" * 64)
@@ -48,16 +49,16 @@ def test_results_that_were_written_are_done_under_their_key_only(tmp_path: Path)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_number_that_is_not_finite_is_an_error_that_names_it_and_nothing_is_written(
-    tmp_path: Path, bad: float
-) -> None:
+def test_infinite_number_stops_the_write(tmp_path: Path, bad: float) -> None:
+    """A number that is not finite is an error that names it and nothing is written."""
     path = tmp_path / "m-step_000003-aaaaaaaaaa.json"
     with pytest.raises(CheckpointError, match=r"x\.safetensors: levels\.0\.scores\.kl_nats is not a finite number"):
         write_result(path, data(kl_nats=bad))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_undefined_scores_are_null_and_an_empty_field(tmp_path: Path) -> None:
+def test_undefined_scores_are_null_and_empty(tmp_path: Path) -> None:
+    """Undefined scores are null and an empty field."""
     path = result_path(tmp_path, "m", 3, "a" * 64)
     write_result(path, data(ce_score=None))
     assert json.loads(path.read_text())["levels"][0]["scores"]["ce_score"] is None
@@ -65,7 +66,8 @@ def test_undefined_scores_are_null_and_an_empty_field(tmp_path: Path) -> None:
     assert row["ce_score"] == row["ev_without_massive"] == ""
 
 
-def test_the_csv_has_a_row_a_checkpoint_and_level_with_training_scores_and_series(tmp_path: Path) -> None:
+def test_csv_has_a_row_each_level(tmp_path: Path) -> None:
+    """The CSV has a row a checkpoint and level with training scores and series."""
     paths = write_results(tmp_path, alphas=(0.0, 0.2), seeds=(0, 1), steps=(100,))
     rows = read_csv(write_csv(tmp_path))
     assert len(rows) == 2 * 1 + 2 * 2  # a flat SAE has one level, a nested one two
@@ -77,18 +79,21 @@ def test_the_csv_has_a_row_a_checkpoint_and_level_with_training_scores_and_serie
     assert [float(nested["scr_20"])] == points
 
 
-def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_file_of_another_version_is_refused(tmp_path: Path) -> None:
+    """A file of another version is refused."""
     path = tmp_path / "m-step_000003-aaaaaaaaaa.json"
     path.write_text('{"format": "nested-sae-results", "version": 2}')
     with pytest.raises(DamagedError, match="of version 1, found 'nested-sae-results' 2"):
         read_result(path)
 
 
-def test_not_finite_looks_into_lists_and_mappings() -> None:
+def test_finiteness_check_is_deep() -> None:
+    """Not finite looks into lists and mappings."""
     assert list(not_finite({"a": [1.0, {"b": math.nan}], "c": None, "d": "nan", "e": 3})) == ["a.1.b"]
 
 
-def test_jobs_that_write_at_the_same_time_leave_a_csv_of_all_results(tmp_path: Path) -> None:
+def test_concurrent_jobs_share_one_csv(tmp_path: Path) -> None:
+    """Jobs that write at the same time leave a CSV of all results."""
     program = (
         "import sys; sys.path[:0] = ['tests']\n"
         "from pathlib import Path; from evaluate.results import *; from support.results_files import write_results\n"
@@ -103,7 +108,8 @@ def test_jobs_that_write_at_the_same_time_leave_a_csv_of_all_results(tmp_path: P
     ]
 
 
-def test_every_metric_has_a_unit_a_direction_and_a_definition() -> None:
+def test_metrics_have_unit_direction_definition() -> None:
+    """Every metric has a unit, a direction and a definition."""
     for name, metric in METRICS.items():
         assert name == metric.id
         assert metric.unit

@@ -30,7 +30,8 @@ def random_sae(config: SAEConfig, seed: int = 0) -> NestedSAE:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_encode_and_decode_follow_the_formula_in_float64(kind: str) -> None:
+def test_encode_decode_follow_the_formula(kind: str) -> None:
+    """Encode and decode follow the formula in float64."""
     config = KINDS[kind]
     sae = random_sae(config).double()
     raw = torch.randn(9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -69,7 +70,8 @@ def slow_encode(sae: NestedSAE, raw: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "topk"])
-def test_a_prefix_of_the_dictionary_is_itself_an_sae(kind: str) -> None:
+def test_prefix_is_an_sae(kind: str) -> None:
+    """A prefix of the dictionary is itself an SAE."""
     sae, raw = random_sae(KINDS[kind]), torch.randn(33, 16)
     z = sae.encode(raw)
     for level, m in enumerate(sae.config.levels):
@@ -79,20 +81,23 @@ def test_a_prefix_of_the_dictionary_is_itself_an_sae(kind: str) -> None:
         assert torch.allclose(small.decode(z[:, :m]), sae.decode_level(z, level), atol=1e-4)
 
 
-def test_a_prefix_of_topk_is_refused_because_it_selects_over_all_latents() -> None:
+def test_topk_prefix_is_refused() -> None:
+    """A prefix of TopK is refused because it selects over all latents."""
     sae = random_sae(dataclasses.replace(KINDS["topk"], levels=(16, 64)))
     with pytest.raises(UsageError, match="topk"):
         sae.prefix(0)
 
 
-def test_every_level_is_decoded_from_the_one_before() -> None:
+def test_levels_decode_from_the_one_before() -> None:
+    """Every level is decoded from the one before."""
     sae, raw = random_sae(KINDS["batchtopk"]), torch.randn(7, 16)
     z = sae.encode(raw)
     for level, x_hat in enumerate(sae.decode_levels(z)):
         assert torch.allclose(x_hat, sae.decode_level(z, level), atol=1e-4)
 
 
-def test_raw_rows_of_any_dtype_are_centred_in_float32_before_any_cast() -> None:
+def test_raw_rows_centre_in_float32() -> None:
+    """Raw rows of any dtype are centred in float32 before any cast."""
     sae = NestedSAE(SAEConfig(4, 8, (8,)))
     sae.center.copy_(torch.tensor([1000.0, 0, 0, 0]))
     raw = torch.tensor([[1004.0, 1, 2, 3]])
@@ -100,14 +105,16 @@ def test_raw_rows_of_any_dtype_are_centred_in_float32_before_any_cast() -> None:
     assert sae.normalize(raw.bfloat16()).dtype == torch.float32
 
 
-def test_no_latent_firing_decodes_to_the_bias_alone() -> None:
+def test_silent_code_decodes_to_bias() -> None:
+    """No latent firing decodes to the bias alone."""
     sae = random_sae(KINDS["relu"])
     z = torch.zeros(3, 64)
     assert torch.allclose(sae.decode(z), sae.denormalize(sae.b_dec).expand(3, -1))
 
 
 @given(st.floats(0, 0.99), st.integers(2, 5000))
-def test_alpha_gives_the_papers_two_levels_or_says_why_not(alpha: float, width: int) -> None:
+def test_alpha_gives_two_levels_or_reason(alpha: float, width: int) -> None:
+    """Alpha gives the paper's two levels or says why not."""
     try:
         levels = levels_for_alpha(alpha, width)
     except UsageError:
@@ -119,7 +126,8 @@ def test_alpha_gives_the_papers_two_levels_or_says_why_not(alpha: float, width: 
 
 
 @given(st.floats(0, 1), st.integers(1, 5000))
-def test_a_level_has_its_share_of_the_latents_and_a_wide_one_ends_aligned(share: float, width: int) -> None:
+def test_level_shares_end_aligned(share: float, width: int) -> None:
+    """A level has its share of the latents and a wide one ends aligned."""
     m = level_size(share, width)
     assert 0 <= m <= width
     if width < 1024:
@@ -130,12 +138,14 @@ def test_a_level_has_its_share_of_the_latents_and_a_wide_one_ends_aligned(share:
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.0, 1.5, float("nan")])
-def test_alpha_outside_zero_to_one_is_refused(alpha: float) -> None:
+def test_alpha_outside_unit_is_refused(alpha: float) -> None:
+    """Alpha outside zero to one is refused."""
     with pytest.raises(UsageError, match="alpha"):
         levels_for_alpha(alpha, 100)
 
 
 @pytest.mark.parametrize("levels", [(), (8, 8), (0, 64), (32,), (128, 64)])
 def test_levels_must_increase_to_the_width(levels: tuple[int, ...]) -> None:
+    """Levels must increase to the width."""
     with pytest.raises(UsageError, match="levels"):
         SAEConfig(16, 64, levels)

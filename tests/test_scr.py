@@ -28,7 +28,8 @@ KINDS = [
 
 
 @pytest.mark.parametrize("fields", KINDS, ids=str)
-def test_the_modified_mean_equals_ablating_at_every_position_and_pooling(fields: dict[str, object]) -> None:
+def test_modified_mean_equals_ablating_everywhere(fields: dict[str, object]) -> None:
+    """The modified mean equals ablating at every position and pooling."""
     sae = random_sae(**fields)
     padded, n_real = padded_texts(20)
     latents = [0, 3, 4, 11, 25, 39]
@@ -39,7 +40,8 @@ def test_the_modified_mean_equals_ablating_at_every_position_and_pooling(fields:
     torch.testing.assert_close((bank.mean - removed).double(), long_way, rtol=1e-5, atol=1e-5)
 
 
-def test_masked_positions_contribute_the_latents_of_the_zero_vector() -> None:
+def test_masked_positions_count_as_zeros() -> None:
+    """Masked positions contribute the latents of the zero vector."""
     sae = random_sae()
     padded, n_real = padded_texts(20)
     pooled = pool_latents(sae, bank_of(padded, n_real))
@@ -54,7 +56,8 @@ def test_masked_positions_contribute_the_latents_of_the_zero_vector() -> None:
 
 @pytest.mark.parametrize("fields", KINDS, ids=str)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_scores_equal_the_long_way_at_every_level_and_n(fields: dict[str, object], seed: int) -> None:
+def test_scores_equal_the_long_way(fields: dict[str, object], seed: int) -> None:
+    """Scores equal the long way at every level and n."""
     sae = random_sae(seed, **fields)
     padded, n_real = padded_texts(160, seed)
     draw = random_draw(NAMES, 100, 60, seed)
@@ -94,7 +97,8 @@ def hand_case() -> tuple[NestedSAE, object]:
     )
 
 
-def test_ablating_the_latents_that_carry_the_spurious_attribute_removes_it() -> None:
+def test_ablation_removes_the_spurious_attribute() -> None:
+    """Ablating the latents that carry the spurious attribute removes it."""
     _, seed = hand_case()
     assert seed.texts.accuracy("both", "first") == 0.5  # dimension 1 decides
     assert seed.texts.accuracy("both", "second") == 1.0
@@ -106,7 +110,8 @@ def test_ablating_the_latents_that_carry_the_spurious_attribute_removes_it() -> 
     assert scores["scr"] == [1.0, 1.0]  # direction 1: 0.5 < 1.0
 
 
-def test_more_latents_than_have_an_effect_ablate_only_those_that_have() -> None:
+def test_only_effective_latents_are_ablated() -> None:
+    """More latents than have an effect ablate only those that have."""
     _, seed = hand_case()
     effects = seed.effects("second", signed=False)
     assert int(effects.count_nonzero()) == 2
@@ -114,12 +119,14 @@ def test_more_latents_than_have_an_effect_ablate_only_those_that_have() -> None:
     assert after[1:] == [1.0, 1.0]
 
 
-def test_no_effect_at_all_leaves_the_accuracy_as_it_was() -> None:
+def test_no_effect_keeps_the_accuracy() -> None:
+    """No effect at all leaves the accuracy as it was."""
     _, seed = hand_case()
     assert seed.accuracy_ablated("both", "first", torch.zeros(6), [2, 5]) == [0.5, 0.5]
 
 
-def test_equal_accuracies_of_both_directions_give_no_reported_score() -> None:
+def test_equal_accuracies_give_no_score() -> None:
+    """Equal accuracies of both directions give no reported score."""
     assert reported([0.75, 0.75], [[0.1], [0.2]]) == [None]
     assert reported([0.5, 0.75], [[0.1], [0.2]]) == [0.1]
     assert reported([0.75, 0.5], [[0.1], [0.2]]) == [0.2]
@@ -132,14 +139,16 @@ def test_equal_accuracies_of_both_directions_give_no_reported_score() -> None:
     assert None not in scores["scr_dir1"]
 
 
-def test_a_gap_below_a_thousandth_scores_zero() -> None:
+def test_tiny_gap_scores_zero() -> None:
+    """A gap below a thousandth scores zero."""
     assert removed_share(0.9, 0.5, 0.9005) == 0.0
     assert removed_share(0.9, 0.5, 0.8) == 0.0
     assert removed_share(0.5, 0.6, 0.9) == pytest.approx(0.25)
     assert removed_share(0.5, 0.4, 0.9) == pytest.approx(-0.25)
 
 
-def test_the_scale_of_the_sae_does_not_change_what_ablation_removes() -> None:
+def test_sae_scale_changes_no_ablation() -> None:
+    """The scale of the SAE does not change what ablation removes."""
     sae = random_sae()
     padded, n_real = padded_texts(120)
     draw = random_draw(NAMES, 80, 40)

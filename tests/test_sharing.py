@@ -38,7 +38,8 @@ def shared_of_whole(member: Member, step: int) -> float:
     return (1 - errors[0]) / (1 - errors[1])
 
 
-def test_the_ratio_changes_fifty_times_over_the_first_four_fifths() -> None:
+def test_ratio_changes_fifty_times() -> None:
+    """The ratio changes fifty times over the first four fifths."""
     config = config_of("paper", alpha="auto", steps=5000)
     times = [step for step in range(1, 5001) if adapts(config, step)]
     assert (len(times), times[0], times[-1]) == (50, 80, 4000)
@@ -48,7 +49,8 @@ def test_the_ratio_changes_fifty_times_over_the_first_four_fifths() -> None:
 
 
 @given(st.integers(2, 10_000), st.data())
-def test_the_shared_level_moves_by_a_hundredth_towards_its_target_and_stays_inside(width: int, data: Any) -> None:
+def test_shared_level_moves_by_a_hundredth(width: int, data: Any) -> None:
+    """The shared level moves by a hundredth towards its target and stays inside."""
     n_shared = data.draw(st.integers(1, width - 1))
     change = max(1, level_size(0.01, width))
     more = adapted(n_shared, width, (60.0, 20.0), 100.0, target=0.9)  # explains 0.4 of 0.8: half
@@ -61,7 +63,8 @@ def test_the_shared_level_moves_by_a_hundredth_towards_its_target_and_stays_insi
 
 
 @pytest.mark.parametrize("recipe", ["paper", "batchtopk", "jumprelu"])
-def test_training_brings_the_shared_part_to_its_target(recipe: str) -> None:
+def test_shared_part_reaches_its_target(recipe: str) -> None:
+    """Training brings the shared part to its target."""
     changes = {"layernorm": "none", "steps": 400, "lambda_shared": 0.01, "lambda_specialised": 0.01}
     changes = {"k": 6, "steps": 400} if recipe == "batchtopk" else changes
     shares, sizes = [], []
@@ -76,7 +79,8 @@ def test_training_brings_the_shared_part_to_its_target(recipe: str) -> None:
     assert sizes[0] < sizes[1]
 
 
-def test_the_last_fifth_trains_with_the_ratio_that_was_reached() -> None:
+def test_last_fifth_keeps_the_ratio() -> None:
+    """The last fifth trains with the ratio that was reached."""
     member = member_of(config_of("paper", alpha="auto", steps=60))
     train(member, 0, 48)
     reached = member.shape.n_shared
@@ -85,7 +89,8 @@ def test_the_last_fifth_trains_with_the_ratio_that_was_reached() -> None:
     assert member.shape.n_shared == reached
 
 
-def test_a_resumed_member_goes_on_bit_for_bit() -> None:
+def test_resumed_member_is_bit_equal() -> None:
+    """A resumed member goes on bit for bit."""
     config = config_of("paper", alpha="auto", lambda_shared=0.1, steps=40)
     whole = member_of(config)
     train(whole, 0, 40)
@@ -98,7 +103,8 @@ def test_a_resumed_member_goes_on_bit_for_bit() -> None:
     assert_same_state(again, whole)
 
 
-def test_it_is_an_alpha_among_others_on_the_command_line_and_in_a_checkpoint(tmp_path: Path) -> None:
+def test_auto_alpha_reaches_command_and_checkpoint(tmp_path: Path) -> None:
+    """It is an alpha among others on the command line and in a checkpoint."""
     store = make_store(tmp_path / "s.zarr", n_sequences=64, eval_sequences=4)
     words = ["--store", str(store.path), "--out", str(tmp_path / "out"), "--alpha", "0.2", "--alpha", "auto"]
     words += ["--width", "64", "--steps", "10", "--batch-size", "32", "--lr-warmup-steps", "2"]
@@ -120,11 +126,13 @@ def test_it_is_an_alpha_among_others_on_the_command_line_and_in_a_checkpoint(tmp
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, Any], said: str) -> None:
+    """What makes no sense is refused."""
     with pytest.raises(UsageError, match=said):
         RECIPES["paper"](**changes)
 
 
-def test_the_report_has_a_row_for_it(tmp_path: Path) -> None:
+def test_report_has_its_row(tmp_path: Path) -> None:
+    """The report has a row for it."""
     _, auto = write_results(tmp_path, alphas=(0.2, 0.3), seeds=(0,), steps=(100,))
     data = json.loads(auto.read_text())
     data["checkpoint"]["provenance"]["train"]["alpha"] = "auto"
@@ -135,4 +143,5 @@ def test_the_report_has_a_row_for_it(tmp_path: Path) -> None:
 
 
 def test_its_members_have_a_name() -> None:
+    """Its members have a name."""
     assert member_name(config_of("paper", alpha="auto")).startswith("alphaauto-seed0-")

@@ -23,6 +23,7 @@ def experiment(tmp_path: Path) -> Path:
 
 
 def test_jobs_wait_for_what_they_need(tmp_path: Path, experiment: Path) -> None:
+    """Jobs wait for what they need."""
     submit = write_jobs(Experiment.read(experiment), experiment, tmp_path / "out", "--partition=gpu --time=1:00:00")
     (tmp_path / "bin").mkdir()
     sbatch = tmp_path / "bin" / "sbatch"
@@ -37,7 +38,8 @@ def test_jobs_wait_for_what_they_need(tmp_path: Path, experiment: Path) -> None:
     assert "--dependency=afterok:1train_0:1train_1:1train_2:1train_3" in jobs[5]
 
 
-def test_a_script_carries_the_directives_and_the_stages_own_command(tmp_path: Path, experiment: Path) -> None:
+def test_script_carries_directives_and_command(tmp_path: Path, experiment: Path) -> None:
+    """A script carries the directives and the stage's own command."""
     write_jobs(Experiment.read(experiment), experiment, tmp_path / "out", "--partition=gpu")
     text = (tmp_path / "out/jobs/train_0.sh").read_text()
     assert "#SBATCH --partition=gpu\n" in text

@@ -26,7 +26,8 @@ def latents_with_one_informative(
     return PooledLatents(mean, torch.zeros(width), torch.zeros(80)), {"c": (train, test)}
 
 
-def test_the_informative_latent_is_found_where_the_level_has_it() -> None:
+def test_informative_latent_is_found() -> None:
+    """The informative latent is found where the level has it."""
     latents, draw = latents_with_one_informative()
     scores = k_sparse_scores([draw], latents, {0: 4, 1: 8}, (1, 2, 5))
     assert set(scores) == {("k_sparse_probe", *key) for key in ((0, 1), (0, 2), (1, 1), (1, 2), (1, 5))}
@@ -34,7 +35,8 @@ def test_the_informative_latent_is_found_where_the_level_has_it() -> None:
     assert scores["k_sparse_probe", 0, 1][0] < 0.8  # the inner level does not have it
 
 
-def test_scores_equal_scikit_learn_on_the_columns_of_largest_mean_difference() -> None:
+def test_scores_equal_scikit_learn() -> None:
+    """Scores equal scikit-learn on the columns of largest mean difference."""
     rng = torch.Generator().manual_seed(3)
     latents = PooledLatents(torch.randn(200, 12, generator=rng), torch.zeros(12), torch.zeros(200))
     draw = random_draw(("a", "b"), 120, 80)
@@ -52,12 +54,14 @@ def test_scores_equal_scikit_learn_on_the_columns_of_largest_mean_difference() -
         assert found["k_sparse_probe", 0, k] == [pytest.approx(np.mean(expected))]
 
 
-def test_the_baseline_looks_at_the_whole_residual() -> None:
+def test_baseline_sees_the_whole_residual() -> None:
+    """The baseline looks at the whole residual."""
     latents, draw = latents_with_one_informative()
     assert residual_accuracy(latents.mean, draw) == 1.0
 
 
-def test_a_classifier_that_meets_the_iteration_limit_counts_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_iteration_limit_counts_without_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A classifier that meets the iteration limit counts without a warning."""
     monkeypatch.setattr("evaluate.probing.sparse_probing.MAX_ITERATIONS", 1)
     latents, draw = latents_with_one_informative()
     assert 0 <= fitted_accuracy(latents.mean, *draw["c"]) <= 1

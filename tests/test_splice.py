@@ -86,7 +86,8 @@ def rebuilt(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("gemma2", "float32"), ("gemma2", "bf16"), ("llama", "float32"), ("gpt2", "bf16")]
 )
-def test_spliced_logits_equal_a_full_forward_with_a_hook_bit_for_bit(made: Any, kind: str, dtype: str) -> None:
+def test_spliced_logits_equal_a_hook(made: Any, kind: str, dtype: str) -> None:
+    """Spliced logits equal a full forward with a hook bit for bit."""
     store, lm, whole = made(kind, dtype)
     batch = batch_of(store)
 
@@ -100,7 +101,8 @@ def test_spliced_logits_equal_a_full_forward_with_a_hook_bit_for_bit(made: Any, 
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "llama"])
-def test_scores_equal_a_float64_reference_on_the_hooked_models_logits(made: Any, kind: str) -> None:
+def test_scores_equal_float64_reference(made: Any, kind: str) -> None:
+    """Scores equal a float64 reference on the hooked model's logits."""
     store, lm, whole = made(kind)
     batch = batch_of(store)
     clean = clean_pass(lm, batch, chunk=50)
@@ -111,7 +113,8 @@ def test_scores_equal_a_float64_reference_on_the_hooked_models_logits(made: Any,
     assert scores.means(0) == pytest.approx(expected, rel=1e-5, abs=2e-7)
 
 
-def test_special_positions_are_neither_spliced_nor_counted(made: Any) -> None:
+def test_special_positions_are_left_out(made: Any) -> None:
+    """Special positions are neither spliced nor counted."""
     store, lm, _ = made()
     batch = batch_of(store)
     assert int((~batch.kept).sum()) == 8 + 3  # BOS of each, EOS in every third
@@ -122,7 +125,8 @@ def test_special_positions_are_neither_spliced_nor_counted(made: Any) -> None:
     assert len(clean.p) == len(batch.x) == int(batch.kept.sum())
 
 
-def test_the_clean_residual_spliced_back_changes_nothing(made: Any) -> None:
+def test_clean_splice_changes_nothing(made: Any) -> None:
+    """The clean residual spliced back changes nothing."""
     store, lm, _ = made("llama")
     batch = batch_of(store)
     clean = clean_pass(lm, batch, 64)
@@ -132,7 +136,8 @@ def test_the_clean_residual_spliced_back_changes_nothing(made: Any) -> None:
     assert scores.top1.eq(1).all()
 
 
-def test_a_chunk_of_rows_changes_rounding_only(made: Any) -> None:
+def test_row_chunks_change_rounding_only(made: Any) -> None:
+    """A chunk of rows changes rounding only."""
     store, lm, _ = made("llama")
     batch = batch_of(store)
     found = []
@@ -145,6 +150,7 @@ def test_a_chunk_of_rows_changes_rounding_only(made: Any) -> None:
 
 
 def test_zero_ablation_of_gemma2_is_uniform(made: Any) -> None:
+    """Zero ablation of Gemma-2 leaves a uniform distribution."""
     store, lm, _ = made("gemma2")
     batch = batch_of(store)
     clean = clean_pass(lm, batch, 64)
@@ -156,7 +162,8 @@ def test_zero_ablation_of_gemma2_is_uniform(made: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_zero_ablation_zeroes_every_position_bos_included(made: Any, kind: str) -> None:
+def test_zero_ablation_includes_bos(made: Any, kind: str) -> None:
+    """Zero ablation zeroes every position, BOS included."""
     store, lm, whole = made(kind)
     batch = batch_of(store)
     clean = clean_pass(lm, batch, 64)
@@ -181,10 +188,11 @@ def count_sequences(lm: SplitLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(("first", "stop", "sequences"), [(0, 8, [1, 8, 8]), (1, 3, [1, 2, 1])])
-def test_mean_ablation_replaces_kept_rows_by_the_training_mean(
+def test_mean_ablation_uses_training_mean(
     made: Any, monkeypatch: pytest.MonkeyPatch, first: int, stop: int, sequences: list[int]
 ) -> None:
-    """Sequences 1 and 2 have no special position but BOS, so that one suffix of one sequence serves all batches."""
+    """Mean ablation replaces kept rows by the training mean.
+    Sequences 1 and 2 have no special position but BOS, so that one suffix of one sequence serves all batches."""
     store, lm, whole = made("llama")
     batch = Sample(store, 8, 8, CPU).batch(first, stop)
     clean = clean_pass(lm, batch, 64)
@@ -206,9 +214,8 @@ def test_mean_ablation_replaces_kept_rows_by_the_training_mean(
     )
 
 
-def test_equal_residuals_are_not_equal_outputs_where_later_layers_look_at_the_tokens(
-    made: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_residuals_differ_by_tokens(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal residuals are not equal outputs where later layers look at the tokens."""
     store, lm, _ = made("llama")
     batch = Sample(store, 8, 8, CPU).batch(1, 3)
     ablated = splice(batch, store.mean.expand_as(batch.x))
@@ -231,7 +238,8 @@ def hand_made() -> tuple[Batch, Clean, torch.Tensor]:
     return Batch(0, x[None], tokens, kept, x, weights, torch.tensor([1, -1]), group), clean, q.log()
 
 
-def test_kl_is_of_clean_from_spliced_and_the_last_position_has_no_ce() -> None:
+def test_kl_runs_clean_to_spliced() -> None:
+    """KL is of clean from spliced and the last position has no CE."""
     batch, clean, log_q = hand_made()
     scores = compare(clean, slice(0, 2), log_q, batch.targets)
     kl = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
@@ -246,7 +254,8 @@ def test_kl_is_of_clean_from_spliced_and_the_last_position_has_no_ce() -> None:
     assert math.isnan(without["ce"])
 
 
-def test_scores_are_shares_of_what_ablation_destroys() -> None:
+def test_scores_are_shares_of_ablation() -> None:
+    """Scores are shares of what ablation destroys."""
     spliced = Behaviour(CPU)
     batch, _, _ = hand_made()
     spliced.update(batch, TokenScores(torch.tensor([1.0, 1.0]), torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])))
@@ -262,7 +271,8 @@ def test_scores_are_shares_of_what_ablation_destroys() -> None:
     }
 
 
-def test_a_score_without_anything_to_recover_is_undefined() -> None:
+def test_nothing_to_recover_is_undefined() -> None:
+    """A score without anything to recover is undefined."""
     spliced = Behaviour(CPU)
     batch, _, _ = hand_made()
     spliced.update(batch, TokenScores(torch.ones(2), torch.ones(2), torch.ones(2)))
@@ -271,7 +281,8 @@ def test_a_score_without_anything_to_recover_is_undefined() -> None:
     assert [scores[name] for name in ("kl_score", "kl_score_mean", "ce_score", "ce_score_mean")] == [None] * 4
 
 
-def test_a_model_whose_clean_output_is_not_finite_is_an_error(made: Any) -> None:
+def test_infinite_clean_output_is_an_error(made: Any) -> None:
+    """A model whose clean output is not finite is an error."""
     store, lm, _ = made()
     batch = batch_of(store)
     batch.residual[0, 3] = math.nan
@@ -280,7 +291,8 @@ def test_a_model_whose_clean_output_is_not_finite_is_an_error(made: Any) -> None
 
 
 @given(st.integers(1, 2000), st.integers(1, 6), st.integers(0, 99))
-def test_the_first_largest_is_argmax_ties_and_ragged_ends_included(vocab: int, n_rows: int, seed: int) -> None:
+def test_first_largest_is_argmax(vocab: int, n_rows: int, seed: int) -> None:
+    """The first largest is argmax, ties and ragged ends included."""
     values = torch.from_numpy(numpy_rng("largest", seed, vocab).integers(0, 4, (n_rows, vocab)).astype("float32"))
     values[0] = 1.0
     assert first_largest(values).tolist() == [row.index(max(row)) for row in values.tolist()]

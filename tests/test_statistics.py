@@ -15,7 +15,8 @@ from evaluate.statistics import compare, estimate, holm, is_significant
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 
 
-def test_the_interval_of_1_2_3_is_two_plus_minus_4_303_over_root_3() -> None:
+def test_interval_equals_a_hand_value() -> None:
+    """The interval of 1, 2, 3 is 2 ± 4.303 / √3."""
     found = estimate([1.0, 2.0, 3.0])
     assert found is not None
     assert found.half is not None
@@ -23,7 +24,8 @@ def test_the_interval_of_1_2_3_is_two_plus_minus_4_303_over_root_3() -> None:
     assert math.isclose(found.half, 4.302652729911275 / math.sqrt(3), rel_tol=1e-9)
 
 
-def test_the_interval_is_scipys_t_interval() -> None:
+def test_interval_is_scipys_t_interval() -> None:
+    """The interval is SciPy's t interval."""
     values = [0.3, 0.51, 0.42, 0.44, 0.29]
     found = estimate(values)
     low, high = stats.t.interval(0.95, 4, loc=np.mean(values), scale=stats.sem(values))
@@ -31,17 +33,20 @@ def test_the_interval_is_scipys_t_interval() -> None:
     assert (found.low, found.high) == pytest.approx((low, high))
 
 
-def test_one_seed_has_a_mean_and_no_interval() -> None:
+def test_one_seed_has_no_interval() -> None:
+    """One seed has a mean and no interval."""
     found = estimate([0.7])
     assert found is not None
     assert (found.mean, found.half, found.low, found.high, found.n) == (0.7, None, None, None, 1)
 
 
 def test_no_values_have_no_estimate() -> None:
+    """No values have no estimate."""
     assert estimate([]) is None
 
 
-def test_seeds_that_pair_are_tested_on_their_differences() -> None:
+def test_paired_seeds_test_their_differences() -> None:
+    """Seeds that pair are tested on their differences."""
     row, baseline = {0: 1.1, 1: 2.3, 2: 3.2}, {2: 3.0, 0: 1.0, 1: 2.0}
     found = compare(row, baseline)
     expected = stats.ttest_rel([1.1, 2.3, 3.2], [1.0, 2.0, 3.0])
@@ -52,14 +57,16 @@ def test_seeds_that_pair_are_tested_on_their_differences() -> None:
     assert (found.effect_name, found.effect) == ("d_z", pytest.approx(0.2 / 0.1))  # differences .1 .3 .2: deviation .1
 
 
-def test_the_interval_of_a_paired_difference_excludes_0_exactly_when_p_is_below_5_percent() -> None:
+def test_interval_and_p_value_agree() -> None:
+    """The interval of a paired difference excludes 0 exactly when p is below 5 %."""
     for shift in (0.05, 0.1, 0.2, 0.4):
         found = compare({0: 1 + shift, 1: 2.1 + shift, 2: 2.9 + shift}, {0: 1.0, 1: 2.0, 2: 3.0})
         assert found is not None
         assert (abs(found.difference) > found.half) == (found.p < 0.05)
 
 
-def test_seeds_that_do_not_pair_are_tested_by_welch() -> None:
+def test_unpaired_seeds_use_welch() -> None:
+    """Seeds that do not pair are tested by Welch."""
     row, baseline = {5: 1.0, 6: 2.0, 7: 4.0}, {0: 3.0, 1: 5.0, 2: 4.0, 3: 6.0}
     found = compare(row, baseline)
     expected = stats.ttest_ind([1, 2, 4], [3, 5, 4, 6], equal_var=False)
@@ -72,13 +79,15 @@ def test_seeds_that_do_not_pair_are_tested_by_welch() -> None:
     )
 
 
-def test_hedges_g_is_the_difference_over_the_pooled_deviation_with_its_small_sample_correction() -> None:
+def test_hedges_g_has_small_sample_correction() -> None:
+    """Hedges' g is the difference over the pooled deviation with its small-sample correction."""
     found = compare({5: 1.0, 6: 3.0}, {0: 4.0, 1: 6.0})  # variances 2 and 2, pooled deviation √2
     assert found is not None
     assert found.effect == pytest.approx(-3 / math.sqrt(2) * (1 - 3 / 7))
 
 
-def test_a_row_whose_seeds_are_a_part_of_the_baselines_pairs() -> None:
+def test_subset_of_seeds_still_pairs() -> None:
+    """A row whose seeds are a part of the baseline's pairs with it."""
     found = compare({0: 1.2, 2: 3.1}, {0: 1.0, 1: 9.0, 2: 3.0})
     assert found is not None
     assert (found.kind, found.n) == ("paired", (2, 2))
@@ -95,21 +104,25 @@ def test_a_row_whose_seeds_are_a_part_of_the_baselines_pairs() -> None:
         ({0: 1.0, 1: 1.0}, {2: 2.0, 3: 2.0}),
     ],
 )
-def test_without_two_seeds_or_any_variation_there_is_no_test(row: dict[int, float], baseline: dict[int, float]) -> None:
+def test_no_variation_gives_no_test(row: dict[int, float], baseline: dict[int, float]) -> None:
+    """Without two seeds or any variation there is no test."""
     assert compare(row, baseline) is None
 
 
-def test_holm_multiplies_by_the_number_of_hypotheses_left() -> None:
+def test_holm_multiplies_by_hypotheses_left() -> None:
+    """Holm multiplies by the number of hypotheses left."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-def test_holm_of_one_test_changes_nothing_and_of_none_is_empty() -> None:
+def test_holm_of_one_or_none() -> None:
+    """Holm of one test changes nothing and of none is empty."""
     assert holm([0.03]) == [0.03]
     assert holm([]) == []
 
 
 @given(P_VALUES)
-def test_holm_never_lowers_a_p_value_nor_passes_1_nor_changes_the_order(p: list[float]) -> None:
+def test_holm_is_monotone_and_bounded(p: list[float]) -> None:
+    """Holm never lowers a p-value nor passes 1 nor changes the order."""
     adjusted = holm(p)
     assert all(a <= b <= 1 for a, b in zip(p, adjusted))
     order = np.argsort(p, kind="stable")
@@ -117,7 +130,8 @@ def test_holm_never_lowers_a_p_value_nor_passes_1_nor_changes_the_order(p: list[
 
 
 @given(P_VALUES)
-def test_holm_rejects_what_its_step_down_definition_rejects(p: list[float]) -> None:
+def test_holm_rejects_by_step_down(p: list[float]) -> None:
+    """Holm rejects what its step-down definition rejects."""
     rejected = set()
     for rank, index in enumerate(np.argsort(p, kind="stable")):
         if not (len(p) - rank) * p[index] < 0.05:
@@ -127,6 +141,7 @@ def test_holm_rejects_what_its_step_down_definition_rejects(p: list[float]) -> N
 
 
 def test_no_test_is_not_significant() -> None:
+    """No test is not significant."""
     assert not is_significant(None)
     assert not is_significant(0.05)
     assert is_significant(0.049)

@@ -78,7 +78,8 @@ def assert_same_state(a: Member, b: Member) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"clip_norm": 0.1}, {"normalize_gradients": True}], ids=str)
 @pytest.mark.parametrize("layernorm", ["none", "pre"])
-def test_steps_equal_autograd_clip_projection_adam_and_renormalisation(layernorm: str, changes: dict[str, Any]) -> None:
+def test_step_equals_autograd_reference(layernorm: str, changes: dict[str, Any]) -> None:
+    """Steps equal autograd, clip, projection, Adam and renormalisation."""
     config = config_of("paper", dtype="float64", layernorm=layernorm, sparsity_warmup_steps=4, **changes)
     member = member_of(config)
     weights = {name: weight.clone().requires_grad_() for name, weight in member.weights.items()}
@@ -95,7 +96,8 @@ def test_steps_equal_autograd_clip_projection_adam_and_renormalisation(layernorm
 
 
 @pytest.mark.parametrize("recipe", ["topk", "batchtopk"])
-def test_what_is_kept_falls_to_k_over_the_sparsity_warmup(recipe: str) -> None:
+def test_kept_count_falls_to_k(recipe: str) -> None:
+    """What is kept falls to k over the sparsity warmup."""
     member, l0 = member_of(config_of(recipe, k=3, sparsity_warmup_steps=4)), []
     for step in range(6):
         member.step(batch_for(member, step))
@@ -104,7 +106,8 @@ def test_what_is_kept_falls_to_k_over_the_sparsity_warmup(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_resumed_member_goes_on_bit_for_bit(recipe: str) -> None:
+def test_resumed_member_is_bit_equal(recipe: str) -> None:
+    """A resumed member goes on bit for bit."""
     config = config_of(recipe, dtype="bf16", **RECIPE_CHANGES[recipe])
     whole, first = member_of(config), member_of(config)
     train(whole, 0, 20)
@@ -122,7 +125,8 @@ def test_a_resumed_member_goes_on_bit_for_bit(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_member_beside_others_is_bit_identical_to_one_alone(recipe: str) -> None:
+def test_member_in_grid_is_bit_equal(recipe: str) -> None:
+    """A member beside others is bit identical to one alone."""
     config = config_of(recipe, dtype="bf16", **RECIPE_CHANGES[recipe])
     alone = member_of(config)
     train(alone, 0, 12)
@@ -135,7 +139,8 @@ def test_a_member_beside_others_is_bit_identical_to_one_alone(recipe: str) -> No
     assert_same_state(alone, members[1])
 
 
-def test_a_step_leaves_the_batch_as_it_was() -> None:
+def test_step_leaves_the_batch() -> None:
+    """A step leaves the batch as it was."""
     member = member_of(config_of("batchtopk", k=4))
     batch = batch_for(member, 0)
     before = [tensor.clone() for tensor in (batch.x, batch.norm, batch.total, batch.square)]
@@ -145,11 +150,13 @@ def test_a_step_leaves_the_batch_as_it_was() -> None:
 
 
 def test_another_seed_is_another_member() -> None:
+    """Another seed is another member."""
     a, b = member_of(config_of("paper", seed=0)), member_of(config_of("paper", seed=1))
     assert not torch.equal(a.weights["W_dec"], b.weights["W_dec"])
 
 
-def test_a_new_member_has_unit_decoder_rows_its_encoder_is_their_transpose_and_b_dec_is_zero() -> None:
+def test_new_member_starts_tied_and_unit() -> None:
+    """A new member has unit decoder rows, its encoder is their transpose, and b_dec is zero."""
     member = member_of(config_of("paper"))
     torch.testing.assert_close(member.weights["W_dec"].norm(dim=1), torch.ones(WIDTH))
     assert torch.equal(member.weights["W_enc"], member.weights["W_dec"].T)
@@ -157,7 +164,8 @@ def test_a_new_member_has_unit_decoder_rows_its_encoder_is_their_transpose_and_b
 
 
 @pytest.mark.parametrize("recipe", ["paper", "jumprelu", "batchtopk"])
-def test_the_sae_encodes_raw_rows_to_the_latents_of_training(recipe: str) -> None:
+def test_sae_encodes_as_in_training(recipe: str) -> None:
+    """The SAE encodes raw rows to the latents of training."""
     config = config_of(recipe, **RECIPE_CHANGES[recipe])
     member = member_of(config)
     train(member, 0, 15)
@@ -170,7 +178,8 @@ def test_the_sae_encodes_raw_rows_to_the_latents_of_training(recipe: str) -> Non
     torch.testing.assert_close(z, member.latents.z, rtol=1e-4, atol=1e-5)
 
 
-def test_every_level_of_a_trained_sae_is_itself_an_sae() -> None:
+def test_trained_levels_are_saes() -> None:
+    """Every level of a trained SAE is itself an SAE."""
     member = member_of(config_of("paper", levels=(0.25, 0.5, 1.0)))
     train(member, 0, 10)
     sae, x = member.sae(), raw_rows(11)
@@ -181,7 +190,8 @@ def test_every_level_of_a_trained_sae_is_itself_an_sae() -> None:
             torch.testing.assert_close(sae.prefix(level)(x), sae.decode_level(z, level), rtol=1e-5, atol=1e-5)
 
 
-def test_the_inference_threshold_keeps_about_k_latents_a_row() -> None:
+def test_inference_threshold_keeps_about_k() -> None:
+    """The inference threshold keeps about k latents a row."""
     member = member_of(config_of("batchtopk", k=4, steps=80, dtype="bf16"))
     train(member, 0, 80)
     with torch.no_grad():
@@ -189,7 +199,8 @@ def test_the_inference_threshold_keeps_about_k_latents_a_row() -> None:
     assert 3.2 < float(l0) < 4.8
 
 
-def test_metrics_are_what_the_sae_does_to_those_rows() -> None:
+def test_metrics_describe_their_rows() -> None:
+    """Metrics are what the SAE does to those rows."""
     config = config_of("paper", layernorm="none", steps=40)
     member = member_of(config)
     train(member, 0, 20)
@@ -213,6 +224,7 @@ def test_metrics_are_what_the_sae_does_to_those_rows() -> None:
 
 
 def test_metrics_begin_anew_after_each_call() -> None:
+    """Metrics begin anew after each call."""
     member = member_of(config_of("paper"))
     train(member, 0, 5)
     member.metrics()
@@ -223,7 +235,8 @@ def test_metrics_begin_anew_after_each_call() -> None:
     assert again.metrics()["loss"] != once
 
 
-def test_latents_that_never_fired_are_dead_and_the_rows_counted_are_said() -> None:
+def test_never_fired_latents_are_dead() -> None:
+    """Latents that never fired are dead and the rows counted are said."""
     member = member_of(config_of("paper", layernorm="none", dead_after_rows=100))
     member.weights["b_enc"][:16] = -10.0
     member.step(batch_for(member, 0))
@@ -235,7 +248,8 @@ def test_latents_that_never_fired_are_dead_and_the_rows_counted_are_said() -> No
     assert member.dead()[1] == 100
 
 
-def test_a_loss_that_is_not_finite_is_seen() -> None:
+def test_infinite_loss_is_seen() -> None:
+    """A loss that is not finite is seen."""
     member = member_of(config_of("paper"))
     train(member, 0, 2)
     assert member.is_finite()
@@ -245,7 +259,8 @@ def test_a_loss_that_is_not_finite_is_seen() -> None:
 
 
 @pytest.mark.slow
-def test_the_controller_brings_l0_to_the_wanted_number() -> None:
+def test_controller_reaches_wanted_l0() -> None:
+    """The controller brings L0 to the wanted number."""
     config = config_of("paper", layernorm="none", steps=1500, lr_decay_steps=0, target_l0=6.0, lr=2e-3)
     member = member_of(config)
     train(member, 0, 1400)
@@ -254,7 +269,8 @@ def test_the_controller_brings_l0_to_the_wanted_number() -> None:
     assert member.metrics()["l0"] == pytest.approx(6.0, rel=0.1)
 
 
-def test_rows_are_centred_and_scaled_in_float32_before_any_cast() -> None:
+def test_rows_centre_scale_in_float32() -> None:
+    """Rows are centred and scaled in float32 before any cast."""
     raw = (1000 + torch.randn(32, 8, generator=torch.Generator().manual_seed(0))).bfloat16()
     center = raw.float().mean(0)
     batch = normalise_batch(raw, center, 0.5)
@@ -263,7 +279,8 @@ def test_rows_are_centred_and_scaled_in_float32_before_any_cast() -> None:
     torch.testing.assert_close(batch.total, batch.x.double().sum(0), rtol=1e-4, atol=1e-4)
 
 
-def test_a_batch_can_be_written_again_into_its_own_buffers() -> None:
+def test_batch_buffers_are_reusable() -> None:
+    """A batch can be written again into its own buffers."""
     member = member_of(config_of("paper"))
     first = batch_for(member, 0)
     address = first.x.data_ptr()
@@ -274,7 +291,8 @@ def test_a_batch_can_be_written_again_into_its_own_buffers() -> None:
         assert torch.equal(getattr(again, name), getattr(fresh, name))
 
 
-def test_a_state_of_another_shape_is_refused() -> None:
+def test_state_of_another_shape_is_refused() -> None:
+    """A state of another shape is refused."""
     state = member_of(config_of("paper")).state()
     with pytest.raises(CheckpointError, match="W_enc"):
         member_of(config_of("paper", width=32)).load_state(state)
@@ -283,7 +301,8 @@ def test_a_state_of_another_shape_is_refused() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["paper", "jumprelu"])
-def test_a_warm_start_computes_what_its_source_did_in_another_space(recipe: str) -> None:
+def test_warm_start_computes_its_source(recipe: str) -> None:
+    """A warm start computes what its source did in another space."""
     config = config_of(recipe, layernorm="none", **({} if recipe == "paper" else RECIPE_CHANGES[recipe]))
     source = member_of(config)
     train(source, 0, 10)
@@ -294,7 +313,8 @@ def test_a_warm_start_computes_what_its_source_did_in_another_space(recipe: str)
         torch.testing.assert_close(target.sae()(x), source.sae()(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_warm_start_with_layernorm_keeps_another_scale_and_refuses_another_centre() -> None:
+def test_layernorm_warm_start_keeps_scale() -> None:
+    """A warm start with LayerNorm keeps another scale and refuses another centre."""
     config = config_of("paper")
     source = member_of(config)
     train(source, 0, 10)
@@ -307,14 +327,16 @@ def test_a_warm_start_with_layernorm_keeps_another_scale_and_refuses_another_cen
         elsewhere.load_weights(source.sae())
 
 
-def test_a_warm_start_from_another_width_is_refused() -> None:
+def test_warm_start_of_other_width_refused() -> None:
+    """A warm start from another width is refused."""
     sae = NestedSAE(config_of("paper", width=32).sae_config(D_MODEL))
     with pytest.raises(CheckpointError, match="width 32"):
         member_of(config_of("paper")).load_weights(sae)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_member_needs_no_more_memory_than_announced(recipe: str) -> None:
+def test_member_fits_announced_memory(recipe: str) -> None:
+    """A member needs no more memory than announced."""
     config = config_of(recipe, dtype="bf16", width=2048, batch_size=1024, **RECIPE_CHANGES[recipe])
     member = member_of(config, d_model=64)
     member.n_rows = 10**6
@@ -328,7 +350,8 @@ def test_a_member_needs_no_more_memory_than_announced(recipe: str) -> None:
     assert own <= sum(parts.values()) - shared < 1.2 * own
 
 
-def test_scratch_grows_and_hands_out_the_same_memory() -> None:
+def test_scratch_grows_and_is_reused() -> None:
+    """Scratch grows and hands out the same memory."""
     scratch = Scratch(CPU)
     small = scratch.take("a", (2, 3), torch.float32)
     large = scratch.take("a", (10, 3), torch.float32)
@@ -339,17 +362,20 @@ def test_scratch_grows_and_hands_out_the_same_memory() -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n_rows=st.integers(1, 3000), width=st.integers(1, 10**6))
-def test_row_chunks_cover_every_row_once_in_order(n_rows: int, width: int) -> None:
+def test_row_chunks_cover_rows_once(n_rows: int, width: int) -> None:
+    """Row chunks cover every row once in order."""
     rows = [r for chunk in row_chunks(n_rows, width, CPU) for r in range(chunk.start, chunk.stop)]
     assert rows == list(range(n_rows))
 
 
-def test_an_unresolved_dtype_is_our_own_mistake() -> None:
+def test_unresolved_dtype_is_our_mistake() -> None:
+    """An unresolved dtype is our own mistake."""
     with pytest.raises(ValueError, match="resolve_dtype"):
         product_dtype("auto")
 
 
-def test_a_batch_of_zeros_does_no_harm() -> None:
+def test_batch_of_zeros_is_harmless() -> None:
+    """A batch of zeros does no harm."""
     for recipe in RECIPES:
         member = member_of(config_of(recipe, **RECIPE_CHANGES[recipe]))
         zeros = torch.zeros(ROWS, D_MODEL)
@@ -361,6 +387,7 @@ def test_a_batch_of_zeros_does_no_harm() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["paper", "batchtopk"])
 def test_bf16_products_train_as_float32_ones(recipe: str) -> None:
+    """Bf16 products train as float32 ones."""
     evs = []
     for dtype in ("bf16", "float32"):
         changes = {"layernorm": "none"} if recipe == "paper" else {"k": 8}
@@ -375,7 +402,8 @@ def test_bf16_products_train_as_float32_ones(recipe: str) -> None:
     assert evs[1][-1] > 0.5
 
 
-def test_fields_that_do_not_shape_the_arithmetic_do_not_change_it() -> None:
+def test_idle_fields_change_nothing() -> None:
+    """Fields that do not shape the arithmetic do not change it."""
     config = config_of("paper")
     a, b = member_of(config), member_of(dataclasses.replace(config, checkpoint_every=7, log_every=3))
     train(a, 0, 5)
@@ -384,6 +412,7 @@ def test_fields_that_do_not_shape_the_arithmetic_do_not_change_it() -> None:
 
 
 def test_paper_is_the_default_recipe() -> None:
+    """Paper is the default recipe."""
     assert TrainConfig() == paper()
 
 
@@ -404,7 +433,8 @@ def train_one_of_two(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_train_as_one_does_on_the_global_batch(tmp_path: Path) -> None:
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Two processes train as one does on the global batch."""
     torch.multiprocessing.spawn(train_one_of_two, args=(str(tmp_path),), nprocs=2)
     for recipe in RECIPES:
         alone = member_of(config_of(recipe, dtype="float64", **RECIPE_CHANGES[recipe]))
@@ -417,7 +447,8 @@ def test_two_processes_train_as_one_does_on_the_global_batch(tmp_path: Path) -> 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_cuda_device_trains_as_the_cpu_does(recipe: str) -> None:
+def test_cuda_trains_as_cpu(recipe: str) -> None:
+    """A CUDA device trains as the CPU does."""
     config = config_of(recipe, dtype="float64", **RECIPE_CHANGES[recipe])
     cuda, cpu = torch.device("cuda"), member_of(config)
     member = Member(config, D_MODEL, cpu.center.to(cuda), cpu.scale, cuda, Scratch(cuda))
@@ -431,7 +462,8 @@ def test_a_cuda_device_trains_as_the_cpu_does(recipe: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_step_on_a_cuda_device_fetches_nothing_from_it(recipe: str) -> None:
+def test_cuda_step_fetches_nothing(recipe: str) -> None:
+    """A step on a CUDA device fetches nothing from it."""
     config = config_of(recipe, dtype="bf16", **RECIPE_CHANGES[recipe])
     cuda = torch.device("cuda")
     center = torch.full((D_MODEL,), 0.3, device=cuda)

@@ -47,13 +47,15 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return make_store(path, n_sequences=19, eval_sequences=5, dtype=dtype, codec=codec, **SMALL)
 
 
-def test_every_row_comes_out_as_it_went_in(small: Store) -> None:
+def test_rows_roundtrip(small: Store) -> None:
+    """Every row comes out as it went in."""
     for split in small.splits:
         assert torch.equal(split.read(0, split.n_rows), all_rows(small, split))
 
 
 @given(data=st.data())
-def test_any_range_of_rows_can_be_read(tiny_store: Path, data: st.DataObject) -> None:
+def test_any_row_range_reads(tiny_store: Path, data: st.DataObject) -> None:
+    """Any range of rows can be read."""
     split = Store.open(tiny_store).eval
     start = data.draw(st.integers(0, split.n_rows))
     stop = data.draw(st.integers(start, split.n_rows))
@@ -61,20 +63,23 @@ def test_any_range_of_rows_can_be_read(tiny_store: Path, data: st.DataObject) ->
 
 
 def test_rows_outside_the_split_are_refused(tiny_store: Path) -> None:
+    """Rows outside the split are refused."""
     split = Store.open(tiny_store).train
     for start, stop in ((-1, 3), (5, 3), (0, split.n_rows + 1)):
         with pytest.raises(UsageError, match="not within 0 and 2432"):
             split.read(start, stop)
 
 
-def test_tokens_and_special_positions_come_out_as_they_went_in(small: Store) -> None:
+def test_tokens_and_specials_roundtrip(small: Store) -> None:
+    """Tokens and special positions come out as they went in."""
     for split in small.splits:
         expected = make_tokens(0, split.name, split.n_sequences, 4)
         assert np.array_equal(split.tokens, expected.tokens)
         assert np.array_equal(split.special, expected.special)
 
 
-def test_zarr_python_reads_the_same_without_a_warning(small: Store) -> None:
+def test_zarr_python_reads_the_same(small: Store) -> None:
+    """zarr-python reads the same without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         group = zarr.open_group(small.path, mode="r")
@@ -90,8 +95,9 @@ def test_zarr_python_reads_the_same_without_a_warning(small: Store) -> None:
         assert np.array_equal(group["mean"][:], small.mean64)
 
 
-def test_files_are_the_bytes_that_zarr_python_writes(small: Store, tmp_path: Path) -> None:
-    """Every array written again by zarr-python from what it reads, with the codecs FORMAT.md names."""
+def test_bytes_are_those_of_zarr_python(small: Store, tmp_path: Path) -> None:
+    """Files are the bytes that zarr-python writes.
+    Every array written again by zarr-python from what it reads, with the codecs FORMAT.md names."""
     ours, theirs = zarr.open_group(small.path, mode="r"), zarr.create_group(tmp_path / "theirs.zarr")
     itemsize = 2 if small.config["dtype"] == "bf16" else 4
     compressors: dict[str, list[Any]] = {
@@ -127,14 +133,16 @@ def test_files_are_the_bytes_that_zarr_python_writes(small: Store, tmp_path: Pat
             assert written[key] == data, key
 
 
-def test_a_chunk_does_not_fit_into_memory_of_another_shape(small: Store) -> None:
+def test_chunk_shape_must_fit(small: Store) -> None:
+    """A chunk does not fit into memory of another shape."""
     with pytest.raises(ValueError, match="out is"):
         small.train.read_chunk(0, torch.zeros(3, small.d_model, dtype=small.dtype))
 
 
 @pytest.mark.parametrize("d_model", [6, 5, 1])
 @pytest.mark.parametrize("dtype", ["bf16", "float32"])
-def test_a_mapped_shard_has_every_row_at_the_index_it_says(tmp_path: Path, d_model: int, dtype: str) -> None:
+def test_mapped_shard_indexes_its_rows(tmp_path: Path, d_model: int, dtype: str) -> None:
+    """A mapped shard has every row at the index it says."""
     sizes = SMALL | {"d_model": d_model}
     store = make_store(tmp_path / "s.zarr", n_sequences=19, eval_sequences=5, dtype=dtype, **sizes)
     for k in range(store.train.n_shards):
@@ -144,7 +152,8 @@ def test_a_mapped_shard_has_every_row_at_the_index_it_says(tmp_path: Path, d_mod
         assert torch.equal(mapped.view[mapped.at(order)], store.train.read(start, stop)[order])
 
 
-def test_a_compressed_store_cannot_be_mapped(tmp_path: Path) -> None:
+def test_compressed_store_cannot_be_mapped(tmp_path: Path) -> None:
+    """A compressed store cannot be mapped."""
     store = make_store(tmp_path / "s.zarr", n_sequences=19, eval_sequences=5, codec="zstd", **SMALL)
     with pytest.raises(UsageError, match="window mode"):
         store.train.mapped_shard(0)
@@ -152,9 +161,8 @@ def test_a_compressed_store_cannot_be_mapped(tmp_path: Path) -> None:
 
 @given(block=st.integers(1, 40))
 @settings(max_examples=15)
-def test_the_bytes_do_not_depend_on_the_blocks_that_rows_come_in(
-    tmp_path_factory: pytest.TempPathFactory, block: int
-) -> None:
+def test_block_sizes_change_no_bytes(tmp_path_factory: pytest.TempPathFactory, block: int) -> None:
+    """The bytes do not depend on the blocks that rows come in."""
     path = tmp_path_factory.mktemp("blocks") / "s.zarr"
     writer = prepare_store(path, store_config(**SMALL), 19, 5)
     for split in ("train", "eval"):
@@ -168,13 +176,15 @@ def test_the_bytes_do_not_depend_on_the_blocks_that_rows_come_in(
     assert tree(path) == tree(path.with_name("plain.zarr"))
 
 
-def test_norms_are_those_of_the_stored_rows(small: Store) -> None:
+def test_norms_are_of_stored_rows(small: Store) -> None:
+    """Norms are those of the stored rows."""
     for split in small.splits:
         expected = all_rows(small, split).double().norm(dim=1).float()
         torch.testing.assert_close(torch.from_numpy(split.norm.copy()), expected, rtol=1e-6, atol=0)
 
 
 def test_moments_leave_out_special_rows() -> None:
+    """Moments leave out special rows."""
     rows = np.array([[1, 2], [100, 100], [3, -1]], np.float32)
     norm, moments = norms_and_moments(rows, np.array([False, True, False]))
     assert norm == pytest.approx([5**0.5, 20000**0.5, 10**0.5])
@@ -182,7 +192,8 @@ def test_moments_leave_out_special_rows() -> None:
 
 
 @pytest.mark.parametrize("multiple", [None, 3.0, 1.1])
-def test_mean_and_scale_are_those_of_the_kept_rows(tiny_store: Path, multiple: float | None) -> None:
+def test_mean_and_scale_follow_kept_rows(tiny_store: Path, multiple: float | None) -> None:
+    """Mean and scale are those of the kept rows."""
     store = Store.open(tiny_store)
     rows, special = all_rows(store, store.train), torch.from_numpy(store.train.special.reshape(-1))
     kept, mean, scale = reference.kept_mean_and_scale(rows, special, multiple)
@@ -193,6 +204,7 @@ def test_mean_and_scale_are_those_of_the_kept_rows(tiny_store: Path, multiple: f
 
 
 def test_statistics_count_special_and_massive_rows(tiny_store: Path) -> None:
+    """Statistics count special and massive rows."""
     store = Store.open(tiny_store)
     statistics = store.statistics
     index = torch.arange(store.train.n_rows)
@@ -202,20 +214,23 @@ def test_statistics_count_special_and_massive_rows(tiny_store: Path) -> None:
     assert massive > 0
 
 
-def test_centred_and_scaled_kept_rows_have_a_mean_square_norm_of_one(tiny_store: Path) -> None:
+def test_scaled_rows_have_unit_mean_square(tiny_store: Path) -> None:
+    """Centred and scaled kept rows have a mean square norm of one."""
     store = Store.open(tiny_store)
     x = (all_rows(store, store.train).double()[torch.from_numpy(store.train.kept())] - store.mean) * store.scale
     assert x.square().sum(1).mean().item() == pytest.approx(1, abs=1e-6)
 
 
-def test_evaluation_rows_are_measured_against_the_training_median(tiny_store: Path) -> None:
+def test_evaluation_uses_the_training_median(tiny_store: Path) -> None:
+    """Evaluation rows are measured against the training median."""
     store = Store.open(tiny_store)
     limit = 3 * store.statistics.median_norm
     assert np.array_equal(store.eval.kept(), ~store.eval.special.reshape(-1) & (store.eval.norm <= limit))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "float32"])
-def test_the_estimate_is_exact_to_a_per_cent(tmp_path: Path, dtype: str) -> None:
+def test_estimate_is_exact_to_one_percent(tmp_path: Path, dtype: str) -> None:
+    """The estimate is exact to one per cent."""
     config = store_config(dtype=dtype)
     make_store(tmp_path / "s.zarr", dtype=dtype)
     size = sum(len(data) for data in tree(tmp_path / "s.zarr").values())
@@ -223,13 +238,15 @@ def test_the_estimate_is_exact_to_a_per_cent(tmp_path: Path, dtype: str) -> None
 
 
 @pytest.mark.parametrize("codec", ["lz4", "zstd"])
-def test_the_estimate_is_an_upper_bound_when_compressed(tmp_path: Path, codec: str) -> None:
+def test_compressed_estimate_is_an_upper_bound(tmp_path: Path, codec: str) -> None:
+    """The estimate is an upper bound when compressed."""
     make_store(tmp_path / "s.zarr", codec=codec)
     size = sum(len(data) for data in tree(tmp_path / "s.zarr").values())
     assert size <= estimate_bytes(store_config(codec=codec), 152, 32) < 2 * size
 
 
-def test_a_store_describes_itself_in_plain_json(tiny_store: Path) -> None:
+def test_store_describes_itself_as_json(tiny_store: Path) -> None:
+    """A store describes itself in plain JSON."""
     described = json.loads(json.dumps(describe_store(Store.open(tiny_store))))
     assert described["config"] == json.loads(json.dumps(store_config()))
     assert described["splits"]["train"] | {"bytes": 0} == {
@@ -240,7 +257,8 @@ def test_a_store_describes_itself_in_plain_json(tiny_store: Path) -> None:
     assert described["statistics"]["scale"] > 0
 
 
-def test_an_unfinished_store_is_refused_and_says_how_far_it_came(tmp_path: Path) -> None:
+def test_unfinished_store_says_its_progress(tmp_path: Path) -> None:
+    """An unfinished store is refused and says how far it came."""
     writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
     with writer.shard("train", 1) as shard:
         shard.write(make_rows(writer.store.config, "train", 32, 64))
@@ -251,18 +269,21 @@ def test_an_unfinished_store_is_refused_and_says_how_far_it_came(tmp_path: Path)
     assert "1 of 4" in Store.open(tmp_path / "s.zarr", complete=False).verify()[0]
 
 
-def test_a_store_is_not_finished_before_its_last_shard(tmp_path: Path) -> None:
+def test_store_finishes_with_its_last_shard(tmp_path: Path) -> None:
+    """A store is not finished before its last shard."""
     writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
     with pytest.raises(StoreError, match="not committed"):
         writer.finish()
 
 
 def test_no_store_is_said_so(tmp_path: Path) -> None:
+    """No store is said so."""
     with pytest.raises(StoreError, match="no activation store here"):
         Store.open(tmp_path)
 
 
-def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_other_version_is_refused(tmp_path: Path) -> None:
+    """A store of another version is refused."""
     make_store(tmp_path / "s.zarr", n_sequences=19, eval_sequences=5, **SMALL)
     root = tmp_path / "s.zarr" / "zarr.json"
     root.write_bytes(root.read_bytes().replace(b'"version": 1,', b'"version": 2,'))
@@ -270,7 +291,8 @@ def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
         Store.open(tmp_path / "s.zarr")
 
 
-def test_another_config_on_the_same_path_is_refused_naming_the_fields(tiny_store: Path) -> None:
+def test_other_config_names_its_fields(tiny_store: Path) -> None:
+    """Another config on the same path is refused, naming the fields."""
     other = store_config() | {"layer": 5, "dtype": "float32"}
     with pytest.raises(MismatchError, match=r"dtype: there 'bf16', asked 'float32'; layer: there 3, asked 5"):
         resume(tiny_store, other, 152, 32)
@@ -278,19 +300,22 @@ def test_another_config_on_the_same_path_is_refused_naming_the_fields(tiny_store
         prepare(tiny_store, other, make_tokens(0, "train", 152, 16), make_tokens(0, "eval", 32, 16), {})
 
 
-def test_other_tokens_under_the_same_config_are_refused(tiny_store: Path) -> None:
+def test_other_tokens_are_refused(tiny_store: Path) -> None:
+    """Other tokens under the same config are refused."""
     with pytest.raises(MismatchError, match="train tokens are others"):
         prepare(tiny_store, store_config(), make_tokens(1, "train", 152, 16), make_tokens(0, "eval", 32, 16), {})
 
 
-def test_fewer_tokens_or_another_evaluation_split_are_refused(tiny_store: Path) -> None:
+def test_fewer_tokens_or_other_split_refused(tiny_store: Path) -> None:
+    """Fewer tokens or another evaluation split are refused."""
     with pytest.raises(MismatchError, match="holds 152 training sequences, asked fewer"):
         resume(tiny_store, store_config(), 151, 32)
     with pytest.raises(MismatchError, match="holds 32 evaluation sequences, asked 33"):
         resume(tiny_store, store_config(), 152, 33)
 
 
-def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
+def test_occupied_folder_is_refused(tmp_path: Path) -> None:
+    """A folder with something else in it is refused."""
     (tmp_path / "s.zarr").mkdir()
     (tmp_path / "s.zarr" / "thesis.tex").write_text("ten years of work")
     with pytest.raises(DiskError, match=r"thesis\.tex: the folder holds something else"):
@@ -298,13 +323,15 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "s.zarr" / "thesis.tex").read_text() == "ten years of work"
 
 
-def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
+def test_file_as_path_is_refused(tmp_path: Path) -> None:
+    """A path that is a file is refused."""
     (tmp_path / "s.zarr").write_text("a file")
     with pytest.raises(DiskError, match="is a file"):
         make_store(tmp_path / "s.zarr")
 
 
-def test_a_finished_store_is_left_alone_by_the_same_command(tmp_path: Path) -> None:
+def test_finished_store_is_left_alone(tmp_path: Path) -> None:
+    """A finished store is left alone by the same command."""
     path = tmp_path / "s.zarr"
     make_store(path, n_sequences=19, eval_sequences=5, **SMALL)
     before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
@@ -316,7 +343,8 @@ def test_a_finished_store_is_left_alone_by_the_same_command(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("n_rows", [0, 31, 33])
-def test_a_shard_with_too_few_or_too_many_rows_leaves_nothing_behind(tmp_path: Path, n_rows: int) -> None:
+def test_wrong_row_count_leaves_nothing(tmp_path: Path, n_rows: int) -> None:
+    """A shard with too few or too many rows leaves nothing behind."""
     writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
     before = tree(tmp_path / "s.zarr")
     with pytest.raises(UsageError, match="a shard of 32 rows"), writer.shard("train", 0) as shard:
@@ -324,7 +352,8 @@ def test_a_shard_with_too_few_or_too_many_rows_leaves_nothing_behind(tmp_path: P
     assert tree(tmp_path / "s.zarr") == before
 
 
-def test_rows_of_another_dtype_or_width_are_refused(tmp_path: Path) -> None:
+def test_wrong_dtype_or_width_is_refused(tmp_path: Path) -> None:
+    """Rows of another dtype or width are refused."""
     writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
     for rows in (torch.zeros(4, 6), torch.zeros(4, 5, dtype=torch.bfloat16)):
         with pytest.raises(UsageError, match=r"expected torch.bfloat16 \[row, 6\]"), writer.shard("train", 0) as shard:
@@ -332,7 +361,8 @@ def test_rows_of_another_dtype_or_width_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_residual_that_is_not_finite_is_refused_and_named(tmp_path: Path, value: float) -> None:
+def test_infinite_residual_is_named(tmp_path: Path, value: float) -> None:
+    """A residual that is not finite is refused and named."""
     writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
     rows = make_rows(writer.store.config, "train", 32, 64)
     rows[13, 2] = value
@@ -340,14 +370,16 @@ def test_a_residual_that_is_not_finite_is_refused_and_named(tmp_path: Path, valu
         shard.write(rows)
 
 
-def test_a_committed_shard_is_not_written_again(tmp_path: Path) -> None:
+def test_committed_shard_is_kept(tmp_path: Path) -> None:
+    """A committed shard is not written again."""
     writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
     write_shards(writer)
     with pytest.raises(StoreError, match="shard 0 of train is committed"), writer.shard("train", 0):
         pass
 
 
-def test_a_store_whose_rows_are_all_special_cannot_be_finished(tmp_path: Path) -> None:
+def test_all_special_rows_cannot_finish(tmp_path: Path) -> None:
+    """A store whose rows are all special cannot be finished."""
     tokens = make_tokens(0, "train", 19, 4)
     everything = SplitTokens(tokens.tokens, np.ones_like(tokens.special))
     writer = prepare(tmp_path / "s.zarr", store_config(**SMALL), everything, make_tokens(0, "eval", 5, 4), {})
@@ -356,7 +388,8 @@ def test_a_store_whose_rows_are_all_special_cannot_be_finished(tmp_path: Path) -
         writer.finish()
 
 
-def test_a_store_whose_rows_are_all_the_same_cannot_be_finished(tmp_path: Path) -> None:
+def test_all_equal_rows_cannot_finish(tmp_path: Path) -> None:
+    """A store whose rows are all the same cannot be finished."""
     writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 8, 5)
     with writer.shard("train", 0) as shard:
         shard.write(torch.ones(32, 6, dtype=torch.bfloat16))
@@ -366,6 +399,7 @@ def test_a_store_whose_rows_are_all_the_same_cannot_be_finished(tmp_path: Path) 
 
 
 def test_special_positions_must_include_the_first() -> None:
+    """Special positions must include the first."""
     tokens = make_tokens(0, "train", 2, 4)
     with pytest.raises(UsageError, match="true at position 0"):
         SplitTokens(tokens.tokens, np.zeros_like(tokens.special))
@@ -381,18 +415,21 @@ def test_special_positions_must_include_the_first() -> None:
         ({"d_model": 0}, "at least 1"),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
+def test_impossible_layout_is_refused(change: dict[str, Any], message: str) -> None:
+    """A layout that cannot be is refused."""
     with pytest.raises(UsageError, match=message):
         Layout.from_config(store_config(**SMALL) | change)
 
 
-def test_a_config_without_its_layout_is_refused() -> None:
+def test_config_without_layout_is_refused() -> None:
+    """A config without its layout is refused."""
     with pytest.raises(UsageError, match="lacks context, codec"):
         Layout.from_config({k: v for k, v in store_config().items() if k not in ("context", "codec")})
 
 
 @pytest.mark.parametrize(("before", "after"), [(19, 30), (16, 20), (3, 19), (17, 18), (8, 16)])
-def test_an_extended_store_keeps_its_whole_shards_and_has_all_rows(tmp_path: Path, before: int, after: int) -> None:
+def test_extension_keeps_whole_shards(tmp_path: Path, before: int, after: int) -> None:
+    """An extended store keeps its whole shards and has all rows."""
     path = tmp_path / "s.zarr"
     make_store(path, n_sequences=before, eval_sequences=5, **SMALL)
     whole = [path / f"train/resid/c/{k}/0" for k in range(before * 4 // 32)]
@@ -411,13 +448,15 @@ def test_an_extended_store_keeps_its_whole_shards_and_has_all_rows(tmp_path: Pat
     }
 
 
-def test_an_extension_must_begin_with_the_tokens_that_are_there(tiny_store: Path) -> None:
+def test_extension_must_begin_alike(tiny_store: Path) -> None:
+    """An extension must begin with the tokens that are there."""
     with pytest.raises(MismatchError, match="train tokens are others"):
         prepare(tiny_store, store_config(), make_tokens(5, "train", 200, 16), make_tokens(0, "eval", 32, 16), {})
 
 
-def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
-    """Tokens, masks and norms of the whole store would be 11 MB; making, checking and finishing it takes a part of that."""
+def test_memory_does_not_grow(tmp_path: Path) -> None:
+    """Memory does not grow with the store.
+    Tokens, masks and norms of the whole store would be 11 MB; making, checking and finishing it takes a part of that."""
     config = store_config(d_model=2, context=16, chunk_rows=1 << 13, shard_rows=1 << 16)
     whole = {"train": 75_000, "eval": 5_000}
     splits = []
@@ -446,7 +485,8 @@ def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
     st.lists(st.lists(st.floats(0, 2.0**100, width=32, allow_subnormal=False), max_size=9), min_size=1, max_size=5),
     st.floats(0, 9, width=32, allow_subnormal=False),
 )
-def test_the_median_of_parts_is_that_of_all(parts: list[list[float]], common: float) -> None:
+def test_merged_median_is_the_median(parts: list[list[float]], common: float) -> None:
+    """The median of parts is that of all."""
     arrays = [np.array([*part, *[common] * (len(part) % 3)], np.float32) for part in parts]
     everything = np.concatenate(arrays).astype(np.float64)
     if len(everything):
@@ -454,14 +494,16 @@ def test_the_median_of_parts_is_that_of_all(parts: list[list[float]], common: fl
 
 
 @pytest.mark.parametrize("multiple", [1.5, 5.0])
-def test_massive_rows_are_those_that_are_not_kept(tiny_store: Path, multiple: float) -> None:
+def test_massive_rows_are_not_kept(tiny_store: Path, multiple: float) -> None:
+    """Massive rows are those that are not kept."""
     split = Store.open(tiny_store).train
     massive = np.flatnonzero(~split.special.reshape(-1) & ~split.kept(multiple))
     assert len(massive) > 0
     assert split.massive(multiple, Store.open(tiny_store).statistics.median_norm).tolist() == massive.tolist()
 
 
-def test_a_missing_shard_is_an_error_here_and_nan_in_any_zarr_reader(tmp_path: Path) -> None:
+def test_missing_shard_errs_here_nan_elsewhere(tmp_path: Path) -> None:
+    """A missing shard is an error here and NaN in any zarr reader."""
     store = make_store(tmp_path / "s.zarr", n_sequences=19, eval_sequences=5, dtype="float32", **SMALL)
     store.train.shard_path(1).unlink()
     with pytest.raises(DamagedError, match="gone"):
@@ -471,7 +513,8 @@ def test_a_missing_shard_is_an_error_here_and_nan_in_any_zarr_reader(tmp_path: P
     assert np.isnan(zarr.open_group(store.path, mode="r")["train/resid"][32:64]).all()
 
 
-def test_a_missing_bf16_shard_is_nan_in_any_zarr_reader(tmp_path: Path) -> None:
+def test_missing_bf16_shard_is_nan_elsewhere(tmp_path: Path) -> None:
+    """A missing bf16 shard is NaN in any zarr reader."""
     store = make_store(tmp_path / "s.zarr", n_sequences=19, eval_sequences=5, **SMALL)
     shutil.rmtree(store.path / "train/resid/c/1")
     bits = zarr.open_group(store.path, mode="r")["train/resid"][32:64]

@@ -68,7 +68,8 @@ def begin_repair(path: Path) -> None:
 
 
 @pytest.mark.parametrize("begin", [begin_nothing, begin_extension, begin_repair])
-def test_stopped_before_any_change_and_run_again_gives_the_same_bytes(tmp_path: Path, begin: Begin) -> None:
+def test_stop_before_any_change_is_harmless(tmp_path: Path, begin: Begin) -> None:
+    """Stopped before any change and run again gives the same bytes."""
     repair = begin is begin_repair
     begin(tmp_path / "whole.zarr")
     before = tree(tmp_path / "whole.zarr")
@@ -150,9 +151,10 @@ def kill_until_done(server: subprocess.Popen[str], path: Path, job: dict[str, An
     ("world_size", "n_stores"),
     [(1, 3), (2, 3), pytest.param(1, 30, marks=pytest.mark.slow), pytest.param(2, 30, marks=pytest.mark.slow)],
 )
-def test_kill_9_at_random_moments_and_run_again_gives_the_same_bytes(
+def test_random_kills_give_equal_bytes(
     server: subprocess.Popen[str], tmp_path: Path, world_size: int, n_stores: int
 ) -> None:
+    """Kill -9 at random moments and run again gives the same bytes."""
     make_store(tmp_path / "whole.zarr", **JOB)
     expected, killed = tree(tmp_path / "whole.zarr"), 0
     for seed in range(n_stores):
@@ -163,9 +165,8 @@ def test_kill_9_at_random_moments_and_run_again_gives_the_same_bytes(
     assert killed > n_stores
 
 
-def test_an_extension_killed_at_random_moments_gives_the_same_bytes(
-    server: subprocess.Popen[str], tmp_path: Path
-) -> None:
+def test_killed_extension_gives_equal_bytes(server: subprocess.Popen[str], tmp_path: Path) -> None:
+    """An extension killed at random moments gives the same bytes."""
     for path in (tmp_path / "whole.zarr", tmp_path / "killed.zarr"):
         make_store(path, **(JOB | {"n_sequences": 21}))
     ragged = {key for key in committed(tmp_path / "killed.zarr") if "/c/2" in key and "/train/" in key}
@@ -181,7 +182,8 @@ def test_an_extension_killed_at_random_moments_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_a_shard_whose_giving_up_is_stopped_no_longer_counts(tmp_path: Path, n: int) -> None:
+def test_stopped_giving_up_no_longer_counts(tmp_path: Path, n: int) -> None:
+    """A shard whose giving up is stopped no longer counts."""
     store = make_store(tmp_path / "s.zarr", **SIZES)
     writer = StoreWriter.open(store.path)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
@@ -190,7 +192,8 @@ def test_a_shard_whose_giving_up_is_stopped_no_longer_counts(tmp_path: Path, n: 
     assert writer.pending("train") == [0]
 
 
-def test_what_a_killed_writer_left_is_swept_when_the_store_is_finished(tmp_path: Path) -> None:
+def test_finishing_sweeps_leftovers(tmp_path: Path) -> None:
+    """What a killed writer left is swept when the store is finished."""
     writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
     left = tmp_path / "s.zarr" / "train/resid/c/1/0.4711.partial"
     left.parent.mkdir(parents=True)
@@ -214,9 +217,8 @@ def fill_after(patch: pytest.MonkeyPatch, n: int) -> None:
 
 
 @pytest.mark.parametrize(("n_chunks", "n_committed"), [(0, 0), (3, 0), (4, 1), (6, 2)])
-def test_a_full_disk_is_one_error_and_nothing_half_written_counts(
-    tmp_path: Path, n_chunks: int, n_committed: int
-) -> None:
+def test_full_disk_leaves_nothing_half(tmp_path: Path, n_chunks: int, n_committed: int) -> None:
+    """A full disk is one error and nothing half written counts."""
     with pytest.MonkeyPatch.context() as patch:
         fill_after(patch, n_chunks)
         with pytest.raises(DiskError, match="the disk is full"):
@@ -228,7 +230,8 @@ def test_a_full_disk_is_one_error_and_nothing_half_written_counts(
     assert tree(tmp_path / "s.zarr") == tree(tmp_path / "whole.zarr")
 
 
-def test_a_disk_that_is_really_full_is_one_error_and_harvest_goes_on_with_more_room(tmp_path: Path) -> None:
+def test_truly_full_disk_can_go_on(tmp_path: Path) -> None:
+    """A disk that is really full is one error and harvest goes on with more room."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(folder)]
@@ -260,12 +263,14 @@ def folder_of_others() -> Iterator[Path]:
         folder.chmod(0o755)
 
 
-def test_a_read_only_folder_is_one_error_that_names_it(folder_of_others: Path) -> None:
+def test_readonly_folder_is_named(folder_of_others: Path) -> None:
+    """A read-only folder is one error that names it."""
     with pytest.raises(DiskError, match=f"{folder_of_others}.*cannot write here"):
         make_store(folder_of_others / "s.zarr", **SIZES)
 
 
-def test_a_shard_stopped_by_an_exception_leaves_nothing(tmp_path: Path) -> None:
+def test_exception_in_shard_leaves_nothing(tmp_path: Path) -> None:
+    """A shard stopped by an exception leaves nothing."""
     writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
     before = tree(tmp_path / "s.zarr")
     with pytest.raises(KeyboardInterrupt), writer.shard("train", 0) as shard:
@@ -274,8 +279,9 @@ def test_a_shard_stopped_by_an_exception_leaves_nothing(tmp_path: Path) -> None:
     assert tree(tmp_path / "s.zarr") == before
 
 
-def test_the_file_of_a_shard_grows_chunk_by_chunk(tmp_path: Path) -> None:
-    """No second copy of a shard is held: a chunk is handed to the file as soon as it is full."""
+def test_shard_file_grows_by_chunks(tmp_path: Path) -> None:
+    """The file of a shard grows chunk by chunk.
+    No second copy of a shard is held: a chunk is handed to the file as soon as it is full."""
     writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
     with writer.shard("train", 0) as shard:
         file: BinaryIO = shard.stream.file

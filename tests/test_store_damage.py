@@ -72,7 +72,8 @@ def everything_read(path: Path) -> list[Any]:
     return found
 
 
-def test_a_flipped_byte_anywhere_is_found_and_never_used(whole: Path) -> None:
+def test_flipped_bytes_are_found_everywhere(whole: Path) -> None:
+    """A flipped byte anywhere is found and never used."""
     expected = everything_read(whole)
     assert problems(whole) == []
     rng = numpy_rng("flips")
@@ -92,7 +93,8 @@ def test_a_flipped_byte_anywhere_is_found_and_never_used(whole: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after"), [(b'"zarr_format": 3', b'"zarr_format": 2'), (b"\n  ", b"\n\t "), (b'"group"', b'"array"')]
 )
-def test_bytes_of_the_root_outside_its_attributes_count_too(whole: Path, before: bytes, after: bytes) -> None:
+def test_root_bytes_outside_attributes_count(whole: Path, before: bytes, after: bytes) -> None:
+    """Bytes of the root outside its attributes count too."""
     data = (whole / "zarr.json").read_bytes()
     with (
         changed(whole / "zarr.json", data.replace(before, after, 1)),
@@ -101,7 +103,8 @@ def test_bytes_of_the_root_outside_its_attributes_count_too(whole: Path, before:
         Store.open(whole)
 
 
-def test_every_byte_of_a_commit_record_and_of_a_shard_index_counts(whole: Path) -> None:
+def test_record_and_index_bytes_count(whole: Path) -> None:
+    """Every byte of a commit record and of a shard index counts."""
     commit, resid = whole / "train/commit/c/0/0", whole / "train/resid/c/0/0"
     index_nbytes = 16 * 4 + 4
     for path, first in ((commit, 0), (resid, resid.stat().st_size - index_nbytes)):
@@ -112,7 +115,8 @@ def test_every_byte_of_a_commit_record_and_of_a_shard_index_counts(whole: Path) 
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_file_that_is_gone_cut_short_or_longer_is_found_when_opening(whole: Path, key: str) -> None:
+def test_missing_or_resized_file_is_found(whole: Path, key: str) -> None:
+    """A file that is gone, cut short or longer is found when opening."""
     data = (whole / key).read_bytes()
     for other in (None, b"", data[:1], data[: len(data) // 2], data[:-1], data + b"\0"):
         with changed(whole / key, other):
@@ -121,12 +125,14 @@ def test_a_file_that_is_gone_cut_short_or_longer_is_found_when_opening(whole: Pa
             assert problems(whole)
 
 
-def test_the_message_names_the_file_and_what_to_do(whole: Path) -> None:
+def test_message_names_file_and_advice(whole: Path) -> None:
+    """The message names the file and what to do."""
     with changed(whole / "train/resid/c/1/0", None), pytest.raises(DamagedError, match=r"resid/c/1/0: .*--repair"):
         Store.open(whole)
 
 
-def test_reading_a_flipped_row_raises_and_other_rows_still_read(whole: Path) -> None:
+def test_flipped_row_spares_other_rows(whole: Path) -> None:
+    """Reading a flipped row raises and other rows still read."""
     path = whole / "train/resid/c/0/0"
     expected = Store.open(whole).train.read(8, 19 * 4)
     with changed(path, flipped(path.read_bytes(), 11, 0x40)):
@@ -139,6 +145,7 @@ def test_reading_a_flipped_row_raises_and_other_rows_still_read(whole: Path) -> 
 
 
 def test_swapped_shards_are_found(store: Path) -> None:
+    """Swapped shards are found."""
     first, second = store / "train/resid/c/0/0", store / "train/resid/c/1/0"
     data = first.read_bytes()
     first.write_bytes(second.read_bytes())
@@ -147,14 +154,16 @@ def test_swapped_shards_are_found(store: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["train/tokens/c/1/0", "eval/tokens/c/0/0", "mean/c/0"])
-def test_a_whole_file_of_another_store_is_found_when_opening(store: Path, tmp_path: Path, key: str) -> None:
+def test_file_of_another_store_is_found(store: Path, tmp_path: Path, key: str) -> None:
+    """A whole file of another store is found when opening."""
     other = make_store(tmp_path / "other.zarr", **(SIZES | {"seed": 1})).path
     (store / key).write_bytes((other / key).read_bytes())
     with pytest.raises(DamagedError, match=r"SHA-256|not the mean"):
         Store.open(store)
 
 
-def test_special_positions_that_are_others_are_found_when_opening(store: Path) -> None:
+def test_other_special_mask_is_found(store: Path) -> None:
+    """Special positions that are others are found when opening."""
     data = bytearray((store / "eval/special/c/0/0").read_bytes()[:-4])
     data[5] = 1 - data[5]
     (store / "eval/special/c/0/0").write_bytes(with_crc(np.frombuffer(data, np.uint8)))
@@ -163,8 +172,9 @@ def test_special_positions_that_are_others_are_found_when_opening(store: Path) -
 
 
 @pytest.mark.parametrize("entries", [[1, 0, 2, 3], [0, 1, 2], [0, 0, 2, 3]])
-def test_an_index_that_is_whole_but_in_another_order_is_refused(store: Path, entries: list[int]) -> None:
-    """Mapped reading counts on chunks one after the other, so that is checked and not only the index's crc32c."""
+def test_reordered_index_is_refused(store: Path, entries: list[int]) -> None:
+    """An index that is whole but in another order is refused.
+    Mapped reading counts on chunks one after the other, so that is checked and not only the index's crc32c."""
     path = store / "train/resid/c/0/0"
     data = path.read_bytes()
     index = np.frombuffer(data[-68:-4], "<u8").reshape(4, 2)
@@ -175,7 +185,8 @@ def test_an_index_that_is_whole_but_in_another_order_is_refused(store: Path, ent
         Store.open(store)
 
 
-def test_verify_reports_every_problem_and_not_only_the_first(store: Path) -> None:
+def test_verify_reports_every_problem(store: Path) -> None:
+    """Verify reports every problem and not only the first."""
     (store / "train/resid/c/1/0").unlink()
     (store / "eval/norm/c/0").unlink()
     (store / "train/tokens/c/0/0").write_bytes(b"")
@@ -184,7 +195,8 @@ def test_verify_reports_every_problem_and_not_only_the_first(store: Path) -> Non
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("how", ["flipped", "gone"])
-def test_repair_gives_back_every_byte_and_redoes_only_what_is_damaged(store: Path, key: str, how: str) -> None:
+def test_repair_redoes_only_the_damaged(store: Path, key: str, how: str) -> None:
+    """Repair gives back every byte and redoes only what is damaged."""
     before = tree(store)
     shards = {p: p.stat().st_ino for p in store.rglob("resid/c/*/0")}
     data = (store / key).read_bytes()
@@ -200,7 +212,8 @@ def test_repair_gives_back_every_byte_and_redoes_only_what_is_damaged(store: Pat
     assert len(redone) <= 1
 
 
-def test_repair_reads_the_bodies_and_lists_what_it_gives_up(store: Path) -> None:
+def test_repair_lists_what_it_gives_up(store: Path) -> None:
+    """Repair reads the bodies and lists what it gives up."""
     path = store / "train/resid/c/0/0"
     path.write_bytes(flipped(path.read_bytes(), 5, 1))
     config = Store.open(store).config
@@ -209,7 +222,8 @@ def test_repair_reads_the_bodies_and_lists_what_it_gives_up(store: Path) -> None
 
 
 @pytest.mark.parametrize("change", [{"layer": 1}, {"seed": 1}])
-def test_a_store_without_its_root_is_not_claimed_for_another_config(store: Path, change: dict[str, Any]) -> None:
+def test_rootless_store_is_not_claimed(store: Path, change: dict[str, Any]) -> None:
+    """A store without its root is not claimed for another config."""
     config = Store.open(store).config | change
     (store / "zarr.json").unlink()
     before = tree(store)
@@ -222,7 +236,8 @@ def test_a_store_without_its_root_is_not_claimed_for_another_config(store: Path,
 
 
 @pytest.mark.parametrize("also", ["", "train/zarr.json"])
-def test_an_extended_store_gets_its_root_back(tmp_path: Path, also: str) -> None:
+def test_extended_store_regains_its_root(tmp_path: Path, also: str) -> None:
+    """An extended store gets its root back."""
     path = tmp_path / "s.zarr"
     make_store(path, n_sequences=12, eval_sequences=5, **SMALL)
     config, before = make_store(path, **SIZES).config, tree(path)
@@ -243,8 +258,9 @@ def test_an_extended_store_gets_its_root_back(tmp_path: Path, also: str) -> None
     assert Store.open(path).attributes["segments"] == [12, 19]
 
 
-def test_whole_tokens_of_another_order_are_not_taken_over(store: Path) -> None:
-    """An extended store that lost its root and its list of segments: the tokens asked for are shuffled otherwise."""
+def test_reordered_tokens_are_not_taken(store: Path) -> None:
+    """Whole tokens of another order are not taken over.
+    An extended store that lost its root and its list of segments: the tokens asked for are shuffled otherwise."""
     config = Store.open(store).config
     (store / "zarr.json").unlink()
     before = tree(store)
@@ -256,14 +272,16 @@ def test_whole_tokens_of_another_order_are_not_taken_over(store: Path) -> None:
     assert tree(store) == before
 
 
-def test_harvesting_again_without_repair_refuses_damaged_metadata_and_tokens(store: Path) -> None:
+def test_damaged_metadata_needs_repair(store: Path) -> None:
+    """Harvesting again without repair refuses damaged metadata and tokens."""
     for key in ("train/resid/zarr.json", "train/tokens/c/0/0", "zarr.json"):
         data = (store / key).read_bytes()
         with changed(store / key, flipped(data, len(data) // 2, 1)), pytest.raises(DamagedError, match="--repair"):
             make_store(store, **SIZES)
 
 
-def test_a_shard_that_is_lost_before_the_store_is_finished_is_not_finished_over(tmp_path: Path) -> None:
+def test_lost_shard_blocks_finishing(tmp_path: Path) -> None:
+    """A shard that is lost before the store is finished is not finished over."""
     writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
     write_shards(writer)
     (tmp_path / "s.zarr/eval/resid/c/0/0").unlink()

@@ -83,9 +83,8 @@ def marked(tokens: Tokens, special: list[int], vocab: int) -> Mask:
 
 
 @given(DOCUMENTS, st.integers(2, 17), st.sampled_from([None, BOS]))
-def test_every_token_of_every_document_appears_once_and_in_order(
-    documents: list[list[int]], context: int, bos: int | None
-) -> None:
+def test_tokens_appear_once_in_order(documents: list[list[int]], context: int, bos: int | None) -> None:
+    """Every token of every document appears once and in order."""
     separator = EOS if bos is None else bos
     stream = expected_stream(documents, context, bos, separator)
     n = len(stream) // context
@@ -98,6 +97,7 @@ def test_every_token_of_every_document_appears_once_and_in_order(
 
 
 def test_packing_by_hand() -> None:
+    """Documents are packed as by hand."""
     rows, n_documents = packed(iter([[10, 11], [12], [13, 14, 15, 16], [17]]), Packing(4, BOS, BOS), 3, "training")
     assert rows.tolist() == [[BOS, 10, 11, BOS], [BOS, 12, BOS, 13], [BOS, 14, 15, 16]]
     assert n_documents == 3
@@ -105,12 +105,14 @@ def test_packing_by_hand() -> None:
     assert rows.tolist() == [[10, 11, EOS, 12], [13, 14, 15, 16]]
 
 
-def test_a_document_that_starts_a_row_has_no_second_bos_before_it() -> None:
+def test_row_start_has_no_second_bos() -> None:
+    """A document that starts a row has no second BOS before it."""
     rows, _ = packed(iter([[10, 11, 12], [13, 14, 15]]), Packing(4, BOS, BOS), 2, "training")
     assert rows.tolist() == [[BOS, 10, 11, 12], [BOS, 13, 14, 15]]
 
 
 def test_no_document_is_in_two_splits() -> None:
+    """No document is in two splits."""
     documents = pieces_of([[10] * 9, [11] * 9, [12] * 9, [13] * 9])
     first, _ = packed(documents, Packing(4, BOS, BOS), 2, "evaluation")
     second, _ = packed(documents, Packing(4, BOS, BOS), 4, "training")
@@ -118,14 +120,16 @@ def test_no_document_is_in_two_splits() -> None:
     assert set(second.reshape(-1).tolist()) == {BOS, 11, 12}
 
 
-def test_a_corpus_that_is_too_short_says_how_many_tokens_there_were() -> None:
+def test_short_corpus_says_its_tokens() -> None:
+    """A corpus that is too short says how many tokens there were."""
     with pytest.raises(
         CorpusError, match="the training corpus is shorter than asked: 8 tokens in whole rows, 40 asked"
     ):
         packed(iter([[10] * 7]), Packing(4, BOS, BOS), 10, "training")
 
 
-def test_the_shuffle_permutes_within_segments_and_keeps_earlier_ones() -> None:
+def test_shuffle_stays_within_segments() -> None:
+    """The shuffle permutes within segments and keeps earlier ones."""
     rows = np.arange(60, dtype=np.int32).reshape(30, 2)
     once, extended = shuffled(rows[:20], (20,), seed=3), shuffled(rows, (20, 30), seed=3)
     assert (extended[:20] == once).all()
@@ -134,7 +138,8 @@ def test_the_shuffle_permutes_within_segments_and_keeps_earlier_ones() -> None:
     assert not (shuffled(rows[:20], (20,), seed=4) == once).all()
 
 
-def test_special_tokens_and_position_0_are_marked() -> None:
+def test_specials_and_position_0_are_marked() -> None:
+    """Special tokens and position 0 are marked."""
     tokens = np.array([[5, 6, BOS, 7], [BOS, 0, 8, 9]], np.int32)
     assert marked(tokens, [0, 1, 2, 999], vocab=10).tolist() == [
         [True, False, True, False],
@@ -142,12 +147,14 @@ def test_special_tokens_and_position_0_are_marked() -> None:
     ]
 
 
-def test_a_token_that_the_model_does_not_have_is_refused() -> None:
+def test_unknown_token_is_refused() -> None:
+    """A token that the model does not have is refused."""
     with pytest.raises(ModelError, match="token 10, the model knows 10"):
         marked(np.array([[1, 10]], np.int32), [1], vocab=10)
 
 
-def test_scratch_arrays_are_files_that_nobody_sees(tmp_path: Path) -> None:
+def test_scratch_arrays_are_invisible(tmp_path: Path) -> None:
+    """Scratch arrays are files that nobody sees."""
     array = scratch_array(tmp_path / "new", (3, 5), np.int32)
     assert isinstance(array, np.memmap)
     assert array.tolist() == [[0] * 5] * 3
@@ -156,7 +163,8 @@ def test_scratch_arrays_are_files_that_nobody_sees(tmp_path: Path) -> None:
         scratch_array(tmp_path, (1 << 40, 1 << 10), np.int32)
 
 
-def test_texts_are_tokenised_in_order_without_special_tokens() -> None:
+def test_texts_tokenise_in_order_without_specials() -> None:
+    """Texts are tokenised in order without special tokens."""
     tokenizer = tiny_models.build_tokenizer()
     texts = [f"text {n}" for n in range(20)]
     ids = ids_of(texts)
@@ -164,7 +172,8 @@ def test_texts_are_tokenised_in_order_without_special_tokens() -> None:
     assert not any({0, 1, 2} & set(i) for i in ids)
 
 
-def test_what_looks_like_a_special_token_in_a_text_is_text() -> None:
+def test_special_looking_text_is_text() -> None:
+    """What looks like a special token in a text is text."""
     tokenizer = tiny_models.build_tokenizer()
     (ids,) = ids_of(["a<bos>b<eos>"])
     assert not {1, 2} & set(ids)
@@ -172,11 +181,13 @@ def test_what_looks_like_a_special_token_in_a_text_is_text() -> None:
 
 
 def test_texts_are_grouped_by_their_length() -> None:
+    """Texts are grouped by their length."""
     groups = batched((Part("x", text) for text in ("aaaa", "b", "cc", "ddddd", "e")), 4)
     assert [[part.text for part in group] for group in groups] == [["aaaa"], ["b", "cc", "ddddd"], ["e"]]
 
 
-def test_the_next_item_is_made_while_one_is_used() -> None:
+def test_next_item_is_made_ahead() -> None:
+    """The next item is made while one is used."""
     made, second = [], threading.Event()
 
     def items() -> object:
@@ -192,7 +203,9 @@ def test_the_next_item_is_made_while_one_is_used() -> None:
     assert list(use) == [1, 2]
 
 
-def test_an_error_in_the_thread_comes_through_in_its_place() -> None:
+def test_thread_error_comes_in_place() -> None:
+    """An error in the thread comes through in its place."""
+
     def items() -> object:
         yield 1
         raise CorpusError("broken")
@@ -203,7 +216,8 @@ def test_an_error_in_the_thread_comes_through_in_its_place() -> None:
         next(use)
 
 
-def test_the_thread_ends_when_its_reader_stops_early(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thread_ends_with_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread ends when its reader stops early."""
     monkeypatch.setattr("harvest.tokens.BATCH_CHARACTERS", 1000)
     texts = (Document("x", f"text {n}") for n in range(10**9))
     stream = tokenized(texts, Reader(tiny_models.build_tokenizer(), tiny_models.VOCAB))

@@ -37,7 +37,8 @@ def files(out: Path, suffix: str) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob(f"*{suffix}"))}
 
 
-def test_members_trained_under_torchrun_have_the_bytes_of_one_process(tmp_path: Path) -> None:
+def test_torchrun_members_have_equal_bytes(tmp_path: Path) -> None:
+    """Members trained under torchrun have the bytes of one process."""
     store = make_store(tmp_path / "s.zarr", n_sequences=200, eval_sequences=4).path
     run([sys.executable, *train_words(store, tmp_path / "one")])
     run([*TORCHRUN, *train_words(store, tmp_path / "two")])
@@ -46,7 +47,8 @@ def test_members_trained_under_torchrun_have_the_bytes_of_one_process(tmp_path: 
     assert files(tmp_path / "two", ".safetensors") | files(tmp_path / "two", "metrics.jsonl") == one
 
 
-def test_one_member_trained_data_parallel_under_torchrun_is_the_same_within_rounding(tmp_path: Path) -> None:
+def test_data_parallel_member_agrees(tmp_path: Path) -> None:
+    """One member trained data-parallel under torchrun is the same within rounding."""
     store = make_store(tmp_path / "s.zarr", n_sequences=200, eval_sequences=4).path
     run([sys.executable, *train_words(store, tmp_path / "one")])
     run([*TORCHRUN, *train_words(store, tmp_path / "two", "--data-parallel")])
@@ -65,7 +67,8 @@ def results(out: Path) -> dict[str, Any]:
     return found
 
 
-def test_checkpoints_evaluated_under_torchrun_have_the_scores_of_one_process(tmp_path: Path) -> None:
+def test_torchrun_evaluation_has_equal_scores(tmp_path: Path) -> None:
+    """Checkpoints evaluated under torchrun have the scores of one process."""
     store = make_lm_store(tmp_path, eval_sequences=8)
     for seed in range(3):
         save_member(tmp_path / "runs", store, make_sae(store, seed=seed), seed=seed)

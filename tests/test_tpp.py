@@ -15,7 +15,8 @@ from support.reference import reference_pool_ablated, reference_tpp
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_scores_equal_the_long_way_at_every_level_and_n(seed: int) -> None:
+def test_scores_equal_the_long_way(seed: int) -> None:
+    """Scores equal the long way at every level and n."""
     sae = random_sae(seed)
     padded, n_real = padded_texts(180, seed)
     draw = random_draw(("a", "b", "c"), 100, 80, seed)
@@ -42,7 +43,8 @@ def one_latent_a_class() -> tuple[NestedSAE, object]:
     return sae.requires_grad_(False), one_ablation(sae.requires_grad_(False), bank, draw, probes)
 
 
-def test_one_latent_a_class_hits_its_own_probe_and_no_other() -> None:
+def test_latent_hits_only_its_probe() -> None:
+    """One latent a class hits its own probe and no other."""
     _, seed = one_latent_a_class()
     scores = one_seed(seed, 3, [1])
     assert scores["tpp_intended"].tolist() == [0.5]  # 1.0 → 0.5: positives are lost
@@ -50,18 +52,21 @@ def test_one_latent_a_class_hits_its_own_probe_and_no_other() -> None:
     assert scores["tpp"].tolist() == [0.5]
 
 
-def test_latents_that_fire_less_on_a_class_are_not_chosen_for_it() -> None:
+def test_less_firing_latents_are_not_chosen() -> None:
+    """Latents that fire less on a class are not chosen for it."""
     _, seed = one_latent_a_class()
     effects = seed.effects("0", signed=True)
     assert (effects > 0).tolist() == [True, False, False]
     assert (effects[1:] == 0).all()
 
 
-def test_latents_of_equal_effect_are_taken_in_the_order_of_the_dictionary() -> None:
+def test_ties_follow_dictionary_order() -> None:
+    """Latents of equal effect are taken in the order of the dictionary."""
     assert ranking(torch.tensor([0.0, 2, 0, -1, 2, 0]), 5).tolist() == [1, 4, 0, 2, 5]
 
 
-def test_the_long_way_and_the_shortcut_agree_on_a_topk_code() -> None:
+def test_shortcut_agrees_on_topk() -> None:
+    """The long way and the shortcut agree on a TopK code."""
     sae = random_sae(activation="topk", k=5)
     padded, n_real = padded_texts(12)
     whole = reference_pool_ablated(sae, padded, n_real, [])

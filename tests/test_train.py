@@ -100,16 +100,16 @@ def alone(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ou
     return [outcome for member in GRID for outcome in train(tiny_store, out, member)]
 
 
-def test_members_of_a_grid_are_bit_identical_to_the_same_saes_alone(
-    tiny_store: Path, tmp_path: Path, alone: list[Outcome]
-) -> None:
+def test_grid_members_equal_single_ones(tiny_store: Path, tmp_path: Path, alone: list[Outcome]) -> None:
+    """Members of a grid are bit identical to the same SAEs alone."""
     for side_by_side, by_itself in zip(train(tiny_store, tmp_path / "out", *GRID), alone):
         assert_same(side_by_side, by_itself)
 
 
-def test_members_that_do_not_fit_side_by_side_are_trained_in_further_passes(
+def test_crowded_members_take_further_passes(
     tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
+    """Members that do not fit side by side are trained in further passes."""
     monkeypatch.setattr("train.plan.free_memory", lambda device: 2_000_000)
     outcomes = train(tiny_store, tmp_path / "out", *GRID)
     assert "5 members, 0 finished, 1 passes" not in capsys.readouterr().err
@@ -117,18 +117,18 @@ def test_members_that_do_not_fit_side_by_side_are_trained_in_further_passes(
         assert_same(a, b)
 
 
-def test_a_member_that_does_not_fit_is_refused_before_the_first_step(
-    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_oversized_member_is_refused_first(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member that does not fit is refused before the first step."""
     monkeypatch.setattr("train.plan.free_memory", lambda device: 10_000)
     with pytest.raises(PipelineError, match=r"needs .* of memory, 10.0 kB are free on cpu"):
         train(tiny_store, tmp_path / "out", GRID[0])
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_writes_the_state_and_the_same_command_goes_on_bit_identically(
+def test_ctrl_c_resumes_bit_identically(
     tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Ctrl-C writes the state and the same command goes on bit identically."""
     for step in (3, 13):
         with monkeypatch.context() as patch:
             stop_at(patch, step)
@@ -138,9 +138,10 @@ def test_ctrl_c_writes_the_state_and_the_same_command_goes_on_bit_identically(
         assert_same(a, b)
 
 
-def test_members_that_stand_at_different_steps_are_brought_to_the_end_together(
+def test_members_at_different_steps_finish(
     tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
+    """Members that stand at different steps are brought to the end together."""
     for member, step in ((GRID[0], 11), (GRID[1], 4)):
         with monkeypatch.context() as patch:
             stop_at(patch, step)
@@ -152,7 +153,8 @@ def test_members_that_stand_at_different_steps_are_brought_to_the_end_together(
         assert_same(a, b)
 
 
-def test_finished_members_are_skipped_and_the_grid_may_grow(tiny_store: Path, tmp_path: Path) -> None:
+def test_finished_members_skip_grid_grows(tiny_store: Path, tmp_path: Path) -> None:
+    """Finished members are skipped and the grid may grow."""
     first = train(tiny_store, tmp_path / "out", GRID[0])[0]
     before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
     again, new = train(tiny_store, tmp_path / "out", GRID[0], GRID[1])
@@ -161,9 +163,10 @@ def test_finished_members_are_skipped_and_the_grid_may_grow(tiny_store: Path, tm
     assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
 
 
-def test_a_member_that_diverges_keeps_its_last_good_checkpoint_and_the_others_go_on(
+def test_diverging_member_spares_the_others(
     tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A member that diverges keeps its last good checkpoint and the others go on."""
     step_of = Trainee.advance
 
     def poisoned(self: Trainee, batch: Any, clock: Any) -> None:
@@ -181,18 +184,18 @@ def test_a_member_that_diverges_keeps_its_last_good_checkpoint_and_the_others_go
     assert_same(train(tiny_store, tmp_path / "out", GRID[1])[0], alone[1])
 
 
-def test_a_learning_rate_that_is_too_high_is_a_problem_with_a_name_and_not_a_crash(
-    tiny_store: Path, tmp_path: Path
-) -> None:
+def test_too_high_rate_is_no_crash(tiny_store: Path, tmp_path: Path) -> None:
+    """A learning rate that is too high is a problem with a name and not a crash."""
     (outcome,) = train(tiny_store, tmp_path / "out", small(lr=1e38, clip_norm=0.0))
     assert "lower --lr" in outcome.problem
     assert not list(outcome.folder.glob("checkpoints/*"))
     assert not (outcome.folder / "complete.json").exists()
 
 
-def test_a_full_disk_stops_with_the_last_checkpoint_intact_and_the_run_goes_on_when_there_is_room(
+def test_full_disk_keeps_last_checkpoint(
     tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A full disk stops with the last checkpoint intact and the run goes on when there is room."""
     n_left, fsync = [9], os.fsync
 
     def full(descriptor: int) -> None:
@@ -210,9 +213,8 @@ def test_a_full_disk_stops_with_the_last_checkpoint_intact_and_the_run_goes_on_w
     assert_same(train(tiny_store, tmp_path / "out", GRID[0])[0], alone[0])
 
 
-def test_nothing_is_written_of_a_training_on_a_damaged_store(
-    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_store_writes_nothing(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written of a training on a damaged store."""
     check = BodyCheck._run
 
     def slowly(self: BodyCheck) -> None:  # so that training is at its end before the damage is found
@@ -234,10 +236,9 @@ def test_nothing_is_written_of_a_training_on_a_damaged_store(
         assert not list(out.glob("*/state.safetensors"))
 
 
-def test_in_windows_a_training_gets_no_further_than_the_chunks_before_a_damaged_one(
-    tiny_store: Path, tmp_path: Path
-) -> None:
-    """What was written before that came from chunks that were checked."""
+def test_window_training_stops_before_damage(tiny_store: Path, tmp_path: Path) -> None:
+    """In windows a training gets no further than the chunks before a damaged one.
+    What was written before that came from chunks that were checked."""
     store, config = tmp_path / "damaged.zarr", small(steps=40, checkpoint_every=1, log_every=1)
     shutil.copytree(tiny_store, store)
     split = Store.open(store).train
@@ -254,15 +255,15 @@ def test_in_windows_a_training_gets_no_further_than_the_chunks_before_a_damaged_
     assert max(steps, default=0) * config.batch_size <= good
 
 
-def test_an_unfinished_store_and_a_path_without_a_store_are_refused(tmp_path: Path) -> None:
+def test_unusable_store_is_refused(tmp_path: Path) -> None:
+    """An unfinished store and a path without a store are refused."""
     with pytest.raises(StoreError, match="no activation store"):
         train(tmp_path / "nothing", tmp_path / "out", GRID[0])
     assert not (tmp_path / "out").exists()
 
 
-def test_a_window_order_is_recorded_and_gone_on_with(
-    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_window_order_is_resumed(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window order is recorded and gone on with."""
     options = {"mode": "window", "window_rows": 512}
     (whole,) = train(tiny_store, tmp_path / "whole", GRID[0], **options)
     with monkeypatch.context() as patch:
@@ -275,14 +276,16 @@ def test_a_window_order_is_recorded_and_gone_on_with(
     assert_same(outcome, whole)
 
 
-def test_a_folder_of_another_store_is_refused_naming_the_field(tiny_store: Path, tmp_path: Path) -> None:
+def test_folder_of_another_store_is_refused(tiny_store: Path, tmp_path: Path) -> None:
+    """A folder of another store is refused, naming the field."""
     train(tiny_store, tmp_path / "out", GRID[3])
     make_store(tmp_path / "other.zarr", seed=7)
     with pytest.raises(MismatchError, match=r"store\.id"):
         train(tmp_path / "other.zarr", tmp_path / "out", GRID[3])
 
 
-def test_an_out_that_holds_something_else_is_refused(tiny_store: Path, tmp_path: Path) -> None:
+def test_foreign_out_is_refused(tiny_store: Path, tmp_path: Path) -> None:
+    """An out that holds something else is refused."""
     (tmp_path / "out" / "photos").mkdir(parents=True)
     with pytest.raises(DiskError, match="holds something else \\(photos\\)"):
         train(tiny_store, tmp_path / "out", GRID[0])
@@ -291,7 +294,8 @@ def test_an_out_that_holds_something_else_is_refused(tiny_store: Path, tmp_path:
         train(tiny_store, tmp_path / "file", GRID[0])
 
 
-def test_two_processes_do_not_train_one_member_at_once(tiny_store: Path, tmp_path: Path) -> None:
+def test_second_process_is_locked_out(tiny_store: Path, tmp_path: Path) -> None:
+    """Two processes do not train one member at once."""
     folder = tmp_path / "out" / member_name(GRID[0])
     folder.mkdir(parents=True)
     other = os.open(folder, os.O_RDONLY)
@@ -301,9 +305,8 @@ def test_two_processes_do_not_train_one_member_at_once(tiny_store: Path, tmp_pat
     os.close(other)
 
 
-def test_a_flipped_byte_in_the_state_is_refused(
-    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flipped_state_byte_is_refused(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flipped byte in the state is refused."""
     with monkeypatch.context() as patch:
         stop_at(patch, 8)
         with pytest.raises(KeyboardInterrupt):
@@ -317,6 +320,7 @@ def test_a_flipped_byte_in_the_state_is_refused(
 
 
 def test_checkpoints_say_where_they_come_from(tiny_store: Path, alone: list[Outcome]) -> None:
+    """Checkpoints say where they come from."""
     assert alone[1].final is not None
     header, store = read_header(alone[1].final), Store.open(tiny_store)
     p = header.provenance
@@ -329,7 +333,8 @@ def test_checkpoints_say_where_they_come_from(tiny_store: Path, alone: list[Outc
     assert p["git"]
 
 
-def test_metrics_have_their_fields_and_timings_are_apart(tiny_store: Path, alone: list[Outcome]) -> None:
+def test_metrics_and_timings_stand_apart(tiny_store: Path, alone: list[Outcome]) -> None:
+    """Metrics have their fields and timings are apart."""
     metrics, timings = lines(alone[1].folder), lines(alone[1].folder, "timings.jsonl")
     assert [line["step"] for line in metrics] == [4, 8, 12, 16, 20, 23] == [line["step"] for line in timings]
     fields = {"step", "rows", "epoch", "loss", "recon", "l1_shared", "l1_specialised", "aux", "ev", "l0", "dead"}
@@ -340,14 +345,14 @@ def test_metrics_have_their_fields_and_timings_are_apart(tiny_store: Path, alone
     assert metrics[-1]["loss"] < metrics[0]["loss"]
 
 
-def test_the_second_epoch_is_said_once(tiny_store: Path, tmp_path: Path, capsys: Any) -> None:
+def test_second_epoch_is_said_once(tiny_store: Path, tmp_path: Path, capsys: Any) -> None:
+    """The second epoch is said once."""
     train(tiny_store, tmp_path / "out", small(steps=80, checkpoint_every=100))
     assert capsys.readouterr().err.count("the second epoch begins") == 1
 
 
-def test_a_member_starts_from_the_checkpoint_that_it_names(
-    tiny_store: Path, tmp_path: Path, alone: list[Outcome]
-) -> None:
+def test_member_starts_from_its_checkpoint(tiny_store: Path, tmp_path: Path, alone: list[Outcome]) -> None:
+    """A member starts from the checkpoint that it names."""
     start = tmp_path / "start.safetensors"
     start.write_bytes(alone[0].final.read_bytes())
     config = small(alpha=0.0, seed=5, init_from=str(start))
@@ -362,7 +367,8 @@ def test_a_member_starts_from_the_checkpoint_that_it_names(
         train(tiny_store, tmp_path / "out", config)
 
 
-def test_massive_rows_are_left_out_unless_all_are_asked_for(tiny_store: Path, tmp_path: Path, capsys: Any) -> None:
+def test_massive_rows_are_left_out(tiny_store: Path, tmp_path: Path, capsys: Any) -> None:
+    """Massive rows are left out unless all are asked for."""
     train(tiny_store, tmp_path / "out", small(steps=6))
     assert "left out: 24 massive and 152 special" in capsys.readouterr().err
     (outcome,) = train(tiny_store, tmp_path / "out", small(steps=6, max_norm=0.0))
@@ -373,9 +379,8 @@ def test_massive_rows_are_left_out_unless_all_are_asked_for(tiny_store: Path, tm
 
 
 @given(st.sets(st.integers(1, 5000), max_size=60), st.integers(1, 5), st.integers(0, 1000))
-def test_retention_keeps_the_last_and_the_multiples_and_deletes_the_rest(
-    steps: set[int], last: int, every: int
-) -> None:
+def test_retention_keeps_last_and_multiples(steps: set[int], last: int, every: int) -> None:
+    """Retention keeps the last and the multiples and deletes the rest."""
     kept = Keep(last, every).kept(steps)
     assert kept <= steps
     assert set(sorted(steps)[-last:]) <= kept
@@ -387,31 +392,36 @@ def test_retention_keeps_the_last_and_the_multiples_and_deletes_the_rest(
     ("text", "keep"),
     [("last:3,every:1000", Keep(3, 1000)), ("every:50", Keep(1, 50)), ("last:2", Keep(2, 0)), ("all", Keep(1, 1))],
 )
-def test_a_rule_of_retention_is_read(text: str, keep: Keep) -> None:
+def test_rule_of_retention_is_read(text: str, keep: Keep) -> None:
+    """A rule of retention is read."""
     assert Keep.parse(text) == keep
 
 
 @pytest.mark.parametrize("text", ["", "last:0", "first:3", "last:3;every:2", "last:-1"])
-def test_a_rule_of_retention_that_is_none_is_refused(text: str) -> None:
+def test_unknown_retention_is_refused(text: str) -> None:
+    """A rule of retention that is none is refused."""
     with pytest.raises(UsageError, match="--keep"):
         Keep.parse(text)
 
 
-def test_retention_deletes_checkpoints_and_never_the_final_one(tiny_store: Path, tmp_path: Path) -> None:
+def test_retention_never_deletes_the_final(tiny_store: Path, tmp_path: Path) -> None:
+    """Retention deletes checkpoints and never the final one."""
     (outcome,) = train(tiny_store, tmp_path / "out", small(checkpoint_every=2), keep="last:2,every:8")
     assert sorted(path.name for path in outcome.folder.glob("checkpoints/*")) == [
         f"step_{step:06d}.safetensors" for step in (8, 16, 22, 23)
     ]
 
 
-def test_a_folder_is_named_by_what_is_in_the_config_and_not_by_how_it_was_written() -> None:
+def test_folder_name_follows_config_content() -> None:
+    """A folder is named by what is in the config and not by how it was written."""
     assert member_name(small(alpha=0)) == member_name(small(alpha=0.0))  # type: ignore[arg-type]
     assert member_name(small(alpha=0.25)) != member_name(small(alpha=0.25, lr=1e-3))
     assert member_name(small(alpha=0.25, seed=3)).startswith("alpha0.25-seed3-")
     assert member_name(small(levels=(0.5, 1.0))).startswith("levels2-seed0-")
 
 
-def test_scalars_of_lists_are_named_by_level() -> None:
+def test_list_scalars_are_named_by_level() -> None:
+    """Scalars of lists are named by level."""
     assert dict(scalars({"step": 3, "ev": [0.5, 0.7], "loss": 1})) == {
         "ev/level_1": 0.5,
         "ev/level_2": 0.7,
@@ -420,9 +430,10 @@ def test_scalars_of_lists_are_named_by_level() -> None:
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
-def test_a_log_whose_package_is_missing_is_refused_with_what_to_install(
+def test_missing_log_package_is_named(
     tiny_store: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A log whose package is missing is refused with what to install."""
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[kind], None)
     with pytest.raises(UsageError, match="pip install"):
         train(tiny_store, tmp_path / "out", small(steps=6), log=(kind,))
@@ -448,9 +459,10 @@ def two_processes(store: Path, out: Path, options: str = "") -> list[int]:
     return [int(process.communicate(timeout=120)[0]) for process in processes]
 
 
-def test_members_spread_over_two_processes_are_the_same_members(
+def test_spread_members_are_the_same(
     tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Members spread over two processes are the same members."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     names = []
     for rank in ("0", "1"):
@@ -462,9 +474,8 @@ def test_members_spread_over_two_processes_are_the_same_members(
         assert_same(outcome, by_itself)
 
 
-def test_two_data_parallel_processes_equal_one_within_rounding(
-    tiny_store: Path, tmp_path: Path, alone: list[Outcome]
-) -> None:
+def test_data_parallel_equals_one_process(tiny_store: Path, tmp_path: Path, alone: list[Outcome]) -> None:
+    """Two data-parallel processes equal one within rounding."""
     assert two_processes(tiny_store, tmp_path / "out", ", data_parallel=True") == [5, 5]
     for outcome, by_itself in zip(train(tiny_store, tmp_path / "out", *GRID), alone):
         for name, tensor in weights(outcome).items():
@@ -475,7 +486,8 @@ def test_two_data_parallel_processes_equal_one_within_rounding(
             assert a["l0"] == pytest.approx(b["l0"], rel=1e-2)
 
 
-def test_a_state_that_a_kill_left_in_a_finished_member_is_dropped(tiny_store: Path, tmp_path: Path) -> None:
+def test_finished_member_drops_leftover_state(tiny_store: Path, tmp_path: Path) -> None:
+    """A state that a kill left in a finished member is dropped."""
     (outcome,) = train(tiny_store, tmp_path / "out", small(steps=6))
     left = outcome.folder / "state.safetensors"
     left.write_bytes(b"written before complete.json, not deleted after it")
@@ -483,9 +495,10 @@ def test_a_state_that_a_kill_left_in_a_finished_member_is_dropped(tiny_store: Pa
     assert not left.exists()
 
 
-def test_a_kill_before_the_last_retention_leaves_no_checkpoint_more(
+def test_kill_before_retention_leaves_no_extra(
     tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A kill before the last retention leaves no checkpoint more."""
     config = small(steps=16, checkpoint_every=5)
     (whole,) = train(tiny_store, tmp_path / "whole", config, keep="last:1")
     monkeypatch.setattr(Folder, "finish", lambda *_: None)

@@ -61,7 +61,8 @@ def start(*words: object, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def test_every_field_has_an_option_with_a_text_and_a_default() -> None:
+def test_every_field_has_an_option() -> None:
+    """Every field has an option with a text and a default."""
     assert HELP.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
     shown = invoke("--help").output
     for field in dataclasses.fields(TrainConfig):
@@ -69,7 +70,8 @@ def test_every_field_has_an_option_with_a_text_and_a_default() -> None:
     assert "[paper 0, batchtopk 64, topk 64, jumprelu 0]" in " ".join(shown.split())
 
 
-def test_repeated_options_span_their_product_without_duplicates() -> None:
+def test_repeated_options_span_a_product() -> None:
+    """Repeated options span their product without duplicates."""
     grid = make_grid({"recipe": ("paper",), "alpha": (0.0, 0.2, 0.2), "seed": (0, 1), "lambda_": (0.02, 0.04)})
     assert len(grid) == 8
     assert {(c.alpha, c.seed, c.lambda_shared, c.lambda_specialised) for c in grid} == {
@@ -77,12 +79,14 @@ def test_repeated_options_span_their_product_without_duplicates() -> None:
     }
 
 
-def test_no_option_is_one_member_of_the_default_recipe() -> None:
+def test_no_option_is_the_default_recipe() -> None:
+    """No option is one member of the default recipe."""
     assert make_grid({"alpha": ()}) == (RECIPES[DEFAULT](),)
     assert make_grid({"recipe": ("paper",)}) == (TrainConfig(),)
 
 
-def test_an_option_goes_to_the_recipes_in_which_it_means_something() -> None:
+def test_option_reaches_the_recipes_it_concerns() -> None:
+    """An option goes to the recipes in which it means something."""
     grid = make_grid({"recipe": ("paper", "batchtopk"), "lambda_": (0.01, 0.02), "k": (8, 16)})
     assert [(c.recipe, c.lambda_shared, c.k) for c in grid] == [
         ("paper", 0.01, 0), ("paper", 0.02, 0), ("batchtopk", 0.0, 8), ("batchtopk", 0.0, 16)
@@ -90,17 +94,20 @@ def test_an_option_goes_to_the_recipes_in_which_it_means_something() -> None:
 
 
 def test_levels_take_the_place_of_alpha() -> None:
+    """Levels take the place of alpha."""
     (config,) = make_grid({"levels": ((0.25, 0.5, 1.0),)})
     assert config.alpha is None
     assert config.level_sizes() == (4096, 8192, 16384)
 
 
-def test_lambda_beside_one_of_its_two_is_refused() -> None:
+def test_double_lambda_is_refused() -> None:
+    """Lambda beside one of its two is refused."""
     with pytest.raises(UsageError, match="--lambda sets both"):
         make_grid({"lambda_": (0.1,), "lambda_shared": (0.2,)})
 
 
-def test_an_empty_grid_is_refused(tmp_path: Path) -> None:
+def test_empty_grid_is_refused(tmp_path: Path) -> None:
+    """An empty grid is refused."""
     with pytest.raises(UsageError, match="the grid is empty"):
         RunConfig(tmp_path, tmp_path, ())
     (tmp_path / "grid.toml").write_text("seed = []\n")
@@ -108,7 +115,8 @@ def test_an_empty_grid_is_refused(tmp_path: Path) -> None:
         invoke("--store", tmp_path, "--out", tmp_path, "--config", tmp_path / "grid.toml")
 
 
-def test_a_file_holds_the_same_names_and_an_option_wins_over_it(tiny_store: Path, tmp_path: Path) -> None:
+def test_options_win_over_the_file(tiny_store: Path, tmp_path: Path) -> None:
+    """A file holds the same names and an option wins over it."""
     file = tmp_path / "grid.toml"
     file.write_text(
         f'store = "{tiny_store}"\nrecipe = "paper"\nwidth = 96\nalpha = [0, 0.25]\nlambda = 0.01\nsteps = 6\n'
@@ -125,7 +133,8 @@ def test_a_file_holds_the_same_names_and_an_option_wins_over_it(tiny_store: Path
 @pytest.mark.parametrize(
     ("text", "message"), [("witdh = 3\n", "'witdh' is not an option"), ("width = \n", "not readable as TOML")]
 )
-def test_a_file_with_a_wrong_name_or_wrong_toml_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_broken_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    """A file with a wrong name or wrong TOML is refused."""
     (tmp_path / "grid.toml").write_text(text)
     with pytest.raises(UsageError, match=message):
         invoke("--store", tmp_path, "--out", tmp_path, "--config", tmp_path / "grid.toml")
@@ -134,12 +143,14 @@ def test_a_file_with_a_wrong_name_or_wrong_toml_is_refused(tmp_path: Path, text:
 @pytest.mark.parametrize(
     "words", [("--width", "many"), ("--levels", "a,b"), ("--max-norm", "much"), ("--recipe", "other"), ("--mode", "x")]
 )
-def test_a_value_of_the_wrong_kind_is_wrong_usage(tmp_path: Path, words: tuple[str, str]) -> None:
+def test_wrong_kind_is_wrong_usage(tmp_path: Path, words: tuple[str, str]) -> None:
+    """A value of the wrong kind is wrong usage."""
     with pytest.raises(click.BadParameter):
         invoke("--store", tmp_path, "--out", tmp_path, *words)
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_store: Path, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(tiny_store: Path, tmp_path: Path) -> None:
+    """A dry run prints the plan and writes nothing."""
     words = ("--store", tiny_store, "--out", tmp_path / "out", *SMALL, "--steps", 20, "--alpha", 0, "--alpha", 0.25)
     shown = invoke(*words, "--dry-run").stderr
     for part in (
@@ -153,7 +164,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_store: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_for_a_store_that_is_not_there_needs_that_store_in_the_plan(tmp_path: Path) -> None:
+def test_plan_needs_its_missing_store(tmp_path: Path) -> None:
+    """A plan for a store that is not there needs that store in the plan."""
     plan = tmp_path / "plan.json"
     plan.write_text('{"stores": []}')
     words = ("--store", tmp_path / "s.zarr", "--out", tmp_path / "out", *SMALL, "--steps", 20, "--planned", plan)
@@ -163,7 +175,8 @@ def test_a_plan_for_a_store_that_is_not_there_needs_that_store_in_the_plan(tmp_p
         invoke(*words)
 
 
-def test_the_json_names_every_member_and_its_final_checkpoint(tiny_store: Path, tmp_path: Path) -> None:
+def test_json_names_members_and_checkpoints(tiny_store: Path, tmp_path: Path) -> None:
+    """The JSON names every member and its final checkpoint."""
     words = ("--store", tiny_store, "--out", tmp_path / "out", *SMALL, "--steps", 6, "--seed", 0, "--seed", 1, "--json")
     found = json.loads(invoke(*words).stdout)
     assert [member["step"] for member in found["members"]] == [6, 6]
@@ -171,7 +184,8 @@ def test_the_json_names_every_member_and_its_final_checkpoint(tiny_store: Path, 
     assert json.loads(invoke(*words, "--dry-run").stdout) == found | {"members": found["members"]}
 
 
-def test_training_imports_no_language_model_and_ends_with_exit_code_0(tiny_store: Path, tmp_path: Path) -> None:
+def test_training_imports_no_language_model(tiny_store: Path, tmp_path: Path) -> None:
+    """Training imports no language model and ends with exit code 0."""
     code = (
         "import sys, runpy\n"
         "try: runpy.run_module('train', run_name='__main__', alter_sys=True)\n"
@@ -186,9 +200,10 @@ def test_training_imports_no_language_model_and_ends_with_exit_code_0(tiny_store
     assert "Traceback" not in done.stderr
 
 
-def test_what_a_store_is_the_cause_of_is_one_line_and_exit_code_1(
+def test_store_problem_exits_1_briefly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """What a store is the cause of is one line and exit code 1."""
     monkeypatch.setattr(sys, "argv", ["train", "--store", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
         main(command, "train")
@@ -198,9 +213,10 @@ def test_what_a_store_is_the_cause_of_is_one_line_and_exit_code_1(
     assert error.count("\n") == 1
 
 
-def test_a_member_that_diverged_is_exit_code_1_after_the_others_are_done(
+def test_diverged_member_exits_1_last(
     tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A member that diverged is exit code 1 after the others are done."""
     words = [
         "train",
         "--store",
@@ -226,7 +242,8 @@ def test_a_member_that_diverged_is_exit_code_1_after_the_others_are_done(
     assert problems[1] is None
 
 
-def test_ctrl_c_ends_cleanly_says_how_to_go_on_and_exits_130(tiny_store: Path, tmp_path: Path) -> None:
+def test_ctrl_c_exits_130_with_advice(tiny_store: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends cleanly, says how to go on and exits 130."""
     words: list[Any] = ["--store", tiny_store, "--out", tmp_path / "out", *SMALL, "--steps", 100_000]
     process = start(*words, "--checkpoint-every", 50_000)
     deadline = time.monotonic() + 60

@@ -84,6 +84,7 @@ def without_git(provenance: dict[str, Any]) -> dict[str, Any]:
 def test_kills_at_random_moments_change_nothing(
     tiny_store: Path, tmp_path: Path, uninterrupted: tuple[Path, States]
 ) -> None:
+    """Kills at random moments change nothing."""
     assert crash(tiny_store, tmp_path / "out", seed=0, kills=5, how="random") > 0
     assert_same_run(tmp_path / "out", *uninterrupted)
 
@@ -91,6 +92,7 @@ def test_kills_at_random_moments_change_nothing(
 def test_kills_within_writes_change_nothing(
     tiny_store: Path, tmp_path: Path, uninterrupted: tuple[Path, States]
 ) -> None:
+    """Kills within writes change nothing."""
     assert crash(tiny_store, tmp_path / "out", seed=17, kills=8, how="writes") > 4
     assert_same_run(tmp_path / "out", *uninterrupted)
     assert list(Path(f"{tmp_path / 'out'}.states").iterdir())
@@ -102,5 +104,6 @@ def test_kills_within_writes_change_nothing(
 def test_many_kills_change_nothing(
     tiny_store: Path, tmp_path: Path, uninterrupted: tuple[Path, States], seed: int, how: str
 ) -> None:
+    """Many kills change nothing."""
     assert crash(tiny_store, tmp_path / "out", seed, kills=40, how=how) > 0
     assert_same_run(tmp_path / "out", *uninterrupted)
