@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
     "--out", required=True, type=click.Path(path_type=Path), help="Folder for results; may hold others already."
 )
 @click.option(
-    "--scores", help="Comma-separated: kl, ev, l0, coding, features, scr, tpp, k_sparse_probe.  [default: all]"
+    "--scores",
+    help="Comma-separated: kl, ev, l0, coding, features, truth, structure, scr, tpp, k_sparse_probe.  [default: what the "
+    "store has: kl to features, or ev to structure; and what --scr gives]",
 )
 @click.option("--levels", default="all", help="all, last, or indices from the innermost, like 0,1.")
 @click.option("--all-steps", is_flag=True, help="Every checkpoint of a member, not only the final one.")
@@ -75,8 +78,13 @@ def evaluate(places: tuple[Path, ...], as_json: bool, all_steps: bool, dry_run: 
     torchrun --nproc-per-node 8 -m evaluate runs/paper --store acts.zarr --model google/gemma-2-2b --out results
     """
     from evaluate.run import run
+    from evaluate.scores.scorer import default_scores
+    from pipeline.store.reader import Store
 
-    outcome = run(make_config(**options), places, all_steps=all_steps, dry_run=dry_run)
+    config = make_config(**options)
+    if options["scores"] is None:
+        config = dataclasses.replace(config, scores=default_scores(Store.load(config.store)))
+    outcome = run(config, places, all_steps=all_steps, dry_run=dry_run)
     if as_json:
         failed = [{"path": str(path), "error": str(error)} for path, error in outcome.failed]
         print_json({"out": str(options["out"]), "results": outcome.results, "failed": failed})
@@ -104,9 +112,9 @@ def make_config(
     """The config that the options mean. Raises UsageError when scores of texts are asked for without texts."""
     from evaluate.probing.job import ProbingConfig
     from evaluate.run import EvaluateConfig
-    from evaluate.scores.scorer import SCORES
+    from evaluate.scores.scorer import OF_A_MODEL
 
-    asked = [name.strip() for name in scores.split(",")] if scores else [*SCORES, *(PROBING if sources else ())]
+    asked = [name.strip() for name in scores.split(",")] if scores else [*OF_A_MODEL, *(PROBING if sources else ())]
     of_texts = tuple(name for name in asked if name in PROBING)
     if of_texts and not sources:
         raise UsageError(f"--scores {of_texts[0]} needs texts with two attributes; give --scr PATH_OR_ID")

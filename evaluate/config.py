@@ -12,7 +12,7 @@ from evaluate.checkpoints.find import valid_levels
 from evaluate.probing.job import ProbingConfig
 from evaluate.scores.features import MIN_FIRED, N_SAMPLED
 from evaluate.scores.sample import GROUP_SEQUENCES
-from evaluate.scores.scorer import SCORES
+from evaluate.scores.scorer import OF_A_MODEL, SCORES
 from pipeline.base.errors import UsageError
 from pipeline.base.files import hash_file, sha256
 from pipeline.base.runtime import DTYPES
@@ -36,7 +36,7 @@ class EvaluateConfig:
     model: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
-    scores: tuple[str, ...] = SCORES
+    scores: tuple[str, ...] = OF_A_MODEL
     levels: str = "all"
     rows: int | None = None
     batch_size: int = 16

@@ -10,6 +10,7 @@ Under torchrun each process takes every WORLD_SIZE-th checkpoint; they meet only
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ from evaluate.probing.job import Probing, Texts, prepare, read_texts
 from evaluate.results import definitions, is_done, result_path, write_csv, write_result
 from evaluate.scores.behaviour import Baselines, clean_pass
 from evaluate.scores.sample import Sample, Survey
-from evaluate.scores.scorer import Scorer, shared_work
+from evaluate.scores.scorer import Scorer, shared_work, unfit_scores
+from evaluate.scores.truth import Truth
 from pipeline.base.errors import PipelineError, UsageError
 from pipeline.base.files import hash_config, human_bytes
 from pipeline.base.progress import Progress, format_seconds, say
@@ -67,8 +69,8 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
 
     Raises PipelineError for what concerns all of them: store, model, texts, memory.
     """
-    job = Job(config, Store.open(config.store))
-    outcome = Outcome()
+    store, outcome = Store.open(config.store), Outcome()
+    job = Job(leave_out_unfit(config, store, outcome), store)
     paths, failed = find_checkpoints(places, all_steps)
     for path, error in failed if rank() == 0 else []:
         outcome.fail(path, error)
@@ -83,6 +85,17 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
     if not dry_run and outcome.results:
         write_csv(config.out)
     return outcome
+
+
+def leave_out_unfit(config: EvaluateConfig, store: Store, outcome: Outcome) -> EvaluateConfig:
+    """The config without scores that the store cannot give; each is reported. Raises the first one's error when none is left."""
+    unfit = unfit_scores(config.scores, store)
+    left = tuple(name for name in config.scores if name not in unfit)
+    if unfit and not left and config.probing is None and not config.latents:
+        raise next(iter(unfit.values()))
+    for error in unfit.values() if rank() == 0 else ():
+        outcome.fail(config.store, error)
+    return dataclasses.replace(config, scores=left) if unfit else config
 
 
 class Job:
@@ -107,6 +120,11 @@ class Job:
     def lm(self) -> SplitLM | None:
         """The layers after the cut and the head, when a score of behaviour is asked for."""
         return self.models.suffix
+
+    @cached_property
+    def truth(self) -> Truth | None:
+        """The features that the store's rows were made of, when they are asked about."""
+        return Truth.read(self.store, self.device) if "truth" in self.config.scores else None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -267,7 +285,7 @@ class Job:
                 scorer.update(self.lm, shared, plan.chunk)
                 if batch.first == 0 and not self.still_finite(scorer, outcome):
                     scorers.remove(scorer)
-                bar.advance(len(batch.tokens), scorer.checkpoint.member)
+                bar.advance(len(batch.kept), scorer.checkpoint.member)
             if not scorers:
                 return []
         self.baselines = baselines
@@ -278,7 +296,16 @@ class Job:
         config = self.config
         for checkpoint in group:
             try:
-                yield Scorer(checkpoint, found, config.scores, config.levels, config.seed, self.device)
+                yield Scorer(
+                    checkpoint,
+                    found,
+                    config.scores,
+                    config.levels,
+                    config.seed,
+                    self.device,
+                    self.store.context,
+                    self.truth,
+                )
             except PipelineError as error:
                 outcome.fail(checkpoint.path, error)
 
@@ -323,6 +350,7 @@ class Job:
             "levels": scorer.level_results(baselines),
             "series": series,
             "features": features,
+            **scorer.structure(),
             "curve": loss_curve(scorer.checkpoint),
             "definitions": definitions(),
             "versions": versions(),

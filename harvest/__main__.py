@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from harvest.config import HarvestConfig
 from pipeline.base.cli import COUNT, main, print_json
@@ -25,6 +26,10 @@ class Names(click.ParamType[tuple[str, ...]]):
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
+@click.option(
+    "--truth",
+    help="Rows of known features instead of a model: a spec (TOML), or the name of a shipped one: tree, forest, large.",
+)
 @click.option("--model", default=DEFAULTS["model"], help="Hugging Face model: a folder or a Hub id.")
 @click.option(
     "--revision", help="Branch, tag or commit of a Hub model. [default: its main branch; the commit is recorded]"
@@ -101,7 +106,9 @@ class Names(click.ParamType[tuple[str, ...]]):
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how large it would be, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON, for train --planned.")
 @click.option("--repair", is_flag=True, help="Read everything, and make again exactly what is damaged or gone.")
-def command(layers: tuple[int, ...], dry_run: bool, as_json: bool, repair: bool, **options: Any) -> None:
+def command(
+    layers: tuple[int, ...], dry_run: bool, as_json: bool, repair: bool, truth: str | None, **options: Any
+) -> None:
     """Run a language model over text and keep its residual stream after a layer, for training SAEs from disk.
 
     Makes a Zarr store with the rows of one layer: training and evaluation split, token ids, norms, mean and scale.
@@ -114,15 +121,38 @@ def command(layers: tuple[int, ...], dry_run: bool, as_json: bool, repair: bool,
                         --tokens 200k --store runs/acts.zarr
     Production, on one GPU (first accept the licence of google/gemma-2-2b on the Hub, then `hf auth login`):
       python -m harvest --layer 19 --tokens 10M --store /data/gemma-2-2b-19.zarr
+    Rows whose features are known, for scores against the truth, in seconds:
+      python -m harvest --truth forest --tokens 2M --store runs/forest.zarr
     """
-    from harvest import run as stage  # here, so that --help does not load torch and transformers
-
     if as_json and not dry_run:
         raise UsageError("--json goes with --dry-run")
+    if truth is not None:
+        truth_command(truth, options, dry_run, as_json, repair)
+        return
+    from harvest import run as stage  # here, so that --help does not load torch and transformers
+
     config = HarvestConfig(layers=tuple(layers), **options)
     if not dry_run:
         stage.run(config, repair=repair)
     elif (plan := stage.dry_run(config, repair=repair)) and as_json:
+        print_json(plan)
+
+
+def truth_command(truth: str, options: dict[str, Any], dry_run: bool, as_json: bool, repair: bool) -> None:
+    """Write the store of a spec. Raises UsageError for an option that only a model has."""
+    from harvest.truth.run import TruthConfig, planned_truth, run_truth
+
+    fields = TruthConfig.__dataclass_fields__
+    context = click.get_current_context()
+    given = [name for name in (*options, "layers") if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    if foreign := [name for name in given if name not in fields]:
+        raise UsageError(
+            f"--{foreign[0].replace('_', '-').replace('layers', 'layer')}: --truth runs no model over no text"
+        )
+    config = TruthConfig(truth, **{name: value for name, value in options.items() if name in fields})
+    if not dry_run:
+        run_truth(config, repair=repair)
+    elif (plan := planned_truth(config)) and as_json:
         print_json(plan)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ def run(config: HarvestConfig, *, repair: bool = False, quiet: bool = False) -> 
         plan = make_plan(config, repair=repair)
         if rank() == 0:
             say(announce.describe(plan))
-        with locked(plan) if rank() == 0 else contextlib.nullcontext():
+        with locked(plan.stores.values()) if rank() == 0 else contextlib.nullcontext():
             if rank() == 0:
-                check_space(plan)
+                require_space(plan.config.store, plan.stores.values(), plan.estimate)
                 prepare_stores(plan, repair)
             barrier()
             make_shards(plan)
@@ -76,12 +76,12 @@ def workers() -> Iterator[Barrier]:
 
 
 @contextlib.contextmanager
-def locked(plan: Plan) -> Iterator[None]:
-    """Hold every local store of the plan against a second harvest. Raises DiskError when another process has one.
+def locked(stores: Iterable[str]) -> Iterator[None]:
+    """Hold every local store of a plan against a second harvest. Raises DiskError when another process has one.
 
     A store's folder is made for this, and taken away again where nothing came into it.
     """
-    folders = [Path(path) for path in plan.stores.values() if not is_url(path)]
+    folders = [Path(path) for path in stores if not is_url(path)]
     with contextlib.ExitStack() as stack:
         for folder in folders:
             with disk_errors(folder):
@@ -95,12 +95,12 @@ def locked(plan: Plan) -> Iterator[None]:
                     folder.rmdir()  # refuses unless it is empty
 
 
-def check_space(plan: Plan) -> None:
-    """Raise DiskError unless what is still to be written fits on the disk."""
-    if is_url(plan.config.store):
+def require_space(place: str, stores: Iterable[str], estimate: int) -> None:
+    """Raise DiskError unless what is still to be written of the stores, `estimate` bytes in all, fits on the disk."""
+    if is_url(place):
         return
-    there = sum(p.stat().st_size for path in plan.stores.values() for p in Path(path).rglob("*") if p.is_file())
-    require_free(Path(plan.config.store), max(0, plan.estimate - there), "the store")
+    there = sum(p.stat().st_size for path in stores for p in Path(path).rglob("*") if p.is_file())
+    require_free(Path(place), max(0, estimate - there), "the store")
 
 
 def prepare_stores(plan: Plan, repair: bool) -> None:

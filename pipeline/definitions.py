@@ -138,6 +138,37 @@ METRICS: dict[str, Metric] = {
             "of the activations of pairs of sampled latents over kept tokens that are not massive",
         ),
         Metric(
+            "truth_mcc", "MCC", "cosine", "higher",
+            "mean |cos| of decoder rows and true directions under the best one-to-one matching",
+        ),
+        Metric(
+            "truth_f1", "F1 of features", "fraction", "higher",
+            "mean over true features that fired of F1 of the firing of its latent (largest |cos|)",
+        ),
+        Metric("truth_precision", "precision of features", "fraction", "higher", "likewise: precision"),
+        Metric("truth_recall", "recall of features", "fraction", "higher", "likewise: recall"),
+        Metric("truth_found", "features found", "fraction", "higher", "share of true features with a latent of |cos| > 0.9"),
+        Metric(
+            "truth_unique", "latents claimed once", "fraction", "higher",
+            "share of latents that are the best match of exactly one true feature",
+        ),
+        Metric(
+            "truth_distinct", "uniqueness", "fraction", "higher",
+            "distinct true features that latents match best, over latents",
+        ),
+        Metric(
+            "truth_parent_silent", "parent silent under its child", "fraction", "lower",
+            "P(the parent's latent is off | the parent and a child of it are on): absorption",
+        ),
+        Metric(
+            "truth_parent_missed", "parent missed alone", "fraction", "lower",
+            "P(the parent's latent is off | the parent is on, no child of it is): mere misses",
+        ),
+        Metric(
+            "truth_hedging", "hedging", "fraction", "lower",
+            "mean part of a child's direction in the decoder row of its parent's latent; 0 is the parent alone",
+        ),
+        Metric(
             "jaccard", "co-activation (Jaccard)", "fraction", "neither",
             "tokens on which both latents of a pair fire over tokens on which either does, same tokens and pairs",
         ),

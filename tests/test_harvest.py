@@ -497,7 +497,7 @@ def test_foreign_folder_is_left_alone(config: HarvestConfig) -> None:
 
 def test_every_field_has_an_option() -> None:
     """The command has an option for every field."""
-    names = {option.name for option in command.params} - {"dry_run", "as_json", "repair"}
+    names = {option.name for option in command.params} - {"dry_run", "as_json", "repair", "truth"}
     assert names == {field.name for field in dataclasses.fields(HarvestConfig)}
     assert {o.name: o.default for o in command.params if o.name in ("tokens", "context", "model", "dtype", "seed")} == {
         "tokens": 10_000_000, "context": 128, "model": "google/gemma-2-2b", "dtype": "bf16", "seed": 0,

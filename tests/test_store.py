@@ -286,8 +286,8 @@ def test_other_version_is_refused(tmp_path: Path) -> None:
     """A store of another version is refused."""
     make_store(tmp_path / "s.zarr", n_sequences=19, eval_sequences=5, **SMALL)
     root = tmp_path / "s.zarr" / "zarr.json"
-    root.write_bytes(root.read_bytes().replace(b'"version": 1,', b'"version": 2,'))
-    with pytest.raises(StoreError, match=r"expected format nested-sae-activations version 1, found .* version 2"):
+    root.write_bytes(root.read_bytes().replace(b'"version": 1,', b'"version": 3,'))
+    with pytest.raises(StoreError, match=r"expected format nested-sae-activations version 1 or 2, found .* version 3"):
         Store.open(tmp_path / "s.zarr")
 
 

@@ -27,7 +27,8 @@ class Batch:
     """Some sequences of the split. Kept rows are the positions that are not special, in order.
 
     `weights` [2, row] is 1 where a kept row counts: always; unless it is massive. `targets` is the next token of the
-    same sequence, −1 after the last position. `group` numbers each row's group of GROUP_SEQUENCES sequences.
+    same sequence, −1 after the last position; where rows are of no text, `tokens` and `targets` are −1. `group` numbers
+    each row's group of GROUP_SEQUENCES sequences.
     """
 
     first: int
@@ -68,8 +69,9 @@ class Sample:
         split, context = self.store.eval, self.store.context
         rows = slice(first * context, stop * context)
         residual = split.read(rows.start, rows.stop).to(self.device).view(stop - first, context, -1)
-        tokens = torch.from_numpy(split.tokens[first:stop]).long()
         kept = ~torch.from_numpy(split.special[first:stop]).bool()
+        has_tokens = split.shape.layout.has_tokens
+        tokens = torch.from_numpy(split.tokens[first:stop]).long() if has_tokens else torch.full(kept.shape, -1)
         normal = torch.from_numpy(split.kept()[rows]).view_as(kept)[kept]
         targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], 1)[kept]
         group = (torch.arange(first, stop) // GROUP_SEQUENCES)[:, None].expand_as(kept)[kept]

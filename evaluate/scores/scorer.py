@@ -17,13 +17,40 @@ from evaluate.scores.features import Correlation, density_features, geometry
 from evaluate.scores.firing import Firing
 from evaluate.scores.reconstruction import Reconstruction, spread_in_group
 from evaluate.scores.sample import WEIGHTINGS, Batch, Survey
-from pipeline.base.errors import CheckpointError
+from evaluate.scores.structure import Hierarchy, meta_dictionary
+from evaluate.scores.truth import Truth, TruthScore
+from pipeline.base.errors import CheckpointError, PipelineError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.model.split_lm import SplitLM
+    from pipeline.store.reader import Store
 
-SCORES = ("kl", "ev", "l0", "coding", "features")
-"""Families computed from the store: behaviour (kl_*, ce*, top1), reconstruction, sparsity, sparse_coding_rate, features."""
+SCORES = ("kl", "ev", "l0", "coding", "features", "truth", "structure")
+"""Families computed from the store: behaviour (kl_*, ce*, top1), reconstruction, sparsity, sparse_coding_rate, features;
+against known features; meta-dictionary and hierarchy."""
+OF_A_MODEL = ("kl", "ev", "l0", "coding", "features")
+"""Those computed unless others are asked for."""
+OF_A_TRUTH = ("ev", "l0", "coding", "features", "truth", "structure")
+"""The same where rows are sums of known features."""
+
+
+def default_scores(store: Store) -> tuple[str, ...]:
+    """The families computed unless others are asked for."""
+    return OF_A_TRUTH if store.layout.kind == "truth" else OF_A_MODEL
+
+
+def unfit_scores(scores: Sequence[str], store: Store) -> dict[str, PipelineError]:
+    """Which of the families a store has not what it takes for, and why: found before any work."""
+    found: dict[str, PipelineError] = {}
+    if "kl" in scores and not store.layout.has_tokens:
+        found["kl"] = UsageError(
+            f"--scores kl: {store.where} was made without a language model, so there is none to splice into"
+        )
+    if "truth" in scores and "truth/directions" not in store.extras:
+        found["truth"] = UsageError(
+            f"--scores truth: {store.where} does not know its features; make one with python -m harvest --truth"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -43,7 +70,7 @@ def shared_work(batch: Batch, clean: Clean | None, survey: Survey) -> Batched:
 class Scorer:
     """One checkpoint on the device with its running sums. Raises CheckpointError when its file cannot be loaded.
 
-    `scores` names families of SCORES; `levels` is all, last, or indices.
+    `scores` names families of SCORES; `levels` is all, last, or indices; `truth` goes with the family of that name.
     """
 
     def __init__(
@@ -54,6 +81,8 @@ class Scorer:
         levels: str,
         seed: int,
         device: torch.device,
+        context: int,
+        truth: Truth | None,
     ) -> None:
         self.checkpoint, self.scores, self.levels = checkpoint, tuple(scores), resolve_levels(levels, checkpoint)
         self.sae = checkpoint.load().float().to(device).eval().requires_grad_(False)
@@ -63,6 +92,9 @@ class Scorer:
         self.behaviour = {level: Behaviour(device) for level in self.levels}
         self.coding = SparseCoding(self.sae, survey) if "coding" in scores else None
         self.correlation = Correlation(config, seed, device) if "features" in scores else None
+        self.hierarchy = Hierarchy(config, context, seed) if "structure" in scores else None
+        self.truth = TruthScore(self.sae, truth) if truth is not None else None
+        self.context, self.seed = context, seed
 
     def update(self, lm: SplitLM | None, shared: Batched, chunk: int) -> None:
         """Add a batch."""
@@ -80,6 +112,10 @@ class Scorer:
             self.coding.update(z, batch, self.levels)
         if self.correlation is not None:
             self.correlation.update(z, batch)
+        if self.hierarchy is not None:
+            self.hierarchy.update(z, batch)
+        if self.truth is not None:
+            self.truth.update(z, batch.first * self.context)
 
     def require_finite(self) -> None:
         """Raise CheckpointError when a reconstruction or a KL so far is not finite: no need to go on."""
@@ -108,6 +144,8 @@ class Scorer:
                 scores |= reconstruction[k]
             if "l0" in self.scores:
                 scores |= firing[k]
+            if self.truth is not None and name == "scores":
+                scores |= self.truth.scores(level)
             found[name] = {metric: defined(value) for metric, value in scores.items()}
         if "l0" in self.scores:
             found["l0_quantiles"] = self.firing.l0_quantiles(level)
@@ -125,6 +163,20 @@ class Scorer:
             points = self.coding.rates(level, full)
             rows += [{"n": n, "level": level, "value": value, "low": None, "high": None} for n, value in points]
         return {"sparse_coding_rate": rows}
+
+    def structure(self) -> dict[str, Any]:
+        """The results' `structure` and `truth`, those that were asked for."""
+        found: dict[str, Any] = {}
+        if self.hierarchy is not None:
+            W_dec = self.sae.W_dec
+            meta = [
+                {"level": level, **meta_dictionary(W_dec[: self.sae.config.levels[level]], self.seed)}
+                for level in self.levels
+            ]
+            found["structure"] = {"meta": meta, "hierarchy": self.hierarchy.features()}
+        if self.truth is not None:
+            found["truth"] = self.truth.about()
+        return found
 
     def features(self) -> dict[str, Any]:
         """The results' `features`."""

@@ -17,17 +17,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.base.errors import UsageError
-from pipeline.base.files import hash_config
+from pipeline.base.errors import DamagedError, UsageError
+from pipeline.base.files import hash_config, sha256
 from pipeline.store.shards import CODECS, chunk_bound, codec_json, index_nbytes
 
 SPLITS = ("train", "eval")
+KINDS = ("model", "truth")
+"""What rows are: a language model's residual stream over tokens, or sums of known features (no tokens)."""
 COMMITTED = ("resid", "norm", "moments")
 """The arrays whose shard files a commit record vouches for, in its order."""
 
 BF16_NAN = 0x7FC0
 OUR_KEY = re.compile(
-    r"(zarr\.json|mean/(zarr\.json|c/0)"
+    r"(zarr\.json|mean/(zarr\.json|c/0)|(eval/)?truth/(zarr\.json|[a-z]+/(zarr\.json|c/0(/0)?))"
     r"|(train|eval)/(zarr\.json|(tokens|special|resid|norm|moments|commit)/(zarr\.json|c/\d+(/0)?)))(\.\d+\.partial)?"
 )
 """Every file that a store may hold, leftovers of killed writers included."""
@@ -129,10 +131,13 @@ class Layout:
     shard_rows: int
     chunk_rows: int
     codec: str
+    kind: str = "model"
 
     def __post_init__(self) -> None:
         if self.dtype not in ("bf16", "float32"):
             raise UsageError(f"a store holds bf16 or float32, not {self.dtype!r}")
+        if self.kind not in KINDS:
+            raise UsageError(f"a store is of kind {' or '.join(KINDS)}, not {self.kind!r}; another release made it")
         if self.codec not in CODECS:
             raise UsageError(f"codec {self.codec!r} is not one of {', '.join(CODECS)}")
         if min(self.d_model, self.context, self.shard_rows, self.chunk_rows) < 1:
@@ -147,9 +152,14 @@ class Layout:
     def from_config(config: Mapping[str, Any]) -> Layout:
         """The layout named by a store's config. Raises UsageError when a field is not there."""
         names = [*Layout.__dataclass_fields__]
-        if missing := [name for name in names if name not in config]:
+        if missing := [name for name in names if name not in config and name != "kind"]:
             raise UsageError(f"the store's config lacks {', '.join(missing)}")
-        return Layout(**{name: config[name] for name in names})
+        return Layout(**{name: config[name] for name in names if name in config})
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether rows stand for tokens; those of a truth do not."""
+        return self.kind == "model"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -213,8 +223,8 @@ class SplitLayout:
             "bfloat16" if bf16 else "",
         )  # fmt: skip
         moments = (2 + of.d_model,)
-        return {
-            "tokens": Array(f"{path}/tokens", (n, of.context), "int32", (per_shard, of.context), sequences, -1),
+        tokens = Array(f"{path}/tokens", (n, of.context), "int32", (per_shard, of.context), sequences, -1)
+        return ({"tokens": tokens} if of.has_tokens else {}) | {
             "special": Array(f"{path}/special", (n, of.context), "uint8", (per_shard, of.context), sequences, 255),
             "resid": resid,
             "norm": Array(f"{path}/norm", (rows,), "float32", (of.shard_rows,), ("row",), "NaN"),
@@ -227,8 +237,63 @@ class SplitLayout:
         }
 
 
+@dataclass(frozen=True)
+class Extra:
+    """An array that a store carries beside its rows, whole in one chunk: `path` like truth/parent or eval/truth/start."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    @staticmethod
+    def of(path: str, data: npt.NDArray[Any]) -> Extra:
+        """What describes these data."""
+        return Extra(path, str(data.dtype), data.shape, sha256(little_endian(data).tobytes()))
+
+    @property
+    def array(self) -> Array:
+        """Its Zarr array."""
+        fill: int | str = "NaN" if self.dtype.startswith("float") else -1
+        names = EXTRAS[self.path]
+        return Array(self.path, self.shape, self.dtype, self.shape, names, fill)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the root's attributes say it, under its path."""
+        return {"dtype": self.dtype, "shape": list(self.shape), "sha256": self.sha256}
+
+
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "truth/directions": ("feature", "d_model"),
+    "truth/parent": ("feature",),
+    "truth/depth": ("feature",),
+    "truth/probability": ("feature",),
+    "truth/magnitude": ("feature",),
+    "eval/truth/start": ("row_and_one",),
+    "eval/truth/feature": ("firing",),
+    "eval/truth/strength": ("firing",),
+}
+"""Every extra array that a store may carry: path → its dimensions."""
+
+
+def extras_of(attributes: Mapping[str, Any]) -> dict[str, Extra]:
+    """The extra arrays that a root's attributes name. Raises DamagedError for one that no store has."""
+    found = attributes.get("extras", {})
+    if unknown := sorted(set(found) - set(EXTRAS)):
+        raise DamagedError(f"the store's root names an array {unknown[0]!r} that no store has; another release made it")
+    return {path: Extra(path, str(e["dtype"]), tuple(e["shape"]), str(e["sha256"])) for path, e in found.items()}
+
+
+def little_endian(data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The same numbers as stored."""
+    return np.ascontiguousarray(data, data.dtype.newbyteorder("<"))
+
+
 def metadata_files(
-    config: Mapping[str, Any], n_sequences: Mapping[str, int], segments: Sequence[int]
+    config: Mapping[str, Any],
+    n_sequences: Mapping[str, int],
+    segments: Sequence[int],
+    extras: Mapping[str, Extra] | None = None,
 ) -> dict[str, bytes]:
     """Every zarr.json below the root: key → bytes.
 
@@ -242,6 +307,9 @@ def metadata_files(
         files[f"{name}/zarr.json"] = group_metadata({"config_sha256": hash_config(config)} | again)
         for array in SplitLayout(name, layout, n_sequences[name]).arrays.values():
             files[array.metadata_key] = array.metadata()
+    for path, extra in (extras or {}).items():
+        files[f"{path.rpartition('/')[0]}/zarr.json"] = group_metadata({})
+        files[extra.array.metadata_key] = extra.array.metadata()
     return files
 
 
@@ -256,11 +324,14 @@ ROOT_REST = 2048
 """Bytes of the root's zarr.json beside config and files: hashes, versions, statistics."""
 
 
-def estimate_bytes(config: Mapping[str, Any], n_train: int, n_eval: int) -> int:
-    """Bytes of a finished store of so many sequences: exact to a few kB for codec none, an upper bound when compressed."""
+def estimate_bytes(config: Mapping[str, Any], n_train: int, n_eval: int, n_extra: int = 0) -> int:
+    """Bytes of a finished store of so many sequences: exact to a few kB for codec none, an upper bound when compressed.
+
+    `n_extra`: bytes of the arrays that it carries beside its rows.
+    """
     layout, metadata = Layout.from_config(config), metadata_files(config, {"train": n_train, "eval": n_eval}, [n_train])
     root = group_metadata({"config": config, "files": dict.fromkeys(metadata, "0" * 64)})
-    total = len(root) + ROOT_REST + sum(map(len, metadata.values())) + layout.mean.file_nbytes
+    total = n_extra + len(root) + ROOT_REST + sum(map(len, metadata.values())) + layout.mean.file_nbytes
     for name, n_sequences in (("train", n_train), ("eval", n_eval)):
         split = SplitLayout(name, layout, n_sequences)
         n_chunks = sum(split.n_chunks(k) for k in range(split.n_shards))

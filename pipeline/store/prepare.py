@@ -18,9 +18,9 @@ import numpy.typing as npt
 from pipeline.base.errors import DamagedError, DiskError, MismatchError, StoreError, UsageError
 from pipeline.base.files import PARTIAL, hash_config, hash_parts, require_same, sha256
 from pipeline.store.backend import Files
-from pipeline.store.layout import OUR_KEY, SPLITS, Layout, SplitLayout, metadata_files, pad_rows
+from pipeline.store.layout import OUR_KEY, SPLITS, Extra, Layout, SplitLayout, little_endian, metadata_files, pad_rows
 from pipeline.store.objects import open_files
-from pipeline.store.reader import FORMAT, ROOT_KEY, VERSION, Store, read_root, write_root
+from pipeline.store.reader import FORMAT, ROOT_KEY, Store, read_root, write_root
 from pipeline.store.shards import with_crc, without_crc
 from pipeline.store.split import Mask, Rows
 from pipeline.store.writer import StoreWriter, sweep
@@ -34,14 +34,19 @@ BLOCK = 4096
 class SplitTokens:
     """What a split's rows stand for: `tokens` int32 and `special` bool, both [n_sequences, context].
 
-    `special` is true for BOS, EOS, PAD, any special token of the tokenizer, and for position 0 always.
+    `special` is true for BOS, EOS, PAD, any special token of the tokenizer, and for position 0 always. Rows of no text
+    have no `tokens`, and none of them needs be special.
     Raises UsageError when shapes or dtypes are others, a split is empty, or position 0 is not marked.
     """
 
-    tokens: Rows
+    tokens: Rows | None
     special: Mask
 
     def __post_init__(self) -> None:
+        if self.tokens is None:
+            if self.special.ndim != 2 or self.special.dtype != np.bool_ or len(self.special) == 0:
+                raise UsageError(f"special {self.special.shape}: expected bool [n_sequences, context]")
+            return
         if self.tokens.ndim != 2 or self.tokens.shape != self.special.shape or len(self.tokens) == 0:
             raise UsageError(
                 f"tokens {self.tokens.shape}, special {self.special.shape}: expected [n_sequences, context]"
@@ -49,13 +54,24 @@ class SplitTokens:
         if self.tokens.dtype != np.int32 or self.special.dtype != np.bool_ or not self.special[:, 0].all():
             raise UsageError("tokens must be int32, special bool and true at position 0")
 
-    def hashes(self, n_sequences: int | None = None) -> tuple[str, str]:
-        """SHA-256 of the first sequences' tokens (little-endian int32) and special mask (uint8)."""
+    @property
+    def n_sequences(self) -> int:
+        """Sequences of the split."""
+        return len(self.special)
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What is there, by the name of its array."""
+        return ({} if self.tokens is None else {"tokens": self.tokens}) | {"special": self.special}
+
+    def hashes(self, n_sequences: int | None = None) -> dict[str, str]:
+        """SHA-256 of the first sequences' tokens (little-endian int32), where there are any, and special mask (uint8)."""
 
         def hashed(array: npt.NDArray[Any], dtype: str) -> str:
             return hash_parts(array[a : a + BLOCK].astype(dtype).tobytes() for a in range(0, len(array), BLOCK))
 
-        return hashed(self.tokens[:n_sequences], "<i4"), hashed(self.special[:n_sequences], "u1")
+        dtypes = {"tokens": "<i4", "special": "u1"}
+        return {name: hashed(array[:n_sequences], dtypes[name]) for name, array in self.arrays.items()}
 
 
 def segments(path: Path | str, *, repair: bool = False) -> tuple[int, ...]:
@@ -108,9 +124,12 @@ def prepare(
     evaluation: SplitTokens,
     versions: Mapping[str, str],
     *,
+    extras: Mapping[str, npt.NDArray[Any]] | None = None,
     repair: bool = False,
 ) -> StoreWriter:
     """Make a store ready for its shards: tokens, special masks, all metadata, then the root. One process at a time.
+
+    `extras`: arrays that it carries beside its rows, by path (layout.EXTRAS).
 
     Run again it changes nothing. With more training sequences, the first of them those already there, it extends the
     store: whole shards stay, a ragged last one is given up, to be written at its new size. With `repair` it also writes
@@ -119,20 +138,20 @@ def prepare(
     Raises MismatchError (another config or other tokens; says which), DiskError (the folder holds something else, the
     disk is full), DamagedError (without `repair`).
     """
-    files, splits = open_files(path), {"train": train, "eval": evaluation}
+    files, splits, extras = open_files(path), {"train": train, "eval": evaluation}, extras or {}
     layout = Layout.from_config(config)
     require_context(layout, splits)
     require_ours(files)
-    cumulative = extended(segments(path, repair=repair), len(train.tokens))
-    previous = read_previous(files, config, splits, cumulative, repair)
-    attributes = new_attributes(config, splits, versions, cumulative, previous)
+    cumulative = extended(segments(path, repair=repair), train.n_sequences)
+    previous = read_previous(files, config, splits, extras, cumulative, repair)
+    attributes = new_attributes(config, splits, extras, versions, cumulative, previous)
     if previous is not None and is_prepared(previous, attributes) and not repair:
         return StoreWriter.open(path)
     write_root(files, attributes | {"state": "preparing"})
     sweep(files)
     if previous is not None and (previous["state"] == "preparing" or previous["segments"] != attributes["segments"]):
         give_up_ragged(files, layout, attributes["segments"])
-    for key, data in prepared_files(config, layout, splits, cumulative):
+    for key, data in prepared_files(config, layout, splits, cumulative, extras):
         if files.size(key) != len(data) or files.read(key) != data:
             files.write(key, data)
     write_root(files, attributes)
@@ -143,7 +162,12 @@ def prepare(
 
 
 def read_previous(
-    files: Files, config: Mapping[str, Any], splits: Mapping[str, SplitTokens], cumulative: Sequence[int], repair: bool
+    files: Files,
+    config: Mapping[str, Any],
+    splits: Mapping[str, SplitTokens],
+    extras: Mapping[str, npt.NDArray[Any]],
+    cumulative: Sequence[int],
+    repair: bool,
 ) -> dict[str, Any] | None:
     """Attributes of the store that is there and goes on; None when a new one begins. Raises when it cannot go on."""
     has_shards = any("/commit/c/" in key for key in files.keys())  # noqa: SIM118 (not a dict)
@@ -152,16 +176,16 @@ def read_previous(
     except (StoreError, DamagedError):
         if files.size(ROOT_KEY) is not None and not repair:
             raise
-        require_known(files, config, splits, cumulative, repair)
+        require_known(files, config, splits, extras, cumulative, repair)
         return None
     if previous["state"] == "preparing" and not has_shards:
         return None  # a first preparation that was killed: nothing of it is worth keeping
     path = Path(files.where(""))
     require_same(path, previous["config"], config, "the store")
-    require_sizes(str(path), previous, len(splits["train"].tokens), len(splits["eval"].tokens))
+    require_sizes(str(path), previous, splits["train"].n_sequences, splits["eval"].n_sequences)
     for name in SPLITS:
-        expected = previous["tokens_sha256"][name], previous["special_sha256"][name]
-        if splits[name].hashes(previous["n_sequences"][name]) != expected:
+        found = splits[name].hashes(previous["n_sequences"][name])
+        if any(previous[f"{array}_sha256"][name] != digest for array, digest in found.items()):
             raise MismatchError(
                 f"{path}: its {name} tokens are others although the config is the same; use another path"
             )
@@ -178,7 +202,12 @@ def is_whole(files: Files, key: str) -> bool:
 
 
 def require_known(
-    files: Files, config: Mapping[str, Any], splits: Mapping[str, SplitTokens], cumulative: Sequence[int], repair: bool
+    files: Files,
+    config: Mapping[str, Any],
+    splits: Mapping[str, SplitTokens],
+    extras: Mapping[str, npt.NDArray[Any]],
+    cumulative: Sequence[int],
+    repair: bool,
 ) -> None:
     """Without a readable root: raise unless the folder holds nothing yet, or `repair` and just this config and these tokens.
 
@@ -192,8 +221,8 @@ def require_known(
         raise DamagedError(f"{files.where(ROOT_KEY)}: gone, though the rest of a store is there; run harvest --repair")
     there = {
         key: files.read(key) == data
-        for key, data in prepared_files(config, Layout.from_config(config), splits, cumulative)
-        if key in keys and (key in GROUPS or "/tokens/c/" in key)
+        for key, data in prepared_files(config, Layout.from_config(config), splits, cumulative, extras)
+        if key in keys and (key in GROUPS or "/tokens/c/" in key or key == "truth/directions/c/0/0")
     }
     groups = [there.pop(key) for key in GROUPS if key in there]
     others = [key for key, same in there.items() if not same and is_whole(files, key)]
@@ -222,10 +251,12 @@ def require_sizes(where: str, previous: Mapping[str, Any], n_train: int, n_eval:
 def require_context(layout: Layout, splits: Mapping[str, SplitTokens]) -> None:
     """Raise UsageError unless the tokens' rows are one context long."""
     for name, split in splits.items():
-        if split.tokens.shape[1] != layout.context:
+        if split.special.shape[1] != layout.context:
             raise UsageError(
-                f"{name}: sequences of {split.tokens.shape[1]} tokens, the config's context is {layout.context}"
+                f"{name}: sequences of {split.special.shape[1]} tokens, the config's context is {layout.context}"
             )
+        if (split.tokens is not None) != layout.has_tokens:
+            raise UsageError(f"{name}: a store of kind {layout.kind} has {'' if layout.has_tokens else 'no '}tokens")
 
 
 def require_ours(files: Files) -> None:
@@ -238,25 +269,34 @@ def require_ours(files: Files) -> None:
 def new_attributes(
     config: Mapping[str, Any],
     splits: Mapping[str, SplitTokens],
+    extras: Mapping[str, npt.NDArray[Any]],
     versions: Mapping[str, str],
     cumulative: Sequence[int],
     previous: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Attributes of the prepared store, without its seal. Versions stay those of the harvest that began it."""
-    n_sequences = {name: len(splits[name].tokens) for name in SPLITS}
+    n_sequences = {name: splits[name].n_sequences for name in SPLITS}
     hashes = {name: splits[name].hashes() for name in SPLITS}
-    tokens = {name: hashes[name][0] for name in SPLITS}
+    tokens, special = (
+        {split: found[name] for split, found in hashes.items() if name in found} for name in ("tokens", "special")
+    )
+    described = {path: Extra.of(path, data) for path, data in sorted(extras.items())}
+    beside = {"extras": {path: extra.to_dict() for path, extra in described.items()}} if extras else {}
+    of_rows = {"tokens_sha256": tokens} if tokens else {"special_sha256": special, **beside}
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 1 if tokens and not extras else 2,
         "state": "prepared",
-        "id": hash_config({"config": config, "tokens_sha256": tokens}),
+        "id": hash_config({"config": config, **of_rows}),
         "config": dict(config),
         "segments": list(cumulative),
         "n_sequences": n_sequences,
         "tokens_sha256": tokens,
-        "special_sha256": {name: hashes[name][1] for name in SPLITS},
-        "files": {key: sha256(data) for key, data in metadata_files(config, n_sequences, cumulative).items()},
+        "special_sha256": special,
+        **beside,
+        "files": {
+            key: sha256(data) for key, data in metadata_files(config, n_sequences, cumulative, described).items()
+        },
         "versions": dict(previous["versions"] if previous else versions),
     }
 
@@ -279,13 +319,22 @@ def give_up_ragged(files: Files, layout: Layout, cumulative: list[int]) -> None:
 
 
 def prepared_files(
-    config: Mapping[str, Any], layout: Layout, splits: Mapping[str, SplitTokens], cumulative: Sequence[int]
+    config: Mapping[str, Any],
+    layout: Layout,
+    splits: Mapping[str, SplitTokens],
+    cumulative: Sequence[int],
+    extras: Mapping[str, npt.NDArray[Any]],
 ) -> Iterator[tuple[str, bytes]]:
     """Every file of a prepared store but the root: key, bytes."""
-    yield from metadata_files(config, {name: len(splits[name].tokens) for name in SPLITS}, cumulative).items()
+    described = {path: Extra.of(path, data) for path, data in extras.items()}
+    yield from metadata_files(
+        config, {name: splits[name].n_sequences for name in SPLITS}, cumulative, described
+    ).items()
+    for path, extra in described.items():
+        yield extra.array.key(0), with_crc(little_endian(extras[path]))
     for name in SPLITS:
-        arrays = SplitLayout(name, layout, len(splits[name].tokens)).arrays
-        for data, array in ((splits[name].tokens, arrays["tokens"]), (splits[name].special, arrays["special"])):
+        arrays = SplitLayout(name, layout, splits[name].n_sequences).arrays
+        for data, array in ((data, arrays[kind]) for kind, data in splits[name].arrays.items()):
             for k in range(array.n_files):
                 part = data[k * array.chunk[0] : (k + 1) * array.chunk[0]].astype(array.numpy_dtype)
                 yield array.key(k), with_crc(pad_rows(part, array.chunk[0], array.padding))

@@ -24,13 +24,14 @@ from pipeline.base.errors import DamagedError, PipelineError, StoreError
 from pipeline.base.files import PARTIAL, canonical_json, hash_parts, sha256
 from pipeline.base.progress import Progress
 from pipeline.store.backend import Files
-from pipeline.store.layout import SPLITS, Layout, SplitLayout, group_metadata
+from pipeline.store.layout import SPLITS, Layout, SplitLayout, extras_of, group_metadata
 from pipeline.store.moments import Statistics, mean_and_scale, merge, norms_and_moments
 from pipeline.store.objects import open_files
 from pipeline.store.split import Split as Split
 from pipeline.store.split import read_array, read_part, to_numpy
 
-FORMAT, VERSION = "nested-sae-activations", 1
+FORMAT, VERSIONS = "nested-sae-activations", (1, 2)
+"""A store is written in the first version that can say what it is: 2 where rows have no tokens or arrays stand beside them."""
 ROOT_KEY = "zarr.json"
 Check = tuple[str, Callable[[], None]]
 
@@ -45,6 +46,7 @@ class Store:
         self.complete: bool = attributes["state"] == "complete"
         self.layout = Layout.from_config(self.config)
         self.d_model, self.context, self.dtype = self.layout.d_model, self.layout.context, self.layout.torch_dtype
+        self._extras = extras_of(attributes)
         self._statistics = Statistics(**attributes["statistics"]) if self.complete else None
         self.train, self.eval = (
             Split(files, SplitLayout(name, self.layout, attributes["n_sequences"][name]), self._statistics)
@@ -108,6 +110,21 @@ class Store:
         return read_array(self.files, self.layout.mean)
 
     @property
+    def extras(self) -> tuple[str, ...]:
+        """Paths of the arrays that the store carries beside its rows (FORMAT.md), in order."""
+        return tuple(sorted(self._extras))
+
+    def extra(self, path: str) -> npt.NDArray[Any]:
+        """One of them, whole. Raises StoreError when the store has none of this name, DamagedError when bytes changed."""
+        if path not in self._extras:
+            raise StoreError(f"{self.where}: has no array {path}")
+        extra = self._extras[path]
+        found = read_part(self.files, extra.array, 0)
+        if (digest := sha256(found.tobytes())) != extra.sha256:
+            raise DamagedError(f"{self.files.where(path)}: SHA-256 {digest[:10]}…, expected {extra.sha256[:10]}…")
+        return found
+
+    @property
     def scale(self) -> float:
         """(E‖x − mean‖²)^−½ over the training split's kept rows."""
         return self.statistics.scale
@@ -150,6 +167,8 @@ class Store:
             yield key, partial(check_hash, self.files, key, digest)
         for split in self.splits:
             yield f"{split.name} tokens", partial(self._check_tokens, split)
+        for path in self.extras:
+            yield path, partial(self._check_extra, path)
 
     def check_metadata(self) -> None:
         """Raise DamagedError unless every zarr.json, the tokens and the special masks are as they were prepared."""
@@ -158,12 +177,17 @@ class Store:
 
     def _check_tokens(self, split: Split) -> None:
         for name in ("tokens", "special"):
+            if name not in split.arrays:
+                continue
             array = split.arrays[name]
             expected = self.attributes[f"{name}_sha256"][split.name]
             parts = (read_part(self.files, array, k).tobytes() for k in range(array.n_files))
             found = hash_parts(parts)
             if found != expected:
                 raise DamagedError(f"{self.files.where(array.path)}: SHA-256 {found[:10]}…, expected {expected[:10]}…")
+
+    def _check_extra(self, path: str) -> None:
+        self.extra(path)
 
     def _check_mean(self) -> None:
         if sha256(self.mean64.tobytes()) != self.statistics.mean_sha256:
@@ -199,9 +223,10 @@ def read_root(files: Files) -> dict[str, Any]:
         whole = attributes.get("seal") == seal(attributes) and group_metadata(attributes) == data
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{where}: not readable as a Zarr group ({error}); run harvest --repair") from error
-    if found != (FORMAT, VERSION):
+    if found[0] != FORMAT or found[1] not in VERSIONS:
+        known = " or ".join(map(str, VERSIONS))
         raise StoreError(
-            f"{where}: expected format {FORMAT} version {VERSION}, found {found[0]} version {found[1]}; harvest again, or use "
+            f"{where}: expected format {FORMAT} version {known}, found {found[0]} version {found[1]}; harvest again, or use "
             f"the release that made it"
         )
     if not whole:
@@ -253,6 +278,8 @@ def describe_store(store: Store) -> dict[str, Any]:
     }
     names = ("format", "version", "state", "id", "config", "segments", "tokens_sha256", "versions")
     described = {name: store.attributes[name] for name in names} | {"splits": splits, "bytes": sum(held.values())}
+    if store.extras:
+        described["extras"] = store.attributes["extras"]
     if store.complete:
         described |= {"statistics": store.statistics.to_dict(), "mean": store.mean64.tolist()}
     return described

@@ -61,8 +61,8 @@ class Split:
 
     @cached_property
     def tokens(self) -> Rows:
-        """Token ids, int32 [n_sequences, context]."""
-        return read_array(self.files, self.arrays["tokens"])
+        """Token ids, int32 [n_sequences, context]. Raises StoreError for a store whose rows are of no text."""
+        return read_array(self.files, self.require_tokens())
 
     @cached_property
     def special(self) -> Mask:
@@ -93,8 +93,16 @@ class Split:
         return usable & not_massive(self.norm, multiple, self.statistics.median_norm)
 
     def shard_tokens(self, k: int) -> Rows:
-        """Token ids of shard k alone, int32 [seq, context]."""
-        return read_part(self.files, self.arrays["tokens"], k)
+        """Token ids of shard k alone, int32 [seq, context]. Raises StoreError likewise."""
+        return read_part(self.files, self.require_tokens(), k)
+
+    def require_tokens(self) -> Array:
+        """The array of tokens. Raises StoreError when there is none."""
+        if "tokens" not in self.arrays:
+            raise StoreError(
+                f"{self.files.where('')}: its rows are of no text, so it has no tokens; use a model's store"
+            )
+        return self.arrays["tokens"]
 
     def shard_usable(self, k: int) -> Mask:
         """Rows of shard k that are not special, bool [row]."""

@@ -13,7 +13,7 @@ from pipeline.base.errors import DamagedError, DiskError, MismatchError
 from pipeline.base.files import require_free
 from pipeline.base.progress import Progress
 from pipeline.store.backend import Files, LocalFiles
-from pipeline.store.layout import COMMITTED, estimate_bytes
+from pipeline.store.layout import COMMITTED, estimate_bytes, extras_of
 from pipeline.store.prepare import require_ours
 from pipeline.store.reader import ROOT_KEY, Store, read_root, write_root
 from pipeline.store.split import Split
@@ -63,7 +63,8 @@ def begin(source: Store, target: LocalFiles) -> None:
     if target.size(ROOT_KEY) is None:
         if target.keys():
             raise DiskError(f"{target.root}: holds part of a store without its root; choose another folder")
-        require_free(target.root, estimate_bytes(source.config, n_train, n_eval), "the copy of the store")
+        n_extra = sum(extra.array.file_nbytes for extra in extras_of(source.attributes).values())
+        require_free(target.root, estimate_bytes(source.config, n_train, n_eval, n_extra), "the copy of the store")
     elif (found := read_root(target)["id"]) != source.id:
         raise MismatchError(f"{target.root}: store {found[:10]}… is there, asked {source.id[:10]}…; use another folder")
     write_root(target, source.attributes | {"state": "preparing"})
@@ -71,8 +72,9 @@ def begin(source: Store, target: LocalFiles) -> None:
 
 def small_files(store: Store) -> list[str]:
     """Keys of everything but the root and the shards' own files."""
-    arrays = [split.arrays[name] for split in store.splits for name in ("tokens", "special")]
-    chunks = [array.key(k) for array in [*arrays, store.layout.mean] for k in range(array.n_files)]
+    arrays = [split.arrays[name] for split in store.splits for name in ("tokens", "special") if name in split.arrays]
+    arrays += [store.layout.mean, *(extra.array for extra in extras_of(store.attributes).values())]
+    chunks = [array.key(k) for array in arrays for k in range(array.n_files)]
     return [*store.attributes["files"], *chunks]
 
 

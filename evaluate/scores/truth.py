@@ -1,0 +1,225 @@
+"""Scores of a dictionary against the features that a store's rows were made of, for each level as a dictionary alone.
+
+A feature's latent is the one whose decoder row has the largest |cosine| with its direction. Precision, recall and the
+silence of parents compare that latent's firing (z ≠ 0) with the feature's, over all rows of the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from evaluate.scores.matching import best_matching
+from pipeline.base.errors import StoreError
+from pipeline.sae.nested import NestedSAE
+
+if TYPE_CHECKING:
+    from pipeline.store.reader import Store
+
+FOUND = 0.9
+"""|cosine| above which a feature counts as found."""
+N_STRATA = 10
+"""Groups of equal size, by firing probability, in which the depths of held features are compared."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The features of a store. directions [feature, d_model], unit rows; parent and depth int64, probability float64
+    [feature]; what fired on the evaluation split's rows: start int64 [row + 1], feature int64 [firing]."""
+
+    directions: Float[Tensor, "feature d_model"]
+    parent: Int[Tensor, " feature"]
+    depth: Int[Tensor, " feature"]
+    probability: Float[Tensor, " feature"]
+    start: Int[Tensor, " rows_and_one"]
+    feature: Int[Tensor, " firing"]
+
+    @staticmethod
+    def read(store: Store, device: torch.device | str) -> Truth:
+        """The truth of a store. Raises StoreError when it has none."""
+        if "truth/directions" not in store.extras:
+            raise StoreError(
+                f"{store.where}: holds no truth, so there is nothing to compare with; make a store with "
+                "python -m harvest --truth, or leave truth out of --scores"
+            )
+
+        def tensor(name: str) -> Tensor:
+            return torch.from_numpy(np.array(store.extra(name))).to(device)
+
+        return Truth(
+            directions=tensor("truth/directions"),
+            parent=tensor("truth/parent").long(),
+            depth=tensor("truth/depth").long(),
+            probability=tensor("truth/probability"),
+            start=tensor("eval/truth/start"),
+            feature=tensor("eval/truth/feature").long(),
+        )
+
+    @property
+    def n_features(self) -> int:
+        """Features."""
+        return len(self.parent)
+
+    @cached_property
+    def is_parent(self) -> Bool[Tensor, " feature"]:
+        """Which features have children."""
+        found = torch.zeros(self.n_features, dtype=torch.bool, device=self.parent.device)
+        found[self.parent[self.parent >= 0]] = True
+        return found
+
+    def firings(self, first: int, stop: int) -> tuple[Int[Tensor, " firing"], Int[Tensor, " firing"]]:
+        """(row − first, feature) of what fired on rows first … stop − 1, by row, then feature."""
+        start = self.start[first : stop + 1]
+        span = slice(int(start[0]), int(start[-1]))
+        rows = torch.repeat_interleave(torch.arange(stop - first, device=start.device), start.diff())
+        return rows, self.feature[span]
+
+
+class TruthScore:
+    """One SAE's counts against the truth, float64, streamed over the rows of the evaluation split."""
+
+    def __init__(self, sae: NestedSAE, truth: Truth) -> None:
+        self.sae, self.truth = sae, truth
+        device, n, n_levels = sae.W_dec.device, truth.n_features, sae.config.n_levels
+        cosine = self.cosine().abs()
+        best = [cosine[:m].max(0) for m in sae.config.levels]
+        self.best, self.best_cosine = torch.stack([b.indices for b in best]), torch.stack([b.values for b in best])
+        self.n_rows, self.n_firings = 0, 0
+        self.latent_on = torch.zeros(sae.config.width, dtype=torch.float64, device=device)
+        self.feature_on = torch.zeros(n, dtype=torch.float64, device=device)
+        self.both_on = torch.zeros(n_levels, n, dtype=torch.float64, device=device)
+        self.with_child = torch.zeros(2, n_levels, dtype=torch.float64, device=device)
+        self.without_child = torch.zeros(2, n_levels, dtype=torch.float64, device=device)
+
+    def cosine(self) -> Float[Tensor, "latent feature"]:
+        """Of decoder rows and directions: made again when needed, as it is large."""
+        return torch.nn.functional.normalize(self.sae.W_dec.detach().float(), dim=1) @ self.truth.directions.T
+
+    def update(self, z: Float[Tensor, "row latent"], first_row: int) -> None:
+        """Add rows first_row … of the split, every one of them."""
+        truth, fires = self.truth, z != 0
+        rows, features = truth.firings(first_row, first_row + len(z))
+        self.n_rows += len(z)
+        self.n_firings += len(rows)
+        self.latent_on += fires.sum(0).double()
+        self.feature_on += torch.bincount(features, minlength=truth.n_features).double()
+        parents = truth.parent[features]
+        child = parents >= 0
+        has_child = torch.zeros(len(z) * truth.n_features, dtype=torch.bool, device=z.device)
+        has_child[rows[child] * truth.n_features + parents[child]] = True
+        lonely = truth.is_parent[features] & ~has_child[rows * truth.n_features + features]
+        for level in range(len(self.best)):
+            on = fires[rows, self.best[level][features]]
+            self.both_on[level] += torch.bincount(features[on], minlength=truth.n_features).double()
+            parent_off = ~fires[rows[child], self.best[level][parents[child]]]
+            self.with_child[:, level] += torch.stack([parent_off.sum(), child.sum()]).double()
+            self.without_child[:, level] += torch.stack([(lonely & ~on).sum(), lonely.sum()]).double()
+
+    def scores(self, level: int) -> dict[str, float | None]:
+        """The scores of one level by metric id; None where nothing fired that they are about."""
+        m, best_cosine = self.sae.config.levels[level], self.best_cosine[level]
+        cosine = self.cosine()[:m].abs()
+        matched = cosine[best_matching(cosine)]
+        both, latent_on, feature_on = self.both_on[level], self.latent_on[self.best[level]], self.feature_on
+        seen = feature_on > 0
+        claims, own = self.best[level].bincount(minlength=m), cosine.argmax(1)
+        return {
+            "truth_mcc": float(matched.double().mean()),
+            "truth_precision": mean((both / latent_on.clamp(min=1))[seen]),
+            "truth_recall": mean((both / feature_on.clamp(min=1))[seen]),
+            "truth_f1": mean((2 * both / (latent_on + feature_on).clamp(min=1))[seen]),
+            "truth_found": float((best_cosine > FOUND).double().mean()),
+            "truth_unique": float((claims == 1).double().mean()),
+            "truth_distinct": int((own.bincount() > 0).sum()) / m,
+            "truth_parent_silent": share(self.with_child[:, level]),
+            "truth_parent_missed": share(self.without_child[:, level]),
+            "truth_hedging": hedging(self.sae.W_dec, self.best[level], self.truth),
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What the scores are over, and which depths of the forest the levels hold."""
+        return {
+            "n_features": self.truth.n_features,
+            "n_rows": self.n_rows,
+            "l0": self.n_firings / self.n_rows if self.n_rows else None,
+            "n_parent_and_child": int(self.with_child[1, 0]),
+            "n_parent_alone": int(self.without_child[1, 0]),
+            "depths": depths(self.truth, self.best[-1], self.best_cosine[-1], self.sae.config.levels),
+        }
+
+
+def mean(values: Float[Tensor, " n"]) -> float | None:
+    """The mean, or None of nothing."""
+    return float(values.double().mean()) if len(values) else None
+
+
+def share(counts: Float[Tensor, "2"]) -> float | None:
+    """First over second, or None."""
+    return float(counts[0] / counts[1]) if counts[1] else None
+
+
+def hedging(W_dec: Float[Tensor, "latent d_model"], best: Int[Tensor, " feature"], truth: Truth) -> float | None:
+    """Mean over pairs of parent and child of the child's part in the decoder row of the parent's latent.
+
+    The row is written as a·parent + Σ b_c·child_c + rest by least squares over the parent and all its children; a child's
+    part is b_c / (|a| + Σ|b|), with the sign of a: 0 where the latent is the parent alone, positive where it hedges. None
+    when no feature has a child.
+    """
+    child = (truth.parent >= 0).nonzero()[:, 0]
+    parts: list[float] = []
+    for parent in truth.is_parent.nonzero()[:, 0].tolist():
+        family = torch.cat([torch.tensor([parent], device=child.device), child[truth.parent[child] == parent]])
+        basis = truth.directions[family].double()
+        weights = torch.linalg.lstsq(basis.T.cpu(), W_dec[best[parent]].double().cpu()[:, None]).solution[:, 0]
+        total = weights.abs().sum()
+        parts += (weights[1:] * weights[0].sign() / total.clamp(min=1e-300)).tolist()
+    return sum(parts) / len(parts) if parts else None
+
+
+def depths(
+    truth: Truth, best: Int[Tensor, " feature"], cosine: Float[Tensor, " feature"], levels: Sequence[int]
+) -> list[dict[str, Any]]:
+    """For every level but the last and every depth of the forest: which share of the found features it holds.
+
+    A feature is found where its latent, in the whole dictionary, has |cosine| above FOUND, and held by a level that has
+    that latent. `by_size`: what the level's share of the latents would give; `by_frequency`: the mean, over the depth's
+    features, of the share held among all found features of like probability (N_STRATA groups of equal size): what firing
+    frequency alone would give. Shares are None where no feature of a depth is found.
+    """
+    found = (cosine > FOUND).nonzero()[:, 0]
+    stratum = strata(truth.probability[found].cpu().numpy())
+    rows = []
+    for level, m in enumerate(levels[:-1]):
+        held = (best[found] < m).double().cpu().numpy()
+        expected = np.array([held[stratum == s].mean() for s in stratum]) if len(found) else held
+        for depth in range(int(truth.depth.max()) + 1):
+            at = (truth.depth[found] == depth).cpu().numpy()
+            rows.append(
+                {
+                    "level": level,
+                    "depth": depth,
+                    "n": int((truth.depth == depth).sum()),
+                    "n_found": int(at.sum()),
+                    "held": float(held[at].mean()) if at.any() else None,
+                    "by_size": m / levels[-1],
+                    "by_frequency": float(expected[at].mean()) if at.any() else None,
+                }
+            )
+    return rows
+
+
+def strata(probability: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """The group of each feature by rank of probability; equal ones are in the same group."""
+    if not len(probability):
+        return np.empty(0, np.int64)
+    ordered = np.sort(probability)
+    rank = np.searchsorted(ordered, probability, side="left")
+    return rank * N_STRATA // len(ordered)

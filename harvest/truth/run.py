@@ -1,0 +1,220 @@
+"""Writing a store of known features: plan, prepare with the truth beside the rows, make the shards, finish."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float
+from torch import Tensor
+
+from harvest.announce import finished
+from harvest.config import CHUNK_ROWS, EVAL_SHARE, SHARD_CHUNKS
+from harvest.run import locked, require_space, workers
+from harvest.truth.forest import make_directions
+from harvest.truth.rows import BLOCK, Rows
+from harvest.truth.spec import Spec, load_spec
+from pipeline.base.errors import DamagedError, StoreError, UsageError
+from pipeline.base.files import hash_config, human_bytes
+from pipeline.base.progress import Progress, format_seconds, say, silenced
+from pipeline.base.runtime import rank, versions, world_size
+from pipeline.store.layout import estimate_bytes
+from pipeline.store.prepare import SplitTokens, prepare, resume
+from pipeline.store.reader import Store
+from pipeline.store.writer import StoreWriter
+
+ROWS_PER_SECOND = 200_000
+"""What one core makes of `forest`, less what disks take: for estimates of time."""
+
+
+@dataclass(frozen=True)
+class TruthConfig:
+    """A harvest of known features. `truth`: path of a spec or the name of a shipped one; `tokens` and `eval_tokens` count
+    rows; `context` rows are one sequence. Raises UsageError when fields contradict."""
+
+    truth: str
+    store: str
+    tokens: int = 10_000_000
+    eval_tokens: int | None = None
+    context: int = 128
+    seed: int = 0
+    dtype: Literal["auto", "bf16", "float32"] = "bf16"
+    shard_rows: int | None = None
+    chunk_rows: int | None = None
+    codec: Literal["none", "lz4", "zstd"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.context < 1:
+            raise UsageError(f"--context {self.context}: a sequence needs at least 1 row")
+        for name, value in (("--tokens", self.tokens), ("--eval-tokens", self.eval_tokens)):
+            if value is not None and value < self.context:
+                raise UsageError(f"{name} {value}: fewer than one sequence of {self.context} rows")
+
+
+@dataclass(frozen=True)
+class TruthPlan:
+    """A harvest with nothing left open: the spec, and the config that the store records."""
+
+    config: TruthConfig
+    spec: Spec
+    store_config: dict[str, Any]
+    n_train: int
+    n_eval: int
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of both splits."""
+        return (self.n_train + self.n_eval) * self.config.context
+
+    @property
+    def estimate(self) -> int:
+        """Bytes of the finished store, nearly: how many features will fire is known on average."""
+        from harvest.truth.forest import make_forest
+
+        forest = make_forest(self.spec)
+        rows = self.n_eval * self.config.context
+        firings = float(forest.probability.sum()) * rows
+        extra = self.spec.n_features * (4 * self.spec.d_model + 24) + 8 * rows + round(8.2 * firings)
+        return estimate_bytes(self.store_config, self.n_train, self.n_eval, extra)
+
+
+def run_truth(config: TruthConfig, *, repair: bool = False, quiet: bool = False) -> str:
+    """Write the store of a spec, or go on with one that was stopped; returns its path.
+
+    Under torchrun rank 0 prepares and finishes, and every rank makes its own shards. Raises any PipelineError.
+    """
+    with workers() as barrier, silenced(quiet):
+        plan = make_plan(config)
+        if rank() == 0:
+            say(describe(plan))
+        with locked([config.store]) if rank() == 0 else contextlib.nullcontext():
+            if rank() == 0:
+                require_space(config.store, [config.store], plan.estimate)
+                prepare_store(plan, repair)
+            barrier()
+            write_shards(StoreWriter.open(config.store), plan)
+            barrier()
+            if rank() == 0:
+                say(finished(StoreWriter.open(config.store).finish()))
+            barrier()
+    return config.store
+
+
+def planned_truth(config: TruthConfig) -> dict[str, Any]:
+    """Say what would be done, and return it as JSON data, as a model's harvest does."""
+    plan = make_plan(config)
+    seconds = plan.n_rows / ROWS_PER_SECOND
+    say(f"{describe(plan)}\ntime     about {format_seconds(seconds)}")
+    n_sequences = {"train": plan.n_train, "eval": plan.n_eval}
+    store = {"layer": 0, "path": config.store, "config": plan.store_config, "n_sequences": n_sequences}
+    cost = {"flop": 0.0, "seconds": seconds, "memory": 2.0 * plan.store_config["shard_rows"], "suffix_seconds": 0.0}
+    return {"stores": [store], "bytes": plan.estimate, "cost": cost}
+
+
+def make_plan(config: TruthConfig) -> TruthPlan:
+    """Read and check the spec, settle sizes. Raises UsageError."""
+    spec = load_spec(config.truth)
+    chunk = config.chunk_rows or max(CHUNK_ROWS // config.context, 1) * config.context
+    n_train = config.tokens // config.context
+    n_eval = held_eval(config.store) if config.eval_tokens is None else config.eval_tokens // config.context
+    data = spec.to_dict()
+    sha256 = hash_config(data)
+    store_config = {
+        "kind": "truth",
+        "truth": data,
+        "model": f"truth:{sha256[:10]}",
+        "revision": None,
+        "weights_sha256": sha256,
+        "layer": 0,
+        "corpus": None,
+        "d_model": spec.d_model,
+        "context": config.context,
+        "seed": config.seed,
+        "dtype": "bf16" if config.dtype == "auto" else config.dtype,
+        "shard_rows": config.shard_rows or SHARD_CHUNKS * chunk,
+        "chunk_rows": chunk,
+        "codec": config.codec,
+    }
+    return TruthPlan(config, spec, store_config, n_train, n_eval or max(1, n_train // EVAL_SHARE))
+
+
+def held_eval(store: str) -> int:
+    """Evaluation sequences of the store that is there already, 0 when none is."""
+    try:
+        return Store.load(store).eval.n_sequences
+    except (StoreError, DamagedError):
+        return 0
+
+
+def describe(plan: TruthPlan) -> str:
+    """What will be done, in a few lines."""
+    spec, c = plan.spec, plan.config
+    return (
+        f"truth    {c.truth}: {spec.n_features:,} features in {spec.d_model} dimensions, seed {c.seed}\n"
+        f"rows     {plan.n_train * c.context:,} for training, {plan.n_eval * c.context:,} for evaluation\n"
+        f"store    {c.store}: about {human_bytes(plan.estimate)}"
+    )
+
+
+def prepare_store(plan: TruthPlan, repair: bool) -> None:
+    """Make the store ready for its shards, its truth written beside them."""
+    path = plan.config.store
+    writer = None if repair else resume(path, plan.store_config, plan.n_train, plan.n_eval)
+    if writer is None:
+        train, evaluation = (
+            SplitTokens(None, np.zeros((n, plan.config.context), np.bool_)) for n in (plan.n_train, plan.n_eval)
+        )
+        writer = prepare(path, plan.store_config, train, evaluation, versions(), extras=truth_of(plan), repair=repair)
+    writer.sweep()
+
+
+def truth_of(plan: TruthPlan) -> dict[str, npt.NDArray[Any]]:
+    """The arrays that the store carries beside its rows: FORMAT.md, "Truth". Raises UsageError when nothing ever fires."""
+    rows = Rows(plan.spec, make_directions(plan.spec), plan.config.seed)
+    fired, forest = rows.firings("eval", 0, plan.n_eval * plan.config.context), rows.forest
+    if not len(fired.feature):
+        raise UsageError(f"--truth {plan.config.truth}: no feature fires on an evaluation row; raise its probabilities")
+    return {
+        "truth/directions": rows.directions.numpy(),
+        "truth/parent": forest.parent,
+        "truth/depth": forest.depth,
+        "truth/probability": forest.probability,
+        "truth/magnitude": forest.mean,
+        "eval/truth/start": fired.start,
+        "eval/truth/feature": fired.feature,
+        "eval/truth/strength": fired.strength,
+    }
+
+
+def write_shards(writer: StoreWriter, plan: TruthPlan) -> None:
+    """Make this process's shards, with the directions that the store carries."""
+    rows = Rows(plan.spec, writer.store.extra("truth/directions"), plan.config.seed)
+    shards = [(name, k) for name in ("train", "eval") for k in writer.pending(name)][rank() :: world_size()]
+    ranges = [writer.split(name).shard_rows_range(k) for name, k in shards]
+    with Progress(sum(b - a for a, b in ranges), "harvest", "row") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (name, k), (first, stop) in zip(shards, ranges):
+            with writer.shard(name, k) as shard:
+                for block in in_order(pool, rows, name, first, stop):
+                    shard.write(block.to(writer.layout.torch_dtype))
+                    bar.advance(len(block))
+
+
+def in_order(
+    pool: ThreadPoolExecutor, rows: Rows, split: str, first: int, stop: int
+) -> Iterator[Float[Tensor, "row d_model"]]:
+    """Rows first … stop − 1, made by several threads a few blocks ahead, in order."""
+    ahead: deque[Future[Float[Tensor, "row d_model"]]] = deque()
+    for number in range(first // BLOCK, -(-stop // BLOCK)):
+        a, b = max(first, number * BLOCK), min(stop, (number + 1) * BLOCK)
+        ahead.append(pool.submit(rows.rows, split, a, b))
+        if len(ahead) > 4:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
