@@ -13,7 +13,9 @@ from evaluate.report import svg
 from evaluate.report.drawing import band_of
 from evaluate.report.figures import Figure, Missing, across_n, by_level, curve_of, loss
 from evaluate.report.figures_across import ablation, density, front, make_figures, median, pareto
-from evaluate.report.runs import Results, Run, read_results
+from evaluate.report.runs import Results, read_results
+from evaluate.report.scored import make_run
+from pipeline.base.files import read_json
 from support.results_files import write_results
 
 
@@ -106,17 +108,18 @@ def test_loss_has_a_panel_each_term(results: Results) -> None:
 def test_caption_ratio_is_of_last_means(results: Results) -> None:
     """The ratio of nested to flat loss in the caption is that of the last means."""
     last = {
-        row.sharing: sum(run.data["curve"]["loss"][-1] for run in row.runs) / len(row.runs) for row in results.main.rows
+        row.sharing: sum(list(run.curve["loss"].values())[-1] for run in row.runs) / len(row.runs)
+        for row in results.main.rows
     }
     assert f"{last[(0.2,)] / last[()]:.2f} at α = 0.2" in figure(loss(results)).caption
 
 
 def test_curve_leaves_out_gaps(results: Results) -> None:
     """A curve with gaps leaves them out."""
-    data = results.runs[0].data | {
+    data = read_json(results.runs[0].path) | {
         "curve": {"step": [1, 2, 3], "loss": [3.0, None, 1.0], "recon": [[2.0], None, [1.0]]}
     }
-    run = Run(Path("x.json"), data)
+    run = make_run(Path("x.json"), data)
     assert curve_of(run, "loss") == {1: 3.0, 3: 1.0}
     assert curve_of(run, "recon_whole") == {1: 2.0, 3: 1.0}
 

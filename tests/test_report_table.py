@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from evaluate.report.found import headline
 from evaluate.report.runs import read_results, sharing_label
-from evaluate.report.table import headline, make_table, number, p_text, plus_minus
+from evaluate.report.table import make_table
+from evaluate.report.wording import number, p_text, plus_minus
 from evaluate.report.write import write_report
 from evaluate.statistics import Estimate, compare, estimate, holm
 from pipeline.base.errors import UsageError
@@ -28,7 +30,7 @@ def test_table_1_holds_means_and_intervals(tmp_path: Path) -> None:
     write_results(tmp_path, steps=(400,))
     results = read_results([tmp_path])
     row = results.main.rows[2]
-    expected = estimate([run.data["levels"][-1]["scores"]["ev"] for run in row.runs])
+    expected = estimate([run.levels[-1].scores["ev"] for run in row.runs])
     assert expected is not None
     assert expected.half is not None
     markup = report(tmp_path)

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate.report.runs import AUTO, read_results, sharing_label
+from evaluate.report.runs import read_results, sharing_label
+from evaluate.report.scored import AUTO
 from pipeline.base.errors import UsageError
 from pipeline.base.files import write_json
 from pipeline.sae.checkpoint import load_checkpoint

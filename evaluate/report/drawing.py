@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from evaluate.report.runs import Results, Row, Run, Sharing, sharing_label
-from evaluate.report.svg import BLOCKS, INK, N_SERIES, SERIES
+from evaluate.report.runs import Results, Row, sharing_label
+from evaluate.report.scored import Histogram, Run, Sharing
+from evaluate.report.svg import BLOCK_COLOURS, INK, N_SERIES, SERIES
 from evaluate.statistics import Estimate, estimate
 
 MARKERS, MARK_NAMES = "os^DvP*X", "●■▲◆▼✚★✖"
@@ -18,8 +19,6 @@ MARKERS, MARK_NAMES = "os^DvP*X", "●■▲◆▼✚★✖"
 Band = list[tuple[float, Estimate]]
 """Estimates along an axis."""
 Draw = Callable[[Axes], None]
-Histogram = tuple[list[float], list[float]]
-"""Edges and counts."""
 Point = tuple[Run, float, float]
 
 
@@ -126,7 +125,9 @@ def histograms(blocks: Mapping[str, Histogram]) -> Draw:
     def draw(axes: Axes) -> None:
         for name, (edges, counts) in blocks.items():
             share = np.array(counts) / max(sum(counts), 1)
-            axes.stairs(share, edges, color=BLOCKS[name], fill=True, alpha=0.25)
-            axes.stairs(share, edges, color=BLOCKS[name], lw=1.4, label=name, ls="-" if name == "shared" else "--")
+            axes.stairs(share, edges, color=BLOCK_COLOURS[name], fill=True, alpha=0.25)
+            axes.stairs(
+                share, edges, color=BLOCK_COLOURS[name], lw=1.4, label=name, ls="-" if name == "shared" else "--"
+            )
 
     return draw

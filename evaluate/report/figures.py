@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluate.report.drawing import Band, band_of, band_rows, bars, legend, row_lines, shaded
-from evaluate.report.runs import Group, Results, Row, Run
+from evaluate.report.runs import Group, Results, Row
+from evaluate.report.scored import Run
 from evaluate.report.svg import Panel
-from evaluate.report.table import plus_minus
+from evaluate.report.wording import percent, plus_minus
 from evaluate.statistics import estimate
 
 MAX_GROUPS = 3
@@ -57,11 +58,6 @@ def titled(group: Group, title: str) -> str:
     return f"{title} ({group.label})" if group.label else title
 
 
-def percent(share: float) -> str:
-    """58 %."""
-    return f"{100 * share:.0f} %"
-
-
 TERMS = {
     "loss": "total loss",
     "recon_innermost": "reconstruction, innermost level",
@@ -91,17 +87,9 @@ def loss(results: Results) -> Figure | Missing:
     return Figure("loss", title, loss_caption(results) + group_note(results), panels, legend(results, rows), numbers)
 
 
-def curve_of(run: Run, term: str) -> dict[int, float]:
+def curve_of(run: Run, term: str) -> Mapping[int, float]:
     """One term of a run's loss curve by step; empty when it has none, or when the term is 0 throughout."""
-    curve = run.data.get("curve") or {}
-    if term.startswith("recon_"):
-        if term == "recon_innermost" and not run.sharing:
-            return {}
-        level = 0 if term == "recon_innermost" else -1
-        values = [point[level] if isinstance(point, list) else point for point in curve.get("recon") or []]
-    else:
-        values = curve.get(term) or []
-    found = {int(s): float(v) for s, v in zip(curve.get("step") or [], values) if v is not None}
+    found = {} if term == "recon_innermost" and not run.sharing else run.curve.get(term, {})
     return found if any(found.values()) else {}
 
 
@@ -206,7 +194,7 @@ def by_level(results: Results) -> Figure | Missing:
 
 def level_band(row: Row, metric: str) -> Band:
     """Mean and interval of a score by the level's number of latents."""
-    sizes = [int(level["n_latents"]) for level in row.runs[0].levels]
+    sizes = [level.n_latents for level in row.runs[0].levels]
     found = [(m, estimate(list(row.values(metric, i).values()))) for i, m in enumerate(sizes)]
     return [(m, e) for m, e in found if e]
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from evaluate.report.drawing import MARK_NAMES, Band, Histogram, Point, bars, colour, histograms, legend, scatter
+from evaluate.report.drawing import MARK_NAMES, Band, Point, bars, colour, histograms, legend, scatter
 from evaluate.report.figures import Figure, Missing, Numbers, across_n, by_level, loss
-from evaluate.report.runs import Group, Results, Row, Run, Sharing, sharing_label
-from evaluate.report.svg import BLOCKS, Panel
-from evaluate.report.table import number, plus_minus
+from evaluate.report.runs import Group, Results, Row, sharing_label
+from evaluate.report.scored import BLOCKS, Histogram, Run, Sharing
+from evaluate.report.svg import Panel
+from evaluate.report.wording import number, plus_minus
 from evaluate.statistics import estimate
 
 
@@ -100,12 +101,11 @@ def density(results: Results) -> Figure | Missing:
 
 def histogram(row: Row, block: str) -> Histogram | None:
     """Edges (log10 density) and counts of a block of latents, summed over seeds; None when no run carries them."""
-    carried = [(run.data.get("features") or {}).get("density") or {} for run in row.runs]
-    found = [density for density in carried if density.get(block)]
+    found = [run.density[block] for run in row.runs if block in run.density]
     if not found:
         return None
-    same = [density[block] for density in found if density["edges"] == found[0]["edges"]]
-    return list(found[0]["edges"]), [float(sum(counts)) for counts in zip(*same)]
+    same = [counts for edges, counts in found if edges == found[0][0]]
+    return found[0][0], [sum(counts) for counts in zip(*same)]
 
 
 def histogram_rows(row: Row, block: str, found: Histogram) -> Numbers:

@@ -1,124 +1,20 @@
-"""Results files as a report sees them: runs, sorted into groups by what differs, and into rows by how latents are shared."""
+"""Runs sorted into groups by the settings that differ, and into rows by how latents are shared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evaluate.latents.files import has_pages
-from evaluate.results import read_result
-from pipeline.base.errors import DamagedError, UsageError
-from pipeline.base.files import canonical_json, sha256
+from evaluate.report.scored import AUTO, Run, Sharing, read_run
+from pipeline.base.errors import UsageError
+from pipeline.base.files import canonical_json
 from pipeline.definitions import METRICS, Metric
 
 FIRST_SETTINGS = ("model", "layer", "recipe", "objective", "width", "lr", "lambda_shared", "lambda_specialised")
-NOT_SETTINGS = frozenset({"alpha", "levels", "seed"})
-Sharing = tuple[float, ...]
-"""Cumulative shares of the width: () is flat, (0.2,) the paper's two levels at α = 0.2."""
-AUTO: Sharing = (1.0,)
-"""A sharing ratio that adapted in training, to another one in every run: a share that no fixed α can be, behind them all."""
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One results file: one checkpoint, scored."""
-
-    path: Path
-    data: dict[str, Any]
-
-    @cached_property
-    def train(self) -> dict[str, Any]:
-        """The training config; empty for an SAE made elsewhere."""
-        return dict((self.data["checkpoint"].get("provenance") or {}).get("train") or {})
-
-    @property
-    def step(self) -> int:
-        """Optimiser steps done."""
-        return int(self.data["checkpoint"].get("step") or 0)
-
-    @property
-    def seed(self) -> int:
-        """The member's seed; 0 when the SAE was made elsewhere."""
-        return int(self.train.get("seed", 0))
-
-    @cached_property
-    def sharing(self) -> Sharing:
-        """How the dictionary is nested: as asked for, else as its sizes say."""
-        if self.train.get("alpha") == "auto":
-            return AUTO
-        if self.train.get("alpha") is not None:
-            return (float(self.train["alpha"]),) if self.train["alpha"] else ()
-        if self.train.get("levels"):
-            return tuple(float(share) for share in self.train["levels"][:-1])
-        sae = self.data["checkpoint"]["sae"]
-        return tuple(round(m / sae["width"], 4) for m in sae["levels"][:-1])
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What may differ between experiments, by name; not α, levels or seed."""
-        store = self.data["store"]
-        settings = {"model": store.get("model"), "layer": store.get("layer")}
-        settings |= {name: value for name, value in self.train.items() if name not in NOT_SETTINGS}
-        settings |= {"store": store.get("id", "")[:10]}
-        if not self.train:
-            settings |= {"recipe": "made elsewhere", "source": Path(str(self.data["checkpoint"].get("path"))).name}
-        return settings | {"evaluation": sha256(canonical_json(self.evaluation))[:8]}
-
-    @property
-    def evaluation(self) -> dict[str, Any]:
-        """What shapes the scores."""
-        return dict(self.data.get("evaluation") or {})
-
-    @cached_property
-    def identity(self) -> str:
-        """Equal for results of the same checkpoint, scored the same way on the same store."""
-        data = self.data
-        return canonical_json([data["checkpoint"].get("sha256"), data["store"].get("id"), self.evaluation])
-
-    @property
-    def has_latents(self) -> bool:
-        """Whether latent pages lie beside the file."""
-        return has_pages(self.path)
-
-    @property
-    def levels(self) -> list[dict[str, Any]]:
-        """Scores by level, innermost first."""
-        return list(self.data["levels"])
-
-    @property
-    def name(self) -> str:
-        """The member and its step, for tooltips and CSV."""
-        provenance = self.data["checkpoint"].get("provenance") or {}
-        member = provenance.get("member") or Path(str(self.data["checkpoint"].get("path"))).stem
-        return f"{member}, step {self.step:,}"
-
-    def score(self, metric: str, level: int = -1, scores: str = "scores") -> float | None:
-        """One score of one level, the whole dictionary by default; None when it was not computed or is undefined.
-
-        `sparse_coding_rate@20` reads the series of that metric at n = 20.
-        """
-        name, _, n = metric.partition("@")
-        if n:
-            return self.at(name).get(int(n))
-        if not -len(self.levels) <= level < len(self.levels):
-            return None
-        value = self.levels[level].get(scores, {}).get(name)
-        return None if value is None else float(value)
-
-    def at(self, metric: str, level: int | None = None) -> dict[int, float]:
-        """A series by n, of the whole dictionary or of one level; undefined values are left out."""
-        points = (self.data.get("series") or {}).get(metric) or []
-        last = self.levels[-1]["level"]
-        wanted = last if level is None else level
-        return {
-            int(p["n"]): float(p["value"])
-            for p in points
-            if p.get("value") is not None and (last if p.get("level") is None else p["level"]) == wanted
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +29,9 @@ class Row:
         """α = 0.2, or the levels."""
         return sharing_label(self.sharing)
 
-    def values(self, metric: str, level: int = -1, scores: str = "scores") -> dict[int, float]:
+    def values(self, metric: str, level: int = -1, *, massive: bool = True) -> dict[int, float]:
         """A score by seed, of the seeds that have it."""
-        found = {run.seed: run.score(metric, level, scores) for run in self.runs}
+        found = {run.seed: run.score(metric, level, massive=massive) for run in self.runs}
         return {seed: value for seed, value in found.items() if value is not None}
 
 
@@ -183,14 +79,11 @@ class Results:
         """A metric as the results define it (they explain themselves), with the label known here."""
         name, _, n = id.partition("@")
         known = METRICS.get(name)
-        said = next((d[name] for run in self.runs if name in (d := run.data.get("definitions") or {})), None)
         label = known.label if known else name
-        if said is None and known is None:
+        told = next((run.definitions[name] for run in self.runs if name in run.definitions), known)
+        if told is None:
             return Metric(id, label, "", "neither", "no definition came with the results")
-        unit, better, definition = (
-            (said["unit"], said["better"], said["definition"]) if said else (known.unit, known.better, known.definition)  # type: ignore[union-attr]
-        )
-        return Metric(id, f"{label}, n = {n}" if n else label, unit, better, definition)
+        return replace(told, id=id, label=f"{label}, n = {n}" if n else label)
 
 
 def sharing_label(sharing: Sharing) -> str:
@@ -232,15 +125,6 @@ def expand(paths: Iterable[Path]) -> set[Path]:
         else:
             raise UsageError(f"{path}: no such results file or folder")
     return files
-
-
-def read_run(path: Path) -> Run:
-    """One results file, its format checked."""
-    data = read_result(path)
-    missing = [name for name in ("key", "checkpoint", "store", "levels") if not data.get(name)]
-    if missing:
-        raise DamagedError(f"{path}: results without {', '.join(missing)}; evaluate this checkpoint again")
-    return Run(path, data)
 
 
 def make_groups(runs: Sequence[Run]) -> tuple[Group, ...]:

@@ -15,17 +15,16 @@ from html import escape
 from typing import Any
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-
-from evaluate.report.markup import Html, trusted
 
 INK, RULE = "#010203", "#010204"
 N_SERIES = 12
 SERIES = [f"#0102{16 + i:02x}" for i in range(N_SERIES)]
 """Stand-in colours while drawing: the page and the saved file each put in their own."""
-BLOCKS = {"shared": "#01023a", "specialised": "#01023b"}
-LIGHT = {INK: "#222222", RULE: "#dddddd", BLOCKS["shared"]: "#0072b2", BLOCKS["specialised"]: "#d55e00"}
+BLOCK_COLOURS = {"shared": "#01023a", "specialised": "#01023b"}
+LIGHT = {INK: "#222222", RULE: "#dddddd", BLOCK_COLOURS["shared"]: "#0072b2", BLOCK_COLOURS["specialised"]: "#d55e00"}
 RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -107,7 +106,7 @@ def style(n_series: int) -> str:
     return f":root{{{rules[0]}}}@media screen and (prefers-color-scheme:dark){{:root{{{rules[1]}}}}}"
 
 
-def inline(panel: Panel) -> Html:
+def inline(panel: Panel) -> Markup:
     """The panel for the page."""
     drawn = panel.drawn[panel.drawn.index("<svg") :]
     drawn = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", drawn, flags=re.DOTALL)
@@ -120,11 +119,11 @@ def inline(panel: Panel) -> Html:
         assert opening in drawn, f"no artist {gid} in panel {panel.id}"
         drawn = drawn.replace(opening, f'<g class="tip" tabindex="0"><title>{escape(tip)}</title>')
     variables = {INK: "currentColor", RULE: "var(--rule)"}
-    variables |= {colour: f"var(--{name})" for name, colour in BLOCKS.items()}
+    variables |= {colour: f"var(--{name})" for name, colour in BLOCK_COLOURS.items()}
     variables |= {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
     drawn = recolour(drawn, variables).replace("'DejaVu Sans'", "var(--sans)")
     role = "group" if panel.tips else "img"
-    return trusted(drawn.replace("<svg ", f'<svg role="{role}" aria-label="{escape(panel.title)}" ', 1))
+    return Markup(drawn.replace("<svg ", f'<svg role="{role}" aria-label="{escape(panel.title)}" ', 1))
 
 
 def standalone(panel: Panel, n_series: int) -> bytes:

@@ -6,9 +6,7 @@ a folder with every figure as SVG, all numbers as CSV, and the latent pages.
 
 from __future__ import annotations
 
-import base64
 import csv
-import hashlib
 import io
 import shutil
 from collections.abc import Sequence
@@ -18,18 +16,16 @@ from typing import Any
 import click
 
 from evaluate.latents import files as latent_files
-from evaluate.report import latent_page, svg, table_page, usage_page
-from evaluate.report import page as report_page
+from evaluate.report import svg
 from evaluate.report.figures import Figure, Missing
 from evaluate.report.figures_across import make_figures
-from evaluate.report.markup import Html, h, trusted
-from evaluate.report.runs import Results, Run, read_results
-from evaluate.report.table import Table, make_table
+from evaluate.report.pages import Latents, latents_page, report_page
+from evaluate.report.runs import Results, read_results
+from evaluate.report.table import Table, make_table, table_rows
+from evaluate.report.usage import UsageLine, usage_lines, usage_rows
 from pipeline.base.errors import UsageError
 from pipeline.base.files import write_bytes
 from pipeline.base.progress import say
-
-ASSETS = Path(__file__).parent / "assets"
 
 
 def write_report(paths: Sequence[Path], out: Path, title: str = "Nested sparse autoencoders") -> Path:
@@ -38,60 +34,35 @@ def write_report(paths: Sequence[Path], out: Path, title: str = "Nested sparse a
     The page appears last and whole. Raises UsageError without results, DamagedError for files that are not results.
     """
     results = read_results(paths)
-    table, figures = make_table(results), make_figures(results)
+    table, usage, figures = make_table(results), usage_lines(results), make_figures(results)
     folder = out.with_name(f"{out.stem}_files")
-    write_numbers(folder, results, table, figures)
+    write_numbers(folder, results, table, usage, figures)
     latents = copy_latents(folder, results)
-    body = report_page.body(title, results, table, figures, latents, folder.name)
-    n_series = len(results.sharings)
-    write_bytes(out, page(title, body, "report", svg.style(n_series)).encode())
+    write_bytes(out, report_page(title, results, table, usage, figures, latents, folder.name).encode())
     return out
 
 
-def page(title: str, body: Html, asset: str, style: str = "", sources: str = "") -> str:
-    """A whole HTML document with its style and script inside, and a policy that lets it fetch nothing and run no other.
-
-    `sources` are further script sources, for pages that load data files from beside them.
-    """
-    script = (ASSETS / f"{asset}.js").read_text()
-    css = style + (ASSETS / "base.css").read_text() + (ASSETS / f"{asset}.css").read_text()
-    hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{hashed}'{sources}; img-src data:"
-    head = h(
-        "head",
-        h("meta", charset="utf-8"),
-        h("meta", http_equiv="Content-Security-Policy", content=policy),
-        h("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        h("meta", name="color-scheme", content="light dark"),
-        h("title", title),
-        h("style", trusted(css)),
-    )
-    return "<!doctype html>\n" + h("html", head, h("body", body, h("script", trusted(script))), lang="en") + "\n"
-
-
-def write_numbers(folder: Path, results: Results, table: Table, figures: Sequence[Figure | Missing]) -> None:
+def write_numbers(
+    folder: Path, results: Results, table: Table, usage: list[UsageLine], figures: Sequence[Figure | Missing]
+) -> None:
     """Every figure as SVG files, and the numbers of figures and table as CSV."""
-    write_csv(folder / "table1.csv", table_page.table_rows(table))
-    if usage := usage_page.usage_rows(results):
-        write_csv(folder / "table2.csv", usage)
+    write_rows(folder / "table1.csv", table_rows(table))
+    if usage:
+        write_rows(folder / "table2.csv", usage_rows(usage))
     for figure in figures:
         if isinstance(figure, Figure):
-            write_csv(folder / f"{figure.id}.csv", figure.numbers)
+            write_rows(folder / f"{figure.id}.csv", figure.numbers)
             for panel in figure.panels:
                 write_bytes(folder / f"{panel.id}.svg", svg.standalone(panel, len(results.sharings)))
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Rows with the same keys, as CSV with a head; a missing value is an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [])
     writer.writeheader()
     writer.writerows(rows)
     write_bytes(path, text.getvalue().encode())
-
-
-Latents = list[tuple[Run, dict[str, Any], str]]
-"""Of each checkpoint with latent pages: its run, their summary, and the path of the page, from the report."""
 
 
 def copy_latents(folder: Path, results: Results) -> Latents:
@@ -106,10 +77,7 @@ def copy_latents(folder: Path, results: Results) -> Latents:
         target.mkdir(parents=True, exist_ok=True)
         for file in sorted(source.glob("*.js")):
             shutil.copyfile(file, target / file.name)
-        body = latent_page.latents_body(run, summary)
-        write_bytes(
-            target / "index.html", page(f"Latents: {run.name}", body, "latents", sources=" 'self' file:").encode()
-        )
+        write_bytes(target / "index.html", latents_page(run, summary).encode())
         found.append((run, summary, f"{folder.name}/latents/{run.path.stem}/index.html"))
     return found
 

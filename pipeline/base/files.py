@@ -140,7 +140,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file. Raises DamagedError when it is not JSON, FileNotFoundError when it is not there."""
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path}: not readable as JSON ({error}); restore it or make it again") from error
 
 

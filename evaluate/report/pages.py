@@ -1,0 +1,230 @@
+"""From results to HTML: what the templates in `templates/` are given. Text is escaped there unless it is our own markup."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from evaluate.report import svg, wording
+from evaluate.report.figures import Figure, Missing
+from evaluate.report.found import headline
+from evaluate.report.published import published_rows
+from evaluate.report.runs import Group, Results, Row, sharing_label
+from evaluate.report.scored import Run
+from evaluate.report.table import Table
+from evaluate.report.usage import UsageLine, usage_heads
+from evaluate.statistics import CAVEAT, Estimate, estimate
+from pipeline.definitions import METRICS, Better, Metric
+
+HERE = Path(__file__).parent
+ARROWS: dict[Better, tuple[str, str]] = {
+    "lower": ("↓", "lower is better"),
+    "higher": ("↑", "higher is better"),
+    "neither": ("", "neither way is better"),
+}
+KL_BASELINES = {"kl_zero": "zero ablation", "kl_mean": "mean ablation"}
+Latents = list[tuple[Run, Mapping[str, Any], str]]
+"""Of each checkpoint with latent pages: its run, their summary, and the address of the page, from the report."""
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """Templates that escape all text but ours, and know no undefined name."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"isolate": isolate, "isolated": isolated, "tidy": wording.tidy, "signed": wording.signed}
+    names = (wording.count, wording.number, wording.half_text, wording.plus_minus, wording.p_text, svg.inline)
+    made.globals |= {function.__name__: function for function in names}
+    made.globals |= {"ARROWS": ARROWS, "CAVEAT": CAVEAT}
+    return made
+
+
+def isolate(value: object) -> Markup:
+    """Foreign text (a path, a name, a corpus) escaped and isolated: its direction cannot reorder what is around it."""
+    return Markup("<bdi>{}</bdi>").format(str(value))
+
+
+def isolated(values: Iterable[object]) -> Markup:
+    """Foreign texts after one another, each isolated."""
+    return Markup(", ").join(isolate(value) for value in values)
+
+
+def document(template: str, asset: str, *, style: str = "", sources: str = "", **values: Any) -> str:
+    """A whole HTML document with its style and script inside, and a policy that lets it fetch nothing and run no other.
+
+    `sources` are further script sources, for pages that load data files from beside them.
+    """
+    script = (HERE / "assets" / f"{asset}.js").read_text()
+    css = style + "".join((HERE / "assets" / f"{name}.css").read_text() for name in ("base", asset))
+    hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{hashed}'{sources}; img-src data:"
+    ours = {"policy": policy, "css": Markup(css), "script": Markup(script)}
+    return environment().get_template(template).render(**ours, **values)
+
+
+def report_page(
+    title: str,
+    results: Results,
+    table: Table,
+    usage: list[UsageLine],
+    figures: Sequence[Figure | Missing],
+    latents: Latents,
+    folder: str,
+) -> str:
+    """The report."""
+    last = last_runs(results)
+    return document(
+        "report.html",
+        "report",
+        style=svg.style(len(results.sharings)),
+        title=title,
+        results=results,
+        last=last,
+        found=headline(table, results),
+        models=distinct(sorted(run.store.model for run in last)),
+        layers=sorted({run.store.layer if run.store.layer is not None else -1 for run in last}),
+        seeds=sorted({run.seed for run in last}),
+        widths=sorted({run.checkpoint.width for run in last}),
+        table=table,
+        published=published_rows([metric.id for metric in table.metrics]),
+        sample_note=sample_note(last),
+        without_massive=without_massive(results, table),
+        usage=usage,
+        usage_heads=usage_heads(usage),
+        figures=figures,
+        latents=latents,
+        folder=folder,
+        repeated=any(run.at("scr") for run in results.runs),
+        definitions=definitions(results, usage),
+        facts=provenance(results),
+    )
+
+
+def latents_page(run: Run, summary: Mapping[str, Any]) -> str:
+    """The page of a checkpoint's latents, which its script fills."""
+    sizes = summary["levels"]
+    levels = [(level_name(i, len(sizes)), m - (sizes[i - 1] if i else 0)) for i, m in enumerate(sizes)]
+    return document(
+        "latents.html",
+        "latents",
+        sources=" 'self' file:",
+        title=f"Latents: {run.name}",
+        run=run,
+        summary=summary,
+        levels=levels,
+    )
+
+
+def level_name(level: int, n_levels: int) -> str:
+    """shared, specialised, or the number of a level among several."""
+    return f"level {level + 1}" if n_levels > 2 else ("shared" if level == 0 and n_levels == 2 else "specialised")
+
+
+def last_runs(results: Results) -> list[Run]:
+    """The last checkpoints of all groups."""
+    return [run for group in results.groups for run in group.runs]
+
+
+def sample_note(runs: Sequence[Run]) -> str:
+    """What averages and dead shares are over, and what zero and mean ablation cost."""
+    tokens = sorted({n for run in runs if (n := run.sample.get("n_tokens"))})
+    said = (
+        f"Averages, and the share of dead latents, are over {' or '.join(f'{n:,}' for n in tokens)} evaluation tokens. "
+    )
+    costs = {name: sorted({x for run in runs if (x := run.baselines.get(name)) is not None}) for name in KL_BASELINES}
+    number = wording.number
+    parts = [
+        f"{label} costs {number(xs[0])}{f' to {number(xs[-1])}' if len(xs) > 1 else ''}"
+        for (name, label) in KL_BASELINES.items()
+        if (xs := costs[name])
+    ]
+    return (said if tokens else "") + (f"In KL, {' and '.join(parts)} nats/token." if parts else "")
+
+
+def without_massive(
+    results: Results, table: Table
+) -> tuple[list[Metric], list[tuple[Group, Row, list[Estimate | None]]]] | None:
+    """Columns and rows of the same means without massive rows; None when no run has them or they never differ."""
+    rows = [(group, row) for group in results.groups for row in group.rows]
+    metrics = [m for m in table.metrics if any(row.values(m.id, massive=False) for _, row in rows)]
+    if all(row.values(m.id) == row.values(m.id, massive=False) for _, row in rows for m in metrics):
+        return None
+    return metrics, [
+        (group, row, [estimate(list(row.values(m.id, massive=False).values())) for m in metrics]) for group, row in rows
+    ]
+
+
+def definitions(results: Results, usage: Sequence[UsageLine]) -> list[Metric]:
+    """Every metric that these results hold: unit, direction, definition."""
+    held = {id for run in results.runs for level in run.levels for id in level.scores}
+    held |= {name for run in results.runs for name in run.series}
+    held |= {id for line in usage for id in line.found}
+    order = [id for id in METRICS if id in held] + sorted(held - METRICS.keys())
+    return [results.metric(id) for id in order]
+
+
+def provenance(results: Results) -> list[tuple[str, list[object]]]:
+    """Where the numbers come from: models, stores, samples, versions; what nothing is known of is left out."""
+    last = last_runs(results)
+    facts: dict[str, list[Any]] = {
+        "Model": [run.store.model for run in last],
+        "Layer": [run.store.layer for run in last],
+        "Corpus": [corpus_text(run.checkpoint.corpus or run.store.corpus) for run in last],
+        "Store": [run.store.id[:16] for run in last],
+        "Evaluation sample": [sample_text(run) for run in last],
+        "Training rows seen": [rows_text(run.checkpoint.rows_seen) for run in last],
+        "Dead latents in training counted over": [rows_text(run.checkpoint.fired_rows) for run in last],
+        "Seeds": [run.seed for run in last],
+        "Order of data (data_seed)": [as_text(run.train.get("data_seed")) for run in last],
+        "Sharing": [sharing_label(sharing) for sharing in results.sharings],
+        "Versions, evaluation": [versions_text(run.versions) for run in last],
+        "Versions, training": [versions_text(run.checkpoint.versions) for run in last],
+        "Code, evaluation": [run.git for run in last],
+        "Code, training": [run.checkpoint.git for run in last],
+    }
+    return [(name, found) for name, values in facts.items() if (found := distinct(values))]
+
+
+def distinct(values: Iterable[object]) -> list[object]:
+    """Each value once, in order of appearance; None and empty ones left out."""
+    return [value for value in dict.fromkeys(values) if value not in (None, "")]
+
+
+def as_text(value: object) -> str | None:
+    """A value of a config as text; None for none."""
+    return None if value is None else str(value)
+
+
+def corpus_text(corpus: object) -> str | None:
+    """The corpus, where the results or the checkpoint name it."""
+    if corpus is None or isinstance(corpus, str):
+        return corpus
+    return json.dumps(corpus, ensure_ascii=False, sort_keys=True)
+
+
+def sample_text(run: Run) -> str:
+    """What averages are over."""
+    return ", ".join(f"{name} {value:,}" for name, value in run.sample.items())
+
+
+def rows_text(rows: int | None) -> str | None:
+    """A number of rows."""
+    return None if rows is None else f"{rows:,} rows"
+
+
+def versions_text(versions: Mapping[str, str]) -> str:
+    """Libraries and their versions."""
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))

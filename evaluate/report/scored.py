@@ -1,0 +1,296 @@
+"""One results file as typed values: read once, each value checked when it is taken. Layout: FORMAT.md, "Results"."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from evaluate.latents.files import has_pages
+from evaluate.results import read_result
+from pipeline.base.errors import DamagedError
+from pipeline.base.fields import Fields, require_plain
+from pipeline.base.files import canonical_json, sha256
+from pipeline.definitions import Better, Metric
+
+NOT_SETTINGS = frozenset({"alpha", "levels", "seed"})
+BLOCKS = ("shared", "specialised")
+"""Blocks of latents of a dictionary of two levels; a flat one has the second alone."""
+Sharing = tuple[float, ...]
+"""Cumulative shares of the width: () is flat, (0.2,) the paper's two levels at α = 0.2."""
+AUTO: Sharing = (1.0,)
+"""A sharing ratio that adapted in training, to another one in every run: a share that no fixed α can be, behind them all."""
+Histogram = tuple[list[float], list[float]]
+"""Edges and counts."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """Scores of one level, a prefix of the dictionary, by metric id; undefined ones are left out."""
+
+    number: int
+    n_latents: int
+    scores: Mapping[str, float]
+    without_massive: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A score of one level at n latents."""
+
+    n: int
+    level: int | None
+    value: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was scored. `train` is its training config, empty for an SAE made elsewhere; `whole` is everything, to show."""
+
+    path: str
+    sha256: str
+    step: int
+    width: int
+    sizes: tuple[int, ...]
+    member: str
+    train: Mapping[str, Any]
+    rows_seen: int | None
+    fired_rows: int | None
+    corpus: object
+    versions: Mapping[str, str]
+    git: str
+    whole: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """The rows that it was scored on."""
+
+    id: str
+    model: str
+    layer: int | None
+    corpus: object
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One results file: one checkpoint, scored. `curve` holds the terms of the training loss by step."""
+
+    path: Path
+    checkpoint: Checkpoint
+    store: StoreFacts
+    evaluation: Mapping[str, Any]
+    sample: Mapping[str, int]
+    baselines: Mapping[str, float]
+    levels: tuple[Level, ...]
+    series: Mapping[str, tuple[Point, ...]]
+    features: Mapping[str, Any]
+    density: Mapping[str, Histogram]
+    curve: Mapping[str, Mapping[int, float]]
+    definitions: Mapping[str, Metric]
+    versions: Mapping[str, str]
+    git: str
+
+    @property
+    def train(self) -> Mapping[str, Any]:
+        """The training config; empty for an SAE made elsewhere."""
+        return self.checkpoint.train
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return self.checkpoint.step
+
+    @property
+    def seed(self) -> int:
+        """The member's seed; 0 when the SAE was made elsewhere."""
+        return int(self.train.get("seed", 0))
+
+    @cached_property
+    def sharing(self) -> Sharing:
+        """How the dictionary is nested: as asked for, else as its sizes say."""
+        if self.train.get("alpha") == "auto":
+            return AUTO
+        if self.train.get("alpha") is not None:
+            return (float(self.train["alpha"]),) if self.train["alpha"] else ()
+        if self.train.get("levels"):
+            return tuple(float(share) for share in self.train["levels"][:-1])
+        return tuple(round(m / self.checkpoint.width, 4) for m in self.checkpoint.sizes[:-1])
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What may differ between experiments, by name; not α, levels or seed."""
+        settings: dict[str, Any] = {"model": self.store.model or None, "layer": self.store.layer}
+        settings |= {name: value for name, value in self.train.items() if name not in NOT_SETTINGS}
+        settings |= {"store": self.store.id[:10]}
+        if not self.train:
+            settings |= {"recipe": "made elsewhere", "source": Path(self.checkpoint.path).name}
+        return settings | {"evaluation": sha256(canonical_json(self.evaluation))[:8]}
+
+    @cached_property
+    def identity(self) -> str:
+        """Equal for results of the same checkpoint, scored the same way on the same store."""
+        return canonical_json([self.checkpoint.sha256, self.store.id, self.evaluation])
+
+    @cached_property
+    def has_latents(self) -> bool:
+        """Whether latent pages lie beside the file."""
+        return has_pages(self.path)
+
+    @property
+    def name(self) -> str:
+        """The member and its step, for tooltips and CSV."""
+        return f"{self.checkpoint.member}, step {self.step:,}"
+
+    @property
+    def configuration(self) -> str:
+        """Checkpoint, training and evaluation as indented JSON."""
+        checkpoint = {name: value for name, value in self.checkpoint.whole.items() if name != "provenance"}
+        provenance = self.checkpoint.whole.get("provenance") or {}
+        full = {"checkpoint": checkpoint, "provenance": provenance, "evaluation": self.evaluation}
+        return json.dumps(full, indent=1, ensure_ascii=False, sort_keys=True)
+
+    def score(self, metric: str, level: int = -1, *, massive: bool = True) -> float | None:
+        """One score of one level, the whole dictionary by default; None when it was not computed or is undefined.
+
+        `sparse_coding_rate@20` reads the series of that metric at n = 20. `massive`: whether averages hold massive rows.
+        """
+        name, _, n = metric.partition("@")
+        if n:
+            return self.at(name).get(int(n))
+        if not -len(self.levels) <= level < len(self.levels):
+            return None
+        scores = self.levels[level].scores if massive else self.levels[level].without_massive
+        return scores.get(name)
+
+    def at(self, metric: str, level: int | None = None) -> dict[int, float]:
+        """A series by n, of the whole dictionary or of one level; undefined values are left out."""
+        last = self.levels[-1].number
+        wanted = last if level is None else level
+        points = self.series.get(metric, ())
+        return {p.n: p.value for p in points if (last if p.level is None else p.level) == wanted}
+
+    def feature(self, *path: str) -> float | None:
+        """A number deep in the features; None where any part of the path is not there."""
+        at: Any = self.features
+        for name in path:
+            at = at.get(name) if isinstance(at, Mapping) else None
+        return float(at) if isinstance(at, int | float) else None
+
+
+def read_run(path: Path) -> Run:
+    """Read one results file. Raises DamagedError, naming the field, when it is not one of ours in every part."""
+    return make_run(path, read_result(path))
+
+
+def make_run(path: Path, data: Mapping[str, Any]) -> Run:
+    """Results as typed values. Raises DamagedError naming the first field that is not what it should be."""
+    require_plain(path, data)
+    missing = [name for name in ("key", "checkpoint", "store", "levels") if not data.get(name)]
+    if missing:
+        raise DamagedError(f"{path}: results without {', '.join(missing)}; evaluate this checkpoint again")
+    fields = Fields(path, data)
+    store, features = fields.inner("store"), fields.inner("features")
+    return Run(
+        path,
+        checkpoint_of(fields.inner("checkpoint")),
+        StoreFacts(store.text("id", ""), store.text("model", ""), store.some_whole("layer"), store.data.get("corpus")),
+        fields.inner("evaluation").data,
+        {name: n for name, n in fields.inner("sample").data.items() if isinstance(n, int) and not isinstance(n, bool)},
+        fields.numbers("baselines"),
+        tuple(level_of(level) for level in fields.objects("levels")),
+        {name: points_of(fields.inner("series"), name) for name in fields.inner("series").data},
+        features.data,
+        density_of(features.inner("density")),
+        curve_of(fields.inner("curve")),
+        {id: definition_of(fields.inner("definitions").inner(id), id) for id in fields.inner("definitions").data},
+        fields.texts("versions"),
+        fields.text("git", ""),
+    )
+
+
+def checkpoint_of(fields: Fields) -> Checkpoint:
+    """What was scored."""
+    provenance, sae = fields.inner("provenance"), fields.inner("sae")
+    path, store = fields.text("path", "None"), provenance.inner("store")
+    corpus = store.data.get("corpus")
+    return Checkpoint(
+        path,
+        fields.text("sha256", ""),
+        fields.whole("step", 0),
+        sae.whole("width", least=1),
+        tuple(sae.list_of_wholes("levels")),
+        provenance.text("member", "") or Path(path).stem,
+        train_of(provenance.inner("train")),
+        provenance.some_whole("rows_seen"),
+        provenance.some_whole("fired_rows"),
+        corpus,
+        provenance.texts("versions"),
+        provenance.text("git", ""),
+        fields.data,
+    )
+
+
+def train_of(fields: Fields) -> Mapping[str, Any]:
+    """A training config in which what a report reads is of its type."""
+    fields.whole("seed", 0)
+    if fields.data.get("alpha") != "auto":
+        fields.some_number("alpha")
+    if any(share is None for share in fields.list_of_numbers("levels")):
+        fields.list_of_wholes("levels")
+    return fields.data
+
+
+def level_of(fields: Fields) -> Level:
+    """One level's scores."""
+    return Level(
+        fields.whole("level"),
+        fields.whole("n_latents", least=1),
+        fields.numbers("scores"),
+        fields.numbers("scores_without_massive"),
+    )
+
+
+def points_of(fields: Fields, name: str) -> tuple[Point, ...]:
+    """A series; undefined values are left out."""
+    points = [(p, p.some_number("value")) for p in fields.objects(name)]
+    return tuple(Point(p.whole("n"), p.some_whole("level"), value) for p, value in points if value is not None)
+
+
+def density_of(fields: Fields) -> dict[str, Histogram]:
+    """Histograms of log10 density by block."""
+    edges = [x for x in fields.list_of_numbers("edges") if x is not None]
+    blocks = {name: fields.list_of_numbers(name, len(edges) - 1) for name in BLOCKS if fields.data.get(name)}
+    return {name: (edges, [float(n or 0) for n in counts]) for name, counts in blocks.items()}
+
+
+def curve_of(fields: Fields) -> dict[str, dict[int, float]]:
+    """Terms of the loss by step, gaps left out: total, reconstruction of the innermost level and of the whole, penalties."""
+    steps = fields.list_of_wholes("step")
+    terms = {name: fields.list_of_numbers(name, len(steps)) for name in CURVE_TERMS if fields.data.get(name)}
+    recon = [Fields(fields.path, {"level": level}, f"curve.recon.{i}") for i, level in enumerate(fields.items("recon"))]
+    levels = [point.list_of_numbers("level") for point in recon]
+    for name, at in (("recon_innermost", 0), ("recon_whole", -1)):
+        if levels:
+            terms[name] = [level[at] if level else None for level in levels]
+    return {
+        name: {step: value for step, value in zip(steps, values) if value is not None} for name, values in terms.items()
+    }
+
+
+CURVE_TERMS = ("loss", "l1_shared", "l1_specialised", "aux")
+
+
+def definition_of(fields: Fields, id: str) -> Metric:
+    """A metric as the results explain it."""
+    better = fields.text("better")
+    found: dict[str, Better] = {"lower": "lower", "higher": "higher", "neither": "neither"}
+    if better not in found:
+        raise DamagedError(
+            f"{fields.path}: {fields.name + '.better'!r} is {better[:40]!r}, expected lower, higher or neither; "
+            "evaluate this checkpoint again"
+        )
+    return Metric(id, id, fields.text("unit"), found[better], fields.text("definition"))

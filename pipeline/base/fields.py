@@ -1,0 +1,138 @@
+"""Values out of a JSON file that anyone may have written: each is checked when it is taken, and a message names it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.base.errors import DamagedError
+
+DEEPEST = 32
+"""Levels of nesting that any file of ours stays under."""
+LARGEST = 2**63
+"""Whole numbers from here on are no count of anything."""
+
+
+def require_plain(path: Path, data: object) -> None:
+    """Raise DamagedError unless JSON data is nested less than DEEPEST deep, its numbers finite and its text Unicode."""
+    if problem := next(problems(data), None):
+        raise DamagedError(f"{path}: {problem}; restore it or make it again")
+
+
+def problems(data: object, name: str = "", depth: int = 0) -> Iterator[str]:
+    """What is wrong with JSON data, value by value."""
+    where = name[:80] or "it"
+    if depth > DEEPEST:
+        yield f"{where!r} is nested deeper than {DEEPEST}"
+    elif isinstance(data, str):
+        if any("\ud800" <= c <= "\udfff" for c in data):
+            yield f"{where!r} is text that is not Unicode"
+    elif isinstance(data, bool):
+        return
+    elif isinstance(data, int | float):
+        if not (abs(data) < LARGEST if isinstance(data, int) else math.isfinite(data)):
+            yield f"{where!r} is no number that can be, found {str(data)[:24]}"
+    elif isinstance(data, Mapping):
+        for key, value in data.items():
+            yield from problems(key, f"{name}.(key)", depth)
+            yield from problems(value, f"{name}.{key}".lstrip("."), depth + 1)
+    elif isinstance(data, list):
+        for i, value in enumerate(data):
+            yield from problems(value, f"{name}.{i}", depth + 1)
+
+
+class Fields:
+    """One object of a JSON file. A value is checked when it is taken: DamagedError names path, field, expected and found."""
+
+    def __init__(self, path: Path, data: object, name: str = "") -> None:
+        self.path, self.name = path, name
+        if not isinstance(data, Mapping):
+            raise self._wrong("", "an object", data)
+        self.data: Mapping[str, Any] = data
+
+    def _wrong(self, name: str, expected: str, found: object) -> DamagedError:
+        where = ".".join(part for part in (self.name, name) if part) or "it"
+        shown = "nothing" if found is None else f"{type(found).__name__} {str(found)[:40]!r}"
+        return DamagedError(f"{self.path}: {where!r} should be {expected}, found {shown}; restore it or make it again")
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """Text; the default where there is none."""
+        value = self.data.get(name)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, str):
+            raise self._wrong(name, "text", value)
+        return value
+
+    def whole(self, name: str, default: int | None = None, *, least: int = 0) -> int:
+        """A whole number of at least `least`; the default where there is none."""
+        value = self.data.get(name)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self._wrong(name, f"a whole number from {least} on", value)
+        return value
+
+    def some_whole(self, name: str) -> int | None:
+        """A whole number, or None where there is none."""
+        return None if self.data.get(name) is None else self.whole(name)
+
+    def some_number(self, name: str) -> float | None:
+        """A number, or None where there is none."""
+        value = self.data.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, "a number or null", value)
+        return float(value)
+
+    def numbers(self, name: str) -> dict[str, float]:
+        """An object of numbers; those that are null are left out, as are objects within it."""
+        inner = self.inner(name)
+        found = {key: inner.some_number(key) for key, value in inner.data.items() if not isinstance(value, Mapping)}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def texts(self, name: str) -> dict[str, str]:
+        """An object of texts."""
+        inner = self.inner(name)
+        return {key: inner.text(key) for key in inner.data}
+
+    def inner(self, name: str) -> Fields:
+        """An object within; empty where there is none."""
+        return Fields(
+            self.path, {} if self.data.get(name) is None else self.data[name], f"{self.name}.{name}".lstrip(".")
+        )
+
+    def items(self, name: str) -> list[Any]:
+        """A list; empty where there is none."""
+        value = self.data.get(name)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            raise self._wrong(name, "a list", value)
+        return value
+
+    def objects(self, name: str) -> list[Fields]:
+        """A list of objects."""
+        return [
+            Fields(self.path, value, f"{self.name}.{name}.{i}".lstrip(".")) for i, value in enumerate(self.items(name))
+        ]
+
+    def list_of_numbers(self, name: str, length: int | None = None) -> list[float | None]:
+        """A list of numbers or nulls, of a length where one is given."""
+        values = self.items(name)
+        if length is not None and len(values) != length:
+            raise self._wrong(name, f"a list of {length}", values)
+        for value in values:
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise self._wrong(name, "a list of numbers or nulls", value)
+        return [None if value is None else float(value) for value in values]
+
+    def list_of_wholes(self, name: str) -> list[int]:
+        """A list of whole numbers from 0 on."""
+        for value in self.items(name):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise self._wrong(name, "a list of whole numbers", value)
+        return list(self.items(name))
