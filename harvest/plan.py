@@ -14,10 +14,11 @@ from harvest.config import CHUNK_ROWS, EVAL_SHARE, SHARD_CHUNKS, HarvestConfig
 from harvest.corpus import Corpus, Source, open_corpus
 from harvest.texts import Reader
 from harvest.tokens import Packing
-from pipeline.base.errors import DamagedError, ModelError, StoreError
+from pipeline.base.errors import DamagedError, StoreError
 from pipeline.base.runtime import local_rank, resolve_device, resolve_dtype
 from pipeline.model.files import tokenizer_sha256
-from pipeline.model.split_lm import ModelInfo, load_tokenizer, resolve_bos, special_ids
+from pipeline.model.specials import resolve_bos, resolve_separator, special_ids
+from pipeline.model.split_lm import ModelInfo, load_tokenizer
 from pipeline.store.backend import is_url
 from pipeline.store.layout import estimate_bytes
 from pipeline.store.prepare import extended, segments
@@ -92,7 +93,7 @@ def make_plan(config: HarvestConfig, *, repair: bool = False) -> Plan:
     held: dict[str, Any] = recorded.config if recorded else {}
     config, device = settle(config, held)
     packing = make_packing(config, tokenizer)
-    shared = shared_config(config, info, device, packing, special_ids(tokenizer), held)
+    shared = shared_config(config, info, device, packing, special_ids(tokenizer, packing.bos, packing.separator), held)
     sources = find_corpora(config, held)
     kept = {"corpus": held["corpus"], "eval_corpus": held["eval_corpus"]} if repair and held else None
     shared |= kept or sources.identities(held)
@@ -146,10 +147,7 @@ def settle(config: HarvestConfig, held: Mapping[str, Any]) -> tuple[HarvestConfi
 def make_packing(config: HarvestConfig, tokenizer: Any) -> Packing:
     """BOS and separator of the rows. Raises ModelError when the tokenizer has neither BOS nor EOS."""
     bos = resolve_bos(tokenizer, config.bos)
-    separator = tokenizer.eos_token_id if bos is None else bos
-    if separator is None:
-        raise ModelError(f"{config.model}: its tokenizer has no BOS and no EOS to put between documents; give --bos ID")
-    return Packing(config.context, bos, int(separator))
+    return Packing(config.context, bos, resolve_separator(tokenizer, bos, config.model))
 
 
 def n_eval(config: HarvestConfig, recorded: Store | None) -> int:

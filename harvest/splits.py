@@ -9,9 +9,10 @@ import numpy as np
 
 from harvest.plan import Plan
 from harvest.texts import Tokens
-from harvest.tokens import Pieces, mark_special, pack, scratch_array, shuffle, tokenized
+from harvest.tokens import Pieces, pack, scratch_array, shuffle, tokenized
 from pipeline.base.errors import DamagedError, StoreError
 from pipeline.base.progress import Progress
+from pipeline.model.specials import mark_special
 from pipeline.store.prepare import SplitTokens
 from pipeline.store.reader import Split, Store
 from pipeline.store.split import Mask

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from harvest.corpus import Document
 from harvest.texts import Part, Piece, Reader, Tokens
-from pipeline.base.errors import CorpusError, ModelError
+from pipeline.base.errors import CorpusError
 from pipeline.base.files import disk_errors, require_free
 from pipeline.base.runtime import numpy_rng
 
@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 BATCH_CHARACTERS = 2_000_000
 """Characters that the tokenizer gets at once: enough to use every core, little enough to hold twice."""
 BLOCK = 4096
-"""Sequences that are shuffled or marked at a time."""
+"""Sequences that are shuffled at a time."""
 
 
 @dataclass(frozen=True)
@@ -198,20 +198,3 @@ def shuffle(rows: npt.NDArray[Any], segments: Sequence[int], seed: int, out: npt
         order = start + numpy_rng("sequences", seed, start, stop).permutation(stop - start)
         for a in range(0, stop - start, BLOCK):
             out[start + a : min(start + a + BLOCK, stop)] = rows[order[a : a + BLOCK]]
-
-
-def mark_special(tokens: Tokens, special: Sequence[int], vocab: int, out: npt.NDArray[np.bool_]) -> None:
-    """Set `out` to true at special tokens and at position 0 of every row, and leave it as it is elsewhere.
-
-    Raises ModelError for an id that the model does not have.
-    """
-    table = np.zeros(vocab, np.bool_)
-    table[[id for id in special if id < vocab]] = True
-    for a in range(0, len(tokens), BLOCK):
-        block = tokens[a : a + BLOCK]
-        if int(block.max()) >= vocab:
-            raise ModelError(
-                f"the tokenizer makes token {int(block.max())}, the model knows {vocab}; give the model its own tokenizer"
-            )
-        out[a : a + BLOCK] |= table[block]
-    out[:, 0] = True

@@ -13,11 +13,13 @@ import pytest
 import torch
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from torch import Tensor, nn
 
 from pipeline.base.errors import ModelError
 from pipeline.model import files as model_files
-from pipeline.model.split_lm import ModelInfo, SplitLM, load_tokenizer, resolve_bos, special_ids
+from pipeline.model.specials import resolve_bos, special_ids
+from pipeline.model.split_lm import ModelInfo, SplitLM, load_tokenizer
 from support import tiny_models
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -305,6 +307,37 @@ def test_auto_takes_the_tokenizers_bos() -> None:
     assert resolve_bos(tiny_models.build_tokenizer(adds_bos=False), "auto") is None
     assert resolve_bos(tiny_models.build_tokenizer(), "none") is None
     assert resolve_bos(tiny_models.build_tokenizer(), "7") == 7
+
+
+def with_template(template: str) -> Any:
+    """The test tokenizer, putting other tokens around a text."""
+    tokenizer = tiny_models.build_tokenizer(adds_bos=False)
+    known = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<pad>", "<eos>", "<bos>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=known)
+    return tokenizer
+
+
+def test_two_leading_tokens_are_refused() -> None:
+    """A tokenizer that puts two tokens before a text is refused until one is chosen."""
+    tokenizer = with_template("<pad> <bos> $A")
+    with pytest.raises(ModelError, match=r"puts 2 tokens before a text \(<pad> <bos>\).*--bos 2, or --bos none"):
+        resolve_bos(tokenizer, "auto")
+    assert resolve_bos(tokenizer, "2") == 2
+
+
+def test_bos_of_id_zero() -> None:
+    """Token 0 is a BOS like any other."""
+    assert resolve_bos(with_template("<pad> $A"), "auto") == 0
+
+
+def test_trailing_token_is_no_bos() -> None:
+    """A token that the tokenizer puts behind a text only does not begin a row."""
+    assert resolve_bos(with_template("$A <eos>"), "auto") is None
+
+
+def test_chosen_bos_is_special() -> None:
+    """A BOS that the tokenizer does not declare is special all the same."""
+    assert special_ids(tiny_models.build_tokenizer(), 7, None) == [0, 1, 2, 3, 7]
 
 
 @pytest.mark.parametrize("bos", ["yes", "-1", "100000"])

@@ -16,7 +16,8 @@ from evaluate.probing.probes import ProbeConfig
 from evaluate.probing.series import merge, series
 from evaluate.probing.texts import TextModel, make_bank, pool_latents, text_model, whole_texts
 from pipeline.base.errors import CorpusError, UsageError
-from pipeline.model.split_lm import SplitLM, load_tokenizer, resolve_bos
+from pipeline.model.specials import resolve_bos
+from pipeline.model.split_lm import SplitLM, load_tokenizer
 from support import tiny_models
 from support.probing_cases import random_sae
 

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from harvest.tokens import mark_special, scratch_array
+from harvest.tokens import scratch_array
 from pipeline.base.errors import DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
+from pipeline.model.specials import mark_special
 from pipeline.store.layout import Layout, estimate_bytes
 from pipeline.store.moments import median_of, norms_and_moments
 from pipeline.store.prepare import SplitTokens, prepare, resume, segments

@@ -20,13 +20,13 @@ from harvest.tokens import (
     Pieces,
     ahead,
     batched,
-    mark_special,
     pack,
     scratch_array,
     shuffle,
     tokenized,
 )
 from pipeline.base.errors import CorpusError, DiskError, ModelError
+from pipeline.model.specials import mark_special
 from pipeline.store.split import Mask
 from support import tiny_models
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pipeline.base.errors import CorpusError
 from pipeline.base.progress import Progress
-from pipeline.model.split_lm import SplitLM, special_ids
+from pipeline.model.specials import special_ids
+from pipeline.model.split_lm import SplitLM
 from pipeline.sae.nested import NestedSAE
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -51,7 +52,7 @@ def text_model(lm: SplitLM, tokenizer: Any, layer: int, bos: int | None, *, pars
         tokenize=lambda texts: tokenizer(list(texts), **options)["input_ids"],
         residual=lambda tokens: lm.prefix(tokens.to(lm.device))[layer],
         bos=bos,
-        special=tuple(special_ids(tokenizer)),
+        special=tuple(special_ids(tokenizer, bos)),
         identity=lm_identity,
     )
 

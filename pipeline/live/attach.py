@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.base.errors import ModelError, UsageError
 from pipeline.live.edits import Edit
+from pipeline.model.specials import config_special_ids
 from pipeline.model.splicing import splice
 from pipeline.model.split_lm import find_layers
 from pipeline.sae.nested import NestedSAE
@@ -184,16 +185,6 @@ class Attached:
     def _linear(self, z: Tensor) -> Tensor:
         """What latents add to the raw residual, without b_dec and centre."""
         return (z @ self.sae.W_dec[: self.n_latents]).float() / self.sae.scale
-
-
-def config_special_ids(model: Any) -> tuple[int, ...]:
-    """BOS, EOS and PAD as the model's config names them."""
-    text = model.config.get_text_config()
-    found: set[int] = set()
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(text, name, None)
-        found |= set(value) if isinstance(value, list | tuple) else set() if value is None else {int(value)}
-    return tuple(sorted(found))
 
 
 def past_length(cache: Any) -> int:

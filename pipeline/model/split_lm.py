@@ -326,22 +326,3 @@ def load_tokenizer(model: str, revision: str | None = None, *, trust_remote_code
         raise ModelError(f"{folder}: there is no tokenizer in it; copy tokenizer.json and tokenizer_config.json there")
     with hub_errors(model), quiet():
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def special_ids(tokenizer: Any) -> list[int]:
-    """Ids of every special token that the tokenizer declares, sorted: BOS, EOS, PAD, UNK, turn markers and the like."""
-    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted(added | set(tokenizer.all_special_ids))
-
-
-def resolve_bos(tokenizer: Any, bos: str) -> int | None:
-    """`auto`: the token that the tokenizer itself puts before a text, if any; `none`; or an id. Raises ModelError."""
-    if bos == "none":
-        return None
-    if bos != "auto":
-        if not bos.isdigit() or int(bos) >= len(tokenizer):
-            raise ModelError(f"--bos {bos}: not a token id below {len(tokenizer)}, nor auto or none")
-        return int(bos)
-    with_special = tokenizer("a")["input_ids"]
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return int(with_special[0]) if with_special[:1] != plain[:1] else None
