@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from test_step import CPU, D_MODEL, batch_for, config_of, raw_rows
-from train.config import TrainConfig
-from train.recipes import RECIPES
+from train.config import RECIPES, TrainConfig
 from train.step.graphs import Recorded
 from train.step.latents import Latents
-from train.step.member import Batch, Member, Scratch, normalise_batch
+from train.step.member import Batch, Member, normalise_batch
 from train.step.objectives import auxiliary_pool
+from train.step.scratch import Scratch
 
 
 class Tape(TorchDispatchMode):

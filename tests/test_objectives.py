@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from support.reference import reference_latents, reference_objective
-from train.config import TrainConfig
-from train.recipes import RECIPES, batchtopk
-from train.step.controller import Controller
-from train.step.member import Member, Scratch, normalise_batch
-from train.step.objectives import kept_a_row, random_prefixes, reconstruction_terms, sparsity_ramp
+from train.config import RECIPES, TrainConfig, batchtopk
+from train.step.member import Member, normalise_batch
+from train.step.objectives import random_prefixes, reconstruction_terms
+from train.step.schedules import Controller, kept_a_row, sparsity_ramp
+from train.step.scratch import Scratch
 from train.step.selection import batch_threshold, row_thresholds
 
 D_MODEL, WIDTH, ROWS = 12, 40, 24
@@ -100,9 +100,11 @@ def test_every_gradient_equals_autograd(variant: str, n_levels: int) -> None:
     loss = reference_objective(weights, config, x, prefixes=terms.sizes, prefix_weights=terms.weights, dead=dead)
     loss.backward()
 
-    forward = member._forward(normalise_batch(x, member.center, 1.0))
-    gradients = member._backward(forward)
-    torch.testing.assert_close(member._loss(forward), loss.detach(), rtol=1e-10, atol=1e-12)
+    batch = normalise_batch(x, member.center, 1.0)
+    forward = member._forward(batch)
+    gradients, aux = member._backward(forward)
+    found = member._loss(forward, member._sums_of(batch, forward, aux))
+    torch.testing.assert_close(found, loss.detach(), rtol=1e-10, atol=1e-12)
     assert gradients.keys() == weights.keys()
     for name, weight in weights.items():
         assert weight.grad.abs().max() > 0, f"the reference says nothing about {name}"
@@ -134,7 +136,8 @@ def test_other_settings_depend_on_alpha(changes: dict[str, Any]) -> None:
     for alpha in (0.1, 0.5):
         config = tiny(**({"objective": "additive", "layernorm": "none", "alpha": alpha} | changes))
         member = tiny_member(config)
-        losses.append(float(member._loss(member._forward(normalise_batch(tiny_rows(), member.center, 1.0)))))
+        member.step(normalise_batch(tiny_rows(), member.center, 1.0))
+        losses.append(member.metrics()["loss"])
     assert losses[0] != pytest.approx(losses[1], rel=1e-6)
 
 
@@ -180,7 +183,7 @@ def test_batchtopk_keeps_no_zero() -> None:
     member.weights["b_enc"].sub_(1.0)
     forward = member._forward(normalise_batch(tiny_rows(), member.center, 1.0))
     assert float(member.latents.threshold) == 0.0
-    assert 0 < float(forward.sums["counts"].sum()) < 30 * ROWS
+    assert 0 < float(forward.fired.counts.sum()) < 30 * ROWS
 
 
 def test_size_weights_average_one_and_grow() -> None:
@@ -249,7 +252,7 @@ def test_auxiliary_gradients_reach_only_dead_latents() -> None:
     member.n_rows = 200
     member.rows_since_fired[5:8] = 150
     batch = normalise_batch(x, member.center, 1.0)
-    with_aux = {name: g.clone() for name, g in member._backward(member._forward(batch)).items()}
-    without = plain._backward(plain._forward(batch))
+    with_aux = {name: g.clone() for name, g in member._backward(member._forward(batch))[0].items()}
+    without = plain._backward(plain._forward(batch))[0]
     changed = (with_aux["W_dec"] != without["W_dec"]).any(1).nonzero().flatten().tolist()
     assert changed == [5, 6, 7]

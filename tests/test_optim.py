@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.config import TrainConfig
-from train.recipes import paper
+from train.config import TrainConfig, paper
 from train.step import optim
-from train.step.optim import Adam, clip_factor, gradient_norm, learning_rate, remove_along_rows, row_chunks
+from train.step.optim import Adam, clip_factor, gradient_norm, remove_along_rows, weight_chunks
+from train.step.schedules import learning_rate
 
 
 def unit_rows(n: int, d: int) -> Tensor:
@@ -120,7 +120,7 @@ def test_chunk_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_chunks_cover_every_row_once() -> None:
     """Chunks cover every row once."""
     w = torch.empty(1001, 700)
-    rows = [r for chunk in row_chunks(w) for r in range(chunk.start, chunk.stop)]
+    rows = [r for chunk in weight_chunks(w) for r in range(chunk.start, chunk.stop)]
     assert rows == list(range(1001))
 
 

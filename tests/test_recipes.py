@@ -1,6 +1,5 @@
 """Recipes return whole, valid configs; wrong ones are refused with what is wrong."""
 
-import dataclasses
 import json
 from typing import Any
 
@@ -8,8 +7,7 @@ import pytest
 
 from pipeline.base.errors import UsageError
 from pipeline.base.files import canonical_json
-from train.config import TrainConfig
-from train.recipes import RECIPES, batchtopk, paper
+from train.config import RECIPES, TrainConfig, batchtopk, paper
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -93,9 +91,3 @@ def test_wanted_l0_is_refused_beside_k() -> None:
     """A wanted L0 is refused where k sets it."""
     with pytest.raises(UsageError, match="k asks for"):
         batchtopk(target_l0=80.0)
-
-
-def test_every_field_is_described() -> None:
-    """Every field is described."""
-    for field in dataclasses.fields(TrainConfig):
-        assert field.name in (TrainConfig.__doc__ or "")

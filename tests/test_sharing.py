@@ -22,10 +22,10 @@ from support.results_files import write_results
 from support.stores import make_store
 from test_step import assert_same_state, batch_for, config_of, member_of, one_thread, train
 from train.__main__ import command
+from train.config import RECIPES
 from train.folder import member_name
-from train.recipes import RECIPES
 from train.step.member import Member
-from train.step.sharing import adapted, adapts
+from train.step.schedules import adapted, adapts
 
 __all__ = ["one_thread"]
 

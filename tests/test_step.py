@@ -15,12 +15,10 @@ from torch import Tensor
 from pipeline.base.errors import CheckpointError
 from pipeline.sae.nested import NestedSAE
 from support.reference import reference_objective, reference_update
-from train.config import TrainConfig
-from train.memory import SHARED_PARTS, memory_bytes
-from train.recipes import RECIPES, paper
+from train.config import RECIPES, TrainConfig, paper
+from train.plan import SHARED_PARTS, memory_bytes
 from train.step.member import Batch, Member, normalise_batch, product_dtype
-from train.step.objectives import sparsity_ramp
-from train.step.optim import learning_rate
+from train.step.schedules import learning_rate, sparsity_ramp
 from train.step.scratch import Scratch, row_chunks
 
 D_MODEL, WIDTH, ROWS = 16, 64, 48
@@ -233,6 +231,17 @@ def test_metrics_begin_anew_after_each_call() -> None:
     again = member_of(config_of("paper"))
     train(again, 0, 6)
     assert again.metrics()["loss"] != once
+
+
+def test_metrics_take_one_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of metrics takes one transfer from the device."""
+    member, fetches = member_of(config_of("paper", target_l0=9.0)), []
+    train(member, 0, 3)
+    for name in ("tolist", "item", "__float__", "__bool__", "__int__", "cpu"):
+        fetch = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda *a, name=name, fetch=fetch: fetches.append(name) or fetch(*a))
+    member.metrics()
+    assert fetches == ["tolist"]
 
 
 def test_never_fired_latents_are_dead() -> None:

@@ -9,18 +9,18 @@ import click
 
 from pipeline.base.cli import COUNT, main, print_json
 from pipeline.base.errors import DivergedError, UsageError
-from pipeline.base.files import human_bytes, read_json
-from pipeline.base.progress import format_seconds, say
+from pipeline.base.files import read_json
 from pipeline.base.runtime import rank, resolve_device
 from pipeline.store.reader import Store
 from train import plan
+from train.announce import announce, announce_planned, say_costs
 from train.feed.loader import Mode
-from train.folder import Keep, check_out
+from train.folder import check_out
 from train.log import KINDS
 from train.options import field_options, make_grid, read_config_file
 from train.parallel import Processes
 from train.plan import RunConfig
-from train.run import announce, own_members, run
+from train.run import own_members, run
 from train.trainee import Outcome
 
 
@@ -28,50 +28,78 @@ from train.trainee import Outcome
 @click.option("--store", type=click.Path(path_type=Path), required=True, help="Activation store that harvest made.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the members; it may grow.")
 @click.option(
-    "--config", type=click.Path(path_type=Path), is_eager=True, callback=read_config_file, expose_value=False,
+    "--config",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    callback=read_config_file,
+    expose_value=False,
     help="TOML file with the same names as these options; a list repeats one. An option given here wins.",
-)  # fmt: skip
+)
 @field_options
 @click.option(
-    "--mode", type=click.Choice(["auto", "global", "window"]), default="auto", show_default=True,
+    "--mode",
+    type=click.Choice(["auto", "global", "window"]),
+    default="auto",
+    show_default=True,
     help="Order of rows. global: an exact permutation over mapped shards; window: permuted chunks in windows, for "
     "stores larger than memory and compressed ones; auto: global where the store fits into memory.",
-)  # fmt: skip
+)
 @click.option("--window-rows", type=COUNT, help="Rows a window spans; two are held in memory.  [262144]")
 @click.option("--threads", type=COUNT, default=2, show_default=True, help="Threads that gather rows.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
-    "--keep", default="last:3,every:1000", show_default=True,
+    "--keep",
+    default="last:3,every:1000",
+    show_default=True,
     help="Checkpoints that stay: the last so many, those at multiples of so many steps, or all. The final one always.",
-)  # fmt: skip
+)
 @click.option(
-    "--log", type=click.Choice(KINDS), multiple=True, default=("jsonl",),
+    "--log",
+    type=click.Choice(KINDS),
+    multiple=True,
+    default=("jsonl",),
     help="Further places for metrics; repeat it. metrics.jsonl is always written. wandb is offline unless WANDB_MODE is set.",
-)  # fmt: skip
+)
 @click.option(
-    "--data-parallel", is_flag=True,
+    "--data-parallel",
+    is_flag=True,
     help="Under torchrun: all processes train every member, each on its share of the batch, instead of sharing members out.",
-)  # fmt: skip
+)
 @click.option(
-    "--cuda-graphs", is_flag=True,
+    "--cuda-graphs",
+    is_flag=True,
     help="On CUDA: replay each step as one graph. For small SAEs, whose kernels take longer to launch than to run.",
-)  # fmt: skip
+)
 @click.option(
     "--verify-first", is_flag=True, help="Check every byte of the store before the first step, not beside it."
 )
 @click.option("--dry-run", is_flag=True, help="Print members, memory, disk and a rough time; train nothing.")
 @click.option(
-    "--planned", type=click.Path(path_type=Path), metavar="FILE",
+    "--planned",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
     help="With --dry-run, for a store that is not there yet: what harvest --dry-run --json printed.",
-)  # fmt: skip
+)
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the members and their final checkpoints as JSON on stdout."
 )
 def command(
-    store: Path, out: Path, mode: Mode, window_rows: int | None, threads: int, device: str, keep: str,
-    log: tuple[str, ...], data_parallel: bool, cuda_graphs: bool, verify_first: bool, dry_run: bool, planned: Path | None,
-    as_json: bool, **given: Any,
-) -> None:  # fmt: skip
+    store: Path,
+    out: Path,
+    mode: Mode,
+    window_rows: int | None,
+    threads: int,
+    device: str,
+    keep: str,
+    log: tuple[str, ...],
+    data_parallel: bool,
+    cuda_graphs: bool,
+    verify_first: bool,
+    dry_run: bool,
+    planned: Path | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Train nested sparse autoencoders on an activation store.
 
     Options of a training can be repeated, and the grid is their product: every member of it is trained on one read of
@@ -85,12 +113,12 @@ def command(
         python -m train --store acts.zarr --out sae --width 4096 --alpha 0 --alpha 0.2 --seed 0 --seed 1 --seed 2
     """
     members = make_grid(given)
-    config = RunConfig(
+    job = RunConfig(
         store, out, members, device, mode, window_rows, threads, keep, log, verify_first, data_parallel, cuda_graphs
     )
     if planned is not None and not dry_run:
         raise UsageError("--planned goes with --dry-run")
-    outcomes = show_plan(config, planned) if dry_run else run(config)
+    outcomes = show_plan(job, planned) if dry_run else run(job)
     if as_json and not (data_parallel and rank()):
         print_json({"members": [as_data(outcome) for outcome in outcomes]})
     if failed := [outcome for outcome in outcomes if outcome.problem]:
@@ -113,30 +141,16 @@ def planned_store(path: Path, plan_file: Path) -> Store:
     raise UsageError(f"{plan_file}: plans no store at {path}; give harvest and train the same --store")
 
 
-def show_plan(config: RunConfig, planned: Path | None = None) -> list[Outcome]:
+def show_plan(job: RunConfig, planned: Path | None = None) -> list[Outcome]:
     """Print what `run` would do; where members stand as outcomes."""
-    check_out(config.out)
-    device = resolve_device(config.device)
-    store = Store.open(config.store) if planned is None else planned_store(config.store, planned)
-    processes = Processes(0, 1, device, None)
-    tasks = plan.make_tasks(config, store, own_members(config, processes))
-    free = plan.free_memory(device)
-    passes = plan.make_passes(store, tasks, device, free)
-    if planned is None:
-        announce(store, tasks, passes, device)
-    else:
-        say(f"{len(tasks)} members, {len(passes)} passes over {store.train.n_rows:,} rows of a store still to be made")
-        for group in passes:
-            say(f"{len(group)} side by side, memory: {plan.memory_text(plan.pass_memory(store, group, device))}")
-    for task in tasks:
-        say(
-            f"  {task.folder.name}: {task.config.recipe}, width {task.config.width}, {task.config.steps} steps, {task.status}"
-        )
-    disk = plan.disk_bytes(store, tasks, Keep.parse(config.keep))
-    say(f"memory free: {human_bytes(free)}; disk: at most {human_bytes(disk)}")
-    say(
-        f"time: about {format_seconds(plan.estimate_seconds(store, tasks, device))} (five products a step, measured now)"
-    )
+    check_out(job.out)
+    device = resolve_device(job.device)
+    store = Store.open(job.store) if planned is None else planned_store(job.store, planned)
+    tasks = plan.make_tasks(job, store, own_members(job, Processes(0, 1, device, None)))
+    passes = plan.make_passes(store, tasks, device, plan.free_memory(device))
+    tell = announce if planned is None else announce_planned
+    tell(store, tasks, passes, device)
+    say_costs(job, store, tasks, device)
     return [Outcome(task.folder.path, task.step, task.folder.final()) for task in tasks]
 
 

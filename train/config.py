@@ -1,10 +1,14 @@
-"""What fixes one SAE in training: every field is an option of `python -m train`, and the whole is saved in its checkpoints."""
+"""What fixes one SAE in training, and the recipes: plain functions that return such a config.
+
+Every field is an option of `python -m train`, described once, beside the field; the whole is saved in its checkpoints.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from pipeline.base.errors import UsageError
@@ -18,86 +22,125 @@ FIRST_ALPHA = 0.2
 """Where an adapting sharing ratio begins."""
 
 
+def option(default: Any, text: str, only: Callable[[TrainConfig], bool] | None = None) -> Any:
+    """A field with its description. `only`: the configs to which it means something; None: all."""
+    return field(default=default, metadata={"text": text, "only": only})
+
+
+def penalised(config: TrainConfig) -> bool:
+    """Whether a penalty, and not a count, sets the sparsity."""
+    return config.penalty != "none"
+
+
+def selects(config: TrainConfig) -> bool:
+    """Whether the largest latents of a row or of a batch are kept."""
+    return config.activation in ("topk", "batchtopk")
+
+
+def has_batch_threshold(config: TrainConfig) -> bool:
+    """Whether inference compares with a threshold found over batches."""
+    return config.activation == "batchtopk"
+
+
+def is_jumprelu(config: TrainConfig) -> bool:
+    """Whether each latent has a trained threshold."""
+    return config.activation == "jumprelu"
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """One SAE's training. Raises UsageError when a field is out of range or two contradict each other.
+    """One SAE's training. Every field says what it is (`option`), which is the text of `python -m train --help`.
 
-    Shape
-        recipe: the name of the recipe this began as; a label.
-        width: latents of the whole dictionary.
-        alpha: share of latents that are shared, the paper's two levels; 0 is flat; "auto" adapts it (`sharing.py`). None
-            when `levels` is given.
-        shared_target: with alpha "auto", the part of what the whole dictionary explains that the shared one is to explain.
-        levels: cumulative shares of the width, increasing to 1, for any number of levels. Empty when `alpha` is given.
-        activation, k: `k` latents a row for topk and batchtopk, else 0.
-        layernorm, layernorm_rescale, layernorm_eps: as in `SAEConfig`.
-    Objective (squared error summed over dimensions, rows averaged, mean ‖x‖² is 1)
-        objective: `nested` has a reconstruction term a level; `additive` is the paper's Eq. 5, one term.
-        level_weighting: `equal` 1 each; `size` proportional to the level's size, mean 1; `random` as many prefixes as
-            there are levels, drawn log-uniform between the first level and the width at every step, the last the whole.
-        penalty: `l1` on latents, `l0` (jumprelu), `none` (topk, batchtopk).
-        lambda_shared, lambda_specialised: its weights. A flat SAE has only specialised latents.
-        sparsity_warmup_steps: the penalty grows linearly from 0 over so many steps; what topk and batchtopk keep falls
-            from 8k to k.
-        target_l0: mean latents a row that a controller holds by adapting a factor on the penalty; 0 is off.
-        aux_k, aux_coefficient: of the auxiliary loss for dead latents (topk, batchtopk); 0 is off.
-        dead_after_rows: a latent that did not fire for so many rows is dead.
-        threshold_decay: of the running estimate of batchtopk's inference threshold, a step.
-        bandwidth, initial_threshold: of jumprelu's rectangle kernel; where its thresholds begin.
-    Optimiser (Adam)
-        lr, beta1, beta2, eps; lr_warmup_steps: linear from 0; lr_decay_steps: linear to 0 at the end.
-        clip_norm: the gradient's norm is clipped here, 0 is off; normalize_gradients: it is always scaled to norm 1.
-    Run
-        steps, batch_size (activation rows over all processes), seed (initialisation, own draws), data_seed (order of rows).
-        max_norm: rows beyond this multiple of the median norm are left out; None: the store's own; 0: none is.
-        dtype: of matrix products; weights are float32 always (float64 computes all in float64, for tests).
-        log_every, checkpoint_every: steps.
-        init_from: checkpoint of an SAE to start from; empty: fresh weights. A run adds "#" and a hash of the file.
+    Raises UsageError when a field is out of range or two contradict each other. A flat SAE has only specialised latents.
     """
 
-    recipe: str = "paper"
-    width: int = 16384
-    alpha: float | Literal["auto"] | None = 0.2
-    shared_target: float = 0.9
-    levels: tuple[float, ...] = ()
-    activation: Activation = "relu"
-    k: int = 0
-    layernorm: LayerNorm = "pre"
-    layernorm_rescale: bool = True
-    layernorm_eps: float = 1e-8
+    # Shape
+    recipe: str = option(
+        "paper",
+        "what to begin with, the paper's own reading or the better one; every other option replaces its values",
+    )
+    width: int = option(16384, "latents of the whole dictionary")
+    alpha: float | Literal["auto"] | None = option(
+        0.2,
+        "share of latents that are shared, the paper's two levels; 0 is flat, auto adapts it in training, "
+        "none when --levels is given",
+    )
+    shared_target: float = option(
+        0.9,
+        "with --alpha auto: the shared level grows while it explains less than this part of what the whole "
+        "dictionary explains, and shrinks while it explains more",
+    )
+    levels: tuple[float, ...] = option(
+        (),
+        "cumulative shares of the width, increasing to 1, as 0.0625,0.125,0.25,0.5,1; instead of --alpha",
+    )
+    activation: Activation = option("relu", "which latents a row keeps")
+    k: int = option(0, "latents a row that topk and batchtopk keep", selects)
+    layernorm: LayerNorm = option("pre", "LayerNorm inside each level: pre on pre-activations, post after the ReLU")
+    layernorm_rescale: bool = option(
+        True,
+        "multiply the row's scale back into the latents, which LayerNorm takes away",
+    )
+    layernorm_eps: float = option(1e-8, "LayerNorm's eps; the variance it stands beside is about 1/d_model")
 
-    objective: Objective = "nested"
-    level_weighting: LevelWeighting = "equal"
-    penalty: Penalty = "l1"
-    lambda_shared: float = 0.04
-    lambda_specialised: float = 0.04
-    sparsity_warmup_steps: int = 1000
-    target_l0: float = 0.0
-    aux_k: int = 0
-    aux_coefficient: float = 1 / 32
-    dead_after_rows: int = 100_000
-    threshold_decay: float = 0.99
-    bandwidth: float = 0.001
-    initial_threshold: float = 0.001
+    # Objective: squared error summed over dimensions, rows averaged, where mean ‖x‖² is 1
+    objective: Objective = option(
+        "nested",
+        "nested: a reconstruction term a level; additive: one term, the paper's Eq. 5",
+    )
+    level_weighting: LevelWeighting = option("equal", "of the levels' terms; random draws prefixes at every step")
+    penalty: Penalty = option("l1", "on latents: l1, l0 (jumprelu), none (topk, batchtopk)")
+    lambda_shared: float = option(0.04, "weight of the penalty on shared latents", penalised)
+    lambda_specialised: float = option(
+        0.04,
+        "weight of the penalty on specialised latents; a flat SAE has only those",
+        penalised,
+    )
+    sparsity_warmup_steps: int = option(
+        1000,
+        "steps over which the penalty grows from 0 (topk, batchtopk: latents kept fall from 8k to k)",
+    )
+    target_l0: float = option(0.0, "mean latents a row to hold by adapting the penalty; 0: off", penalised)
+    aux_k: int = option(0, "dead latents that the auxiliary loss revives (topk, batchtopk); 0: off", selects)
+    aux_coefficient: float = option(1 / 32, "weight of the auxiliary loss", selects)
+    dead_after_rows: int = option(100_000, "rows without firing after which a latent is dead")
+    threshold_decay: float = option(
+        0.99,
+        "of the running estimate of batchtopk's inference threshold, a step",
+        has_batch_threshold,
+    )
+    bandwidth: float = option(0.001, "of jumprelu's rectangle kernel", is_jumprelu)
+    initial_threshold: float = option(0.001, "where jumprelu's thresholds begin", is_jumprelu)
 
-    lr: float = 3e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    lr_warmup_steps: int = 1000
-    lr_decay_steps: int = 0
-    clip_norm: float = 1.0
-    normalize_gradients: bool = False
+    # Optimiser: Adam
+    lr: float = option(3e-4, "learning rate of Adam")
+    beta1: float = option(0.9, "of Adam")
+    beta2: float = option(0.999, "of Adam")
+    eps: float = option(1e-8, "of Adam")
+    lr_warmup_steps: int = option(1000, "steps over which the learning rate grows from 0")
+    lr_decay_steps: int = option(0, "last steps, over which the learning rate falls to 0")
+    clip_norm: float = option(1.0, "largest norm of the gradient; 0: off")
+    normalize_gradients: bool = option(False, "scale every gradient to norm 1")
 
-    steps: int = 4882
-    batch_size: int = 2048
-    seed: int = 0
-    data_seed: int = 0
-    max_norm: float | None = None
-    dtype: Dtype = "auto"
-    log_every: int = 10
-    checkpoint_every: int = 100
-    init_from: str = ""
+    # Run
+    steps: int = option(
+        4882,
+        "optimiser steps; with fewer than the recipe's, schedules that are not given take at most a fifth of them",
+    )
+    batch_size: int = option(2048, "activation rows a step")
+    seed: int = option(0, "of initialisation and own draws")
+    data_seed: int = option(0, "of the order of rows, the same for all members of a run")
+    max_norm: float | None = option(
+        None,
+        "leave out rows beyond this multiple of the median norm; none: as the store says; 0: keep all",
+    )
+    dtype: Dtype = option(
+        "auto",
+        "of matrix products; auto is bf16 where the hardware multiplies it, weights are float32 always",
+    )
+    log_every: int = option(10, "steps between lines of metrics.jsonl")
+    checkpoint_every: int = option(100, "steps between checkpoints")
+    init_from: str = option("", "checkpoint of an SAE of the same shape to start from")
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -182,7 +225,7 @@ class TrainConfig:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> TrainConfig:
         """Raises UsageError naming fields that this version does not know."""
-        unknown = sorted(data.keys() - {field.name for field in dataclasses.fields(TrainConfig)})
+        unknown = sorted(data.keys() - {one.name for one in dataclasses.fields(TrainConfig)})
         if unknown:
             raise UsageError(f"unknown training fields: {', '.join(unknown)}")
         return TrainConfig(**(data | {"levels": tuple(data.get("levels", ()))}))
@@ -192,3 +235,67 @@ def require(name: str, value: object, holds: bool, what: str) -> None:
     """Raise UsageError unless `holds`."""
     if not holds:
         raise UsageError(f"{name} must be {what}, got {value}")
+
+
+def paper(**changes: Any) -> TrainConfig:
+    """The paper's: LayerNorm, ReLU, L1 0.04, Adam 3e-4 with 1000 warm-up steps, clip 1.0, 4882 steps of 2048 rows.
+
+    Order of one update: clip the gradient's norm, remove its component along the decoder rows, Adam, renormalise them.
+    """
+    return make("paper", {}, changes)
+
+
+def batchtopk(**changes: Any) -> TrainConfig:
+    """Matryoshka BatchTopK: k latents a row on average over the batch, auxiliary loss for dead latents, lr decay.
+
+    Bussmann et al. 2024 (BatchTopK) and 2025 (Matryoshka SAEs); the auxiliary loss is Gao et al. 2024, appendix A.2.
+    """
+    own = {"activation": "batchtopk", "k": 64, "aux_k": 512, "lr_decay_steps": 976}
+    return make("batchtopk", NO_PENALTY | own, changes)
+
+
+def topk(**changes: Any) -> TrainConfig:
+    """TopK: the k largest latents of each row over the whole dictionary, auxiliary loss, lr decay (Gao et al. 2024)."""
+    own = {"activation": "topk", "k": 64, "aux_k": 512, "lr_decay_steps": 976}
+    return make("topk", NO_PENALTY | own, changes)
+
+
+def jumprelu(**changes: Any) -> TrainConfig:
+    """JumpReLU with an L0 penalty and straight-through gradients for the thresholds (Rajamanoharan et al. 2024)."""
+    own = {"activation": "jumprelu", "penalty": "l0", "lambda_shared": 1e-3, "lambda_specialised": 1e-3}
+    return make("jumprelu", PLAIN | own, changes)
+
+
+SCHEDULES = ("lr_warmup_steps", "sparsity_warmup_steps", "lr_decay_steps")
+PLAIN: dict[str, Any] = {"layernorm": "none"}
+NO_PENALTY: dict[str, Any] = PLAIN | {
+    "penalty": "none",
+    "lambda_shared": 0.0,
+    "lambda_specialised": 0.0,
+    "sparsity_warmup_steps": 0,
+}
+
+
+def make(name: str, own: dict[str, Any], changes: dict[str, Any]) -> TrainConfig:
+    """A config of the recipe's own fields, replaced by `changes`; `levels` without `alpha` turns the recipe's α off.
+
+    Schedules that are not given take at most a fifth of a training shorter than the recipe's.
+    """
+    if changes.get("levels") and "alpha" not in changes:
+        changes = {"alpha": None} | changes
+    whole = TrainConfig.from_dict({"recipe": name} | own)
+    steps = changes.get("steps", whole.steps)
+    if steps < whole.steps:
+        own = own | {schedule: min(getattr(whole, schedule), steps // 5) for schedule in SCHEDULES}
+    return TrainConfig.from_dict({"recipe": name} | own | changes)
+
+
+DEFAULT = "batchtopk"
+"""The best at equal L0 of those measured on a real model and on the demo's (NOTES.md): LayerNorm and L1 cost most."""
+
+RECIPES: dict[str, Callable[..., TrainConfig]] = {
+    "paper": paper,
+    "batchtopk": batchtopk,
+    "topk": topk,
+    "jumprelu": jumprelu,
+}

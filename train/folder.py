@@ -35,7 +35,7 @@ from pipeline.sae.nested import NestedSAE
 from train.config import TrainConfig
 
 FORMAT, VERSION = "nested-sae-member", 1
-STATE_FORMAT, STATE_VERSION = "nested-sae-training-state", 1
+STATE_FORMAT, STATE_VERSION = "nested-sae-training-state", 2
 NAME = re.compile(r"(alpha([0-9.e-]+|auto)|levels\d+)-seed\d+-[0-9a-f]{10}")
 OTHERS = {"tensorboard", "wandb"}
 """Folders beside the members' that `--log` makes."""

@@ -17,62 +17,9 @@ import click
 
 from pipeline.base.cli import COUNT, read_toml
 from pipeline.base.errors import UsageError
-from train.config import TrainConfig
-from train.recipes import DEFAULT, RECIPES
+from train.config import DEFAULT, RECIPES, TrainConfig
 
-HELP = {
-    "recipe": "what to begin with, the paper's own reading or the better one; every other option replaces its values",
-    "width": "latents of the whole dictionary",
-    "alpha": "share of latents that are shared, the paper's two levels; 0 is flat, auto adapts it in training, none when "
-    "--levels is given",
-    "shared_target": "with --alpha auto: the shared level grows while it explains less than this part of what the whole "
-    "dictionary explains, and shrinks while it explains more",
-    "levels": "cumulative shares of the width, increasing to 1, as 0.0625,0.125,0.25,0.5,1; instead of --alpha",
-    "activation": "which latents a row keeps",
-    "k": "latents a row that topk and batchtopk keep",
-    "layernorm": "LayerNorm inside each level: pre on pre-activations, post after the ReLU",
-    "layernorm_rescale": "multiply the row's scale back into the latents, which LayerNorm takes away",
-    "layernorm_eps": "LayerNorm's eps; the variance it stands beside is about 1/d_model",
-    "objective": "nested: a reconstruction term a level; additive: one term, the paper's Eq. 5",
-    "level_weighting": "of the levels' terms; random draws prefixes at every step",
-    "penalty": "on latents: l1, l0 (jumprelu), none (topk, batchtopk)",
-    "lambda_shared": "weight of the penalty on shared latents",
-    "lambda_specialised": "weight of the penalty on specialised latents; a flat SAE has only those",
-    "sparsity_warmup_steps": "steps over which the penalty grows from 0 (topk, batchtopk: latents kept fall from 8k to k)",
-    "target_l0": "mean latents a row to hold by adapting the penalty; 0: off",
-    "aux_k": "dead latents that the auxiliary loss revives (topk, batchtopk); 0: off",
-    "aux_coefficient": "weight of the auxiliary loss",
-    "dead_after_rows": "rows without firing after which a latent is dead",
-    "threshold_decay": "of the running estimate of batchtopk's inference threshold, a step",
-    "bandwidth": "of jumprelu's rectangle kernel",
-    "initial_threshold": "where jumprelu's thresholds begin",
-    "lr": "learning rate of Adam",
-    "beta1": "of Adam",
-    "beta2": "of Adam",
-    "eps": "of Adam",
-    "lr_warmup_steps": "steps over which the learning rate grows from 0",
-    "lr_decay_steps": "last steps, over which the learning rate falls to 0",
-    "clip_norm": "largest norm of the gradient; 0: off",
-    "normalize_gradients": "scale every gradient to norm 1",
-    "steps": "optimiser steps; with fewer than the recipe's, schedules that are not given take at most a fifth of them",
-    "batch_size": "activation rows a step",
-    "seed": "of initialisation and own draws",
-    "data_seed": "of the order of rows, the same for all members of a run",
-    "max_norm": "leave out rows beyond this multiple of the median norm; none: as the store says; 0: keep all",
-    "dtype": "of matrix products; auto is bf16 where the hardware multiplies it, weights are float32 always",
-    "log_every": "steps between lines of metrics.jsonl",
-    "checkpoint_every": "steps between checkpoints",
-    "init_from": "checkpoint of an SAE of the same shape to start from",
-}
-"""What each field is, for --help. Field names and texts belong together: a test holds that none is missing."""
-
-ONLY_WITH: dict[str, Callable[[TrainConfig], bool]] = {
-    **dict.fromkeys(("lambda_shared", "lambda_specialised", "target_l0"), lambda c: c.penalty != "none"),
-    **dict.fromkeys(("k", "aux_k", "aux_coefficient"), lambda c: c.activation in ("topk", "batchtopk")),
-    "threshold_decay": lambda c: c.activation == "batchtopk",
-    **dict.fromkeys(("bandwidth", "initial_threshold"), lambda c: c.activation == "jumprelu"),
-}
-"""Fields that mean something for some recipes only. In a grid of several recipes they go to those."""
+FIELDS = {one.name: one for one in dataclasses.fields(TrainConfig)}
 
 
 class Levels(click.ParamType[tuple[float, ...]]):
@@ -149,10 +96,10 @@ def is_number(value: Any) -> bool:
 
 def field_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a click command one option for every field of TrainConfig, and --lambda for both lambdas."""
-    for field in reversed(dataclasses.fields(TrainConfig)):
+    for field in reversed(FIELDS.values()):
         flag = "--" + field.name.replace("_", "-")
         is_flag = get_type_hints(TrainConfig)[field.name] is bool
-        text = f"{HELP[field.name]}  [{DEFAULT if field.name == 'recipe' else defaults_text(field.name)}]"
+        text = f"{field.metadata['text']}  [{DEFAULT if field.name == 'recipe' else defaults_text(field.name)}]"
         if is_flag:
             decorate = click.option(f"{flag}/--no-{flag[2:]}", field.name, multiple=True, default=(), help=text)
         else:
@@ -170,7 +117,7 @@ def make_grid(given: Mapping[str, Sequence[Any]]) -> tuple[TrainConfig, ...]:
     `given` maps names of fields, and `lambda_`, to values; those not given, or given no value, are the recipe's own.
     Raises UsageError when values contradict each other.
     """
-    order = [*HELP, "lambda_"]
+    order = [*FIELDS, "lambda_"]
     axes = {name: list(given[name]) for name in sorted(given, key=order.index) if given[name]}
     if "lambda_" in axes and axes.keys() & {"lambda_shared", "lambda_specialised"}:
         raise UsageError("--lambda sets both --lambda-shared and --lambda-specialised; give it or them")
@@ -185,7 +132,7 @@ def make_grid(given: Mapping[str, Sequence[Any]]) -> tuple[TrainConfig, ...]:
 
 def takes(recipe: str, recipes: Sequence[str], name: str, axes: Mapping[str, Sequence[Any]]) -> bool:
     """Whether an option goes to the members of a recipe: unless it means nothing there and another recipe takes it."""
-    applies = ONLY_WITH.get("lambda_shared" if name == "lambda_" else name)
+    applies = FIELDS["lambda_shared" if name == "lambda_" else name].metadata["only"]
     if applies is None or axes.keys() & {"activation", "penalty"}:
         return True
     return applies(RECIPES[recipe]()) or not any(applies(RECIPES[one]()) for one in recipes)

@@ -18,14 +18,18 @@ from train.config import TrainConfig
 from train.feed.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
 from train.feed.order import Order
 from train.folder import Folder, Keep
-from train.memory import SHARED_PARTS, memory_bytes
 from train.step.member import product_dtype
+from train.step.scratch import CACHE_NUMBERS
+from train.step.weights import initial_shapes
 
 PENDING_BYTES = 2 * 10**9
 """Snapshots that may wait to be written before training waits for the disk; one of any size always may."""
 
 STEP_OVER_PRODUCTS = 1.5
 """A step's time over that of its five products, for the estimate of --dry-run."""
+
+SHARED_PARTS = ("activations", "gradients")
+"""Parts that all members on a device share: count the largest member's once, not the sum."""
 
 
 @dataclass(frozen=True)
@@ -108,23 +112,23 @@ def make_order(store: Store, task: Task) -> Order:
     return Order(kept, store.train.chunk_rows, task.config.data_seed, task.order.get("window_rows"))
 
 
-def make_tasks(run: RunConfig, store: Store, members: Sequence[TrainConfig]) -> list[Task]:
+def make_tasks(job: RunConfig, store: Store, members: Sequence[TrainConfig]) -> list[Task]:
     """Where every member stands. `members` have their dtype resolved. Raises MismatchError for a folder of another config."""
-    mode = resolve_mode(run.mode, store.train)
-    window_rows = run.window_rows or WINDOW_ROWS
+    mode = resolve_mode(job.mode, store.train)
+    window_rows = job.window_rows or WINDOW_ROWS
     new: dict[str, Any] = {"mode": mode} | ({"window_rows": window_rows} if mode == "window" else {})
-    return [make_task(run, Folder(run.out, config, store_identity(store, config)), new) for config in members]
+    return [make_task(job, Folder(job.out, config, store_identity(store, config)), new) for config in members]
 
 
-def make_task(run: RunConfig, folder: Folder, new: Mapping[str, Any]) -> Task:
+def make_task(job: RunConfig, folder: Folder, new: Mapping[str, Any]) -> Task:
     """One member: in its recorded order when it is there, else in the run's."""
     recorded = folder.recorded_order()
     order = new if recorded is None else recorded
-    if (run.mode != "auto" and order["mode"] != run.mode) or (
-        run.window_rows is not None and order.get("window_rows") != run.window_rows
+    if (job.mode != "auto" and order["mode"] != job.mode) or (
+        job.window_rows is not None and order.get("window_rows") != job.window_rows
     ):
         raise MismatchError(
-            f"{folder.path}: trained in order {dict(order)}, asked mode {run.mode}, window_rows {run.window_rows}; "
+            f"{folder.path}: trained in order {dict(order)}, asked mode {job.mode}, window_rows {job.window_rows}; "
             "leave both options out to go on, or choose another --out"
         )
     return Task(folder, order, folder.step(), folder.final() is not None)
@@ -137,6 +141,28 @@ def stream_memory(store: Store, task: Task) -> int:
     batches: int = task.config.batch_size * (row * (AHEAD + 1) + 2 * store.d_model * 4)
     window_rows: int = min(task.order.get("window_rows", 0), store.train.n_rows) if store.layout.codec != "none" else 0
     return batches + 17 * store.train.n_rows + 2 * row * window_rows
+
+
+def memory_bytes(config: TrainConfig, d_model: int, device: torch.device) -> dict[str, int]:
+    """Bytes of one member by part: weights (with the products' copy), optimiser, counters; activations and gradients are
+    those of the member that is stepping (SHARED_PARTS). `config.dtype` is resolved."""
+    low = product_dtype(config.dtype).itemsize
+    wide = max(low, 4)
+    n_rows, width, shape = config.batch_size, config.width, config.sae_config(d_model)
+    n_weights = sum(torch.Size(size).numel() for size in initial_shapes(config, d_model).values())
+    matrices = 2 * d_model * width
+    n_latent_arrays = 2 + (shape.layernorm != "none" or shape.activation == "jumprelu")
+    chunk = min(CACHE_NUMBERS, n_rows * width) if device.type == "cpu" else n_rows * width
+    n_chunks = 6 if shape.layernorm != "none" else 3
+    rows = n_rows * d_model * (low * (1 + shape.n_levels + bool(config.aux_k)) + 3 * wide)
+    pool = min(2 * config.aux_k, width) * (n_rows * 3 + d_model) * low
+    return {
+        "weights": n_weights * wide + (matrices * low if low != wide else 0),
+        "optimiser": 2 * n_weights * wide,
+        "counters": width * (8 + 2 * wide) + 8 * d_model,
+        "activations": n_latent_arrays * n_rows * width * low + n_chunks * chunk * wide + rows + pool,
+        "gradients": matrices * low,
+    }
 
 
 def member_memory(store: Store, task: Task, device: torch.device) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
     open and check the store → see where every member stands → plan passes, check memory and disk
     for each pass:  every batch is fetched, normalised and moved once, then each member takes a step on it
-    members log, are checkpointed, fail and finish one by one
+    members log, are checkpointed, fail and finish one by one (`trainee.py`)
 
 A pass begins at its members' smallest step. A member that is further stands by until the stream reaches its step, so
 each sees exactly the batches that it would see alone.
@@ -11,12 +11,7 @@ each sees exactly the batches that it would see alone.
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +21,7 @@ from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import rank, resolve_device, resolve_dtype
 from pipeline.store.reader import Store
 from train import plan
+from train.announce import announce, say_second_epoch
 from train.config import TrainConfig
 from train.feed.bodies import BodyCheck
 from train.feed.loader import Loader
@@ -36,42 +32,46 @@ from train.step.graphs import cuda_capture
 from train.step.member import Batch, Member, normalise_batch
 from train.step.scratch import Scratch
 from train.step.weights import named_by_content
+from train.stop import Stop, Stopped, stop_on_signals
 from train.trainee import Clock, Outcome, Trainee, summary
 from train.writer import Writer
 
 
-def run(config: RunConfig) -> list[Outcome]:
+def run(job: RunConfig) -> list[Outcome]:
     """Train every member of the grid that is not finished; outcomes in the order of the grid.
 
     Under torchrun this process takes every world-size-th member, or with `data_parallel` its share of every batch. Raises
     what a store, a disk or memory is the cause of; a member that diverges is an outcome, and the others go on.
     KeyboardInterrupt after Ctrl-C, states written.
     """
-    check_out(config.out)
-    store = Store.open(config.store)
-    device = resolve_device(config.device)
-    with join(config.data_parallel, device) as processes, BodyCheck(store.train) as check, stop_on_signals() as stop:
-        tasks = plan.make_tasks(config, store, own_members(config, processes))
+    check_out(job.out)
+    store = Store.open(job.store)
+    device = resolve_device(job.device)
+    with join(job.data_parallel, device) as processes, BodyCheck(store.train) as check, stop_on_signals() as stop:
+        tasks = plan.make_tasks(job, store, own_members(job, processes))
         passes = plan.make_passes(store, tasks, device, plan.free_memory(device))
-        require_free(config.out, plan.disk_bytes(store, tasks, Keep.parse(config.keep)), "training")
+        require_free(job.out, plan.disk_bytes(store, tasks, Keep.parse(job.keep)), "training")
         if processes.writes:
             announce(store, tasks, passes, device)
-        if config.verify_first and passes:
+        if job.verify_first and passes:
             say("checking every byte of the training shards")
             check.require()
-        for task in tasks:
-            if task.finished and processes.writes:
-                task.folder.drop_state()
-        outcomes = {task.folder.name: Outcome(task.folder.path, task.step, task.folder.final()) for task in tasks}
+        outcomes = {task.folder.name: standing(task, processes) for task in tasks}
         for group in passes:
-            for outcome in Pass(config, store, processes, group, check, stop).run():
-                outcomes[outcome.folder.name] = outcome
+            outcomes |= Pass(job, store, processes, group, check, stop).run()
     return list(outcomes.values())
 
 
-def own_members(config: RunConfig, processes: Processes) -> list[TrainConfig]:
+def standing(task: Task, processes: Processes) -> Outcome:
+    """Where a member stands before this run; what a kill left of a finished one goes."""
+    if task.finished and processes.writes:
+        task.folder.drop_state()
+    return Outcome(task.folder.path, task.step, task.folder.final())
+
+
+def own_members(job: RunConfig, processes: Processes) -> list[TrainConfig]:
     """This process's members, each once, with the dtype that `auto` stands for on this device."""
-    members = list(dict.fromkeys(resolve(member, processes.device) for member in config.members))
+    members = list(dict.fromkeys(resolve(member, processes.device) for member in job.members))
     return members[processes.rank :: processes.n] if processes.group is None else members
 
 
@@ -83,35 +83,24 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     return TrainConfig.from_dict(config.to_dict() | changes)
 
 
-def announce(store: Store, tasks: Sequence[Task], passes: Sequence[Sequence[Task]], device: torch.device) -> None:
-    """Say what will be trained on what, and the memory it takes, before the first step."""
-    n_done = sum(task.finished for task in tasks)
-    say(f"{len(tasks)} members, {n_done} finished, {len(passes)} passes over {store.path} on {device}")
-    for group in passes:
-        order, config = plan.make_order(store, group[0]), group[0].config
-        usable = int((~store.train.special).sum())
-        say(
-            f"{len(group)} side by side in {group[0].order['mode']} order over {order.n_kept:,} rows; left out: "
-            f"{usable - order.n_kept:,} massive and {store.train.n_rows - usable:,} special; "
-            f"{config.steps * config.batch_size / order.n_kept:.2f} epochs"
-        )
-        say(f"memory: {plan.memory_text(plan.pass_memory(store, group, device))}")
-
-
 class Pass:
     """Members side by side on one stream of batches."""
 
     def __init__(
-        self, run: RunConfig, store: Store, processes: Processes, tasks: Sequence[Task], check: BodyCheck, stop: Stop
+        self, job: RunConfig, store: Store, processes: Processes, tasks: Sequence[Task], check: BodyCheck, stop: Stop
     ) -> None:
-        self.config, self.store, self.processes, self.stop = run, store, processes, stop
+        self.job = job
+        self.store = store
+        self.processes = processes
+        self.stop = stop
+        self.tasks = tasks
         self.device = processes.device
         self.order = plan.make_order(store, tasks[0])
         self.check = check if self.order.exact and processes.writes else None
-        self.tasks, self.batch_size = tasks, tasks[0].config.batch_size
+        self.batch_size = tasks[0].config.batch_size
         self.center, self.scale = self.space(tasks[0].config)
         self.scratch = Scratch(self.device)
-        self.capture = cuda_capture() if run.cuda_graphs and self.device.type == "cuda" else None
+        self.capture = cuda_capture() if job.cuda_graphs and self.device.type == "cuda" else None
 
     def space(self, config: TrainConfig) -> tuple[Tensor, float]:
         """Centre and scale of the training space on the device."""
@@ -119,21 +108,24 @@ class Pass:
         wide = torch.float64 if config.dtype == "float64" else torch.float32
         return center.to(self.device, wide), scale
 
-    def run(self) -> list[Outcome]:
-        """Train to the end, and name each member's outcome. Raises KeyboardInterrupt when stopped, states written."""
+    def run(self) -> dict[str, Outcome]:
+        """Train to the end; outcomes by member's name. Raises KeyboardInterrupt when stopped, states written."""
         with contextlib.ExitStack() as stack:
             if self.check is not None:
                 self.check.begin()
             writer = stack.enter_context(Writer(self.check))
             trainees = [stack.enter_context(self.trainee(task, writer)) for task in self.tasks]
             self.processes.wait()
-            if not self.stream(trainees):
-                self.save(trainees, writer)
-                raise KeyboardInterrupt
+            try:
+                self.stream(trainees)
+            except Stopped:
+                self.save(trainees)
+                writer.finish()
+                raise KeyboardInterrupt from None
             writer.finish()
             if self.check is not None:
                 self.check.require()
-            return [trainee.outcome() for trainee in trainees]
+            return {trainee.folder.name: trainee.outcome() for trainee in trainees}
 
     def trainee(self, task: Task, writer: Writer) -> Trainee:
         """A member made or gone on with; all of a pass share one set of buffers."""
@@ -141,89 +133,64 @@ class Pass:
         member = Member(
             task.config, self.store.d_model, self.center, self.scale, self.device, self.scratch, group, self.capture
         )
-        return Trainee(self.config, task, member, writer, self.order.n_kept, self.processes.writes)
+        return Trainee(self.job, task, member, writer, self.order.n_kept, self.processes.writes)
 
-    def stream(self, trainees: Sequence[Trainee]) -> bool:
-        """Deliver batches until every member is done or has failed; False when a stop was asked for before that."""
-        first, last = min(t.member.n_steps for t in trainees), max(t.task.config.steps for t in trainees)
+    def stream(self, trainees: Sequence[Trainee]) -> None:
+        """Deliver batches until every member is done or has failed. Raises Stopped."""
+        first = min(trainee.member.n_steps for trainee in trainees)
+        last = max(trainee.task.config.steps for trainee in trainees)
         if first == last:
-            return True
-        label = f"train {len(trainees)}" if len(trainees) > 1 else "train"
-        batch: Batch | None = None
-        with (
-            Loader(
-                self.store.train, self.order, self.batch_size, position=first * self.batch_size,
-                share=self.processes.share, device=self.device, threads=self.config.threads,
-            ) as loader,
-            Progress(last * self.batch_size, label, "row", done=first * self.batch_size, quiet=rank() > 0) as bar,
-        ):  # fmt: skip
+            return
+        with self.loader(first) as loader, self.progress(first, last, len(trainees)) as bar:
             clock = Clock(loader, self.batch_size)
+            batch: Batch | None = None
             for step in range(first, last):
-                active = [t for t in trainees if t.takes(step)]
-                if not any(t.waits for t in trainees):
+                if not any(trainee.waits for trainee in trainees):
                     break
-                if self.stops(step):
-                    return False
+                self.raise_if_stopped(step)
                 batch = normalise_batch(loader.next(), self.center, self.scale, out=batch)
-                for trainee in active:
-                    trainee.advance(batch, clock)
-                bar.advance(
-                    self.batch_size, summary(trainees, clock) if any(t.logged == step + 1 for t in active) else ""
-                )
-                self.say_epoch(step)
-                self.poll(trainees)
+                for trainee in trainees:
+                    if trainee.takes(step):
+                        trainee.advance(batch, clock)
+                bar.advance(self.batch_size, summary(trainees, clock, step + 1))
+                say_second_epoch(step, self.batch_size, self.order.n_kept)
+                self.poll(trainees[0].writer)
             clock.say_if_starved()
-        return True
 
-    def stops(self, step: int) -> bool:
-        """Whether Ctrl-C asked for an end. Data-parallel processes agree on it, and so ask now and then only."""
+    def loader(self, first: int) -> Loader:
+        """The stream of batches from that of step `first` on."""
+        return Loader(
+            self.store.train,
+            self.order,
+            self.batch_size,
+            position=first * self.batch_size,
+            share=self.processes.share,
+            device=self.device,
+            threads=self.job.threads,
+        )
+
+    def progress(self, first: int, last: int, n_members: int) -> Progress:
+        """The bar, in rows."""
+        label = f"train {n_members}" if n_members > 1 else "train"
+        done, total = first * self.batch_size, last * self.batch_size
+        return Progress(total, label, "row", done=done, quiet=rank() > 0)
+
+    def raise_if_stopped(self, step: int) -> None:
+        """Raise Stopped when a signal came. Data-parallel processes agree on it, and so ask now and then only."""
         if self.processes.group is not None and step % 10:
-            return False
-        return self.processes.any(self.stop.asked)
+            return
+        if self.processes.any(self.stop.asked):
+            raise Stopped
 
-    def say_epoch(self, step: int) -> None:
-        """Say that the data begins anew, when this step used the first epoch's last row."""
-        before, after = (n * self.batch_size // self.order.n_kept for n in (step, step + 1))
-        if before == 0 and after > 0:
-            say(f"step {step + 1}: every row was used once; the second epoch begins, in another order")
-
-    def poll(self, trainees: Sequence[Trainee]) -> None:
+    def poll(self, writer: Writer) -> None:
         """Raise what background threads met."""
         if self.check is not None:
             self.check.poll()
-        trainees[0].writer.poll()
+        writer.poll()
 
-    def save(self, trainees: Sequence[Trainee], writer: Writer) -> None:
-        """After Ctrl-C: write every unfinished member's state."""
+    def save(self, trainees: Sequence[Trainee]) -> None:
+        """After a signal: have every unfinished member's state written."""
         say("stopping: writing the state of every member")
         for trainee in trainees:
             if not trainee.problem and trainee.member.n_steps > trainee.saved:
                 trainee.save(checkpoint=False)
-        writer.finish()
-
-
-@dataclass
-class Stop:
-    """Whether Ctrl-C or SIGTERM asked this run to end after the step in hand."""
-
-    asked: bool = False
-    previous: dict[int, Any] = field(default_factory=dict)
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """The first SIGINT or SIGTERM is noted, so that states are written whole; a second SIGINT interrupts at once."""
-    stop = Stop()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-
-    if threading.current_thread() is threading.main_thread():
-        stop.previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in stop.previous.items():
-            signal.signal(number, handler)

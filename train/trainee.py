@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -38,11 +39,18 @@ class Outcome:
 class Trainee:
     """A member with its folder: advances, logs, is checkpointed, fails."""
 
-    def __init__(self, run: RunConfig, task: Task, member: Member, writer: Writer, n_kept: int, writes: bool) -> None:
-        self.run, self.task, self.folder, self.member = run, task, task.folder, member
-        self.writer, self.n_kept, self.keep = writer, n_kept, Keep.parse(run.keep)
+    def __init__(self, job: RunConfig, task: Task, member: Member, writer: Writer, n_kept: int, writes: bool) -> None:
+        self.job = job
+        self.task = task
+        self.folder = task.folder
+        self.member = member
+        self.writer = writer
+        self.n_kept = n_kept
+        self.keep = Keep.parse(job.keep)
         self.writes = writes
-        self.problem, self.logged, self.saved = "", 0, task.step
+        self.problem = ""
+        self.logged = task.step  # the last step that was logged
+        self.saved = task.step  # the last step whose state was handed to the writer
         self.metrics: dict[str, Any] = {}
         self.stack = contextlib.ExitStack()
         self.logs: list[Log] = []
@@ -54,7 +62,6 @@ class Trainee:
             self.member.load_state(self.folder.read_state()[0])
         elif self.task.config.init_from:
             self.member.load_weights(load_checkpoint(path_of(self.task.config.init_from))[0])
-        self.logged = self.member.n_steps
         if self.writes:
             self.folder.truncate(self.member.n_steps)
             self.open_logs()
@@ -62,7 +69,7 @@ class Trainee:
 
     def open_logs(self) -> None:
         """Open what --log asks for."""
-        for log in open_logs(self.run.log, self.folder, self.member.n_steps):
+        for log in open_logs(self.job.log, self.folder, self.member.n_steps):
             self.logs.append(log)
             self.stack.callback(log.close)
 
@@ -94,15 +101,14 @@ class Trainee:
         step, config = self.member.n_steps, self.task.config
         last = step == config.steps
         if last or step % config.log_every == 0:
-            self.require_finite()
             self.log(clock)
         if last or step % config.checkpoint_every == 0:
-            self.require_finite()
+            self.require_finite(self.member.is_finite())
             self.save(checkpoint=True)
 
-    def require_finite(self) -> None:
-        """Raise DivergedError when a loss or gradient since the last logged step was not finite."""
-        if self.member.is_finite():
+    def require_finite(self, finite: bool) -> None:
+        """Raise DivergedError when a loss or gradient since the last logged step was not `finite`."""
+        if finite:
             return
         last = (
             f"the last good state is that of step {self.saved}" if self.saved else "there is no checkpoint before that"
@@ -113,8 +119,10 @@ class Trainee:
         )
 
     def log(self, clock: Clock) -> None:
-        """One line of metrics, a function of the config, and one of timings, a function of the machine."""
-        self.metrics = self.member.metrics() | {"epoch": self.member.n_rows / self.n_kept}
+        """One line of metrics, a function of the config, and one of timings, a function of the machine. Raises DivergedError."""
+        metrics = self.member.metrics()
+        self.require_finite(all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")))
+        self.metrics = metrics | {"epoch": self.member.n_rows / self.n_kept}
         self.logged = self.member.n_steps
         if not self.writes:
             return
@@ -168,7 +176,8 @@ class Clock:
     """Rows/s and the share of time spent waiting for data, since each member's last line and overall."""
 
     def __init__(self, loader: Loader, batch_size: int) -> None:
-        self.loader, self.batch_size = loader, batch_size
+        self.loader = loader
+        self.batch_size = batch_size
         self.start = time.perf_counter()
         self.laps: dict[str, tuple[float, float, int]] = {}
 
@@ -197,8 +206,13 @@ class Clock:
             )
 
 
-def summary(trainees: Sequence[Trainee], clock: Clock) -> str:
-    """The short line behind the progress bar: one value for one member, smallest–largest for several."""
+def summary(trainees: Sequence[Trainee], clock: Clock, step: int) -> str:
+    """The short line behind the progress bar: one value for one member, smallest–largest for several.
+
+    Empty unless one of them was logged after `step` steps.
+    """
+    if all(trainee.logged != step for trainee in trainees):
+        return ""
     lines = [t.metrics for t in trainees if t.metrics and not t.problem]
     if not lines:
         return ""

@@ -17,7 +17,8 @@ class Writer:
     """
 
     def __init__(self, check: BodyCheck | None) -> None:
-        self.check, self.pool = check, ThreadPoolExecutor(1, "checkpoint")
+        self.check = check
+        self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.pending: list[tuple[Future[None], int]] = []
 
     def submit(self, write: Callable[[], None], n_bytes: int) -> None:

@@ -26,8 +26,7 @@ import click
 import torch
 
 from pipeline.base.runtime import resolve_dtype
-from train.config import TrainConfig
-from train.recipes import batchtopk, paper
+from train.config import TrainConfig, batchtopk, paper
 from train.step.member import Batch, Member, normalise_batch
 from train.step.scratch import Scratch
 

@@ -24,9 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from train.config import TrainConfig
+from train.config import RECIPES, TrainConfig
 from train.plan import RunConfig
-from train.recipes import RECIPES
 from train.run import run
 
 

@@ -166,9 +166,14 @@ class Loader:
         device: torch.device | str = "cpu",
         threads: int = 2,
     ) -> None:
-        self.order, self.batch_size, self.start, self.share = order, batch_size, position, share
-        self.device, self.threads = torch.device(device), threads
-        self.waited, self.n_delivered = 0.0, 0
+        self.order = order
+        self.batch_size = batch_size
+        self.start = position
+        self.share = share
+        self.device = torch.device(device)
+        self.threads = threads
+        self.waited = 0.0
+        self.n_delivered = 0
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.readers = ThreadPoolExecutor(threads, "read", one_torch_thread)
         self.gatherers = ThreadPoolExecutor(threads, "gather", one_torch_thread)

@@ -67,8 +67,12 @@ class Latents:
         dtype: torch.dtype,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self.config, self.shape, self.weights, self.scratch = config, shape, weights, scratch
-        self.dtype, self.group = dtype, group
+        self.config = config
+        self.shape = shape
+        self.weights = weights
+        self.scratch = scratch
+        self.dtype = dtype
+        self.group = group
         self.wide = weights["b_enc"].dtype
         self.pool: Tensor | None = None
         self.last_threshold = 0.0

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,13 @@ from torch import Tensor
 from pipeline.base.errors import CheckpointError
 from pipeline.sae.nested import NestedSAE
 from train.config import TrainConfig
-from train.step import objectives, sharing
-from train.step.controller import Controller
+from train.step import objectives, schedules
 from train.step.graphs import Capture, Recorded
-from train.step.latents import Latents, Penalty, PoolGradient
-from train.step.optim import Adam, learning_rate
-from train.step.scratch import Scratch as Scratch
+from train.step.latents import Fired, Latents, Penalty, PoolGradient
+from train.step.optim import Adam
+from train.step.schedules import Controller, Schedule
+from train.step.scratch import Scratch
+from train.step.sums import Sums
 from train.step.weights import initial_weights, mapped_weights
 
 PRODUCT_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -61,26 +63,6 @@ def normalise_batch(
     return out
 
 
-class Schedule:
-    """What changes from step to step by the config alone, on the device: tensors, so that a recorded step can read them.
-
-    lr: float32, of Adam. ramp: float64, of the penalty. weight: of the newest batch in the running threshold.
-    """
-
-    def __init__(self, config: TrainConfig, device: torch.device, wide: torch.dtype) -> None:
-        self.config = config
-        self.lr = torch.zeros((), dtype=torch.float32, device=device)
-        self.ramp = torch.zeros((), dtype=torch.float64, device=device)
-        self.weight = torch.zeros((), dtype=wide, device=device)
-        self.set(0)
-
-    def set(self, n_steps: int) -> None:
-        """To the step that follows `n_steps` finished ones."""
-        self.lr.fill_(learning_rate(self.config, n_steps))
-        self.ramp.fill_(objectives.sparsity_ramp(self.config, n_steps))
-        self.weight.fill_(max(1 / (n_steps + 1), 1 - self.config.threshold_decay))
-
-
 class Member:
     """One SAE in training. All randomness is a function of config.seed and the step; the same values on every device.
 
@@ -102,26 +84,30 @@ class Member:
         group: dist.ProcessGroup | None = None,
         capture: Capture | None = None,
     ) -> None:
-        self.config, self.shape, self.scratch, self.group = config, config.sae_config(d_model), scratch, group
+        self.config = config
+        self.shape = config.sae_config(d_model)
+        self.scratch = scratch
+        self.group = group
         self.dtype = product_dtype(config.dtype)
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.center, self.scale, self.device = center, scale, device
-        self.n_steps = self.n_rows = 0
+        self.center = center
+        self.scale = scale
+        self.device = device
+        self.n_steps = 0
+        self.n_rows = 0
         self.weights = {name: weight.to(device, self.wide) for name, weight in initial_weights(config, d_model).items()}
         self.adam = Adam(self.weights, self.dtype, config)
-        self.schedule, self.recorded = Schedule(config, device, self.wide), Recorded(capture)
+        self.schedule = Schedule(config, device, self.wide)
+        self.recorded = Recorded(capture)
         self.latents = Latents(config, self.shape, self.weights, scratch, self.dtype, group)
         self.penalty = objectives.penalty_weights(config, self.shape.n_shared).to(device, self.wide)
         self.rows_since_fired = torch.zeros(config.width, dtype=torch.int64, device=device)
         self.controller = Controller(config.target_l0, device)
         self.threshold = torch.zeros((), dtype=self.wide, device=device)
         self.explained = torch.zeros(3, dtype=torch.float64, device=device)  # Σ errors: shared, whole; Σ ‖x‖²
-        self.sums = {name: torch.zeros(n, dtype=torch.float64, device=device) for name, n in self._sum_sizes().items()}
-
-    def _sum_sizes(self) -> dict[str, int]:
-        """Accumulators since the last `metrics`, and their lengths."""
         scalars = dict.fromkeys(("steps", "rows", "square", "loss", "l0", "aux", "grad_norm", "clipped"), 1)
-        return scalars | {"total": self.shape.d_model, "errors": self.shape.n_levels, "l1": 2}
+        vectors = {"total": d_model, "errors": self.shape.n_levels, "l1": 2}
+        self.sums = Sums.zeros(scalars | vectors, device)  # since the last `metrics`
 
     def step(self, batch: Batch) -> None:
         """One optimiser step on this process's rows of the batch. Fetches nothing from the device."""
@@ -145,7 +131,7 @@ class Member:
 
     @property
     def _kept(self) -> int:
-        return objectives.kept_a_row(self.config, self.n_steps)
+        return schedules.kept_a_row(self.config, self.n_steps)
 
     @property
     def _may_have_dead(self) -> bool:
@@ -157,10 +143,16 @@ class Member:
 
     def _step(self, batch: Batch) -> None:
         forward = self._forward(batch)
-        gradients = self._backward(forward)
-        self._sum_over_processes(forward, gradients)
+        gradients, aux = self._backward(forward)
+        sums = self._sums_of(batch, forward, aux)
+        self._add_processes(gradients, sums)
         norm = self.adam.update(gradients, self.schedule.lr)
-        self._account(forward, norm)
+        self._account(forward, sums, norm)
+
+    def _sums_of(self, batch: Batch, forward: Forward, aux: Tensor) -> Sums:
+        """Over the rows of this batch: counts [latent], l1 [2], errors [level], total [d_model], square [1], aux [1]."""
+        fired, errors = forward.fired, forward.decoded.errors
+        return Sums.of(counts=fired.counts, l1=fired.l1, errors=errors, total=batch.total, square=batch.square, aux=aux)
 
     def _forward(self, batch: Batch) -> Forward:
         config, low, b_dec = self.config, self.adam.low, self.weights["b_dec"]
@@ -174,61 +166,56 @@ class Member:
             self.latents.z, low["W_dec"], b_dec, batch.x, terms, n_rows, self.scratch, pool is not None
         )
         factor = self.schedule.ramp * self.controller.factor
-        sums = {"counts": fired.counts.double(), "l1": fired.l1, "errors": decoded.errors}
-        sums |= {"total": batch.total, "square": batch.square.reshape(1), "aux": torch.zeros_like(fired.l1[:1])}
-        return Forward(n_rows, x_low, pool, terms, decoded, factor, sums)
+        return Forward(n_rows, x_low, pool, terms, fired, decoded, factor)
 
-    def _backward(self, forward: Forward) -> dict[str, Tensor]:
+    def _backward(self, forward: Forward) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients by name, and the value of the auxiliary loss."""
         z, low, config = self.latents.z, self.adam.low, self.config
         w_dec = self._take("W_dec", config.width, self.shape.d_model)
         dz = self._take("dz", len(z), config.width)
         for block, gradient in zip(forward.terms.blocks, forward.decoded.gradients):
             torch.mm(z[:, block].T, gradient, out=w_dec[block])
             torch.mm(gradient, low["W_dec"][block].T, out=dz[:, block])
-        auxiliary = self._auxiliary(forward, w_dec)
+        aux, auxiliary = self._auxiliary(forward, w_dec)
         penalty = Penalty(config.penalty, self.penalty * (forward.factor / forward.n_rows).to(self.wide))
         gradients = self.latents.backward(dz, penalty, auxiliary)
         w_enc = torch.mm(forward.x_low.T, dz, out=self._take("W_enc", self.shape.d_model, config.width))
         b_dec = forward.decoded.b_dec - self.weights["W_enc"] @ gradients["b_enc"]
-        return {"W_enc": w_enc, "W_dec": w_dec, "b_dec": b_dec} | gradients
+        return {"W_enc": w_enc, "W_dec": w_dec, "b_dec": b_dec} | gradients, aux
 
-    def _auxiliary(self, forward: Forward, w_dec: Tensor) -> PoolGradient | None:
-        """The auxiliary loss's gradient for latents; its value goes to the sums, its decoder gradient to `w_dec`."""
+    def _auxiliary(self, forward: Forward, w_dec: Tensor) -> tuple[Tensor, PoolGradient | None]:
+        """The auxiliary loss and its gradient for latents; its decoder gradient is added to `w_dec`."""
         pool, remainder = forward.pool, forward.decoded.remainder
         if pool is None or remainder is None:
-            return None
+            return torch.zeros((), dtype=torch.float64, device=self.device), None
         is_dead = (self.rows_since_fired[pool] >= self.config.dead_after_rows).to(self.dtype)
-        forward.sums["aux"][0], gradient = objectives.auxiliary_loss(
+        return objectives.auxiliary_loss(
             self.config, pool, is_dead, self.latents.pool_z, self.adam.low["W_dec"], remainder, forward.n_rows, w_dec
         )
-        return gradient
 
-    def _sum_over_processes(self, forward: Forward, gradients: dict[str, Tensor]) -> None:
+    def _add_processes(self, gradients: dict[str, Tensor], sums: Sums) -> None:
         """Losses were divided by the rows of all processes, so gradients add up to those of the global batch."""
         if self.group is None:
             return
         for gradient in gradients.values():
             dist.all_reduce(gradient, group=self.group)
-        flat = torch.cat(list(forward.sums.values()))
-        dist.all_reduce(flat, group=self.group)
-        parts = torch.split(flat, [len(part) for part in forward.sums.values()])
-        forward.sums = dict(zip(forward.sums, parts))
+        dist.all_reduce(sums.flat, group=self.group)
 
-    def _account(self, forward: Forward, norm: Tensor) -> None:
+    def _account(self, forward: Forward, sums: Sums, norm: Tensor) -> None:
         """Counters, running estimates and the sums that `metrics` reports."""
-        config, n_rows, sums = self.config, forward.n_rows, forward.sums
+        config, n_rows = self.config, forward.n_rows
         self.rows_since_fired.add_(n_rows).masked_fill_(sums["counts"] > 0, 0)
         l0 = sums["counts"].sum() / n_rows
         if config.activation == "batchtopk":
             self.threshold += (self.latents.threshold - self.threshold) * self.schedule.weight
         for name in ("errors", "l1", "aux", "total", "square"):
-            self.sums[name] += sums[name]
-        self.sums["loss"] += self._loss(forward)
-        self.sums["l0"] += l0
-        self.sums["grad_norm"] += norm
-        self.sums["clipped"] += norm > config.clip_norm if config.clip_norm else 0
-        self.sums["steps"] += 1
-        self.sums["rows"] += n_rows
+            self.sums[name].add_(sums[name])
+        self.sums["loss"].add_(self._loss(forward, sums))
+        self.sums["l0"].add_(l0)
+        self.sums["grad_norm"].add_(norm)
+        self.sums["clipped"].add_(norm > config.clip_norm if config.clip_norm else 0)
+        self.sums["steps"].add_(1)
+        self.sums["rows"].add_(n_rows)
         if config.target_l0:
             self.controller.see(l0, first=self.n_steps == 0, acts=self._controls)
         if config.alpha == "auto":
@@ -236,21 +223,21 @@ class Member:
 
     def _adapt(self) -> None:
         """Move the end of the shared level when it is time (syncs then)."""
-        if not sharing.adapts(self.config, self.n_steps):
+        if not schedules.adapts(self.config, self.n_steps):
             return
         *errors, square = self.explained.tolist()
         self.explained.zero_()
         width, target = self.config.width, self.config.shared_target
-        self._share(sharing.adapted(self.shape.n_shared, width, errors, square, target))
+        self._share(schedules.adapted(self.shape.n_shared, width, errors, square, target))
 
     def _share(self, n_shared: int) -> None:
         """From now on the first `n_shared` latents are the shared ones."""
         self.shape = self.latents.shape = dataclasses.replace(self.shape, levels=(n_shared, self.config.width))
         self.penalty = objectives.penalty_weights(self.config, n_shared).to(self.device, self.wide)
 
-    def _loss(self, forward: Forward) -> Tensor:
+    def _loss(self, forward: Forward, sums: Sums) -> Tensor:
         """The whole objective of this batch, a row."""
-        sums, n_rows, n_shared = forward.sums, forward.n_rows, self.shape.n_shared
+        n_rows, n_shared = forward.n_rows, self.shape.n_shared
         loss = sums["aux"].sum()
         for weight, error in zip(forward.terms.weights, sums["errors"]):
             loss = loss + weight * error / n_rows
@@ -262,23 +249,21 @@ class Member:
         shared, specialised = self.config.lambda_shared * size[0], self.config.lambda_specialised * size[1]
         return loss + forward.factor * (shared + specialised) / n_rows
 
-    def metrics(self) -> dict[str, float | int | list[float]]:
-        """Scalars over the steps since the last call (syncs): CONTRACT's metrics.jsonl line, but for the epoch.
+    def metrics(self) -> dict[str, Any]:
+        """Scalars over the steps since the last call, in one fetch: a line of metrics.jsonl, but for the epoch.
 
         step, rows (seen so far); means a row: loss (the whole objective), recon (a list, innermost level first; with
         random prefixes by rank), l1_shared and l1_specialised (E Σ|z|, before λ), aux, l0; n_shared (latents of the
         shared level now); ev (a list; centred on the mean of these rows); means a step: grad_norm (before clipping),
         clipped (share of steps); dead (share of latents that did not fire over the last dead_rows rows); lr and lambda
-        (the penalty's factor: warm-up times controller) of the last step. Values may be NaN: ask `is_finite` first.
-        After it the sums begin anew.
+        (the penalty's factor: warm-up times controller) of the last step. Values may be NaN. After it the sums begin anew.
         """
-        sums = {name: value.tolist() for name, value in self.sums.items()}
+        now = Sums.of(dead=self._dead_share(), factor=self.controller.factor)
+        sums = Sums(torch.cat([self.sums.flat, now.flat]), self.sums.sizes | now.sizes).fetch()
         n_steps, n_rows = sums["steps"][0], sums["rows"][0]
         variance = sums["square"][0] - sum(total * total for total in sums["total"]) / n_rows
         last = self.n_steps - 1
-        dead, dead_rows = self.dead()
-        for value in self.sums.values():
-            value.zero_()
+        self.sums.flat.zero_()
         return {
             "step": self.n_steps,
             "rows": self.n_rows,
@@ -290,18 +275,25 @@ class Member:
             "aux": sums["aux"][0] / n_steps,
             "l0": sums["l0"][0] / n_steps,
             "n_shared": self.shape.n_shared,
-            "dead": dead,
-            "dead_rows": dead_rows,
+            "dead": sums["dead"][0],
+            "dead_rows": self._dead_rows,
             "grad_norm": sums["grad_norm"][0] / n_steps,
             "clipped": sums["clipped"][0] / n_steps,
-            "lr": learning_rate(self.config, last),
-            "lambda": objectives.sparsity_ramp(self.config, last) * float(self.controller.factor),
+            "lr": schedules.learning_rate(self.config, last),
+            "lambda": schedules.sparsity_ramp(self.config, last) * sums["factor"][0],
         }
 
     def dead(self) -> tuple[float, int]:
         """Share of latents that did not fire, and over how many of the last rows that was counted (syncs)."""
-        n_rows = min(self.n_rows, self.config.dead_after_rows)
-        return float((self.rows_since_fired >= n_rows).double().mean()) if n_rows else 0.0, n_rows
+        return float(self._dead_share()), self._dead_rows
+
+    @property
+    def _dead_rows(self) -> int:
+        return min(self.n_rows, self.config.dead_after_rows)
+
+    def _dead_share(self) -> Float[Tensor, ""]:
+        n_rows = self._dead_rows
+        return ((self.rows_since_fired >= n_rows) & (n_rows > 0)).double().mean()
 
     def is_finite(self) -> bool:
         """Whether every loss and gradient norm since the last `metrics` was finite (syncs). Ask before a checkpoint."""
@@ -310,12 +302,11 @@ class Member:
     def state(self) -> dict[str, Tensor]:
         """All that `load_state` needs to go on bit-identically: the tensors themselves, so write them before stepping on."""
         estimates = {"controller": self.controller.state, "threshold": self.threshold}
-        counters = {"rows_since_fired": self.rows_since_fired}
+        counters = {"rows_since_fired": self.rows_since_fired, "sums": self.sums.flat}
         position = {"n_steps": torch.tensor(self.n_steps), "n_rows": torch.tensor(self.n_rows)}
-        sums = {f"sum.{name}": value for name, value in self.sums.items()}
         if self.config.alpha == "auto":
             position |= {"n_shared": torch.tensor(self.shape.n_shared), "explained": self.explained}
-        return self.adam.state() | estimates | counters | position | sums
+        return self.adam.state() | estimates | counters | position
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from `state()` of a member of the same config. Raises CheckpointError when names or shapes differ."""
@@ -364,9 +355,9 @@ class Forward:
     x_low: Tensor  # [row, d_model] x − b_dec in the products' dtype
     pool: Tensor | None  # [pool] candidates of the auxiliary loss
     terms: objectives.Terms
+    fired: Fired
     decoded: objectives.Reconstruction
     factor: Tensor  # [] of the penalty: warm-up times controller
-    sums: dict[str, Tensor]  # float64 vectors over rows: counts [latent], l1 [2], errors [level], total, square, aux
 
 
 def product_dtype(name: str) -> torch.dtype:

@@ -64,23 +64,6 @@ def random_prefixes(levels: tuple[int, ...], seed: int, step: int) -> tuple[int,
     return (*sorted(sizes), width)
 
 
-def sparsity_ramp(config: TrainConfig, step: int) -> float:
-    """Warm-up of the penalty at the update that follows `step` finished ones: linear from 0 to 1."""
-    return min(1.0, step / config.sparsity_warmup_steps) if config.sparsity_warmup_steps else 1.0
-
-
-FIRST_OVER_K = 8
-"""With a sparsity warm-up, topk and batchtopk begin with so many times k."""
-
-
-def kept_a_row(config: TrainConfig, step: int) -> int:
-    """Latents that topk and batchtopk keep at the update after `step` finished ones: k, to which a warm-up falls
-    geometrically from FIRST_OVER_K · k (at most the width)."""
-    first = min(FIRST_OVER_K * config.k, config.width)
-    left = 1 - sparsity_ramp(config, step)
-    return round(config.k * (first / config.k) ** left) if config.k else 0
-
-
 def penalty_weights(config: TrainConfig, n_shared: int) -> Float[Tensor, " latent"]:
     """λ_s on shared and λ_f on specialised latents, float64."""
     weights = torch.full((config.width,), config.lambda_specialised, dtype=torch.float64)

@@ -54,7 +54,7 @@ class Adam:
         shrink = clip_factor(norm, self.config)
         self.n_updates += 1
         for name, weight in self.weights.items():
-            for rows in row_chunks(weight):
+            for rows in weight_chunks(weight):
                 gradient = gradients[name][rows].to(weight.dtype).mul_(shrink.to(weight.dtype))
                 self._update_rows(name, rows, gradient, lr)
         return norm
@@ -84,7 +84,7 @@ class Adam:
             self.low[name][rows].copy_(weight)
 
 
-def row_chunks(weight: Tensor) -> Iterator[slice]:
+def weight_chunks(weight: Tensor) -> Iterator[slice]:
     """Slices over the first dimension: pieces that stay in cache on a CPU, all of it on an accelerator."""
     n_rows = len(weight)
     size = max(1, CHUNK_NUMBERS * n_rows // max(weight.numel(), 1)) if weight.device.type == "cpu" else n_rows
@@ -97,7 +97,7 @@ def gradient_norm(gradients: Mapping[str, Tensor]) -> Float[Tensor, ""]:
     norms = [
         torch.linalg.vector_norm(gradient[rows], dtype=wide.get(gradient.dtype, torch.float32)).double()
         for gradient in gradients.values()
-        for rows in row_chunks(gradient)
+        for rows in weight_chunks(gradient)
     ]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
@@ -116,10 +116,3 @@ def remove_along_rows(gradient: Float[Tensor, "latent d_model"], rows: Float[Ten
     """Take from each gradient row, in place, its component along the weight row, which has unit norm."""
     along = (gradient * rows).sum(1, keepdim=True)
     gradient.addcmul_(rows, along, value=-1)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the update that follows `step` finished ones: linear warm-up from lr/warmup, linear decay to lr/decay at the end."""
-    warm = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
-    decay = min(1.0, (config.steps - step) / config.lr_decay_steps) if config.lr_decay_steps else 1.0
-    return config.lr * warm * max(decay, 0.0)

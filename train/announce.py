@@ -1,0 +1,56 @@
+"""What a training run says of itself before and while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.base.files import human_bytes
+from pipeline.base.progress import format_seconds, say
+from pipeline.store.reader import Store
+from train import plan
+from train.folder import Keep
+from train.plan import RunConfig, Task
+
+
+def announce(store: Store, tasks: Sequence[Task], passes: Sequence[Sequence[Task]], device: torch.device) -> None:
+    """Say what will be trained on what, and the memory it takes, before the first step."""
+    n_done = sum(task.finished for task in tasks)
+    say(f"{len(tasks)} members, {n_done} finished, {len(passes)} passes over {store.path} on {device}")
+    for group in passes:
+        order, config = plan.make_order(store, group[0]), group[0].config
+        usable = int((~store.train.special).sum())
+        say(
+            f"{len(group)} side by side in {group[0].order['mode']} order over {order.n_kept:,} rows; left out: "
+            f"{usable - order.n_kept:,} massive and {store.train.n_rows - usable:,} special; "
+            f"{config.steps * config.batch_size / order.n_kept:.2f} epochs"
+        )
+        say(f"memory: {plan.memory_text(plan.pass_memory(store, group, device))}")
+
+
+def announce_planned(
+    store: Store, tasks: Sequence[Task], passes: Sequence[Sequence[Task]], device: torch.device
+) -> None:
+    """The same of a store that is not there yet."""
+    say(f"{len(tasks)} members, {len(passes)} passes over {store.train.n_rows:,} rows of a store still to be made")
+    for group in passes:
+        say(f"{len(group)} side by side, memory: {plan.memory_text(plan.pass_memory(store, group, device))}")
+
+
+def say_costs(job: RunConfig, store: Store, tasks: Sequence[Task], device: torch.device) -> None:
+    """For a dry run: every member, memory, disk and a rough time."""
+    for task in tasks:
+        config = task.config
+        say(f"  {task.folder.name}: {config.recipe}, width {config.width}, {config.steps} steps, {task.status}")
+    disk = plan.disk_bytes(store, tasks, Keep.parse(job.keep))
+    say(f"memory free: {human_bytes(plan.free_memory(device))}; disk: at most {human_bytes(disk)}")
+    seconds = plan.estimate_seconds(store, tasks, device)
+    say(f"time: about {format_seconds(seconds)} (five products a step, measured now)")
+
+
+def say_second_epoch(step: int, batch_size: int, n_kept: int) -> None:
+    """Say that the data begins anew, when the step after `step` finished ones uses the first epoch's last row."""
+    before, after = (n * batch_size // n_kept for n in (step, step + 1))
+    if before == 0 and after > 0:
+        say(f"step {step + 1}: every row was used once; the second epoch begins, in another order")
