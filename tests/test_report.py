@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import unittest.mock
+import urllib.parse
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -159,13 +160,25 @@ def test_out_must_be_an_html_file(tmp_path: Path) -> None:
 def test_latent_pages_are_carried_and_linked(tmp_path: Path) -> None:
     """Latent pages beside results are carried along and linked."""
     path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]
-    folder = write_latent_pages(path, ["one", "two"])
+    write_latent_pages(path, ["one", "two"])
     page = Page(report(tmp_path))
-    link = next(a["href"] for _, a in page.tags if (a.get("href") or "").endswith("index.html"))
-    assert link is not None
-    target = (tmp_path / link).parent
-    assert {file.name for file in target.iterdir()} == {"index.html", "index.js", "page_0000.js"}
-    assert (target / "page_0000.js").read_bytes() == (folder / "page_0000.js").read_bytes()
+    link = next(a["href"] for _, a in page.tags if "/latents/" in (a.get("href") or ""))
+    assert link == f"report_files/latents/{path.stem}.html"
+    assert (tmp_path / link).is_file()
+    assert not list((tmp_path / "report_files").rglob("*.js"))
+
+
+def test_links_are_percent_encoded(tmp_path: Path) -> None:
+    """A link to a file whose name a URL cannot hold leads to that file."""
+    path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]
+    odd = path.rename(tmp_path / f"a #1 ?x%20-{path.name}")
+    write_latent_pages(odd, ["one"])
+    markup = report(tmp_path, tmp_path / "my report#2?.html")
+    links = [a["href"] or "" for _, a in Page(markup).tags if (a.get("href") or "#")[0] != "#"]
+    assert len(links) > 1
+    for link in links:
+        assert not re.search(r"[ #?]", link)
+        assert (tmp_path / urllib.parse.unquote(link)).is_file()
 
 
 def test_names_in_results_are_text(tmp_path: Path) -> None:

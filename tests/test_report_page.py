@@ -86,7 +86,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def latents(report: Path) -> Path:
-    return next((report.parent / "report_files" / "latents").glob("*/index.html"))
+    return next((report.parent / "report_files" / "latents").glob("*.html"))
 
 
 def open_latents(browser: Browser, page: Path, fragment: str = "") -> None:
@@ -227,9 +227,31 @@ def test_phone_latent_replaces_the_list(browser: Browser, latents: Path) -> None
     browser.wait("!(" + hidden.format("#browse") + ")")
 
 
-def test_missing_data_file_is_said(browser: Browser, latents: Path, tmp_path: Path) -> None:
-    """A missing data file is said."""
-    alone = tmp_path / "index.html"
-    alone.write_bytes(latents.read_bytes())
-    browser.open(alone)
-    browser.wait("document.querySelector('#count').textContent.includes('index.js is missing')")
+def test_tampered_pages_do_not_execute(browser: Browser, report: Path, latents: Path) -> None:
+    """Scripts put into a written page, or files put beside it, do not run: the policy names the page's own script alone."""
+    evil = "document.title = 'taken'"
+    attacks = (
+        f"<script>{evil}</script>",
+        '<script src="evil.js"></script>',
+        f'<img src=x onerror="{evil}">',
+        f'<svg onload="{evil}"></svg>',
+        f'<a id="link" href="javascript:{evil}">x</a>',
+    )
+    for page in (report, latents):
+        (page.parent / "evil.js").write_text(evil)
+        tampered = page.with_name("tampered.html")
+        tampered.write_text(page.read_text().replace("</main>", "".join(attacks) + "</main>"))
+        browser.open(tampered)
+        browser.evaluate("document.querySelector('#link').click()")
+        browser.wait("document.querySelector('script[src]') !== null")
+        assert browser.evaluate("document.title") != "taken"
+        assert any("Content Security Policy" in problem for problem in browser.problems)
+        tampered.unlink()
+
+
+def test_latents_open_on_a_readable_one(browser: Browser, latents: Path) -> None:
+    """Without a latent in the address the page shows one, which the list marks."""
+    open_latents(browser, latents)
+    browser.wait("document.querySelectorAll('#latent .context').length > 0")
+    shown = browser.evaluate("document.querySelector('#latent h2').textContent")
+    assert shown == "Latent " + str(browser.evaluate("index.opens"))

@@ -4,20 +4,20 @@
       page_0000.js ...         nestedLatents.page(0, {"strings": [...], "latents": [...]}), PAGE_SIZE latents each
       index.js                 nestedLatents.index({"summary": {...}, "level": [...], ...}), written last: marks completion
 
-Scripts and not JSON, because a page opened from a disk may load scripts and may not fetch. Corpus text in them is data:
-every character outside ASCII, and `<`, is escaped, and characters that reorder or hide text are spelled out.
+Nothing ever runs these files: the report parses them and writes what they hold anew. Corpus text in them is data: every
+character outside ASCII, and `<`, is escaped, and characters that reorder or hide text are spelled out.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from pipeline.base.errors import DamagedError
+from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import write_bytes
 
 FORMAT, VERSION = "nested-sae-latents", 1
@@ -128,14 +128,37 @@ def write_index(folder: Path, summary: dict[str, Any], columns: dict[str, Iterab
     write_bytes(folder / "index.js", f"{INDEX_HEAD}{script_json(data)});\n".encode())
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary in a folder's index. Raises DamagedError when the index is not ours or of another version."""
-    text = (folder / "index.js").read_text(encoding="ascii", errors="replace")
-    match = re.fullmatch(re.escape(INDEX_HEAD) + r"(.*)\);\n", text)
+def read_script(path: Path, call: str) -> Any:
+    """The JSON in a file that is one call, `nestedLatents.index(JSON);` and the like; it is parsed and never run.
+
+    Raises DamagedError when the file is anything else.
+    """
+    text = path.read_bytes().decode("ascii", errors="replace") if path.is_file() else ""
+    head, tail = f"nestedLatents.{call}", ");\n"
+    if not (text.startswith(head) and text.endswith(tail)):
+        raise DamagedError(f"{path}: does not read as latent pages (expected one call of {head}…)); evaluate again")
     try:
-        summary: dict[str, Any] = json.loads(match[1])["summary"] if match else {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{folder}: index.js does not read as latent pages ({error}); evaluate again") from error
+        data = json.loads(text[len(head) : -len(tail)])
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path}: does not read as latent pages ({error}); evaluate again") from error
+    require_plain(path, data)
+    return data
+
+
+def read_index(folder: Path) -> Fields:
+    """A folder's index, its format checked. Raises DamagedError when the index is not ours or of another version."""
+    index = Fields(folder / "index.js", read_script(folder / "index.js", "index("))
+    summary = index.inner("summary").data
     if (summary.get("format"), summary.get("version")) != (FORMAT, VERSION):
         raise DamagedError(f"{folder}: index.js is no {FORMAT} of version {VERSION}; evaluate again")
-    return summary
+    return index
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary in a folder's index. Raises DamagedError when the index is not ours or of another version."""
+    return dict(read_index(folder).inner("summary").data)
+
+
+def read_page(folder: Path, number: int) -> Fields:
+    """One page of latents. Raises DamagedError when it is not there or anything but data."""
+    return Fields(folder / page_name(number), read_script(folder / page_name(number), f"page({number},"))

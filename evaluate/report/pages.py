@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from markupsafe import Markup
 from evaluate.report import svg, wording
 from evaluate.report.figures import Figure, Missing
 from evaluate.report.found import headline
+from evaluate.report.latents import LatentPages, Summary
 from evaluate.report.published import published_rows
 from evaluate.report.runs import Group, Results, Row, sharing_label
 from evaluate.report.scored import Run
@@ -31,7 +33,7 @@ ARROWS: dict[Better, tuple[str, str]] = {
     "neither": ("", "neither way is better"),
 }
 KL_BASELINES = {"kl_zero": "zero ablation", "kl_mean": "mean ablation"}
-Latents = list[tuple[Run, Mapping[str, Any], str]]
+Latents = list[tuple[Run, Summary, str]]
 """Of each checkpoint with latent pages: its run, their summary, and the address of the page, from the report."""
 
 
@@ -45,7 +47,13 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"isolate": isolate, "isolated": isolated, "tidy": wording.tidy, "signed": wording.signed}
+    made.filters |= {
+        "isolate": isolate,
+        "isolated": isolated,
+        "address": address,
+        "tidy": wording.tidy,
+        "signed": wording.signed,
+    }
     names = (wording.count, wording.number, wording.half_text, wording.plus_minus, wording.p_text, svg.inline)
     made.globals |= {function.__name__: function for function in names}
     made.globals |= {"ARROWS": ARROWS, "CAVEAT": CAVEAT}
@@ -57,20 +65,22 @@ def isolate(value: object) -> Markup:
     return Markup("<bdi>{}</bdi>").format(str(value))
 
 
+def address(path: str) -> str:
+    """A relative path as a link: what a URL cannot hold, and what it would read as more than a path, is percent-encoded."""
+    return urllib.parse.quote(path)
+
+
 def isolated(values: Iterable[object]) -> Markup:
     """Foreign texts after one another, each isolated."""
     return Markup(", ").join(isolate(value) for value in values)
 
 
-def document(template: str, asset: str, *, style: str = "", sources: str = "", **values: Any) -> str:
-    """A whole HTML document with its style and script inside, and a policy that lets it fetch nothing and run no other.
-
-    `sources` are further script sources, for pages that load data files from beside them.
-    """
+def document(template: str, asset: str, *, style: str = "", **values: Any) -> str:
+    """A whole HTML document with its style and script inside, and a policy that lets it fetch nothing and run no other."""
     script = (HERE / "assets" / f"{asset}.js").read_text()
     css = style + "".join((HERE / "assets" / f"{name}.css").read_text() for name in ("base", asset))
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{hashed}'{sources}; img-src data:"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{hashed}'; img-src data:"
     ours = {"policy": policy, "css": Markup(css), "script": Markup(script)}
     return environment().get_template(template).render(**ours, **values)
 
@@ -113,19 +123,12 @@ def report_page(
     )
 
 
-def latents_page(run: Run, summary: Mapping[str, Any]) -> str:
-    """The page of a checkpoint's latents, which its script fills."""
-    sizes = summary["levels"]
+def latents_page(run: Run, latents: LatentPages) -> str:
+    """The page of a checkpoint's latents: data that its script reads, and cannot run."""
+    sizes = latents.summary.sizes
     levels = [(level_name(i, len(sizes)), m - (sizes[i - 1] if i else 0)) for i, m in enumerate(sizes)]
-    return document(
-        "latents.html",
-        "latents",
-        sources=" 'self' file:",
-        title=f"Latents: {run.name}",
-        run=run,
-        summary=summary,
-        levels=levels,
-    )
+    title = f"Latents: {run.name}"
+    return document("latents.html", "latents", title=title, run=run, latents=latents, levels=levels)
 
 
 def level_name(level: int, n_levels: int) -> str:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from evaluate.latents import files as latent_files
+from evaluate.latents.files import latents_folder
 from evaluate.report import svg
 from evaluate.report.figures import Figure, Missing
 from evaluate.report.figures_across import make_figures
+from evaluate.report.latents import read_latents
 from evaluate.report.pages import Latents, latents_page, report_page
 from evaluate.report.runs import Results, read_results
 from evaluate.report.table import Table, make_table, table_rows
@@ -37,7 +37,7 @@ def write_report(paths: Sequence[Path], out: Path, title: str = "Nested sparse a
     table, usage, figures = make_table(results), usage_lines(results), make_figures(results)
     folder = out.with_name(f"{out.stem}_files")
     write_numbers(folder, results, table, usage, figures)
-    latents = copy_latents(folder, results)
+    latents = write_latents(folder, results)
     write_bytes(out, report_page(title, results, table, usage, figures, latents, folder.name).encode())
     return out
 
@@ -65,20 +65,16 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
-def copy_latents(folder: Path, results: Results) -> Latents:
-    """Copy the latent pages found beside results files into the report's folder, and put their page there."""
+def write_latents(folder: Path, results: Results) -> Latents:
+    """Read the latent pages found beside results files, and write a page of each into the report's folder."""
     found: Latents = []
     for run in results.runs:
-        if not run.has_latents:
-            continue
-        source = latent_files.latents_folder(run.path)
-        summary = latent_files.read_summary(source)
-        target = folder / "latents" / run.path.stem
-        target.mkdir(parents=True, exist_ok=True)
-        for file in sorted(source.glob("*.js")):
-            shutil.copyfile(file, target / file.name)
-        write_bytes(target / "index.html", latents_page(run, summary).encode())
-        found.append((run, summary, f"{folder.name}/latents/{run.path.stem}/index.html"))
+        if run.has_latents:
+            latents = read_latents(latents_folder(run.path))
+            twins = sum(other.path.stem == run.path.stem for other, _, _ in found)
+            page = Path("latents", f"{run.path.stem}{f'-{twins + 1}' * bool(twins)}.html")
+            write_bytes(folder / page, latents_page(run, latents).encode())
+            found.append((run, latents.summary, f"{folder.name}/{page.as_posix()}"))
     return found
 
 

@@ -49,10 +49,11 @@ class Fields:
     def __init__(self, path: Path, data: object, name: str = "") -> None:
         self.path, self.name = path, name
         if not isinstance(data, Mapping):
-            raise self._wrong("", "an object", data)
+            raise self.wrong("", "an object", data)
         self.data: Mapping[str, Any] = data
 
-    def _wrong(self, name: str, expected: str, found: object) -> DamagedError:
+    def wrong(self, name: str, expected: str, found: object) -> DamagedError:
+        """The error that says what a field should be, to raise."""
         where = ".".join(part for part in (self.name, name) if part) or "it"
         shown = "nothing" if found is None else f"{type(found).__name__} {str(found)[:40]!r}"
         return DamagedError(f"{self.path}: {where!r} should be {expected}, found {shown}; restore it or make it again")
@@ -63,7 +64,7 @@ class Fields:
         if value is None and default is not None:
             return default
         if not isinstance(value, str):
-            raise self._wrong(name, "text", value)
+            raise self.wrong(name, "text", value)
         return value
 
     def whole(self, name: str, default: int | None = None, *, least: int = 0) -> int:
@@ -72,7 +73,7 @@ class Fields:
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self._wrong(name, f"a whole number from {least} on", value)
+            raise self.wrong(name, f"a whole number from {least} on", value)
         return value
 
     def some_whole(self, name: str) -> int | None:
@@ -85,7 +86,7 @@ class Fields:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(name, "a number or null", value)
+            raise self.wrong(name, "a number or null", value)
         return float(value)
 
     def numbers(self, name: str) -> dict[str, float]:
@@ -111,8 +112,25 @@ class Fields:
         if value is None:
             return []
         if not isinstance(value, list):
-            raise self._wrong(name, "a list", value)
+            raise self.wrong(name, "a list", value)
         return value
+
+    def full_list(self, name: str, length: int, *, least: float = -math.inf, most: float = math.inf) -> list[float]:
+        """A list of so many numbers, each from `least` to `most`."""
+        values = self.list_of_numbers(name, length)
+        for value in values:
+            if value is None or not least <= value <= most:
+                raise self.wrong(name, f"numbers from {least:g} to {most:g}", value)
+        return [value for value in values if value is not None]
+
+    def list_of_texts(self, name: str, length: int | None = None) -> list[str]:
+        """A list of texts, of a length where one is given."""
+        values = self.items(name)
+        if length is not None and len(values) != length:
+            raise self.wrong(name, f"a list of {length}", values)
+        if bad := [value for value in values if not isinstance(value, str)]:
+            raise self.wrong(name, "a list of texts", bad[0])
+        return list(values)
 
     def objects(self, name: str) -> list[Fields]:
         """A list of objects."""
@@ -124,15 +142,15 @@ class Fields:
         """A list of numbers or nulls, of a length where one is given."""
         values = self.items(name)
         if length is not None and len(values) != length:
-            raise self._wrong(name, f"a list of {length}", values)
+            raise self.wrong(name, f"a list of {length}", values)
         for value in values:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise self._wrong(name, "a list of numbers or nulls", value)
+                raise self.wrong(name, "a list of numbers or nulls", value)
         return [None if value is None else float(value) for value in values]
 
     def list_of_wholes(self, name: str) -> list[int]:
         """A list of whole numbers from 0 on."""
         for value in self.items(name):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise self._wrong(name, "a list of whole numbers", value)
+                raise self.wrong(name, "a list of whole numbers", value)
         return list(self.items(name))

@@ -206,7 +206,7 @@ def write_latent_pages(results: Path, tokens: list[str]) -> Path:
     """Latent pages of a few latents, each with one context of the given tokens."""
     folder = latents_folder(results)
     latents = [
-        {"id": j, "related": [], "contexts": [[3, 1, 1, list(range(len(tokens))), [0.5] * len(tokens)]]}
+        {"id": j, "related": [], "contexts": [[3, 1, len(tokens) - 1, list(range(len(tokens))), [0.5] * len(tokens)]]}
         for j in range(4)
     ]
     summary: dict[str, Any] = {

@@ -1,36 +1,23 @@
 "use strict";
-// Lists, searches and shows latents. Data files call nestedLatents.index and nestedLatents.page; every text from them goes
-// in as text, never as markup. The state is the address behind #: latent, q, level, sort, desc, page.
+// Lists, searches and shows latents. The data stand in script elements that never run: the index as JSON, each page of
+// latents as deflated JSON in base64. Every text from them goes in as text, never as markup. The state is the address
+// behind #: latent, q, level, sort, desc, page.
 const ROWS = 50;
 const $ = (id) => document.getElementById(id);
 const pages = new Map();
-let index = null;
+const index = JSON.parse($("index").textContent);
+index.search = index.label.map((label) => label.toLowerCase());
 let order = [];
 
-window.nestedLatents = {
-  index(data) {
-    index = data;
-    index.search = data.label.map((label) => label.toLowerCase());
-    show();
-  },
-  page(number, data) { pages.get(number).resolve(data); },
-};
-
-function script(name) {
-  const element = document.createElement("script");
-  element.src = name;
-  element.onerror = () => { $("count").textContent = `${name} is missing: keep it beside this page.`; };
-  document.head.append(element);
+async function unpacked(base64) {
+  const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return JSON.parse(await new Response(stream).text());
 }
 
 function loadPage(number) {
-  if (!pages.has(number)) {
-    const entry = {};
-    entry.promise = new Promise((resolve) => { entry.resolve = resolve; });
-    pages.set(number, entry);
-    script(`page_${String(number).padStart(4, "0")}.js`);
-  }
-  return pages.get(number).promise;
+  if (!pages.has(number)) pages.set(number, unpacked($(`page-${number}`).textContent));
+  return pages.get(number);
 }
 
 function make(tag, text, attributes = {}, ...children) {
@@ -78,7 +65,6 @@ function choose({ q, level, sort, desc }) {
 }
 
 function show() {
-  if (!index) return;
   const at = state();
   const wanted = { q: at.get("q") ?? "", level: at.get("level") ?? "", sort: at.get("sort") ?? "id", desc: at.has("desc") };
   if ($("q").value !== wanted.q) $("q").value = wanted.q;
@@ -86,10 +72,10 @@ function show() {
   $("sort").value = wanted.sort;
   $("reverse").checked = wanted.desc;
   order = choose(wanted);
-  list(Math.max(0, Number(at.get("page") ?? 0)), at.get("latent"));
+  list(Math.max(0, Number(at.get("page") ?? 0)), at.get("latent") ?? String(index.opens));
   const latent = at.get("latent");
   $("columns").classList.toggle("open", latent !== null);
-  if (latent !== null) open(Number(latent));
+  open(Number(latent ?? index.opens));
 }
 
 function list(page, current) {
@@ -123,7 +109,7 @@ async function open(id) {
   }
   const size = index.summary.page_size;
   const { strings, latents } = await loadPage(Math.floor(id / size));
-  if (state().get("latent") !== String(id)) return;
+  if (Number(state().get("latent") ?? index.opens) !== id) return;
   const data = latents[id % size];
   const parts = [
     make("a", "← All latents", { href: address({ latent: null }), class: "all" }),
@@ -199,4 +185,4 @@ $("level").addEventListener("change", () => change({ level: $("level").value, pa
 $("sort").addEventListener("change", () => change({ sort: $("sort").value === "id" ? null : $("sort").value, page: null }));
 $("reverse").addEventListener("change", () => change({ desc: $("reverse").checked ? 1 : null, page: null }));
 addEventListener("hashchange", () => { show(); if (state().has("latent")) $("latent").focus({ preventScroll: false }); });
-script("index.js");
+show();

@@ -1,0 +1,148 @@
+"""Results and latent pages made by an enemy end in one line that names the file, or in a report; never in a traceback."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import unittest.mock
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluate.latents.files import latents_folder
+from evaluate.report.latents import read_latents
+from evaluate.report.pages import environment
+from evaluate.report.write import write_report
+from pipeline.base.errors import DamagedError, PipelineError
+from pipeline.base.files import read_json
+from support.results_files import write_latent_pages, write_results
+
+BAD: tuple[Any, ...] = (
+    None, True, -1, 0, 3.5, 10**30, -(10**30), float("nan"), float("inf"), 1e308, "", "0", "\ud800", "../../x", "\x00",
+    "</script><script>alert(1)</script>", "x" * 5000, [], {}, [[]], [None], ["a"], {"a": {}}, [1, 2, 3], {"": ""}, "auto",
+)  # fmt: skip
+NESTED = "[" * 100_000
+
+
+def spots(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all values in JSON data, not too deep; of long lists the first few."""
+    if len(path) > 8:
+        return [path]
+    inner = data.items() if isinstance(data, dict) else list(enumerate(data))[:3] if isinstance(data, list) else []
+    return [path, *(spot for key, value in inner for spot in spots(value, (*path, key)))]
+
+
+def mutated(data: Any, rng: random.Random) -> Any:
+    """JSON data with one to three values replaced, removed, renamed or nested."""
+    data = copy.deepcopy(data)
+    for _ in range(rng.randint(1, 3)):
+        spot = rng.choice([s for s in spots(data) if s] or [()])
+        if not spot:
+            return rng.choice(BAD)
+        holder = data
+        for key in spot[:-1]:
+            holder = holder[key]
+        kind = rng.random()
+        if kind < 0.15:
+            del holder[spot[-1]]
+        elif kind < 0.3 and isinstance(holder, dict):
+            holder[str(rng.choice(BAD))] = holder.pop(spot[-1])
+        elif kind < 0.4:
+            deep: Any = rng.choice(BAD)
+            for _ in range(rng.choice((5, 60, 400))):
+                deep = [deep]
+            holder[spot[-1]] = deep
+        else:
+            holder[spot[-1]] = copy.deepcopy(rng.choice(BAD))
+    return data
+
+
+def as_bytes(data: Any, rng: random.Random) -> bytes:
+    """JSON as bytes, now and then cut short, flipped or nested without end."""
+    raw = bytearray(json.dumps(data).encode())
+    kind = rng.random()
+    if kind < 0.03:
+        return raw[: rng.randrange(len(raw))]
+    if kind < 0.06 and raw:
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+    if kind > 0.98:
+        return NESTED.encode()
+    return bytes(raw)
+
+
+def one_line_or_none(work: Callable[[], object], path: Path) -> bool:
+    """Whether the work was refused; a refusal must be one line that names the file or its folder."""
+    try:
+        work()
+    except PipelineError as error:
+        said = str(error)
+        assert "\n" not in said
+        assert len(said) < 2000
+        assert path.stem in said or str(path.parent) in said, said
+        return True
+    return False
+
+
+def fuzz_results(folder: Path, n: int, seed: int, *, drawn: bool) -> int:
+    """Read and report n mutated results files beside good ones; how many were refused."""
+    paths = write_results(folder, alphas=(0.0, 0.2), seeds=(0, 1), steps=(400,))
+    target, rng = paths[2], random.Random(seed)
+    good, refused = read_json(target), 0
+    undrawn = {} if drawn else {"inline": lambda panel: ""}
+    numbers = unittest.mock.MagicMock() if drawn else unittest.mock.patch("evaluate.report.write.write_numbers")
+    with numbers, unittest.mock.patch.dict(environment().globals, undrawn):
+        for _ in range(n):
+            target.write_bytes(as_bytes(mutated(good, rng), rng))
+            refused += one_line_or_none(lambda: write_report([folder], folder / "report.html"), target)
+    return refused
+
+
+def fuzz_latents(folder: Path, n: int, seed: int) -> int:
+    """Read n mutated latent indexes and pages; how many were refused."""
+    path = write_results(folder, alphas=(0.2,), seeds=(0,), steps=(400,))[0]
+    pages = latents_folder(path)
+    rng, refused = random.Random(seed), 0
+    for _ in range(n):
+        write_latent_pages(path, ["one", "two"])
+        name, head = rng.choice((("index.js", "nestedLatents.index("), ("page_0000.js", "nestedLatents.page(0,")))
+        data = json.loads((pages / name).read_text()[len(head) : -3])
+        (pages / name).write_bytes(head.encode() + as_bytes(mutated(data, rng), rng) + b");\n")
+        refused += one_line_or_none(lambda: read_latents(pages), pages / name)
+    return refused
+
+
+def test_hostile_results_end_in_one_line(tmp_path: Path) -> None:
+    """Mutated results files are reported or refused in one line that names them."""
+    assert 20 < fuzz_results(tmp_path, 60, seed=1, drawn=False) < 60
+
+
+def test_hostile_latents_end_in_one_line(tmp_path: Path) -> None:
+    """Mutated latent pages are read or refused in one line that names them."""
+    assert 100 < fuzz_latents(tmp_path, 300, seed=1) < 300
+
+
+@pytest.mark.slow
+def test_many_hostile_results_end_in_one_line(tmp_path: Path) -> None:
+    """Likewise, two thousand, with every number and figure written for a part of them."""
+    assert fuzz_results(tmp_path / "drawn", 100, seed=2, drawn=True) > 30
+    assert fuzz_results(tmp_path / "plain", 1900, seed=3, drawn=False) > 600
+
+
+@pytest.mark.slow
+def test_many_hostile_latents_end_in_one_line(tmp_path: Path) -> None:
+    """Likewise, ten thousand."""
+    assert fuzz_latents(tmp_path, 10_000, seed=4) > 3000
+
+
+@pytest.mark.parametrize("added", ["\ndocument.title='taken'", ";alert(1);\n", "alert(1));\n"])
+def test_scripts_among_latents_are_refused(tmp_path: Path, added: str) -> None:
+    """A data file that holds anything but one call with JSON is refused by name and carried nowhere."""
+    path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]
+    page = write_latent_pages(path, ["one"]) / "page_0000.js"
+    page.write_text(page.read_text() + added)
+    with pytest.raises(DamagedError, match=r"page_0000\.js: does not read as latent pages"):
+        write_report([tmp_path], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
