@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from evaluate.probing import datasets as module
 from evaluate.probing.datasets import HUB, AttributeData, Columns, Table, find_columns, load_attribute_data, oriented
-from evaluate.probing.tasks import Sizes, balanced, cells, class_tasks, one_against_rest, scr_contrasts, scr_task
+from evaluate.probing.tasks import SetSizes, balanced, cells, class_tasks, one_against_rest, scr_contrasts, scr_task
 from pipeline.base.errors import CorpusError, UsageError
 
 
@@ -190,14 +190,14 @@ def test_hub_sets_give_saebench_pairs(hub: None, source: str) -> None:
     a, b = data.first_pairs[1]
     assert load_attribute_data(source, pairs=((data.label(b), str(a)),)).first_pairs == ((b, a),)
     assert len(data.classes) == 5
-    task = scr_task(data, data.first_pairs[0], (42,), True, Sizes(60, 40))
+    task = scr_task(data, data.first_pairs[0], (42,), True, SetSizes(60, 40))
     expected = {
         "LabHC/bias_in_bios": "professor / nurse",
         "canrager/amazon_reviews_mcauley_1and5": "Books / CDs_and_Vinyl",
     }
     assert task.name == f"{source}: {expected[source]}"
     assert task.n_rows() == {"train": 4 * 15, "test": 4 * 10}
-    (classes,) = class_tasks(data, (42,), True, Sizes(40, 32))
+    (classes,) = class_tasks(data, (42,), True, SetSizes(40, 32))
     assert classes.scores == ("tpp", "k_sparse_probe")
     assert classes.probes == tuple(str(c) for c in HUB[source].classes)
 
@@ -268,7 +268,7 @@ def local_data(n: int = 400) -> AttributeData:
 def test_further_seeds_take_other_rows() -> None:
     """Further seeds use other rows of the same cells or the same rows."""
     data = local_data()
-    fixed, resampled = (scr_task(data, ("austen", "other"), (42, 43), r, Sizes(40, 40)) for r in (False, True))
+    fixed, resampled = (scr_task(data, ("austen", "other"), (42, 43), r, SetSizes(40, 40)) for r in (False, True))
     first = {name: [set(c.positive.tolist()) for c in pair] for name, pair in fixed.draws[0].items()}
     assert all([set(c.positive.tolist()) for c in pair] == first[name] for name, pair in fixed.draws[1].items())
     assert fixed.draws[0]["first"][0].positive.tolist() != fixed.draws[1]["first"][0].positive.tolist()  # other order
@@ -281,7 +281,7 @@ def test_further_seeds_take_other_rows() -> None:
 
 def test_two_by_two_serves_both_tasks() -> None:
     """Two by two values give cells to TPP and each attribute to probing."""
-    tasks = class_tasks(local_data(), (42,), True, Sizes(80, 80))
+    tasks = class_tasks(local_data(), (42,), True, SetSizes(80, 80))
     assert [(t.name, t.scores) for t in tasks] == [
         ("local: cells", ("tpp",)),
         ("local: author", ("k_sparse_probe",)),
@@ -307,14 +307,14 @@ def test_negatives_match_positives(n_classes: int, n: int) -> None:
 def test_too_small_a_set_is_refused() -> None:
     """A data set that holds less gives what it has and too little is refused."""
     data = local_data(200)
-    sizes = scr_task(data, ("austen", "other"), (42,), True, Sizes()).n_rows()
+    sizes = scr_task(data, ("austen", "other"), (42,), True, SetSizes()).n_rows()
     cell = cells(data.train, ("austen", "other"), ("female", "male"))
     n = min(*(len(v) for v in cell.values()), (min(len(cell[True, True]), len(cell[False, False])) - 1) // 2)
     assert sizes["train"] == 4 * n
     with pytest.raises(CorpusError, match="at least 8 of each"):
-        scr_task(local_data(20), ("austen", "other"), (42,), True, Sizes())
+        scr_task(local_data(20), ("austen", "other"), (42,), True, SetSizes())
     with pytest.raises(CorpusError, match="at least 8 are needed"):
-        class_tasks(local_data(20), (42,), True, Sizes())
+        class_tasks(local_data(20), (42,), True, SetSizes())
 
 
 def test_unreachable_hub_set_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

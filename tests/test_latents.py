@@ -17,7 +17,7 @@ from torch import Tensor
 from evaluate.latents import collect as latents_module
 from evaluate.latents.collect import N_CONTEXTS, RADIUS, TopContexts, choose_chunks, write_latents
 from evaluate.latents.files import TokenText, begin, latents_folder, read_summary, script_json, visible, write_index
-from evaluate.latents.hierarchy import Firing, both_ways, relate
+from evaluate.latents.hierarchy import Counts, both_ways, relate
 from pipeline.base.errors import DamagedError
 from pipeline.base.runtime import torch_rng
 from pipeline.sae.nested import NestedSAE, SAEConfig
@@ -175,7 +175,7 @@ def test_flat_dictionary_has_no_relatives(store: Store, tmp_path: Path) -> None:
 
 def test_relative_cosines_are_of_decoder_rows() -> None:
     """Cosines of relatives are those of decoder rows."""
-    firing = Firing(torch.tensor([50.0, 50.0, 40.0], dtype=torch.float64), n_shared=1, n_tokens=1000)
+    firing = Counts(torch.tensor([50.0, 50.0, 40.0], dtype=torch.float64), n_shared=1, n_tokens=1000)
     decoder = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0]])
     pairs = relate(torch.tensor([[45.0, 40.0]]), firing, decoder, 0)
     assert [(s, f, c) for s, f, c, *_ in pairs] == [(0, 1, 45), (0, 2, 40)]
@@ -189,7 +189,7 @@ def test_relative_cosines_are_of_decoder_rows() -> None:
 def test_independent_latents_are_not_related() -> None:
     """Independent latents are not related."""
     fires = (torch.rand(4000, 60, generator=torch_rng("independent")) < 0.1).float()
-    firing = Firing(fires.double().sum(0), n_shared=20, n_tokens=4000)
+    firing = Counts(fires.double().sum(0), n_shared=20, n_tokens=4000)
     assert relate(fires[:, :20].T @ fires[:, 20:], firing, torch.eye(60), 0) == []
 
 

@@ -73,7 +73,7 @@ def find_checkpoints(places: Sequence[Path], all_steps: bool) -> tuple[list[Path
     found: dict[Path, None] = {}
     failed: list[Failure] = []
     for place in places:
-        for part in expand(place):
+        for part in saes_in(place):
             try:
                 itself = part.is_file() or is_foreign(part)
                 found |= dict.fromkeys([part] if itself else member_checkpoints(part, all_steps))
@@ -82,7 +82,7 @@ def find_checkpoints(places: Sequence[Path], all_steps: bool) -> tuple[list[Path
     return list(found), failed
 
 
-def expand(place: Path) -> list[Path]:
+def saes_in(place: Path) -> list[Path]:
     """A file, a member's folder or an SAE made elsewhere as it is; of another folder those in it, sorted by name."""
     if not place.exists():
         raise CheckpointError(f"{place}: no such checkpoint or folder")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from evaluate.latents import files as latent_files
 from evaluate.latents.files import PAGE_SIZE, Strings, Tokenizer, TokenText
-from evaluate.latents.hierarchy import CHANCE, MIN_COUNT, MIN_LIFT, Firing, Link, Pair, Related, both_ways, relate
+from evaluate.latents.hierarchy import CHANCE, MIN_COUNT, MIN_LIFT, Counts, Link, Pair, Related, both_ways, relate
 from pipeline.base.progress import Progress
 from pipeline.base.runtime import numpy_rng
 from pipeline.sae.nested import NestedSAE
@@ -134,12 +134,12 @@ def windows(
 
 def collect(
     sae: NestedSAE, split: Split, context: int, chunks: list[tuple[int, int]], quiet: bool
-) -> tuple[TopContexts, Firing, Related]:
+) -> tuple[TopContexts, Counts, Related]:
     """Stream the rows once for contexts and counts; once more for each further block of shared latents."""
     config, device = sae.config, sae.center.device
     contexts, firing = (
         TopContexts(config.width, device),
-        Firing(torch.zeros(config.width, dtype=torch.float64), config.n_shared),
+        Counts(torch.zeros(config.width, dtype=torch.float64), config.n_shared),
     )
     kept = split.kept()
     firing.n_tokens = int(sum(kept[a:b].sum() for a, b in chunks))
@@ -151,7 +151,7 @@ def collect(
         for number, (a, b) in enumerate(blocks):
             pairs = torch.zeros(b - a, config.width - config.n_shared, device=device)
             for z, first in stream(sae, split, context, chunks):
-                fires = (z > 0).flatten(0, 1).float()  # [row, latent]
+                fires = (z != 0).flatten(0, 1).float()  # [row, latent]
                 pairs += fires[:, a:b].T @ fires[:, config.n_shared :]
                 if number == 0:
                     contexts.update(z, first)
@@ -189,7 +189,7 @@ def write_files(
     split: Split,
     text: TokenText,
     contexts: TopContexts,
-    firing: Firing,
+    firing: Counts,
     related: Related,
     lens: Lens | None,
     summary: dict[str, Any],

@@ -16,7 +16,7 @@ MIN_COUNT, MIN_LIFT, CHANCE = 10, 2.0, 0.01
 
 
 @dataclass
-class Firing:
+class Counts:
     """How often each latent fired (float64 counts) on how many kept tokens; the first n_shared latents are shared."""
 
     count: Float[Tensor, " latent"]
@@ -40,7 +40,7 @@ Related = list[list[Link]]
 
 
 def relate(
-    pairs: Float[Tensor, "shared specialised"], firing: Firing, W_dec: Float[Tensor, "latent d_model"], first: int
+    pairs: Float[Tensor, "shared specialised"], firing: Counts, W_dec: Float[Tensor, "latent d_model"], first: int
 ) -> list[Pair]:
     """The strongest pairs by lift, for each latent of either kind, out of a block of co-firing counts.
 

@@ -85,13 +85,30 @@ class HubSpec:
 
 
 PROFESSIONS: dict[Value, str] = {
-    0: "accountant", 1: "architect", 2: "attorney", 6: "dentist", 9: "filmmaker", 11: "journalist", 13: "nurse",
-    21: "professor", 22: "psychologist", 25: "surgeon", 26: "teacher",
-}  # fmt: skip
+    0: "accountant",
+    1: "architect",
+    2: "attorney",
+    6: "dentist",
+    9: "filmmaker",
+    11: "journalist",
+    13: "nurse",
+    21: "professor",
+    22: "psychologist",
+    25: "surgeon",
+    26: "teacher",
+}
 CATEGORIES: dict[Value, str] = {
-    1: "Toys_and_Games", 2: "Cell_Phones_and_Accessories", 3: "Industrial_and_Scientific", 5: "Musical_Instruments",
-    6: "Electronics", 11: "Office_Products", 18: "Pet_Supplies", 24: "Books", 26: "CDs_and_Vinyl", 30: "Software",
-}  # fmt: skip
+    1: "Toys_and_Games",
+    2: "Cell_Phones_and_Accessories",
+    3: "Industrial_and_Scientific",
+    5: "Musical_Instruments",
+    6: "Electronics",
+    11: "Office_Products",
+    18: "Pet_Supplies",
+    24: "Books",
+    26: "CDs_and_Vinyl",
+    30: "Software",
+}
 HUB: dict[str, HubSpec] = {
     "LabHC/bias_in_bios": HubSpec(
         Columns("hard_text", "profession", "gender"),

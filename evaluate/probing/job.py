@@ -32,7 +32,7 @@ from evaluate.probing.probes import ProbeConfig, ProbedTexts, by_seed, load_or_t
 from evaluate.probing.scr import DIRECTIONS, scr_scores
 from evaluate.probing.series import Scores, SeriesRow, merge, series
 from evaluate.probing.sparse_probing import k_sparse_scores, residual_accuracy
-from evaluate.probing.tasks import Contrast, Sizes, Task, class_tasks, scr_task
+from evaluate.probing.tasks import Contrast, SetSizes, Task, class_tasks, scr_task
 from evaluate.probing.texts import PooledLatents, TextBank, TextModel, make_bank, pool_latents, raw_decoder
 from evaluate.probing.tpp import tpp_scores
 from pipeline.base.errors import UsageError
@@ -92,7 +92,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Group:
+class TextGroup:
     """Texts that share one bank of residuals, and the tasks that index them; one is encoded and pooled at a time."""
 
     name: str
@@ -121,7 +121,7 @@ class Probing:
     """
 
     config: ProbingConfig
-    groups: tuple[Group, ...]
+    groups: tuple[TextGroup, ...]
     sample: dict[str, Any]
 
     @property
@@ -155,7 +155,7 @@ class Probing:
     def score_task(
         self,
         task: Task,
-        group: Group,
+        group: TextGroup,
         latents: PooledLatents,
         decoder: Float[Tensor, "latent d_model"],
         levels: Mapping[int, int],
@@ -188,6 +188,16 @@ def read_texts(config: ProbingConfig) -> tuple[Texts, ...]:
     return tuple(found)
 
 
+def most_rows(config: ProbingConfig, texts: Sequence[Texts]) -> int:
+    """Rows of texts that every checkpoint encodes: the most they can be, before they are tokenised."""
+    return config.context * sum(len(part.texts) for part in texts)
+
+
+def most_bytes(config: ProbingConfig, texts: Sequence[Texts], d_model: int, itemsize: int) -> int:
+    """Memory of the texts' residuals, likewise: rows in the model's dtype, means in float32."""
+    return d_model * (most_rows(config, texts) * itemsize + 4 * sum(len(part.texts) for part in texts))
+
+
 def prepare(
     config: ProbingConfig, collections: Sequence[Texts], model: TextModel, probes_folder: Path | None = None
 ) -> Probing:
@@ -195,7 +205,7 @@ def prepare(
 
     Raises CorpusError for a text without a token.
     """
-    groups: list[Group] = []
+    groups: list[TextGroup] = []
     sample: dict[str, Any] = {}
     for part in collections:
         bank = make_bank(part.texts, model, config.context, config.batch_size, part.name)
@@ -206,7 +216,7 @@ def prepare(
             if {"scr", "tpp"} & set(task.scores)
         }
         probed = {t.name: by_seed(t, bank.mean, trained[t.name]) for t in part.tasks if t.name in trained}
-        group = Group(part.name, bank, part.tasks, probed)
+        group = TextGroup(part.name, bank, part.tasks, probed)
         sample |= {t.name: describe(t, group, part.data) for t in part.tasks}
         groups.append(group)
     return Probing(config, tuple(groups), sample)
@@ -218,7 +228,7 @@ def grouped(data: AttributeData, config: ProbingConfig) -> list[tuple[str, list[
     Where both attributes have two values all tasks use the same rows: one group. Otherwise pairs and classes have little
     in common: a group each, which bounds the memory of pooled latents.
     """
-    sizes = Sizes(config.train_size, config.test_size)
+    sizes = SetSizes(config.train_size, config.test_size)
     tasks = []
     if "scr" in config.scores:
         tasks = [scr_task(data, pair, config.seeds, config.resample, sizes) for pair in data.first_pairs]
@@ -253,7 +263,7 @@ def only_used(texts: Sequence[str], tasks: Sequence[Task]) -> tuple[list[str], l
     return [texts[i] for i in used], moved
 
 
-def describe(task: Task, group: Group, data: AttributeData) -> dict[str, Any]:
+def describe(task: Task, group: TextGroup, data: AttributeData) -> dict[str, Any]:
     """What a task's scores are over, and what there is to score: plain JSON for results.
 
     accuracy_clean: each probe on its own test rows, mean over seeds. SCR: accuracy_biased, the "both" probe on either

@@ -74,7 +74,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class SetSizes:
     """SAEBench's set sizes: a quarter of each is one cell's rows. A data set that holds less gives what it has."""
 
     train: int = 4000
@@ -82,7 +82,7 @@ class Sizes:
 
 
 def scr_task(
-    data: AttributeData, pair: tuple[Value, Value], seeds: Sequence[int], resample: bool, sizes: Sizes
+    data: AttributeData, pair: tuple[Value, Value], seeds: Sequence[int], resample: bool, sizes: SetSizes
 ) -> Task:
     """SCR on one pair of values of the first attribute. Raises CorpusError when a cell holds too few rows."""
     name = f"{data.name}: {data.label(pair[0])} / {data.label(pair[1])}"
@@ -134,7 +134,7 @@ def joined(splits: Sequence[dict[str, Contrast]], n_train: int) -> Draw:
     return {name: (train[name], test[name].moved(n_train)) for name in train}
 
 
-def class_tasks(data: AttributeData, seeds: Sequence[int], resample: bool, sizes: Sizes) -> list[Task]:
+def class_tasks(data: AttributeData, seeds: Sequence[int], resample: bool, sizes: SetSizes) -> list[Task]:
     """Tasks of one-against-the-rest classes, for TPP and k-sparse probing.
 
     With more than two classes: one task for both scores, each class balanced over the second attribute. With two by two
@@ -185,7 +185,7 @@ def class_task(
     strata: Sequence[Strata],
     seeds: Sequence[int],
     resample: bool,
-    sizes: Sizes,
+    sizes: SetSizes,
 ) -> Task:
     """A class task from the strata of train and test. Raises CorpusError when a stratum holds too few rows."""
     draws = []

@@ -197,6 +197,8 @@ class Baselines:
     clean: Behaviour
     zero: Behaviour
     mean: Behaviour
+    n_sequences: int = 0
+    """Sequences counted so far, the first ones of the sample."""
     alike: tuple[Tensor, Tensor] | None = None
     """The last mean-ablated residual that served all sequences [1, pos, d_model], and its log-probabilities by position."""
 
@@ -209,7 +211,10 @@ class Baselines:
         return Baselines(lm, store_mean.to(lm.device), chunk, log_zero, clean, zero, mean)
 
     def update(self, batch: Batch, clean: Clean) -> None:
-        """Add a batch."""
+        """Add a batch, unless an earlier pass over the sample has counted it."""
+        if batch.first < self.n_sequences:
+            return
+        self.n_sequences = batch.first + len(batch.kept)
         self.clean.update(batch, TokenScores(-clean.negative_entropy, clean.ce, torch.ones_like(clean.ce)))
         self.zero.update(batch, score_by_position(batch, clean, self.log_zero, self.chunk))
         self.mean.update(batch, self._mean_ablated(batch, clean))
@@ -235,6 +240,31 @@ class Baselines:
             "ce_mean": mean["ce"],
             "entropy": clean["kl"],
         }
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The clean model that every checkpoint is compared with, and its ablations, over the passes of a job.
+
+    `chunk`: rows unembedded at once; `space` [most rows of a batch, vocab] float32: where a batch's distributions lie.
+    """
+
+    lm: SplitLM
+    baselines: Baselines
+    chunk: int
+    space: Float[Tensor, "most vocab"]
+
+    @staticmethod
+    def of(lm: SplitLM, store_mean: Float[Tensor, " d_model"], context: int, chunk: int, rows: int) -> Reference:
+        """For batches of at most `rows` rows."""
+        space = torch.empty(rows, lm.vocab, device=lm.device)
+        return Reference(lm, Baselines.empty(lm, store_mean, context, chunk), chunk, space)
+
+    def clean_pass(self, batch: Batch) -> Clean:
+        """The clean model on a batch, which lasts until the next; its baselines are counted once a job."""
+        clean = clean_pass(self.lm, batch, self.chunk, self.space)
+        self.baselines.update(batch, clean)
+        return clean
 
 
 def behaviour_scores(spliced: Behaviour, baselines: dict[str, float], k: int) -> dict[str, float | None]:

@@ -36,9 +36,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import transformers
 
-from evaluate.run import EvaluateConfig, Job, Outcome
+from evaluate.job import Job
+from evaluate.run import EvaluateConfig, Outcome, score_all
 from evaluate.scores.behaviour import clean_pass
 from evaluate.scores.sample import Batch, Sample
+from evaluate.select import select
+from evaluate.work import plan
 from pipeline.base.runtime import DTYPES
 from pipeline.model.split_lm import SplitLM
 from pipeline.sae.checkpoint import load_checkpoint, save_checkpoint
@@ -199,15 +202,15 @@ def our_seconds(folder: Path, store: Store, job_lm: SplitLM, paths: list[Path], 
     scores = tuple(o["scores"].split(","))
     with tempfile.TemporaryDirectory(dir=folder) as out:
         config = EvaluateConfig(store.path, Path(out), scores=scores, batch_size=o["batch"], device=o["device"])
-        job = Job(config, store)
+        job = Job.of(config, store)
         job.models.suffix = job_lm
         plans: list[int] = []
 
         def work() -> None:
             outcome = Outcome()
-            todo = job.select(paths, outcome)
-            plans.append(job.plan(todo).chunk)
-            job.score_all(todo, outcome)
+            todo = select(job, paths).todo
+            plans.append(plan(job, todo, 0).chunk)
+            score_all(job, todo, (), outcome)
             assert len(outcome.results) == len(paths), outcome.failed
 
         return timed(work, o["device"])[0], plans[0]

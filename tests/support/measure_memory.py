@@ -10,7 +10,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from evaluate.run import EvaluateConfig, Job, Outcome
+from evaluate.job import Job
+from evaluate.run import EvaluateConfig, Outcome, score_all
+from evaluate.select import select
+from evaluate.work import plan
 from support import lm_stores, tiny_models
 
 VOCAB = 100_000
@@ -27,13 +30,13 @@ def main(folder: Path, limit: int) -> None:
     before = pages * resource.getpagesize()
     scores = ("kl", "ev", "l0")
     config = EvaluateConfig(store.path, folder / "out", batch_size=32, max_memory=limit, scores=scores)
-    job, outcome = Job(config, store), Outcome()
-    todo = job.select([next((path / "checkpoints").iterdir()) for path in paths], outcome)
-    plan = job.plan(todo)
-    job.score_all(todo, outcome)
+    job, outcome = Job.of(config, store), Outcome()
+    todo = select(job, [next((path / "checkpoints").iterdir()) for path in paths]).todo
+    planned = plan(job, todo, 0)
+    score_all(job, todo, (), outcome)
     assert len(outcome.results) == 2, outcome.failed
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    print(json.dumps({"grown": grown, "peak": plan.peak, "batch": plan.batch, "chunk": plan.chunk}))
+    print(json.dumps({"grown": grown, "peak": planned.peak, "batch": planned.batch, "chunk": planned.chunk}))
 
 
 if __name__ == "__main__":

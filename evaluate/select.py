@@ -1,0 +1,48 @@
+"""Which checkpoints a job has to score: those that fit it and have no results yet. Found before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from evaluate.checkpoints.find import Checkpoint, Failure, open_checkpoint, require_fit, resolve_levels
+from evaluate.config import EvaluateConfig
+from evaluate.job import Job
+from evaluate.scores.scorer import unfit_scores
+from pipeline.base.errors import PipelineError
+from pipeline.store.reader import Store
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Checkpoints to score, those whose results are there, and what cannot be scored and why."""
+
+    todo: list[Checkpoint] = field(default_factory=list)
+    done: list[Checkpoint] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
+
+
+def select(job: Job, paths: Sequence[Path]) -> Selection:
+    """Open every checkpoint and check that it fits."""
+    found = Selection()
+    for path in paths:
+        try:
+            checkpoint = open_checkpoint(path)
+            require_fit(checkpoint, job.store, job.config.allow_other_store)
+            resolve_levels(job.config.levels, checkpoint)
+        except PipelineError as error:
+            found.failed.append((path, error))
+        else:
+            (found.done if job.is_finished(checkpoint) else found.todo).append(checkpoint)
+    return found
+
+
+def only_fitting_scores(config: EvaluateConfig, store: Store) -> tuple[EvaluateConfig, list[Failure]]:
+    """The config without scores that the store cannot give, and those. Raises the first one's error when none is left."""
+    unfit = unfit_scores(config.scores, store)
+    left = tuple(name for name in config.scores if name not in unfit)
+    if unfit and not left and config.probing is None and not config.latents:
+        raise next(iter(unfit.values()))
+    return dataclasses.replace(config, scores=left), [(config.store, error) for error in unfit.values()]

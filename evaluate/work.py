@@ -1,0 +1,132 @@
+"""The scoring itself: batches outside, checkpoints inside; the clean model runs once a batch for all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from evaluate import plan as planning
+from evaluate.checkpoints.find import Checkpoint, Failure
+from evaluate.job import Job
+from evaluate.probing.job import Probing, Texts, most_bytes, prepare
+from evaluate.scores.behaviour import Reference
+from evaluate.scores.sample import Sample, Survey
+from evaluate.scores.scorer import Scorer, shared_work
+from pipeline.base.errors import PipelineError
+from pipeline.base.progress import Progress
+from pipeline.base.runtime import DTYPES, available_memory
+
+
+@dataclass(frozen=True)
+class Work:
+    """What was prepared once for all checkpoints. `reference`: the clean model, when a score of behaviour is asked for;
+    `probing`: texts and probes, when scores of texts are."""
+
+    job: Job
+    plan: planning.Plan
+    sample: Sample
+    survey: Survey
+    reference: Reference | None
+    probing: Probing | None
+
+
+def text_bytes(job: Job, texts: Sequence[Texts]) -> int:
+    """Memory that the residuals of texts take at most, before they were tokenised."""
+    itemsize = DTYPES[job.models.dtype].itemsize
+    return 0 if job.config.probing is None else most_bytes(job.config.probing, texts, job.store.d_model, itemsize)
+
+
+def plan(job: Job, todo: Sequence[Checkpoint], held: int) -> planning.Plan:
+    """Batch, chunk and group that hold the memory limit; texts hold so many bytes. Raises UsageError when nothing fits."""
+    store, config, lm = job.store, job.config, job.lm
+    held_here = held if job.device.type == "cpu" else 0
+    parts = planning.sizes([c.sae for c in todo], lm, store.d_model, store.context, job.n_sequences, held_here)
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    limit = planning.memory_limit(config.max_memory, job.device, available_memory(), share)
+    batch, vocab = min(config.batch_size, job.n_sequences), lm.vocab if lm is not None else 0
+    return planning.make_plan(parts, len(todo), batch, store.context, vocab, limit, job.device.type)
+
+
+def prepare_probing(job: Job, texts: Sequence[Texts]) -> Probing | None:
+    """Run the prefix over the texts and train the probes, then let the prefix go; None where no score reads texts."""
+    if job.config.probing is None:
+        return None
+    from evaluate.probing.texts import text_model
+
+    model = text_model(
+        job.models.load("prefix"),
+        job.models.tokenizer,
+        job.models.layer,
+        job.store.config["bos"],
+        parse_special=bool(job.store.config.get("parse_special")),
+    )
+    return prepare(job.config.probing, texts, model, job.config.out / "probes")
+
+
+@torch.inference_mode()
+def prepare_work(job: Job, planned: planning.Plan, probing: Probing | None) -> Work:
+    """Read the rows once, and run what of the model no batch changes."""
+    planning.settle_freed_memory(planned)
+    sample = Sample(job.store, job.n_sequences, planned.batch, job.device)
+    reference = None
+    if job.lm is not None:
+        rows = planned.batch * job.store.context
+        reference = Reference.of(job.lm, job.store.mean, job.store.context, planned.chunk, rows)
+    return Work(job, planned, sample, sample.survey(), reference, probing)
+
+
+def groups(todo: Sequence[Checkpoint], planned: planning.Plan) -> Iterator[Sequence[Checkpoint]]:
+    """The checkpoints that are held in memory at once, in order."""
+    return (todo[start : start + planned.group] for start in range(0, len(todo), planned.group))
+
+
+@torch.inference_mode()
+def score_group(work: Work, group: Sequence[Checkpoint], bar: Progress) -> tuple[list[Scorer], list[Failure]]:
+    """One pass over the rows for some checkpoints; what cannot be loaded or is not finite from the start costs itself alone."""
+    scorers, failed = load_group(work, group)
+    for batch in work.sample.batches():
+        clean = work.reference.clean_pass(batch) if work.reference is not None and scorers else None
+        shared = shared_work(batch, clean, work.survey)
+        for scorer in list(scorers):
+            scorer.update(work.job.lm, shared, work.plan.chunk)
+            if batch.first == 0 and (error := not_finite(scorer)):
+                scorers.remove(scorer)
+                failed.append((scorer.checkpoint.path, error))
+            bar.advance(len(batch.kept), scorer.checkpoint.member)
+        if not scorers:
+            break
+    return scorers, failed
+
+
+def load_group(work: Work, group: Sequence[Checkpoint]) -> tuple[list[Scorer], list[Failure]]:
+    """Load checkpoints; those that cannot be loaded, and why."""
+    job, scorers, failed = work.job, list[Scorer](), list[Failure]()
+    for checkpoint in group:
+        try:
+            scorers.append(
+                Scorer(
+                    checkpoint,
+                    work.survey,
+                    job.config.scores,
+                    job.config.levels,
+                    job.config.seed,
+                    job.device,
+                    job.store.context,
+                    job.truth,
+                )
+            )
+        except PipelineError as error:
+            failed.append((checkpoint.path, error))
+    return scorers, failed
+
+
+def not_finite(scorer: Scorer) -> PipelineError | None:
+    """What is wrong with a checkpoint whose numbers so far are not finite: no need to go on."""
+    try:
+        scorer.require_finite()
+    except PipelineError as error:
+        return error
+    return None
