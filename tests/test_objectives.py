@@ -38,8 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batchtopk, LayerNorm": {"recipe": "batchtopk", "k": 5, "aux_k": 6, "dead_after_rows": 100, "layernorm": "pre"},
     "topk": {"recipe": "topk", "k": 5, "aux_k": 6, "dead_after_rows": 100},
     "topk, no auxiliary loss": {"recipe": "topk", "k": 5, "aux_k": 0},
-    "jumprelu": {"recipe": "jumprelu", "bandwidth": 0.1, "lambda_shared": 0.02},
-    "jumprelu, L1": {"recipe": "jumprelu", "bandwidth": 0.1, "penalty": "l1"},
+    "jumprelu": {"recipe": "jumprelu", "bandwidth": 1.0, "lambda_shared": 0.02},
+    "jumprelu, L1": {"recipe": "jumprelu", "bandwidth": 1.0, "penalty": "l1"},
     "jumprelu, LayerNorm": {"recipe": "jumprelu", "bandwidth": 0.5, "layernorm": "pre"},
 }
 
@@ -56,7 +56,13 @@ def one_thread() -> Iterator[None]:
 def tiny(**changes: Any) -> TrainConfig:
     """A recipe at the size of these tests, with no schedule."""
     schedule = {"steps": 20, "lr_warmup_steps": 0, "lr_decay_steps": 0, "sparsity_warmup_steps": 0}
-    fixed = {"width": WIDTH, "batch_size": ROWS, "dtype": "float64", "initial_threshold": 0.1} | schedule
+    fixed = {
+        "width": WIDTH,
+        "batch_size": ROWS,
+        "dtype": "float64",
+        "encoder_scale": 1.0,
+        "layernorm_bias": 0.0,
+    } | schedule
     changes = fixed | changes
     return RECIPES[changes.pop("recipe", "paper")](**changes)
 
@@ -65,6 +71,9 @@ def tiny_member(config: TrainConfig, d_model: int = D_MODEL, *, seed: int = 1) -
     """A member whose weights are all away from their initial zeros and ones."""
     member = Member(config, d_model, torch.zeros(d_model, dtype=torch.float64), 1.0, CPU, Scratch(CPU))
     generator = torch.Generator().manual_seed(seed)
+    member.draws_thresholds = False
+    if "log_threshold" in member.weights:
+        member.weights["log_threshold"].fill_(math.log(0.1))
     for name, weight in member.weights.items():
         if name != "W_dec":
             weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
@@ -224,7 +233,7 @@ def test_penalty_warms_up_from_zero() -> None:
 def test_controller_moves_against_l0_error() -> None:
     """The controller raises the penalty above the wanted L0 and lowers it below."""
     for l0, raised in ((20.0, True), (5.0, False), (0.0, False)):
-        controller = Controller(10.0, torch.device("cpu"))
+        controller = Controller(10.0, 4000, torch.device("cpu"))
         controller.see(torch.tensor(l0, dtype=torch.float64), first=True, acts=False)
         assert float(controller.factor) == 1.0
         controller.see(torch.tensor(l0, dtype=torch.float64), first=False, acts=True)
@@ -236,7 +245,7 @@ def test_controller_moves_against_l0_error() -> None:
 def test_controller_does_not_overshoot(delay: int) -> None:
     """The controller does not overshoot where L0 answers late.
     L0 follows the penalty λ with a lag of `delay` steps: d log L0 = (log(40/λ) − log L0) / delay."""
-    controller, log_l0, seen = Controller(10.0, torch.device("cpu")), math.log(400.0), []
+    controller, log_l0, seen = Controller(10.0, 4000, torch.device("cpu")), math.log(400.0), []
     for step in range(4000):
         log_l0 += (math.log(40.0) - math.log(float(controller.factor)) - log_l0) / delay
         controller.see(torch.tensor(math.exp(log_l0), dtype=torch.float64), first=step == 0, acts=True)

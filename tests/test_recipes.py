@@ -82,8 +82,10 @@ def test_default_schedules_fit_short_trainings() -> None:
     def schedules(config: TrainConfig) -> tuple[int, int, int]:
         return config.lr_warmup_steps, config.sparsity_warmup_steps, config.lr_decay_steps
 
-    assert schedules(paper()) == schedules(paper(steps=10_000)) == (1000, 1000, 0)
-    assert schedules(paper(steps=300)) == (60, 60, 0)
+    assert schedules(paper()) == (1000, 1000, 0)
+    assert schedules(paper(steps=48820)) == (10_000, 10_000, 0)
+    assert schedules(paper(steps=300)) == (61, 61, 0)
+    assert schedules(batchtopk()) == (244, 0, 976)
     assert schedules(batchtopk(steps=300, lr_warmup_steps=100)) == (100, 0, 60)
 
 
@@ -91,3 +93,25 @@ def test_wanted_l0_is_refused_beside_k() -> None:
     """A wanted L0 is refused where k sets it."""
     with pytest.raises(UsageError, match="k asks for"):
         batchtopk(target_l0=80.0)
+
+
+def test_rates_follow_the_width() -> None:
+    """A recipe without a learning rate of its own takes one in inverse proportion to the width, up to a bound."""
+    assert [batchtopk(width=width).lr for width in (16384, 65536, 4096, 768)] == [3e-4, 7.5e-5, 1.2e-3, 5e-3]
+    assert batchtopk(width=768, lr=1e-3).lr == 1e-3
+    assert paper(width=768).lr == 3e-4
+
+
+def test_dead_rows_follow_the_run() -> None:
+    """A latent is dead after a fiftieth of the run's rows, and never before 100,000."""
+    assert batchtopk().dead_after_rows == 4882 * 2048 // 50
+    assert batchtopk(steps=100, batch_size=512).dead_after_rows == 100_000
+    assert batchtopk(steps=48820, dead_after_rows=5).dead_after_rows == 5
+
+
+def test_small_dictionaries_keep_fewer() -> None:
+    """k is at most a sixteenth of the width and auxiliary latents an eighth, unless they are given."""
+    assert (batchtopk(width=256).k, batchtopk(width=256).aux_k) == (16, 32)
+    assert batchtopk(width=256, k=40).k == 40
+    with pytest.raises(UsageError, match="k must be at most the width, 256, got 999"):
+        batchtopk(width=256, k=999)

@@ -27,7 +27,7 @@ RECIPE_CHANGES: dict[str, dict[str, Any]] = {
     "paper": {"level_weighting": "random", "target_l0": 9.0},
     "batchtopk": {"k": 4, "aux_k": 4, "dead_after_rows": ROWS, "levels": (0.125, 0.25, 0.5, 0.75, 1.0)},
     "topk": {"k": 4, "aux_k": 4, "dead_after_rows": ROWS},
-    "jumprelu": {"bandwidth": 0.05, "initial_threshold": 0.05},
+    "jumprelu": {"initial_l0": 12.0},
 }
 
 
@@ -168,12 +168,14 @@ def test_sae_encodes_as_in_training(recipe: str) -> None:
     member = member_of(config)
     train(member, 0, 15)
     member._forward(batch_for(member, 15))
+    expected = member.latents.z.clone()
+    threshold = float(member.latents.threshold) if recipe == "batchtopk" else 0.0
     sae = member.sae()
     if recipe == "batchtopk":
-        sae.threshold.data.fill_(float(member.latents.threshold) * (1 - 1e-5))  # that batch's own, which is inclusive
+        sae.threshold.data.fill_(threshold * (1 - 1e-5))  # that batch's own, which is inclusive
     with torch.no_grad():
         z = sae.encode(raw_rows(15))
-    torch.testing.assert_close(z, member.latents.z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_trained_levels_are_saes() -> None:
@@ -450,7 +452,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         train(alone, 0, 8)
         together = load_file(tmp_path / f"{recipe}.safetensors")
         for name, tensor in alone.state().items():
-            torch.testing.assert_close(together[name], tensor, rtol=1e-6, atol=1e-8)
+            if name != "recent":  # each process holds its own rows
+                torch.testing.assert_close(together[name], tensor, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.gpu

@@ -110,7 +110,7 @@ def test_crowded_members_take_further_passes(
     tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Members that do not fit side by side are trained in further passes."""
-    monkeypatch.setattr("train.plan.free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr("train.plan.free_memory", lambda device: 4_000_000)
     outcomes = train(tiny_store, tmp_path / "out", *GRID)
     assert "5 members, 0 finished, 1 passes" not in capsys.readouterr().err
     for a, b in zip(outcomes, alone):
@@ -358,7 +358,8 @@ def test_member_starts_from_its_checkpoint(tiny_store: Path, tmp_path: Path, alo
     config = small(alpha=0.0, seed=5, init_from=str(start))
     (warm,) = train(tiny_store, tmp_path / "out", config)
     cold = lines(alone[0].folder)
-    assert lines(warm.folder)[0]["recon"][-1] < 0.7 * cold[0]["recon"][-1]
+    assert lines(warm.folder)[0]["recon"][-1] == pytest.approx(cold[-1]["recon"][-1], rel=0.05)
+    assert lines(warm.folder)[0]["recon"][-1] < 0.95 * cold[0]["recon"][-1]
     start.write_bytes(alone[1].final.read_bytes())
     (other,) = train(tiny_store, tmp_path / "out", config)
     assert other.folder != warm.folder  # another SAE under the same path makes another member

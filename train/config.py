@@ -1,6 +1,7 @@
 """What fixes one SAE in training, and the recipes: plain functions that return such a config.
 
-Every field is an option of `python -m train`, described once, beside the field; the whole is saved in its checkpoints.
+Every field is an option of `python -m train`, described once, beside the field; the whole is saved in its checkpoints. What a
+recipe says of schedules, dead latents and the learning rate follows the run: see `make`.
 """
 
 from __future__ import annotations
@@ -37,11 +38,6 @@ def selects(config: TrainConfig) -> bool:
     return config.activation in ("topk", "batchtopk")
 
 
-def has_batch_threshold(config: TrainConfig) -> bool:
-    """Whether inference compares with a threshold found over batches."""
-    return config.activation == "batchtopk"
-
-
 def is_jumprelu(config: TrainConfig) -> bool:
     """Whether each latent has a trained threshold."""
     return config.activation == "jumprelu"
@@ -56,61 +52,60 @@ class TrainConfig:
 
     # Shape
     recipe: str = option(
-        "paper",
-        "what to begin with, the paper's own reading or the better one; every other option replaces its values",
+        "paper", "what to begin with, the paper's own reading or the better one; every other option replaces its values"
     )
     width: int = option(16384, "latents of the whole dictionary")
     alpha: float | Literal["auto"] | None = option(
-        0.2,
-        "share of latents that are shared, the paper's two levels; 0 is flat, auto adapts it in training, "
-        "none when --levels is given",
-    )
+        0.2, "share of latents that are shared, the paper's two levels; 0 is flat, auto adapts it in training, none when "
+        "--levels is given",
+    )  # fmt: skip
     shared_target: float = option(
-        0.9,
-        "with --alpha auto: the shared level grows while it explains less than this part of what the whole "
-        "dictionary explains, and shrinks while it explains more",
-    )
+        0.9, "with --alpha auto: the shared level grows while it explains less than this part of what the whole dictionary "
+        "explains, and shrinks while it explains more",
+    )  # fmt: skip
     levels: tuple[float, ...] = option(
-        (),
-        "cumulative shares of the width, increasing to 1, as 0.0625,0.125,0.25,0.5,1; instead of --alpha",
+        (), "cumulative shares of the width, increasing to 1, as 0.0625,0.125,0.25,0.5,1; instead of --alpha"
     )
     activation: Activation = option("relu", "which latents a row keeps")
     k: int = option(0, "latents a row that topk and batchtopk keep", selects)
     layernorm: LayerNorm = option("pre", "LayerNorm inside each level: pre on pre-activations, post after the ReLU")
-    layernorm_rescale: bool = option(
-        True,
-        "multiply the row's scale back into the latents, which LayerNorm takes away",
-    )
+    layernorm_rescale: bool = option(True, "multiply the row's scale back into the latents, which LayerNorm takes away")
     layernorm_eps: float = option(1e-8, "LayerNorm's eps; the variance it stands beside is about 1/d_model")
+    layernorm_bias: float = option(
+        -1.0, "where LayerNorm's bias begins, in units of its gain, which decides how many latents fire at first: a sixth at "
+        "-1, half at 0",
+    )  # fmt: skip
+    encoder_scale: float = option(
+        0.0, "the encoder begins as the decoder's transpose times this (with LayerNorm: its gain); 0: so that the first "
+        "reconstruction error is as small as it can be",
+    )  # fmt: skip
 
     # Objective: squared error summed over dimensions, rows averaged, where mean ‖x‖² is 1
     objective: Objective = option(
-        "nested",
-        "nested: a reconstruction term a level; additive: one term, the paper's Eq. 5",
+        "nested", "nested: a reconstruction term a level; additive: one term, the paper's Eq. 5"
     )
-    level_weighting: LevelWeighting = option("equal", "of the levels' terms; random draws prefixes at every step")
+    level_weighting: LevelWeighting = option(
+        "equal",
+        "of the levels' terms: 1 each, by size (mean 1), or random: as many prefixes as levels, drawn at every step",
+    )
     penalty: Penalty = option("l1", "on latents: l1, l0 (jumprelu), none (topk, batchtopk)")
     lambda_shared: float = option(0.04, "weight of the penalty on shared latents", penalised)
     lambda_specialised: float = option(
-        0.04,
-        "weight of the penalty on specialised latents; a flat SAE has only those",
-        penalised,
+        0.04, "weight of the penalty on specialised latents; a flat SAE has only those", penalised
     )
     sparsity_warmup_steps: int = option(
-        1000,
-        "steps over which the penalty grows from 0 (topk, batchtopk: latents kept fall from 8k to k)",
+        1000, "steps over which the penalty grows from 0 (topk, batchtopk: latents kept fall from 8k to k)"
     )
     target_l0: float = option(0.0, "mean latents a row to hold by adapting the penalty; 0: off", penalised)
     aux_k: int = option(0, "dead latents that the auxiliary loss revives (topk, batchtopk); 0: off", selects)
     aux_coefficient: float = option(1 / 32, "weight of the auxiliary loss", selects)
-    dead_after_rows: int = option(100_000, "rows without firing after which a latent is dead")
-    threshold_decay: float = option(
-        0.99,
-        "of the running estimate of batchtopk's inference threshold, a step",
-        has_batch_threshold,
-    )
-    bandwidth: float = option(0.001, "of jumprelu's rectangle kernel", is_jumprelu)
-    initial_threshold: float = option(0.001, "where jumprelu's thresholds begin", is_jumprelu)
+    dead_after_rows: int = option(4882 * 2048 // 50, "rows without firing after which a latent is dead")
+    initial_l0: float = option(
+        64.0, "latents a row that jumprelu's thresholds let through at first, or --target-l0 where that is given",
+        is_jumprelu,
+    )  # fmt: skip
+    bandwidth: float = option(0.5, "of jumprelu's rectangle kernel, as a share of each threshold", is_jumprelu)
+    threshold_lr: float = option(10.0, "learning rate of jumprelu's log-thresholds over --lr", is_jumprelu)
 
     # Optimiser: Adam
     lr: float = option(3e-4, "learning rate of Adam")
@@ -124,19 +119,16 @@ class TrainConfig:
 
     # Run
     steps: int = option(
-        4882,
-        "optimiser steps; with fewer than the recipe's, schedules that are not given take at most a fifth of them",
+        4882, "optimiser steps; schedules that are not given take the same share of them as in the recipe"
     )
-    batch_size: int = option(2048, "activation rows a step")
+    batch_size: int = option(2048, "activation rows a step, over all processes")
     seed: int = option(0, "of initialisation and own draws")
     data_seed: int = option(0, "of the order of rows, the same for all members of a run")
     max_norm: float | None = option(
-        None,
-        "leave out rows beyond this multiple of the median norm; none: as the store says; 0: keep all",
+        None, "leave out rows beyond this multiple of the median norm; none: as the store says; 0: keep all"
     )
     dtype: Dtype = option(
-        "auto",
-        "of matrix products; auto is bf16 where the hardware multiplies it, weights are float32 always",
+        "auto", "of matrix products; auto is bf16 where the hardware multiplies it, weights are float32 always"
     )
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     checkpoint_every: int = option(100, "steps between checkpoints")
@@ -158,13 +150,14 @@ class TrainConfig:
     def _check_ranges(self) -> None:
         for name in ("width", "steps", "batch_size", "dead_after_rows", "log_every", "checkpoint_every"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "eps", "bandwidth", "initial_threshold", "layernorm_eps"):
+        for name in ("lr", "eps", "bandwidth", "initial_l0", "threshold_lr", "layernorm_eps"):
             require(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "above 0")
-        for name in ("beta1", "beta2", "threshold_decay"):
+        for name in ("beta1", "beta2"):
             require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
         at_least_0 = ("lambda_shared", "lambda_specialised", "sparsity_warmup_steps", "target_l0", "aux_k")
-        for name in (*at_least_0, "aux_coefficient", "lr_warmup_steps", "lr_decay_steps", "clip_norm"):
+        for name in (*at_least_0, "aux_coefficient", "lr_warmup_steps", "lr_decay_steps", "clip_norm", "encoder_scale"):
             require(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "at least 0")
+        require("layernorm_bias", self.layernorm_bias, abs(self.layernorm_bias) <= 4, "between -4 and 4")
         require("shared_target", self.shared_target, 0 < self.shared_target < 1, "between 0 and 1")
         bounded = self.max_norm is None or 0 <= self.max_norm < math.inf
         require("max_norm", self.max_norm, bounded, "at least 0, or none")
@@ -194,6 +187,14 @@ class TrainConfig:
             raise UsageError(
                 f"{self.activation} has no sparsity penalty, so no lambda: leave it out, or choose --recipe paper"
             )
+        for name, most in (
+            ("k", self.width),
+            ("aux_k", self.width),
+            ("target_l0", self.width),
+            ("initial_l0", self.width),
+        ):
+            applies = name != "initial_l0" or self.activation == "jumprelu"
+            require(name, getattr(self, name), not applies or getattr(self, name) <= most, f"at most the width, {most}")
         if self.aux_k and self.penalty != "none":
             raise UsageError(
                 f"aux_k {self.aux_k}: the auxiliary loss goes with topk and batchtopk, not {self.activation}"
@@ -237,12 +238,16 @@ def require(name: str, value: object, holds: bool, what: str) -> None:
         raise UsageError(f"{name} must be {what}, got {value}")
 
 
+STEPS, WIDTH = 4882, 16384
+"""Length and width that recipes are written for."""
+
+
 def paper(**changes: Any) -> TrainConfig:
     """The paper's: LayerNorm, ReLU, L1 0.04, Adam 3e-4 with 1000 warm-up steps, clip 1.0, 4882 steps of 2048 rows.
 
     Order of one update: clip the gradient's norm, remove its component along the decoder rows, Adam, renormalise them.
     """
-    return make("paper", {}, changes)
+    return make("paper", {"lr": 3e-4}, changes)
 
 
 def batchtopk(**changes: Any) -> TrainConfig:
@@ -250,24 +255,27 @@ def batchtopk(**changes: Any) -> TrainConfig:
 
     Bussmann et al. 2024 (BatchTopK) and 2025 (Matryoshka SAEs); the auxiliary loss is Gao et al. 2024, appendix A.2.
     """
-    own = {"activation": "batchtopk", "k": 64, "aux_k": 512, "lr_decay_steps": 976}
-    return make("batchtopk", NO_PENALTY | own, changes)
+    own = {"activation": "batchtopk", "k": 64, "aux_k": 512}
+    return make("batchtopk", NO_PENALTY | SHORT | own, changes)
 
 
 def topk(**changes: Any) -> TrainConfig:
     """TopK: the k largest latents of each row over the whole dictionary, auxiliary loss, lr decay (Gao et al. 2024)."""
-    own = {"activation": "topk", "k": 64, "aux_k": 512, "lr_decay_steps": 976}
-    return make("topk", NO_PENALTY | own, changes)
+    own = {"activation": "topk", "k": 64, "aux_k": 512}
+    return make("topk", NO_PENALTY | SHORT | own, changes)
 
 
 def jumprelu(**changes: Any) -> TrainConfig:
     """JumpReLU with an L0 penalty and straight-through gradients for the thresholds (Rajamanoharan et al. 2024)."""
     own = {"activation": "jumprelu", "penalty": "l0", "lambda_shared": 1e-3, "lambda_specialised": 1e-3}
-    return make("jumprelu", PLAIN | own, changes)
+    own |= {"initial_l0": 64}
+    return make("jumprelu", PLAIN | SHORT | own, changes)
 
 
 SCHEDULES = ("lr_warmup_steps", "sparsity_warmup_steps", "lr_decay_steps")
 PLAIN: dict[str, Any] = {"layernorm": "none"}
+SHORT: dict[str, Any] = {"lr_warmup_steps": 244, "lr_decay_steps": 976}
+"""A twentieth of the run to warm up, a fifth to decay."""
 NO_PENALTY: dict[str, Any] = PLAIN | {
     "penalty": "none",
     "lambda_shared": 0.0,
@@ -279,19 +287,35 @@ NO_PENALTY: dict[str, Any] = PLAIN | {
 def make(name: str, own: dict[str, Any], changes: dict[str, Any]) -> TrainConfig:
     """A config of the recipe's own fields, replaced by `changes`; `levels` without `alpha` turns the recipe's α off.
 
-    Schedules that are not given take at most a fifth of a training shorter than the recipe's.
+    What is not given follows the run: schedules take the same share of it as in STEPS; a latent is dead after a fiftieth of
+    its rows (at least 100,000); k is at most a sixteenth of the width, auxiliary latents an eighth; and where the recipe has no
+    learning rate of its own, that is `rate_for_width`.
     """
     if changes.get("levels") and "alpha" not in changes:
         changes = {"alpha": None} | changes
     whole = TrainConfig.from_dict({"recipe": name} | own)
-    steps = changes.get("steps", whole.steps)
-    if steps < whole.steps:
-        own = own | {schedule: min(getattr(whole, schedule), steps // 5) for schedule in SCHEDULES}
+    steps, width = changes.get("steps", whole.steps), changes.get("width", whole.width)
+    rows = steps * changes.get("batch_size", whole.batch_size)
+    own = own | {schedule: round(getattr(whole, schedule) * steps / STEPS) for schedule in SCHEDULES}
+    own = {"lr": rate_for_width(width), "dead_after_rows": max(100_000, rows // 50)} | own
+    own |= {
+        name: min(own[name], width // part)
+        for name, part in (("k", 16), ("initial_l0", 16), ("aux_k", 8))
+        if name in own
+    }
     return TrainConfig.from_dict({"recipe": name} | own | changes)
 
 
+def rate_for_width(width: int) -> float:
+    """Adam's learning rate for a dictionary of this width: 3e-4 at WIDTH, in inverse proportion to it, at most 5e-3.
+
+    Measured where it could be (widths 1536 and 2304: the best of 2.5e-3, 5e-3 and 1e-2); a rule of thumb above.
+    """
+    return min(5e-3, 3e-4 * WIDTH / width)
+
+
 DEFAULT = "batchtopk"
-"""The best at equal L0 of those measured on a real model and on the demo's (NOTES.md): LayerNorm and L1 cost most."""
+"""The best at equal L0 of those measured on real models (NOTES.md)."""
 
 RECIPES: dict[str, Callable[..., TrainConfig]] = {
     "paper": paper,

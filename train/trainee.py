@@ -136,6 +136,8 @@ class Trainee:
         step, folder = self.member.n_steps, self.folder
         self.saved = step
         if not self.writes:
+            if checkpoint:
+                self.member.calibrate()
             return
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.member.state().items()}
         sae, provenance = (self.member.sae(), self.provenance()) if checkpoint else (None, {})

@@ -20,7 +20,7 @@ class Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p, theta, bandwidth):
         ctx.save_for_backward(p, theta)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth = bandwidth * theta.detach()
         return (p > theta).to(p)
 
     @staticmethod
@@ -36,7 +36,7 @@ class JumpReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p, theta, bandwidth):
         ctx.save_for_backward(p, theta)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth = bandwidth * theta.detach()
         return torch.where(p > theta, p, 0.0)
 
     @staticmethod

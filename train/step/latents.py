@@ -9,7 +9,8 @@ forward are those of `pipeline.sae.nested`; with p the argument of the activatio
                             ∂θ = − Σ_rows (θ/ε) K r g − Σ_rows (λ/ε) K      (the second for an L0 penalty)
 
 The last line is the straight-through estimate of Rajamanoharan et al. 2024, "Jumping Ahead", Eq. 11 and 12, with a
-rectangle for the kernel; the L0 penalty has no gradient but this one. What is trained is log θ.
+rectangle for the kernel, whose width ε is `bandwidth` · θ; the L0 penalty has no gradient but this one. What is trained is
+log θ.
 """
 
 from __future__ import annotations
@@ -90,11 +91,8 @@ class Latents:
         batchtopk keep; n_rows_all: rows of all processes, over which batchtopk keeps them.
         """
         n_rows, width = a.shape
-        self.a, self.pool = a, pool
-        self.ratio = (norm / math.sqrt(self.shape.d_model)).unsqueeze(1).to(self.wide)
-        in_place = self.shape.layernorm == "none" and self.shape.activation != "jumprelu"
-        self.z = a if in_place else self.buffer("z", n_rows)
-        self.moments = [self.scratch.take(f"moments{i}", (2, n_rows, 1), self.wide) for i in range(self.shape.n_levels)]
+        self._begin(a, norm)
+        self.pool = pool
         if pool is not None:
             self.pool_z = self.scratch.take("pool_z", (n_rows, len(pool)), self.dtype)
         fired = Fired(torch.zeros_like(self.weights["b_enc"]), torch.zeros(2, dtype=torch.float64, device=a.device))
@@ -107,6 +105,23 @@ class Latents:
             for rows in row_chunks(n_rows, width, a.device):
                 self._select(rows, k, fired)
         return fired
+
+    def before_selection(
+        self, a: Float[Tensor, "row latent"], norm: Float[Tensor, " row"]
+    ) -> Float[Tensor, "row latent"]:
+        """Set `z` to latents that nothing was selected of yet, and return it; `a` as in `forward`."""
+        self._begin(a, norm)
+        for rows in row_chunks(len(a), a.shape[1], a.device):
+            self._activate(rows)
+        return self.z
+
+    def _begin(self, a: Tensor, norm: Tensor) -> None:
+        """Where this batch's latents and moments are kept."""
+        self.a = a
+        self.ratio = (norm / math.sqrt(self.shape.d_model)).unsqueeze(1).to(self.wide)
+        in_place = self.shape.layernorm == "none" and self.shape.activation != "jumprelu"
+        self.z = a if in_place else self.buffer("z", len(a))
+        self.moments = [self.scratch.take(f"moments{i}", (2, len(a), 1), self.wide) for i in range(self.shape.n_levels)]
 
     def find_threshold(self, n_keep: int) -> Float[Tensor, ""]:
         """The value of the smallest latent that batchtopk keeps."""
@@ -231,9 +246,10 @@ class Latents:
 
     def _threshold_gradient(self, g: Tensor, p: Tensor, penalty: Penalty) -> Tensor:
         """∂loss/∂log θ of these rows, by the straight-through estimate above; g includes the row's scale."""
-        theta, bandwidth = self.weights["log_threshold"].exp(), self.config.bandwidth
-        near = ((p - theta).abs() < bandwidth / 2).to(self.wide)
-        slope = -(theta / bandwidth) * (near * g).sum(0)
+        theta = self.weights["log_threshold"].exp()
+        width = self.config.bandwidth * theta
+        near = ((p.to(self.wide) - theta).abs() < width / 2).to(self.wide)
+        slope = -(theta / width) * (near * g).sum(0)
         if penalty.kind == "l0":
-            slope -= penalty.weight / bandwidth * near.sum(0)
+            slope -= penalty.weight / width * near.sum(0)
         return theta * slope

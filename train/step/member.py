@@ -10,7 +10,8 @@ a product with a vector. Products are in bf16 (or float32), weights, moments, st
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,12 @@ from train.step import objectives, schedules
 from train.step.graphs import Capture, Recorded
 from train.step.latents import Fired, Latents, Penalty, PoolGradient
 from train.step.optim import Adam
+from train.step.recent import Recent
 from train.step.schedules import Controller, Schedule
 from train.step.scratch import Scratch
+from train.step.selection import batch_threshold, global_threshold
 from train.step.sums import Sums
-from train.step.weights import initial_weights, mapped_weights
+from train.step.weights import first_l0, initial_weights, mapped_weights
 
 PRODUCT_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -95,14 +98,16 @@ class Member:
         self.device = device
         self.n_steps = 0
         self.n_rows = 0
+        self.draws_thresholds = config.activation == "jumprelu"
         self.weights = {name: weight.to(device, self.wide) for name, weight in initial_weights(config, d_model).items()}
         self.adam = Adam(self.weights, self.dtype, config)
-        self.schedule = Schedule(config, device, self.wide)
+        self.schedule = Schedule(config, device)
         self.recorded = Recorded(capture)
         self.latents = Latents(config, self.shape, self.weights, scratch, self.dtype, group)
         self.penalty = objectives.penalty_weights(config, self.shape.n_shared).to(device, self.wide)
         self.rows_since_fired = torch.zeros(config.width, dtype=torch.int64, device=device)
-        self.controller = Controller(config.target_l0, device)
+        self.controller = Controller(config.target_l0, config.steps, device)
+        self.recent = Recent(config, d_model, self.dtype, device, self._n_rows_of(1))
         self.threshold = torch.zeros((), dtype=self.wide, device=device)
         self.explained = torch.zeros(3, dtype=torch.float64, device=device)  # Σ errors: shared, whole; Σ ‖x‖²
         scalars = dict.fromkeys(("steps", "rows", "square", "loss", "l0", "aux", "grad_norm", "clipped"), 1)
@@ -112,15 +117,63 @@ class Member:
     def step(self, batch: Batch) -> None:
         """One optimiser step on this process's rows of the batch. Fetches nothing from the device."""
         self.schedule.set(self.n_steps)
+        self.recent.see(batch.x, self.n_steps)
+        if self.n_steps == 0 and self.draws_thresholds:
+            self._draw_thresholds(batch)
         self.recorded.run(self._kind(batch), lambda: self._step(batch))
         self.n_steps += 1
         self.n_rows += self._n_rows(batch)
         if self.config.alpha == "auto":
             self._adapt()
 
+    def _draw_thresholds(self, batch: Batch) -> None:
+        """jumprelu, before its first step: one threshold for all latents, which `first_l0` of them pass on this batch (syncs)."""
+        log_threshold = self.weights["log_threshold"].fill_(-math.inf)
+        z = self._before_selection(batch.x)
+        if self.config.layernorm != "none" and self.config.layernorm_rescale:
+            z = z.div_(self.latents.ratio)
+        found = self._nth_largest(z, round(first_l0(self.config) * len(z)))
+        log_threshold.fill_(math.log(max(float(found), 1e-12)))
+
+    def calibrate(self) -> None:
+        """batchtopk: let the threshold keep k latents a row of the newest rows, under the weights as they are now (syncs).
+
+        In a data-parallel group every process calls it at the same step, before one of them calls `sae`.
+        """
+        if self.config.activation != "batchtopk" or not self.n_steps:
+            return
+        rows = self.recent.rows(self.n_steps)
+        pieces = torch.split(rows, self.recent.per_step)
+        n_keep = self.config.k * len(rows)
+        bound = float(batch_threshold(self._before_selection(pieces[0]), self.config.k * len(pieces[0]))) / 2
+        large = self._above(pieces, bound)
+        if len(large) < n_keep:
+            large = self._above(pieces, -1.0)
+        self.threshold = self._nth_largest(large[None], n_keep).to(self.wide)
+
+    def _above(self, pieces: Sequence[Tensor], bound: float) -> Tensor:
+        """All latents before selection that are above a bound, of some rows, in one dimension."""
+        return torch.cat([z[z > bound] for z in map(self._before_selection, pieces)])
+
+    def _before_selection(self, x: Tensor) -> Tensor:
+        """Latents of normalised rows, at most a batch, before topk, batchtopk or a threshold; in scratch memory."""
+        x_low = self._take("x", len(x), self.shape.d_model).copy_(x - self.weights["b_dec"])
+        a = torch.mm(x_low, self.adam.low["W_enc"], out=self._take("a", len(x), self.config.width))
+        return self.latents.before_selection(a, torch.linalg.vector_norm(x, dim=1, dtype=self.wide))
+
+    def _nth_largest(self, z: Tensor, n: int) -> Tensor:
+        """The value that n entries of each process's z, all processes' together, are not below."""
+        if self.group is None:
+            return batch_threshold(z, n)
+        return global_threshold(z, self._n_rows_of(n), self.group)
+
+    def _n_rows_of(self, n: int) -> int:
+        """So many rows of every process, together."""
+        return n * (dist.get_world_size(self.group) if self.group else 1)
+
     def _n_rows(self, batch: Batch) -> int:
         """Rows of the batch, those of all processes."""
-        return len(batch.x) * (dist.get_world_size(self.group) if self.group else 1)
+        return self._n_rows_of(len(batch.x))
 
     def _kind(self, batch: Batch) -> Hashable | None:
         """What a step depends on beside the contents of tensors; None where that is new at every step."""
@@ -206,8 +259,6 @@ class Member:
         config, n_rows = self.config, forward.n_rows
         self.rows_since_fired.add_(n_rows).masked_fill_(sums["counts"] > 0, 0)
         l0 = sums["counts"].sum() / n_rows
-        if config.activation == "batchtopk":
-            self.threshold += (self.latents.threshold - self.threshold) * self.schedule.weight
         for name in ("errors", "l1", "aux", "total", "square"):
             self.sums[name].add_(sums[name])
         self.sums["loss"].add_(self._loss(forward, sums))
@@ -301,7 +352,7 @@ class Member:
 
     def state(self) -> dict[str, Tensor]:
         """All that `load_state` needs to go on bit-identically: the tensors themselves, so write them before stepping on."""
-        estimates = {"controller": self.controller.state, "threshold": self.threshold}
+        estimates = {"controller": self.controller.state} | self.recent.state()
         counters = {"rows_since_fired": self.rows_since_fired, "sums": self.sums.flat}
         position = {"n_steps": torch.tensor(self.n_steps), "n_rows": torch.tensor(self.n_rows)}
         if self.config.alpha == "auto":
@@ -327,12 +378,17 @@ class Member:
 
         Raises CheckpointError when its shape does not fit.
         """
+        self.draws_thresholds = False
         for name, weight in mapped_weights(sae, self.sae()).items():
             self.weights[name].copy_(weight)
         self.adam.refresh_low()
 
     def sae(self) -> NestedSAE:
-        """The SAE as it stands: a float32 copy on the CPU with center, scale and threshold filled in (syncs)."""
+        """The SAE as it stands: a float32 copy on the CPU with center, scale and threshold filled in (syncs).
+
+        In a data-parallel group the others call `calibrate` at the same step.
+        """
+        self.calibrate()
         sae = NestedSAE(self.shape)
         tensors = {name: weight for name, weight in self.weights.items() if name != "log_threshold"}
         tensors |= {"center": self.center, "scale": torch.tensor(self.scale)}

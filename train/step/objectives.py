@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline.base.runtime import numpy_rng
+from pipeline.sae.nested import ALIGNED_FROM, ALIGNMENT
 from train.config import TrainConfig
 from train.step.latents import PoolGradient
 from train.step.scratch import Scratch, row_chunks
@@ -54,13 +55,16 @@ def reconstruction_terms(config: TrainConfig, levels: tuple[int, ...], step: int
 
 
 def random_prefixes(levels: tuple[int, ...], seed: int, step: int) -> tuple[int, ...]:
-    """As many distinct prefixes as levels: log-uniform from the first level to the width, and the whole."""
+    """As many distinct prefixes as levels: log-uniform from the first level to the width, aligned as levels are, and the
+    whole."""
     rng = numpy_rng("prefixes", seed, step)
     first, width = levels[0], levels[-1]
+    unit = ALIGNMENT if width >= ALIGNED_FROM else 1
     sizes: set[int] = set()
-    n_inner = min(len(levels) - 1, width - first)
+    n_inner = min(len(levels) - 1, (width - first) // unit)
     while len(sizes) < n_inner:
-        sizes.add(min(width - 1, int(first * math.exp(rng.random() * math.log(width / first)))))
+        drawn = first * math.exp(rng.random() * math.log(width / first))
+        sizes.add(min(width - unit, int(drawn / unit) * unit))
     return (*sorted(sizes), width)
 
 

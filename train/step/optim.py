@@ -61,6 +61,8 @@ class Adam:
 
     def _update_rows(self, name: str, rows: slice, gradient: Tensor, lr: Tensor) -> None:
         weight = self.weights[name][rows]
+        if name == "log_threshold":
+            lr = lr * self.config.threshold_lr
         if name == "W_dec":
             remove_along_rows(gradient, weight)
         torch._fused_adam_(

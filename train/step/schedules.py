@@ -18,10 +18,13 @@ from train.config import TrainConfig
 FIRST_OVER_K = 8
 """With a sparsity warm-up, topk and batchtopk begin with so many times k."""
 
-RATE, SPAN = 0.01, 0.5
-"""Log-factor a step per unit of the expected log(L0 / target), and the largest such log-ratio it reacts to."""
-SMOOTHING, HORIZON = 0.1, 100.0
-"""Weight of the newest step in the running log L0 and in its running slope; steps to look ahead."""
+RATE, FASTEST, SPAN = 24.0, 0.06, 1.0
+"""Log-factor over a run per unit of the expected log(L0 / target), the most of it a step, and the largest such log-ratio it
+reacts to."""
+SMOOTHING = 0.1
+"""Weight of the newest step in the running log L0 and in its running slope."""
+HORIZON, NEAREST, FARTHEST = 1 / 20, 30.0, 100.0
+"""How far to look ahead: a share of the run, at least and at most so many steps."""
 
 ADAPTATIONS, ADAPTING, CHANGE = 50, 0.8, 0.01
 """How often the ratio may change, over which share of training, and by which share of the width."""
@@ -50,35 +53,36 @@ def kept_a_row(config: TrainConfig, step: int) -> int:
 class Schedule:
     """What changes from step to step by the config alone, on the device: tensors, so that a recorded step can read them.
 
-    lr: float32, of Adam. ramp: float64, of the penalty. weight: of the newest batch in the running threshold.
+    lr: float32, of Adam. ramp: float64, of the penalty.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device, wide: torch.dtype) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config = config
         self.lr = torch.zeros((), dtype=torch.float32, device=device)
         self.ramp = torch.zeros((), dtype=torch.float64, device=device)
-        self.weight = torch.zeros((), dtype=wide, device=device)
         self.set(0)
 
     def set(self, n_steps: int) -> None:
         """To the step that follows `n_steps` finished ones."""
         self.lr.fill_(learning_rate(self.config, n_steps))
         self.ramp.fill_(sparsity_ramp(self.config, n_steps))
-        self.weight.fill_(max(1 / (n_steps + 1), 1 - self.config.threshold_decay))
 
 
 class Controller:
     """Holds a wanted L0 by a factor on the sparsity penalty that follows where L0 is going, not only where it is.
 
     L0 answers the penalty late, by hundreds of steps with LayerNorm; a factor that grows as long as L0 is too large has
-    long been too large itself when L0 comes down. So what the factor reacts to is log L0 as it will be in `HORIZON` steps
+    long been too large itself when L0 comes down. So what the factor reacts to is log L0 as it will be in `horizon` steps
     if it goes on changing as it does now: the gap is closed over about that many steps, and not overshot.
 
     `state` is float64 [3]: log-factor, running log L0, its running slope a step. Fetches nothing from the device.
     """
 
-    def __init__(self, target: float, device: torch.device) -> None:
-        self.target, self.state = target, torch.zeros(3, dtype=torch.float64, device=device)
+    def __init__(self, target: float, n_steps: int, device: torch.device) -> None:
+        self.target = target
+        self.rate = min(FASTEST, RATE / n_steps)
+        self.horizon = min(FARTHEST, max(NEAREST, HORIZON * n_steps))
+        self.state = torch.zeros(3, dtype=torch.float64, device=device)
 
     @property
     def factor(self) -> Float[Tensor, ""]:
@@ -92,8 +96,8 @@ class Controller:
         change = torch.zeros_like(now) if first else SMOOTHING * (now - running)
         running = now if first else running + change
         slope = slope + SMOOTHING * (change - slope)
-        excess = (running + HORIZON * slope - torch.log(torch.full_like(now, self.target))).clamp(-SPAN, SPAN)
-        self.state.copy_(torch.stack([log_factor + RATE * excess if acts else log_factor, running, slope]))
+        excess = (running + self.horizon * slope - torch.log(torch.full_like(now, self.target))).clamp(-SPAN, SPAN)
+        self.state.copy_(torch.stack([log_factor + self.rate * excess if acts else log_factor, running, slope]))
 
 
 def adapts(config: TrainConfig, n_steps: int) -> bool:

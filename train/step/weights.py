@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -26,16 +27,54 @@ def initial_shapes(config: TrainConfig, d_model: int) -> dict[str, tuple[int, ..
 
 
 def initial_weights(config: TrainConfig, d_model: int) -> dict[str, Tensor]:
-    """Decoder rows uniform on the unit sphere, the encoder its transpose, biases 0; a function of config.seed alone."""
+    """Decoder rows uniform on the unit sphere, the encoder its transpose times `encoder_scale`, biases 0 but LayerNorm's; a
+    function of the config alone. jumprelu's thresholds are found on the first batch (`Member`)."""
     weights = {name: torch.zeros(shape) for name, shape in initial_shapes(config, d_model).items()}
     w_dec = weights["W_dec"].normal_(generator=torch_rng("init", config.seed))
     w_dec /= torch.linalg.vector_norm(w_dec, dim=1, keepdim=True)
+    scale = config.encoder_scale or best_scale(config, d_model)
+    if config.layernorm == "none":
+        weights["W_enc"].copy_(w_dec.T * scale)
+        return weights
     weights["W_enc"].copy_(w_dec.T)
-    if "ln_gain" in weights:
-        weights["ln_gain"].fill_(1.0)
-    if "log_threshold" in weights:
-        weights["log_threshold"].fill_(math.log(config.initial_threshold))
+    weights["ln_gain"].fill_(scale)
+    if config.layernorm == "pre":
+        weights["ln_bias"].fill_(scale * config.layernorm_bias)
     return weights
+
+
+def best_scale(config: TrainConfig, d_model: int) -> float:
+    """The factor of the latents at which random decoder rows w explain most: x̂ = s Σ_j f(u_j) w_j ‖x‖/√d, u_j = √d w_j·x/‖x‖.
+
+    The u_j are standard normal, so x̂ is s c x and a remainder of mean square s² n ‖x‖², c = F/d E[u f(u)] and n = F/d E[f(u)²]:
+    the error (1 − s c)² + s² n is least at s = c / (c² + n), where it is n / (c² + n) < 1; and every prefix, whose c and n are
+    smaller in proportion, has one below 1 too.
+    """
+    u_f, f_f = first_moments(config)
+    per_row = config.width / d_model
+    c, n = per_row * u_f, per_row * f_f
+    plain = config.layernorm == "none" or config.layernorm_rescale
+    return c / (c * c + n) / (1.0 if plain else math.sqrt(d_model))
+
+
+def first_moments(config: TrainConfig) -> tuple[float, float]:
+    """E[u f(u)] and E[f(u)²] of a standard normal u, f the activation as training begins, of gain 1."""
+    normal = NormalDist()
+    if config.layernorm == "post":  # f = (relu(u) − μ) / σ
+        return 0.5 / math.sqrt(0.5 - 1 / (2 * math.pi)), 1.0
+    if config.layernorm == "pre" and config.activation == "relu":  # f = relu(u + b)
+        b = config.layernorm_bias
+        share, density = normal.cdf(b), normal.pdf(b)
+        return share, (1 + b * b) * share + b * density
+    share = {"relu": 0.5, "jumprelu": first_l0(config) / config.width}.get(config.activation, config.k / config.width)
+    least = normal.inv_cdf(1 - min(share, 0.5))  # f = u above it, else 0
+    kept = least * normal.pdf(least) + min(share, 0.5)
+    return kept, kept
+
+
+def first_l0(config: TrainConfig) -> float:
+    """Latents a row that jumprelu's thresholds let through as training begins."""
+    return config.target_l0 or config.initial_l0
 
 
 def named_by_content(init_from: str) -> str:
