@@ -81,6 +81,21 @@ def test_member_without_checkpoint_is_a_problem(tmp_path: Path) -> None:
     assert any("gone" in problem for problem in verify(str(tmp_path / "runs")))
 
 
+def test_changed_metrics_are_a_problem(tmp_path: Path) -> None:
+    """Metrics that are not those of the finished training are a problem."""
+    folder = tmp_path / "runs" / "alpha0.2-seed0-0123456789"
+    final = member(folder)
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text('{"step":5}\n')
+    record = {"final": str(final.relative_to(folder)), "sha256": hash_file(final), "metrics_sha256": hash_file(metrics)}
+    write_json(folder / "complete.json", record)
+    assert verify(str(folder)) == []
+    metrics.write_text('{"step":6}\n')
+    assert ["metrics.jsonl: not the lines" in problem for problem in verify(str(folder))] == [True]
+    metrics.unlink()
+    assert len(verify(str(folder))) == 1
+
+
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("x")])
 def test_foreign_path_is_told_so(tmp_path: Path, make: object) -> None:
     """What is none of ours is told so."""

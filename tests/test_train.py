@@ -319,6 +319,52 @@ def test_flipped_state_byte_is_refused(tiny_store: Path, tmp_path: Path, monkeyp
         train(tiny_store, tmp_path / "out", GRID[0])
 
 
+def stopped(store: Path, out: Path, monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> Path:
+    """The folder of a member that was stopped at step 11."""
+    before = set(out.glob("*"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 11)
+        with pytest.raises(KeyboardInterrupt):
+            train(store, out, config)
+    (folder,) = set(out.glob("*")) - before
+    return folder
+
+
+def test_state_of_another_member_is_refused(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rolling state of another member, of the same shape, is refused."""
+    one, other = small(alpha=0.0), small(alpha=0.0, seed=1)
+    folders = [stopped(tiny_store, tmp_path / "out", monkeypatch, config) for config in (one, other)]
+    (folders[1] / "state.safetensors").write_bytes((folders[0] / "state.safetensors").read_bytes())
+    with pytest.raises(MismatchError, match="found that of alpha0-seed0"):
+        train(tiny_store, tmp_path / "out", other)
+
+
+@pytest.mark.parametrize("change", ["lose", "alter", "delete"])
+def test_lost_metrics_are_noticed(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Lines of metrics that were lost or changed are noticed when training goes on."""
+    path = stopped(tiny_store, tmp_path / "out", monkeypatch, GRID[0]) / "metrics.jsonl"
+    text = path.read_text()
+    changed = text.replace('"loss":', '"loss":1', 1)
+    path.write_text(text.split("\n", 1)[1] if change == "lose" else changed)
+    assert path.read_text() != text
+    if change == "delete":
+        path.unlink()
+    with pytest.raises(DamagedError, match="lost or changed"):
+        train(tiny_store, tmp_path / "out", GRID[0])
+
+
+def test_checkpoint_of_another_step_is_refused(tmp_path: Path, alone: list[Outcome]) -> None:
+    """A checkpoint under the name of another step is refused."""
+    final = alone[0].final
+    assert final is not None
+    (tmp_path / "step_000011.safetensors").write_bytes(final.read_bytes())
+    for read in (load_checkpoint, read_header):
+        with pytest.raises(CheckpointError, match="its name says step 11, it holds step 23"):
+            read(tmp_path / "step_000011.safetensors")
+
+
 def test_checkpoints_say_where_they_come_from(tiny_store: Path, alone: list[Outcome]) -> None:
     """Checkpoints say where they come from."""
     assert alone[1].final is not None

@@ -35,9 +35,9 @@ def uninterrupted(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) ->
     out, states = tmp_path_factory.mktemp("whole") / "out", {}
     write_state = Folder.write_state
 
-    def note(folder: Folder, state: dict[str, Tensor], step: int) -> None:
+    def note(folder: Folder, state: dict[str, Tensor], step: int, metrics_sha256: str) -> None:
         states[folder.name, step] = {name: tensor.clone() for name, tensor in state.items()}
-        write_state(folder, state, step)
+        write_state(folder, state, step, metrics_sha256)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Folder, "write_state", note)

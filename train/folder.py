@@ -6,6 +6,7 @@ command goes on from there to the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 
-from pipeline.base.errors import DamagedError, DiskError, UsageError
+from pipeline.base.errors import DamagedError, DiskError, MismatchError, UsageError
 from pipeline.base.files import (
     canonical_json,
     disk_errors,
@@ -162,17 +163,29 @@ class Folder:
         return int(self.read_state()[1]["step"]) if self.state_path.exists() else 0
 
     def read_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The rolling state and its header. Raises DamagedError when its bytes changed."""
+        """The rolling state and its header. Raises DamagedError when its bytes changed, MismatchError for another member's."""
         try:
-            return load_tensors(self.state_path, STATE_FORMAT, STATE_VERSION)
+            tensors, header = load_tensors(self.state_path, STATE_FORMAT, STATE_VERSION)
         except DamagedError as error:
             raise DamagedError(f"{error}; or delete {self.state_path} to train this member from the start") from error
+        if header["member"] != self.name:
+            raise MismatchError(
+                f"{self.state_path}: expected the state of {self.name}, found that of {header['member']}; put the right one "
+                "back, or delete it to train this member from the start"
+            )
+        return tensors, header
 
-    def write_state(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Replace the rolling state; the metrics up to it are on disk before it is."""
+    def write_state(self, state: Mapping[str, Tensor], step: int, metrics_sha256: str) -> None:
+        """Replace the rolling state; the metrics up to it, whose hash it keeps, are on disk before it is."""
         for name in ("metrics.jsonl", "timings.jsonl"):
             sync_file(self.path / name)
-        header = {"format": STATE_FORMAT, "version": STATE_VERSION, "step": step, "member": self.name}
+        header = {
+            "format": STATE_FORMAT,
+            "version": STATE_VERSION,
+            "step": step,
+            "member": self.name,
+            "metrics_sha256": metrics_sha256,
+        }
         save_tensors(self.state_path, state, header)
 
     def write_checkpoint(self, sae: NestedSAE, step: int, provenance: Mapping[str, Any]) -> None:
@@ -193,7 +206,11 @@ class Folder:
         """Name the final checkpoint in complete.json and drop the rolling state, which nothing needs any more."""
         self.retain(keep)  # again: a kill may have come between the last checkpoint and what it puts an end to
         final = self.checkpoint_path(self.config.steps)
-        record = {"final": str(final.relative_to(self.path)), "sha256": hash_file(final)}
+        record = {
+            "final": str(final.relative_to(self.path)),
+            "sha256": hash_file(final),
+            "metrics_sha256": hash_file(self.path / "metrics.jsonl"),
+        }
         write_json(self.path / "complete.json", record)
         self.drop_state()
 
@@ -205,6 +222,16 @@ class Folder:
         """Add a line to metrics.jsonl or timings.jsonl; a kill can tear only the last one."""
         with disk_errors(self.path), open(self.path / name, "a") as file:
             file.write(canonical_json(line) + "\n")
+
+    def require_metrics(self, step: int, sha256: str) -> None:
+        """Raise DamagedError when the lines of metrics up to a step are not those of this hash: some were lost or changed."""
+        path = self.path / "metrics.jsonl"
+        found = hashlib.sha256(path.read_bytes() if path.exists() else b"").hexdigest()
+        if found != sha256:
+            raise DamagedError(
+                f"{path}: lines up to step {step} were lost or changed (sha256 {found[:10]}, in the state {sha256[:10]}); put "
+                f"them back, or delete {self.state_path} to train this member from the start"
+            )
 
     def truncate(self, step: int) -> None:
         """Take back lines of metrics and timings beyond a step, and a torn one."""

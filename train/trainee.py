@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.base.errors import DivergedError
-from pipeline.base.files import disk_errors
+from pipeline.base.files import disk_errors, hash_file
 from pipeline.base.progress import say
 from pipeline.base.runtime import git_state, versions
 from pipeline.sae.checkpoint import load_checkpoint
@@ -58,12 +58,17 @@ class Trainee:
     def __enter__(self) -> Trainee:
         if self.writes:
             self.stack.callback(os.close, self.folder.prepare(self.task.order))
+        metrics_sha256 = None
         if self.task.step:
-            self.member.load_state(self.folder.read_state()[0])
+            state, header = self.folder.read_state()
+            self.member.load_state(state)
+            metrics_sha256 = header["metrics_sha256"]
         elif self.task.config.init_from:
             self.member.load_weights(load_checkpoint(path_of(self.task.config.init_from))[0])
         if self.writes:
             self.folder.truncate(self.member.n_steps)
+            if metrics_sha256 is not None:
+                self.folder.require_metrics(self.task.step, metrics_sha256)
             self.open_logs()
         return self
 
@@ -139,6 +144,7 @@ class Trainee:
             if checkpoint:
                 self.member.calibrate()
             return
+        metrics_sha256 = hash_file(folder.path / "metrics.jsonl")
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.member.state().items()}
         sae, provenance = (self.member.sae(), self.provenance()) if checkpoint else (None, {})
 
@@ -146,7 +152,7 @@ class Trainee:
             with disk_errors(folder.path):
                 if sae is not None:
                     folder.write_checkpoint(sae, step, provenance)
-                folder.write_state(state, step)
+                folder.write_state(state, step, metrics_sha256)
                 folder.retain(self.keep)
 
         copies = [*state.values(), *(sae.state_dict().values() if sae is not None else ())]

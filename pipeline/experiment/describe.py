@@ -121,6 +121,11 @@ def verify_member(path: Path) -> list[str]:
         return [*problems, f"{final}: gone, though complete.json names it; train this member again"]
     if hash_file(final) != complete["sha256"]:
         problems.append(f"{final}: is not the file that complete.json recorded; train this member again")
+    metrics = path / "metrics.jsonl"
+    if complete.get("metrics_sha256") not in (None, hash_file(metrics) if metrics.exists() else ""):
+        problems.append(
+            f"{metrics}: not the lines that complete.json recorded; put them back, or train this member again"
+        )
     return problems
 
 

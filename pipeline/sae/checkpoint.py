@@ -7,6 +7,7 @@ of header and tensors, so that a flipped byte is an error and not a slightly dif
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from pipeline.base.files import atomic, canonical_json, crc32c
 from pipeline.sae.nested import NestedSAE, SAEConfig
 
 FORMAT, VERSION = "nested-sae-checkpoint", 1
+NAME = re.compile(r"step_(\d+)\.safetensors")
+"""Of a checkpoint in a member's folder."""
+
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
 """Names that safetensors has for the dtypes that are written."""
 
@@ -114,14 +118,19 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Nes
         sae.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: tensors and header do not agree ({error})") from error
-    return sae.to(device).eval(), to_header(header)
+    return sae.to(device).eval(), to_header(path, header)
 
 
 def read_header(path: Path) -> Header:
     """What a checkpoint says about itself, without loading its tensors."""
-    return to_header(read_metadata(path, FORMAT, VERSION))
+    return to_header(path, read_metadata(path, FORMAT, VERSION))
 
 
-def to_header(header: Mapping[str, Any]) -> Header:
-    """The typed header of a parsed one."""
+def to_header(path: Path, header: Mapping[str, Any]) -> Header:
+    """The typed header of a parsed one. Raises CheckpointError for a file under the name of another step."""
+    named = NAME.fullmatch(path.name)
+    if named and int(named[1]) != header["step"]:
+        raise CheckpointError(
+            f"{path}: its name says step {int(named[1])}, it holds step {header['step']}; rename it, or train that step again"
+        )
     return Header(SAEConfig.from_dict(header["sae"]), header["step"], header["provenance"])
