@@ -5,6 +5,7 @@ Layout: FORMAT.md, "Results". Several jobs may write to one folder: files have n
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import io
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import CheckpointError, DamagedError
-from pipeline.base.files import disk_errors, read_json, write_bytes, write_json
+from pipeline.base.files import disk_errors, read_json, safe_name, sweep_partials, write_bytes, write_json
 from pipeline.definitions import METRICS
 
 FORMAT, VERSION = "nested-sae-results", 1
@@ -24,7 +25,7 @@ CSV_NAME = "results.csv"
 
 def result_path(folder: Path, member: str, step: int, key: str) -> Path:
     """Where the results of a checkpoint are, or will be."""
-    return folder / f"{member}-step_{step:06d}-{key[:10]}.json"
+    return folder / f"{safe_name(member)}-step_{step:06d}-{key[:10]}.json"
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -68,6 +69,38 @@ def not_finite(data: Any, name: str = "") -> Iterator[str]:
 def definitions() -> dict[str, dict[str, str]]:
     """Unit, direction and definition of every metric: results explain themselves."""
     return {m.id: {"unit": m.unit, "better": m.better, "definition": m.definition} for m in METRICS.values()}
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Say that a job works in the folder; the first of several sweeps what killed ones left.
+
+    Leftovers are partly written files, and latent pages whose results never came. Where the file system has no locks
+    nothing is swept, since nobody knows who else writes.
+    """
+    with open(folder / ".jobs", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        except OSError:
+            yield
+            return
+        else:
+            sweep(folder)
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed jobs left. Call it only where nobody else writes."""
+    sweep_partials(folder)
+    for pages in folder.glob("*-step_*.latents"):
+        if pages.is_dir() and not pages.is_symlink() and not pages.with_suffix(".json").exists():
+            for path in (*pages.glob("page_*.js"), *pages.glob("index.js")):
+                path.unlink()
+            with contextlib.suppress(OSError):  # what is not ours stays
+                pages.rmdir()
 
 
 @contextmanager

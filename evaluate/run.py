@@ -23,11 +23,12 @@ from evaluate.checkpoints.find import Checkpoint, Failure, find_checkpoints
 from evaluate.config import EvaluateConfig
 from evaluate.job import Job
 from evaluate.probing.job import Texts, read_texts
-from evaluate.results import write_csv
+from evaluate.results import working_in, write_csv
 from evaluate.select import only_fitting_scores, select
 from evaluate.work import groups, plan, prepare_probing, prepare_work, score_group, text_bytes
 from evaluate.write import write
 from pipeline.base.errors import PipelineError
+from pipeline.base.files import require_writable
 from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import rank, world_size
 from pipeline.store.reader import Store
@@ -59,6 +60,8 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
     job = Job.of(config, store)
     paths, lost = find_checkpoints(places, all_steps)
     outcome.fail([*unfit, *lost] if rank() == 0 else ())
+    if not dry_run:
+        require_writable(config.out)
     selection = select(job, paths[rank() :: world_size()])
     outcome.fail(selection.failed)
     outcome.results.extend(job.entry(checkpoint, skipped=True) for checkpoint in selection.done)
@@ -70,7 +73,8 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
         if dry_run:
             announce(job, selection.todo, plan(job, selection.todo, text_bytes(job, texts)))
         else:
-            score_all(job, selection.todo, texts, outcome)
+            with working_in(config.out):
+                score_all(job, selection.todo, texts, outcome)
     if not dry_run and outcome.results:
         write_csv(config.out)
     return outcome

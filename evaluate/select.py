@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evaluate.checkpoints.find import Checkpoint, Failure, open_checkpoint, require_fit, resolve_levels
+from evaluate.checkpoints.find import Checkpoint, Failure, loss_curve, open_checkpoint, require_fit, resolve_levels
 from evaluate.config import EvaluateConfig
 from evaluate.job import Job
 from evaluate.scores.scorer import unfit_scores
@@ -32,6 +32,7 @@ def select(job: Job, paths: Sequence[Path]) -> Selection:
             checkpoint = open_checkpoint(path)
             require_fit(checkpoint, job.store, job.config.allow_other_store)
             resolve_levels(job.config.levels, checkpoint)
+            loss_curve(checkpoint)  # read again when results are written: what is wrong with it is better known now
         except PipelineError as error:
             found.failed.append((path, error))
         else:

@@ -103,3 +103,18 @@ def test_available_memory_respects_the_cgroup(tmp_path: Path, monkeypatch: pytes
     assert runtime.available_memory() == 3_000_000
     (tmp_path / names[0]).write_text("max\n")
     assert runtime.available_memory() > 3_000_000
+
+
+@pytest.mark.parametrize("text", ["a/b", "..", "", "a\0", "-rf", ".x", "ä", "x" * 101, "\ud800", "a b"])
+def test_unsafe_text_makes_a_safe_name(text: str) -> None:
+    """A name is never a path, hidden or too long, and tells different texts apart."""
+    name = files.safe_name(text)
+    assert Path(name).name == name
+    assert 0 < len(name.encode()) <= files.LONGEST_NAME
+    assert name[0] not in ".-"
+    assert name != files.safe_name(text + "!")
+
+
+def test_plain_names_stay_as_they_are() -> None:
+    """What members are called stays readable."""
+    assert files.safe_name("alpha0.2-seed0-1a2b3c4d5e") == "alpha0.2-seed0-1a2b3c4d5e"

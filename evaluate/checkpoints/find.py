@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluate.checkpoints.foreign import foreign_sha256, is_foreign, load_foreign
 from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
+from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import hash_file, read_json
 from pipeline.sae.checkpoint import load_checkpoint, read_header
 from pipeline.sae.nested import NestedSAE, SAEConfig
@@ -56,11 +57,32 @@ class Checkpoint:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint's header and hash its bytes; an SAE made elsewhere has step 0. Raises CheckpointError or DamagedError."""
-    if is_foreign(path):
-        sae, provenance = load_foreign(path)
-        return Checkpoint(path, foreign_sha256(path), sae.config, 0, provenance)
-    header = read_header(path)
-    return Checkpoint(path, hash_file(path), header.sae, header.step, header.provenance)
+    try:
+        if is_foreign(path):
+            sae, provenance = load_foreign(path)
+            found = Checkpoint(path, foreign_sha256(path), sae.config, 0, provenance)
+        else:
+            header = read_header(path)
+            found = Checkpoint(path, hash_file(path), header.sae, header.step, header.provenance)
+    except PipelineError:
+        raise
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: its header is not one of ours ({type(error).__name__}: {str(error)[:80]}); use an earlier checkpoint"
+        ) from error
+    require_plain(path, {"provenance": found.provenance})
+    fields = Fields(path, {"step": found.step, "provenance": found.provenance})
+    fields.whole("step")
+    fields.inner("provenance").text("member", "")
+    fields.inner("provenance").inner("store")
+    return found
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """What a disk says of a file that is there, as one line."""
+    return CheckpointError(f"{path}: cannot be read ({error.strerror}); look at its permissions and its disk")
 
 
 def find_checkpoints(places: Sequence[Path], all_steps: bool) -> tuple[list[Path], list[Failure]]:
@@ -79,6 +101,8 @@ def find_checkpoints(places: Sequence[Path], all_steps: bool) -> tuple[list[Path
                 found |= dict.fromkeys([part] if itself else member_checkpoints(part, all_steps))
             except PipelineError as error:
                 failed.append((part, error))
+            except OSError as error:
+                failed.append((part, unreadable(part, error)))
     return list(found), failed
 
 
@@ -117,12 +141,12 @@ def member_checkpoints(folder: Path, all_steps: bool) -> list[Path]:
         raise CheckpointError(
             f"{folder}: its training is not complete; finish it, or use --all-steps or name a checkpoint"
         )
-    complete = read_json(folder / "complete.json")
-    final: Path = folder / complete["final"]
+    complete = Fields(folder / "complete.json", read_json(folder / "complete.json"))
+    final = folder / "checkpoints" / Path(complete.text("final")).name
     if not final.is_file():
         raise DamagedError(f"{final}: the final checkpoint that complete.json names is gone; train the member again")
-    if (found_hash := hash_file(final)) != complete["sha256"]:
-        raise DamagedError(f"{final}: SHA-256 {found_hash[:10]}…, complete.json says {complete['sha256'][:10]}…")
+    if (found_hash := hash_file(final)) != (written := complete.text("sha256")):
+        raise DamagedError(f"{final}: SHA-256 {found_hash[:10]}…, complete.json says {written[:10]}…; train it again")
     return [final]
 
 
@@ -177,12 +201,15 @@ def loss_curve(checkpoint: Checkpoint) -> dict[str, list[Any]]:
     """The run's logged metrics up to the checkpoint's step, thinned to MAX_CURVE points that keep the first and the last.
 
     Columns by name, null where a line lacks one; empty when no metrics.jsonl lies beside the checkpoint. A last line cut
-    short by a running training is left out. Raises DamagedError for a broken line elsewhere.
+    short by a running training is left out. Raises DamagedError for a broken line elsewhere, or a file that cannot be read.
     """
     path = checkpoint.path.parent.parent / "metrics.jsonl"
     if not path.is_file() or is_foreign(checkpoint.path):
         return {}
-    text = path.read_text().split("\n")
+    try:
+        text = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read ({error.strerror}); restore it or move it away") from error
     lines = [
         read_line(path, i, line) for i, line in enumerate(text[:-1]) if line
     ]  # what follows the last \n is unfinished
@@ -193,12 +220,15 @@ def loss_curve(checkpoint: Checkpoint) -> dict[str, list[Any]]:
     return {name: [line.get(name) for line in lines] for name in names}
 
 
-def read_line(path: Path, number: int, line: str) -> dict[str, Any]:
-    """One line of a JSON lines file."""
+def read_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """One line of a JSON lines file: an object of finite numbers with a step."""
     try:
         data: dict[str, Any] = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(
             f"{path}: line {number + 1} is not JSON ({error}); restore it or train the member again"
         ) from error
+    where = path.with_name(f"{path.name}: line {number + 1}")
+    require_plain(where, data)
+    Fields(where, data).whole("step", 0)
     return data

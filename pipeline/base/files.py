@@ -9,8 +9,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -176,6 +178,32 @@ def require_free(path: Path, needed: int, what: str) -> None:
         raise DiskError(
             f"{path}: {what} needs {human_bytes(needed)}, {human_bytes(free)} are free; make room or choose another disk"
         )
+
+
+LONGEST_NAME = 100
+"""Bytes of a name that `safe_name` makes; what is put before and behind it must fit a file system's 255."""
+
+
+def safe_name(text: str) -> str:
+    """A file's name out of text that was read from a file or the network: never a path, hidden, or over LONGEST_NAME bytes.
+
+    Letters, digits and . _ = + , @ - of ASCII stay, all else becomes _. A text that had to change ends in 10 digits of its
+    hash, so that different texts have different names.
+    """
+    name = re.sub(r"[^A-Za-z0-9._=+,@-]|^[.-]|^$", "_", text)
+    if name == text and len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 11]}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:10]}"
+
+
+def require_writable(folder: Path) -> None:
+    """Make an output folder where there is none. Raises DiskError unless files can be made in it: found before work begins."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=PARTIAL):
+            pass
+    except OSError as error:
+        raise DiskError(f"{folder}: no folder to write to ({error.strerror}); choose another one") from error
 
 
 def sweep_partials(folder: Path) -> list[Path]:
