@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -484,6 +485,58 @@ def test_missing_log_package_is_named(
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[kind], None)
     with pytest.raises(UsageError, match="pip install"):
         train(tiny_store, tmp_path / "out", small(steps=6), log=(kind,))
+
+
+def test_wandb_without_login_trains_on(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """wandb without a login is said once, and every member is trained."""
+
+    class NoLogin(Exception):
+        """What wandb raises."""
+
+    def init(**_: Any) -> None:
+        raise NoLogin("api_key not configured\n(no-tty)")
+
+    fake = types.SimpleNamespace(Error=NoLogin, init=init, Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    outcomes = train(tiny_store, tmp_path / "out", small(steps=6), small(steps=6, seed=1), log=("jsonl", "wandb"))
+    assert all(outcome.final for outcome in outcomes)
+    assert capsys.readouterr().err.count("wandb: api_key not configured (no-tty); training goes on") == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "said"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, {}, "RANK=2 and WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "two"}, {}, "WORLD_SIZE='two'"),
+        ({"WORLD_SIZE": "2"}, {"data_parallel": True}, "no MASTER_ADDR"),
+    ],
+)
+def test_impossible_rank_is_named(
+    tiny_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    options: dict[str, Any],
+    said: str,
+) -> None:
+    """A rank or world that cannot be is refused by the variable's name."""
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=said):
+        train(tiny_store, tmp_path / "out", small(steps=6), **options)
+
+
+def test_stray_world_is_said(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A world that no torchrun set is named, with what it makes this process do."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert len(train(tiny_store, tmp_path / "out", small(steps=6), small(steps=6, seed=1))) == 1
+    assert (
+        "process 0 of 2: 1 of 2 members, as RANK and WORLD_SIZE in the environment say but" in capsys.readouterr().err
+    )
 
 
 def two_processes(store: Path, out: Path, options: str = "") -> list[int]:

@@ -11,6 +11,7 @@ from pipeline.base.progress import format_seconds, say
 from pipeline.store.reader import Store
 from train import plan
 from train.folder import Keep
+from train.parallel import Processes, is_torchrun
 from train.plan import RunConfig, Task
 
 
@@ -27,6 +28,16 @@ def announce(store: Store, tasks: Sequence[Task], passes: Sequence[Sequence[Task
             f"{config.steps * config.batch_size / order.n_kept:.2f} epochs"
         )
         say(f"memory: {plan.memory_text(plan.pass_memory(store, group, device))}")
+
+
+def say_share(job: RunConfig, tasks: Sequence[Task], processes: Processes) -> None:
+    """Say that this process trains a part of the members, where RANK and WORLD_SIZE say so."""
+    if processes.group is None and processes.n > 1:
+        alone = "" if is_torchrun() else " but not torchrun's; unset both to train all of them here"
+        say(
+            f"process {processes.rank} of {processes.n}: {len(tasks)} of {len(job.members)} members, as RANK and WORLD_SIZE in "
+            f"the environment say{alone}"
+        )
 
 
 def announce_planned(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 from pipeline.base.errors import UsageError
+from pipeline.base.progress import say
 from train.folder import Folder, plain
 
 KINDS = ("jsonl", "tensorboard", "wandb")
@@ -30,6 +32,16 @@ def scalars(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield from ((f"{name}/level_{i + 1}", float(one)) for i, one in enumerate(value))
         elif name != "step":
             yield name, float(value)
+
+
+class LogUnavailable(Exception):
+    """A log that is installed but cannot be opened now: no login, no server."""
+
+
+@cache
+def say_once(text: str) -> None:
+    """Say it, but not again for another member of this process."""
+    say(text)
 
 
 class TensorBoard:
@@ -64,17 +76,20 @@ class WeightsAndBiases:
         except ImportError as error:
             raise UsageError("--log wandb needs the package wandb: pip install 'nested-sae[log]'") from error
         folder.out.mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "nested-sae"),
-            mode=os.environ.get("WANDB_MODE", "offline"),
-            dir=str(folder.out),
-            id=folder.name,
-            name=folder.name,
-            config=plain(folder.config),
-            resume="allow",
-            reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "nested-sae"),
+                mode=os.environ.get("WANDB_MODE", "offline"),
+                dir=str(folder.out),
+                id=folder.name,
+                name=folder.name,
+                config=plain(folder.config),
+                resume="allow",
+                reinit="create_new",
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.Error as error:
+            raise LogUnavailable(f"wandb: {' '.join(str(error).split())}") from error
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Every scalar at its step."""
@@ -86,8 +101,19 @@ class WeightsAndBiases:
 
 
 def open_logs(kinds: tuple[str, ...], folder: Folder, step: int) -> list[Log]:
-    """The logs asked for besides metrics.jsonl, for one member that goes on after `step`. Raises UsageError."""
+    """The logs asked for besides metrics.jsonl, for one member that goes on after `step`; one that cannot be opened now is
+    said once, and training goes on without it. Raises UsageError for an unknown kind or a missing package."""
     makers: dict[str, Callable[[Folder, int], Log]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UsageError(f"--log {unknown[0]}: known are {', '.join(KINDS)}")
-    return [makers[kind](folder, step) for kind in kinds if kind != "jsonl"]
+    logs: list[Log] = []
+    for kind in kinds:
+        if kind == "jsonl":
+            continue
+        try:
+            logs.append(makers[kind](folder, step))
+        except LogUnavailable as error:
+            say_once(
+                f"{error}; training goes on without it, metrics.jsonl has all (wandb login, or WANDB_MODE=offline)"
+            )
+    return logs

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from pipeline.base.errors import UsageError
 from pipeline.base.runtime import rank, world_size
 
 
@@ -45,9 +47,27 @@ class Processes:
         return bool(flags)
 
 
+def require_launched(data_parallel: bool) -> None:
+    """Raise UsageError for a rank outside the world, and for processes that are to meet with no place to do so."""
+    if rank() >= world_size():
+        raise UsageError(
+            f"the environment has RANK={rank()} and WORLD_SIZE={world_size()}, so no such process; unset both, or use torchrun"
+        )
+    if data_parallel and world_size() > 1 and "MASTER_ADDR" not in os.environ:
+        raise UsageError(
+            f"--data-parallel: the environment has WORLD_SIZE={world_size()} but no MASTER_ADDR; start with torchrun, or unset it"
+        )
+
+
+def is_torchrun() -> bool:
+    """Whether torchrun started this process, and not another launcher or a variable left over."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 @contextlib.contextmanager
 def join(data_parallel: bool, device: torch.device) -> Iterator[Processes]:
-    """The processes of this torchrun; just this one outside of it."""
+    """The processes of this torchrun; just this one outside of it. Raises UsageError when the environment names none."""
+    require_launched(data_parallel)
     if not data_parallel or world_size() == 1:
         yield Processes(rank(), world_size(), device, None)
         return

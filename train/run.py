@@ -21,7 +21,7 @@ from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import rank, resolve_device, resolve_dtype
 from pipeline.store.reader import Store
 from train import plan
-from train.announce import announce, say_second_epoch
+from train.announce import announce, say_second_epoch, say_share
 from train.config import TrainConfig
 from train.feed.bodies import BodyCheck
 from train.feed.loader import Loader
@@ -51,6 +51,7 @@ def run(job: RunConfig) -> list[Outcome]:
         tasks = plan.make_tasks(job, store, own_members(job, processes))
         passes = plan.make_passes(store, tasks, device, plan.free_memory(device))
         require_free(job.out, plan.disk_bytes(store, tasks, Keep.parse(job.keep)), "training")
+        say_share(job, tasks, processes)
         if processes.writes:
             announce(store, tasks, passes, device)
         if job.verify_first and passes:

@@ -74,19 +74,29 @@ def product_rate(dtype: torch.dtype, device: torch.device, rows: int, inner: int
     return 2 * rows * inner * width / min(seconds[1:])
 
 
+def environment_number(name: str, default: int) -> int:
+    """A whole number of the environment. Raises UsageError naming the variable when it is none."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise UsageError(
+            f"the environment has {name}={value!r}, which is not a whole number; unset it, or use torchrun"
+        )
+    return int(value)
+
+
 def rank() -> int:
     """This process's rank under torchrun, else 0."""
-    return int(os.environ.get("RANK", "0"))
+    return environment_number("RANK", 0)
 
 
 def local_rank() -> int:
     """This process's rank on its own node under torchrun, else 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return environment_number("LOCAL_RANK", 0)
 
 
 def world_size() -> int:
     """The number of processes under torchrun, else 1."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return environment_number("WORLD_SIZE", 1)
 
 
 CGROUPS = (
