@@ -19,7 +19,7 @@ from train.feed.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
 from train.feed.order import Order
 from train.folder import Folder, Keep
 from train.step.member import product_dtype
-from train.step.recent import ROWS
+from train.step.sample import n_held
 from train.step.scratch import CACHE_NUMBERS
 from train.step.weights import initial_shapes
 
@@ -160,7 +160,7 @@ def memory_bytes(config: TrainConfig, d_model: int, device: torch.device) -> dic
     return {
         "weights": n_weights * wide + (matrices * low if low != wide else 0),
         "optimiser": 2 * n_weights * wide,
-        "counters": width * (8 + 2 * wide) + 8 * d_model + ROWS * d_model * low * (shape.activation == "batchtopk"),
+        "counters": width * (8 + 2 * wide) + 8 * d_model + n_held(config) * d_model * low,
         "activations": n_latent_arrays * n_rows * width * low + n_chunks * chunk * wide + rows + pool,
         "gradients": matrices * low,
     }

@@ -27,7 +27,7 @@ from train.step import objectives, schedules
 from train.step.graphs import Capture, Recorded
 from train.step.latents import Fired, Latents, Penalty, PoolGradient
 from train.step.optim import Adam
-from train.step.recent import Recent
+from train.step.sample import Sample
 from train.step.schedules import Controller, Schedule
 from train.step.scratch import Scratch
 from train.step.selection import batch_threshold, global_threshold
@@ -107,7 +107,7 @@ class Member:
         self.penalty = objectives.penalty_weights(config, self.shape.n_shared).to(device, self.wide)
         self.rows_since_fired = torch.zeros(config.width, dtype=torch.int64, device=device)
         self.controller = Controller(config.target_l0, config.steps, device)
-        self.recent = Recent(config, d_model, self.dtype, device, self._n_rows_of(1))
+        self.sample = Sample(config, d_model, self.dtype, device, self._n_rows_of(1))
         self.threshold = torch.zeros((), dtype=self.wide, device=device)
         self.explained = torch.zeros(3, dtype=torch.float64, device=device)  # Σ errors: shared, whole; Σ ‖x‖²
         scalars = dict.fromkeys(("steps", "rows", "square", "loss", "l0", "aux", "grad_norm", "clipped"), 1)
@@ -117,7 +117,7 @@ class Member:
     def step(self, batch: Batch) -> None:
         """One optimiser step on this process's rows of the batch. Fetches nothing from the device."""
         self.schedule.set(self.n_steps)
-        self.recent.see(batch.x, self.n_steps)
+        self.sample.see(batch.x, self.n_steps)
         if self.n_steps == 0 and self.draws_thresholds:
             self._draw_thresholds(batch)
         self.recorded.run(self._kind(batch), lambda: self._step(batch))
@@ -136,14 +136,14 @@ class Member:
         log_threshold.fill_(math.log(max(float(found), 1e-12)))
 
     def calibrate(self) -> None:
-        """batchtopk: let the threshold keep k latents a row of the newest rows, under the weights as they are now (syncs).
+        """batchtopk: let the threshold keep k latents a row of the sample's rows, under the weights as they are now (syncs).
 
         In a data-parallel group every process calls it at the same step, before one of them calls `sae`.
         """
         if self.config.activation != "batchtopk" or not self.n_steps:
             return
-        rows = self.recent.rows(self.n_steps)
-        pieces = torch.split(rows, self.recent.per_step)
+        rows = self.sample.rows(self.n_steps)
+        pieces = torch.split(rows, self.sample.per_step)
         n_keep = self.config.k * len(rows)
         bound = float(batch_threshold(self._before_selection(pieces[0]), self.config.k * len(pieces[0]))) / 2
         large = self._above(pieces, bound)
@@ -352,7 +352,7 @@ class Member:
 
     def state(self) -> dict[str, Tensor]:
         """All that `load_state` needs to go on bit-identically: the tensors themselves, so write them before stepping on."""
-        estimates = {"controller": self.controller.state} | self.recent.state()
+        estimates = {"controller": self.controller.state} | self.sample.state()
         counters = {"rows_since_fired": self.rows_since_fired, "sums": self.sums.flat}
         position = {"n_steps": torch.tensor(self.n_steps), "n_rows": torch.tensor(self.n_rows)}
         if self.config.alpha == "auto":
