@@ -47,6 +47,7 @@ class EvaluateConfig:
     probing: ProbingConfig | None = None
     latents: str = ""
     allow_other_store: bool = False
+    allow_other_model: bool = False
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.scores) - set(SCORES)):

@@ -30,7 +30,12 @@ def select(job: Job, paths: Sequence[Path]) -> Selection:
     for path in paths:
         try:
             checkpoint = open_checkpoint(path)
-            require_fit(checkpoint, job.store, job.config.allow_other_store)
+            require_fit(
+                checkpoint,
+                job.store,
+                allow_other_store=job.config.allow_other_store,
+                allow_other_model=job.config.allow_other_model,
+            )
             resolve_levels(job.config.levels, checkpoint)
             loss_curve(checkpoint)  # read again when results are written: what is wrong with it is better known now
         except PipelineError as error:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import pipeline
 from evaluate.checkpoints.find import find_checkpoints, open_checkpoint, require_fit
-from evaluate.checkpoints.foreign import load_foreign
 from evaluate.results import read_result
 from evaluate.run import EvaluateConfig, run
-from pipeline.base.errors import CheckpointError, DamagedError
+from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
+from pipeline.experiment.describe import describe, verify
+from pipeline.sae.export import export
+from pipeline.sae.foreign import load_foreign
 from pipeline.store.reader import Store
 from support import lm_stores
+from train.step.weights import named_by_content, path_of
 
 D, F = 64, 96
 
@@ -98,6 +105,38 @@ def test_saelens_jumprelu_sae(tmp_path: Path) -> None:
     same(saelens(tmp_path / "s", w | {"threshold": threshold}, architecture="jumprelu"), a.relu() * (a > threshold), w)
 
 
+def test_old_saelens_topk_is_topk(tmp_path: Path) -> None:
+    """A folder of an old SAELens says topk in activation_fn_str: it is no ReLU."""
+    w = weights()
+    folder = saelens(tmp_path / "s", w, activation_fn_str="topk", activation_fn_kwargs={"k": 7}, hook_layer=1)
+    same(folder, top(centred(w), 7), w)
+
+
+def test_sparsify_sae(tmp_path: Path) -> None:
+    """A sparsify SAE is a topk, and its folder names the hook."""
+    w = weights()
+    folder = tmp_path / "layers.1"
+    folder.mkdir()
+    (folder / "cfg.json").write_text(json.dumps({"k": 9, "d_in": D, "expansion_factor": 2, "multi_topk": False}))
+    tensors = {"encoder.weight": w["W_enc"].T.contiguous(), "encoder.bias": w["b_enc"]}
+    save_file(tensors | {"W_dec": w["W_dec"], "b_dec": w["b_dec"]}, folder / "sae.safetensors")
+    same(folder, top(centred(w), 9), w)
+    assert load_foreign(folder)[1]["store"] == {"hook": "resid_post", "layer": 1}
+
+
+def test_gemma_scope_sae(tmp_path: Path) -> None:
+    """A Gemma Scope SAE is a jumprelu that does not subtract b_dec, and its path names layer and hook."""
+    w, threshold = weights(), torch.linspace(0, 1, F)
+    folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_20" / "width_16k" / "average_l0_71"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **{name: t.numpy() for name, t in (w | {"threshold": threshold}).items()})
+    a = rows() @ w["W_enc"] + w["b_enc"]
+    same(folder, a.relu() * (a > threshold), w)
+    provenance = load_foreign(folder)[1]
+    assert provenance["store"] == {"hook": "resid_post", "layer": 20}
+    assert provenance["member"] == "width_16k-average_l0_71"
+
+
 def test_dictionary_learning_autoencoder(tmp_path: Path) -> None:
     """A dictionary_learning autoencoder computes the same here."""
     w = weights()
@@ -133,7 +172,13 @@ def test_jumprelu_without_b_dec_subtraction(tmp_path: Path) -> None:
     [
         ({"architecture": "gated"}, "architecture 'gated' cannot be read"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm' cannot be read"),
-        ({"metadata": {"hook_name": "blocks.1.hook_mlp_out"}}, "made for 'blocks.1.hook_mlp_out'"),
+        ({"metadata": {"hook_name": "blocks.1.attn.hook_q"}}, "made for 'blocks.1.attn.hook_q'"),
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn_str 'tanh-relu' cannot be read"),
+        ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor 'True' cannot be read"),
+        ({"metadata": {"hook_head_index": 3}}, "hook_head_index '3' cannot be read"),
+        ({"temperature": 2.0}, "cfg.json says 'temperature'"),
+        ({"d_sae": F + 1}, "W_enc should be floats of shape"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": F + 1}}, "topk cannot keep k"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
@@ -174,7 +219,7 @@ def test_foreign_sae_is_evaluated_beside_ours(tmp_path: Path) -> None:
     """An SAE made elsewhere is evaluated beside ours."""
     store = lm_stores.make_lm_store(tmp_path, eval_sequences=4)
     lm_stores.save_member(tmp_path / "all", store, lm_stores.make_sae(store))
-    saelens(tmp_path / "all" / "theirs", weights())
+    saelens(tmp_path / "all" / "theirs", weights(), metadata={"hook_name": "model.layers.1", "model_name": "Model"})
     outcome = run(EvaluateConfig(store.path, tmp_path / "out", scores=("ev", "l0")), [tmp_path / "all"])
     assert not outcome.failed
     ours, theirs = (read_result(Path(entry["path"])) for entry in outcome.results)
@@ -186,10 +231,109 @@ def test_foreign_sae_is_evaluated_beside_ours(tmp_path: Path) -> None:
 def test_sae_of_another_layer_is_refused(tmp_path: Path, tiny_store: Path) -> None:
     """An SAE of another layer is refused."""
     folder = saelens(tmp_path / "s", weights(), metadata={"hook_name": "blocks.4.hook_resid_pre"})
-    require_fit(open_checkpoint(folder), Store.open(tiny_store), allow_other_store=False)  # resid_pre 4 is resid_post 3
+    require_fit(open_checkpoint(folder), Store.open(tiny_store))  # resid_pre 4 is resid_post 3
     folder = saelens(tmp_path / "t", weights(), metadata={"hook_name": "blocks.4.hook_resid_post"})
     with pytest.raises(CheckpointError, match=r"trained on layer 4, store .* has 3"):
-        require_fit(open_checkpoint(folder), Store.open(tiny_store), allow_other_store=False)
+        require_fit(open_checkpoint(folder), Store.open(tiny_store))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"hook_name": "blocks.3.hook_mlp_out"}, "trained on hook 'mlp_out', store .* has 'resid_post'"),
+        (
+            {"hook_name": "blocks.3.hook_resid_post", "model_name": "other"},
+            "trained on model 'other'.*--allow-other-model",
+        ),
+    ],
+)
+def test_other_hook_or_model_is_refused(
+    tmp_path: Path, tiny_store: Path, metadata: dict[str, Any], message: str
+) -> None:
+    """An SAE of another hook or model is refused; another model may be meant."""
+    checkpoint, store = open_checkpoint(saelens(tmp_path / "s", weights(), metadata=metadata)), Store.open(tiny_store)
+    with pytest.raises(CheckpointError, match=message):
+        require_fit(checkpoint, store)
+    if "model_name" in metadata:
+        require_fit(checkpoint, store, allow_other_model=True)
+
+
+def test_suites_of_equal_names_stay_apart(tmp_path: Path) -> None:
+    """trainer_0 of several folders is found in each, and has a name of its own."""
+    for name in ("a", "b"):
+        (tmp_path / "suite" / name).mkdir(parents=True)
+        dictionary(tmp_path / "suite" / name / "trainer_0", "AutoEncoder", linear_style(weights()))
+    found, failed = find_checkpoints([tmp_path / "suite"], all_steps=False)
+    assert [open_checkpoint(path).member for path in found] == ["a-trainer_0", "b-trainer_0"]
+    assert not failed
+
+
+def test_foreign_saes_work_wherever_ours_do(tmp_path: Path) -> None:
+    """load, describe, verify, export and init_from take a folder made elsewhere."""
+    w = weights()
+    folder = saelens(tmp_path / "s", w)
+    torch.testing.assert_close(pipeline.load(folder).encode(rows()), centred(w).relu(), rtol=1e-4, atol=1e-5)
+    assert describe(str(folder))["width"] == F
+    assert verify(str(folder)) == []
+    (exported,) = export(folder, "dictionary-learning", tmp_path / "e")
+    same(exported, centred(w).relu(), w)
+    assert load_foreign(exported)[1]["store"] == {"hook": "resid_post", "layer": 1, "model": "tiny"}
+    assert path_of(named_by_content(str(folder))) == folder
+    (folder / "sae_weights.safetensors").write_bytes(b"no")
+    assert "cannot be read" in verify(str(folder))[0]
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Some bytes flipped, cut out, doubled or replaced by what JSON readers trip over."""
+    tricks = [b"null", b"-1", b"1e999", b"NaN", b"[[[[", b'"\\ud800"', b"{}", b"9" * 30, b"\xff", b"true", b'"x"', b""]
+    out = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(out) + 1)
+        out[at : at + rng.choice([0, 1, 2, 8, 64])] = rng.choice([*tricks, bytes([rng.randrange(256)])])
+    return bytes(out)
+
+
+def fuzz(make: Callable[[Path], Path], tmp_path: Path, n: int, seed: int) -> int:
+    """Read n mutated folders; how many were refused, each in one line. Anything else that is raised is a traceback."""
+    rng, refused = random.Random(seed), []
+    folder = make(tmp_path / f"fuzzed{seed}")
+    whole = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    for _ in range(n):
+        changed = rng.choice(sorted(whole))
+        for path, data in whole.items():
+            path.write_bytes(mutated(data, rng) if path == changed else data)
+        try:
+            open_checkpoint(folder)
+        except PipelineError as error:
+            refused.append(str(error))
+    assert [message for message in refused if "\n" in message or len(message) > 1000] == []
+    return len(refused)
+
+
+def some_saelens(folder: Path) -> Path:
+    return saelens(
+        folder, weights(), activation_fn_str="topk", activation_fn_kwargs={"k": 7}, apply_b_dec_to_input=False
+    )
+
+
+def some_dictionary(folder: Path) -> Path:
+    state = weights() | {"threshold": torch.tensor(0.3), "k": torch.tensor(20), "group_sizes": torch.tensor([16, 80])}
+    return dictionary(folder, "MatryoshkaBatchTopKSAE", state, submodule_name="resid_post_layer_1")
+
+
+@pytest.mark.parametrize("make", [some_saelens, some_dictionary])
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_folder_is_one_line(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    """A folder whose bytes were changed is read or refused in one line, never a traceback."""
+    assert fuzz(make, tmp_path, 300, seed=0) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [some_saelens, some_dictionary])
+@pytest.mark.filterwarnings("ignore")
+def test_many_mutated_folders_are_one_line(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    """As above, ten thousand of them."""
+    assert fuzz(make, tmp_path, 10_000, seed=1) > 3000
 
 
 def test_folder_of_folders_is_searched(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pipeline.base.errors import DivergedError
 from pipeline.base.files import disk_errors, hash_file
 from pipeline.base.progress import say
 from pipeline.base.runtime import git_state, versions
-from pipeline.sae.checkpoint import load_checkpoint
+from pipeline.sae.foreign import load_sae
 from train.feed.loader import Loader
 from train.folder import Keep
 from train.log import Log, open_logs
@@ -64,7 +64,7 @@ class Trainee:
             self.member.load_state(state)
             metrics_sha256 = header["metrics_sha256"]
         elif self.task.config.init_from:
-            self.member.load_weights(load_checkpoint(path_of(self.task.config.init_from))[0])
+            self.member.load_weights(load_sae(path_of(self.task.config.init_from))[0])
         if self.writes:
             self.folder.truncate(self.member.n_steps)
             if metrics_sha256 is not None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluate.checkpoints.foreign import foreign_sha256, is_foreign, load_foreign
 from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import hash_file, read_json
-from pipeline.sae.checkpoint import load_checkpoint, read_header
+from pipeline.sae.foreign import foreign_sha256, is_foreign, load_sae, read_sae
 from pipeline.sae.nested import NestedSAE, SAEConfig
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Checkpoint:
 
     def load(self) -> NestedSAE:
         """The SAE in float32 on the CPU. Raises CheckpointError or DamagedError."""
-        return load_foreign(self.path)[0] if is_foreign(self.path) else load_checkpoint(self.path)[0]
+        return load_sae(self.path)[0]
 
     def to_dict(self) -> dict[str, Any]:
         """What results say about their checkpoint."""
@@ -58,12 +57,9 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint's header and hash its bytes; an SAE made elsewhere has step 0. Raises CheckpointError or DamagedError."""
     try:
-        if is_foreign(path):
-            sae, provenance = load_foreign(path)
-            found = Checkpoint(path, foreign_sha256(path), sae.config, 0, provenance)
-        else:
-            header = read_header(path)
-            found = Checkpoint(path, hash_file(path), header.sae, header.step, header.provenance)
+        header = read_sae(path)
+        content = foreign_sha256(path) if is_foreign(path) else hash_file(path)
+        found = Checkpoint(path, content, header.sae, header.step, header.provenance)
     except PipelineError:
         raise
     except OSError as error:
@@ -106,17 +102,30 @@ def find_checkpoints(places: Sequence[Path], all_steps: bool) -> tuple[list[Path
     return list(found), failed
 
 
+DEEPEST_SUITE = 4
+"""Folders in folders that are searched for SAEs: suites of others lie as MODEL/LAYER/trainer_0."""
+
+
 def saes_in(place: Path) -> list[Path]:
     """A file, a member's folder or an SAE made elsewhere as it is; of another folder those in it, sorted by name."""
     if not place.exists():
         raise CheckpointError(f"{place}: no such checkpoint or folder")
     if place.is_file() or holds_sae(place):
         return [place]
-    if not (members := sorted(filter(holds_sae, place.iterdir()))):
+    if not (members := list(below(place, DEEPEST_SUITE))):
         raise CheckpointError(
             f"{place}: holds no training member (folder with config.json); name a checkpoint or train's --out"
         )
     return members
+
+
+def below(folder: Path, depth: int) -> Iterator[Path]:
+    """Members and SAEs made elsewhere in a folder and, where a folder in it is neither, in that."""
+    for child in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if holds_sae(child):
+            yield child
+        elif depth > 1 and not child.is_symlink():
+            yield from below(child, depth - 1)
 
 
 def holds_sae(folder: Path) -> bool:
@@ -150,11 +159,14 @@ def member_checkpoints(folder: Path, all_steps: bool) -> list[Path]:
     return [final]
 
 
-def require_fit(checkpoint: Checkpoint, store: Store, allow_other_store: bool) -> None:
+def require_fit(
+    checkpoint: Checkpoint, store: Store, *, allow_other_store: bool = False, allow_other_model: bool = False
+) -> None:
     """Raise CheckpointError, naming both sides, unless the checkpoint was trained on rows like the store's.
 
-    Checked are width of the rows, layer, model, weights and, unless `allow_other_store`, the store itself: another store
-    may have trained it on what is this one's evaluation split. What an SAE made elsewhere does not say is not checked.
+    Checked are width of the rows, hook, layer and, unless they are allowed to differ, model, weights and the store itself:
+    another store may have trained it on what is this one's evaluation split. What an SAE made elsewhere does not say is not
+    checked; its model's name is compared without its owner.
     """
     where, trained = f"{checkpoint.path}", checkpoint.provenance.get("store") or {}
     if checkpoint.sae.d_model != store.d_model:
@@ -162,20 +174,39 @@ def require_fit(checkpoint: Checkpoint, store: Store, allow_other_store: bool) -
             f"{where}: its rows have {checkpoint.sae.d_model} dimensions, those of store {store.path} have {store.d_model}; "
             "use the store it was trained on"
         )
-    here = {"layer": store.config["layer"], "weights_sha256": store.config["weights_sha256"], "id": store.id}
-    if "weights_sha256" not in trained:
+    here = {"hook": store.config.get("hook", "resid_post"), "layer": store.config["layer"]}
+    if not allow_other_model and "weights_sha256" in trained:
+        here |= {"weights_sha256": store.config["weights_sha256"]}
+    elif not allow_other_model:
         here |= {"model": store.config["model"]}  # by name, where no hash says more: a path may differ between machines
-    if allow_other_store:
-        del here["id"]
-    words = {"layer": "layer", "model": "model", "weights_sha256": "model weights", "id": "store"}
+    if not allow_other_store:
+        here |= {"id": store.id}
+    words = {"weights_sha256": "model weights", "id": "store"}
+    hints = {
+        "weights_sha256": "; --allow-other-model if that is meant",
+        "model": "; --allow-other-model if that is meant",
+        "id": "; --allow-other-store if no evaluation text was trained on",
+    }
     for name, value in here.items():
-        if name in trained and trained[name] != value:
-            hint = "; --allow-other-store if no evaluation text was trained on" if name == "id" else ""
+        if name in trained and not agree(name, trained[name], value):
             named = f" ({trained.get('model')} against {store.config['model']})" if name == "weights_sha256" else ""
             raise CheckpointError(
-                f"{where}: trained on {words[name]} {trained[name]!r}, store {store.path} has {value!r}{named}; "
-                f"use the store it was trained on{hint}"
+                f"{where}: trained on {words.get(name, name)} {trained[name]!r}, store {store.path} has {value!r}{named}; "
+                f"use the store it was trained on{hints.get(name, '')}"
             )
+
+
+def agree(name: str, one: object, other: object) -> bool:
+    """Whether two values mean the same; models are compared by the last part of their name, in any case."""
+    if name != "model" or not isinstance(one, str) or not isinstance(other, str):
+        return one == other
+    first, second = ({"gpt2-small": "gpt2"}.get(short, short) for short in map(short_name, (one, other)))
+    return first == second
+
+
+def short_name(model: str) -> str:
+    """google/gemma-2-2b and /models/Gemma-2-2B/ as gemma-2-2b."""
+    return model.rstrip("/").rpartition("/")[2].casefold()
 
 
 def resolve_levels(levels: str, checkpoint: Checkpoint) -> list[int]:

@@ -8,19 +8,21 @@ from typing import Any
 
 from pipeline.base.errors import PipelineError
 from pipeline.base.files import hash_file, read_json
-from pipeline.sae import checkpoint
+from pipeline.sae import foreign
 from pipeline.store.backend import is_url
 from pipeline.store.reader import Store, describe_store
 
 
 def kind_of(path: Path) -> str:
-    """store, stores, checkpoint, member, training, results or nothing we know (PipelineError)."""
+    """store, stores, checkpoint, foreign (made elsewhere), member, training, results or nothing we know (PipelineError)."""
     if path.suffix == ".safetensors":
         return "checkpoint"
     if path.suffix == ".json" and path.is_file():
         return "results"
     if (path / "zarr.json").exists():
         return "store"
+    if foreign.is_foreign(path):
+        return "foreign"
     if (path / "config.json").exists() and (path / "checkpoints").is_dir():
         return "member"
     if any(path.glob("*.zarr/zarr.json")):
@@ -46,10 +48,12 @@ def describe(place: str) -> dict[str, Any]:
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
-    header = checkpoint.read_header(path)
+    header = foreign.read_sae(path)
     sae = header.sae
+    files = [path / name for name in foreign.require_format(path).files] if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
     shape = {"d_model": sae.d_model, "width": sae.width, "levels": list(sae.levels), "shared": sae.n_shared}
-    return {"step": header.step, **shape, "sae": sae.to_dict(), "bytes": path.stat().st_size, **header.provenance}
+    return {"step": header.step, **shape, "sae": sae.to_dict(), "bytes": size, **header.provenance}
 
 
 def describe_member(path: Path) -> dict[str, Any]:
@@ -70,6 +74,7 @@ DESCRIBERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "store": lambda path: describe_store(Store.open(path, complete=False)),
     "stores": describe_many("*.zarr/zarr.json", lambda path: describe_store(Store.open(path, complete=False))),
     "checkpoint": describe_checkpoint,
+    "foreign": describe_checkpoint,
     "member": describe_member,
     "training": describe_many("*/config.json", describe_member),
     "results": read_json,
@@ -97,8 +102,8 @@ def verify_path(path: Path) -> list[str]:
             return verify_store(path)
         if kind == "stores":
             return [problem for store in sorted(path.glob("*.zarr")) for problem in verify_store(store)]
-        if kind == "checkpoint":
-            checkpoint.load_checkpoint(path)
+        if kind in ("checkpoint", "foreign"):  # of a folder made elsewhere: that it can be read, whole and exactly
+            foreign.load_sae(path)
         if kind == "member":
             return verify_member(path)
         if kind == "training":

@@ -14,7 +14,7 @@ from pipeline.base.errors import UsageError
 from pipeline.base.runtime import resolve_device
 from pipeline.live.attach import attach
 from pipeline.model.split_lm import SplitLM, load_tokenizer
-from pipeline.sae.checkpoint import load_checkpoint
+from pipeline.sae.foreign import load_sae
 from pipeline.sae.hub import find_checkpoint
 from pipeline.sae.nested import NestedSAE
 
@@ -45,11 +45,13 @@ def inspect_checkpoint(
     """
     path = find_checkpoint(source)
     where = resolve_device(device)
-    sae, header = load_checkpoint(path, where)
+    sae, header = load_sae(path, where)
     store = header.provenance.get("store") or {}
     model, layer = model or store.get("model"), layer if layer is not None else store.get("layer")
     if model is None or layer is None:
         raise UsageError(f"{path}: does not say which model and layer it is for; give --model and --layer")
+    if (hook := store.get("hook", "resid_post")) != "resid_post":
+        raise UsageError(f"{path}: made for {hook} of layer {layer}; only SAEs of the stream after a layer are shown")
     tokenizer = load_tokenizer(str(model))
     lm = SplitLM.load(str(model), dtype="auto", device=where, part="whole", layers=[int(layer)])
     return sae, inspect_text(lm.model, tokenizer, sae, int(layer), text, top)

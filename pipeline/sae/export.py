@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pipeline.base.errors import DiskError, UsageError
 from pipeline.base.files import atomic, write_bytes, write_json
-from pipeline.sae.checkpoint import Header, load_checkpoint
+from pipeline.sae.checkpoint import Header
+from pipeline.sae.foreign import load_sae
 from pipeline.sae.nested import NestedSAE
 
 Format = Literal["saelens", "dictionary-learning"]
@@ -31,13 +32,13 @@ SAELENS_NESTED = "nested_layernorm"
 
 
 def export(checkpoint: Path, kind: Format, out: Path, level: int | None = None) -> list[Path]:
-    """Export a checkpoint: the whole dictionary to `out`, or each level l to `out/level_l`, or one of them.
+    """Export a checkpoint, or an SAE made elsewhere: the whole dictionary to `out`, each level l to `out/level_l`, or one.
 
     `level`: None for the whole dictionary, −1 for every level, else one. Returns the folders written. Raises UsageError
     for what the format cannot express (a level of topk; LayerNorm in dictionary_learning), DiskError when a folder
     holds something else.
     """
-    sae, header = load_checkpoint(checkpoint)
+    sae, header = load_sae(checkpoint)
     if level is None:
         return [export_one(sae, header, kind, out)]
     n_levels = sae.config.n_levels
@@ -128,7 +129,7 @@ def saelens_metadata(header: Header) -> dict[str, Any]:
         "sae_lens_version": "6.0.0",
         "sae_lens_training_version": None,
         "model_name": str(store.get("model", "")).split("/")[-1],
-        "hook_name": f"blocks.{store.get('layer')}.hook_resid_post",
+        "hook_name": f"blocks.{store.get('layer')}.hook_{store.get('hook', 'resid_post')}",
         "hook_head_index": None,
         "context_size": store.get("context"),
         "prepend_bos": True,
@@ -152,7 +153,7 @@ def write_dictionary_learning(sae: NestedSAE, header: Header, folder: Path) -> N
         "dict_size": config.width,
         "layer": store.get("layer"),
         "lm_name": store.get("model"),
-        "submodule_name": f"resid_post_layer_{store.get('layer')}",
+        "submodule_name": f"{store.get('hook', 'resid_post')}_layer_{store.get('layer')}",
         "k": config.k,
         "group_sizes": [block.stop - block.start for block in config.blocks],
     }

@@ -14,6 +14,7 @@ import torch
 from pipeline.base.errors import CheckpointError
 from pipeline.base.files import hash_file, read_json, write_bytes
 from pipeline.sae.checkpoint import load_checkpoint, read_header
+from pipeline.sae.foreign import is_foreign, load_sae
 from pipeline.sae.nested import NestedSAE
 
 WEIGHTS, RESULTS = "sae.safetensors", "results.json"
@@ -22,14 +23,15 @@ WEIGHTS, RESULTS = "sae.safetensors", "results.json"
 def load(source: str | Path, device: torch.device | str = "cpu") -> NestedSAE:
     """An SAE ready for `encode`, `decode` and `decode_level` on raw residuals.
 
-    `source`: a checkpoint file, a member's folder (its final checkpoint), a folder with one checkpoint, or the id of a
-    Hub repository ("owner/name"). Raises CheckpointError when there is none or more than one.
+    `source`: a checkpoint file, a member's folder (its final checkpoint), a folder with one checkpoint, one of another
+    trainer (`pipeline.sae.foreign`), or the id of a Hub repository ("owner/name"). Raises CheckpointError when there is
+    none or more than one.
     """
-    return load_checkpoint(find_checkpoint(source), device)[0]
+    return load_sae(find_checkpoint(source), device)[0]
 
 
 def find_checkpoint(source: str | Path) -> Path:
-    """The one checkpoint file that `source` means (see `load`). Raises CheckpointError."""
+    """The one checkpoint file, or folder made elsewhere, that `source` means (see `load`). Raises CheckpointError."""
     path = Path(source)
     if path.is_file():
         return path
@@ -41,7 +43,12 @@ def find_checkpoint(source: str | Path) -> Path:
 
 
 def checkpoint_in(folder: Path) -> Path:
-    """The final checkpoint of a member's folder, or the only one of another. Raises CheckpointError."""
+    """The final checkpoint of a member's folder, the only one of another, or the folder of another trainer itself.
+
+    Raises CheckpointError.
+    """
+    if is_foreign(folder):
+        return folder
     if (folder / "complete.json").exists():
         return folder / str(read_json(folder / "complete.json")["final"])
     if (folder / "checkpoints").is_dir():

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.base.errors import CheckpointError
 from pipeline.base.files import hash_file
 from pipeline.base.runtime import torch_rng
+from pipeline.sae.foreign import foreign_sha256, is_foreign
 from pipeline.sae.nested import NestedSAE
 from train.config import TrainConfig
 
@@ -78,10 +79,15 @@ def first_l0(config: TrainConfig) -> float:
 
 
 def named_by_content(init_from: str) -> str:
-    """PATH#hash of the file, which makes another member of another SAE under the same path. Raises CheckpointError."""
-    if not Path(init_from).is_file():
-        raise CheckpointError(f"init_from {init_from}: no such file; give the path of a checkpoint")
-    return f"{init_from}#{hash_file(Path(init_from))[:16]}"
+    """PATH#hash of its content, which makes another member of another SAE under the same path. Raises CheckpointError."""
+    path = Path(init_from)
+    if is_foreign(path):
+        return f"{init_from}#{foreign_sha256(path)[:16]}"
+    if not path.is_file():
+        raise CheckpointError(
+            f"init_from {init_from}: give the path of a checkpoint, or of an SAE's folder made elsewhere"
+        )
+    return f"{init_from}#{hash_file(path)[:16]}"
 
 
 def path_of(init_from: str) -> Path:

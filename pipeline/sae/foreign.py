@@ -1,0 +1,369 @@
+"""SAEs made elsewhere, read as checkpoints. What decides what they compute is read exactly or refused by name.
+
+    SAELens               cfg.json, sae_weights.safetensors
+    dictionary_learning   config.json with a trainer, ae.pt: the one pickle we read, with weights_only
+    sparsify              cfg.json, sae.safetensors
+    Gemma Scope           params.npz
+
+All become a NestedSAE that computes the same latents up to float32 rounding. Rows are raw: center 0, scale 1.
+`load_sae` and `read_sae` take these folders and our own checkpoints alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.base.errors import CheckpointError, DamagedError, PipelineError, UsageError
+from pipeline.base.fields import Fields, require_plain
+from pipeline.base.files import hash_file, read_json, sha256
+from pipeline.sae.checkpoint import Header, load_checkpoint, read_header
+from pipeline.sae.nested import NestedSAE, SAEConfig
+
+Tensors = dict[str, Tensor]
+About = dict[str, Any]
+"""What a config says of where its SAE sits: hook, layer, model; what it does not say is not there."""
+
+SAELENS_ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
+SAELENS_NEUTRAL = {
+    "activation_fn": ("relu", "topk", "jumprelu"),
+    "normalize_activations": ("none",),
+    "reshape_activations": ("none",),
+    "rescale_acts_by_decoder_norm": (False,),
+    "finetuning_scaling_factor": (False, None),
+    "hook_head_index": (None,),
+}
+"""Fields that change what is computed, with the values that change nothing (or that `from_saelens` reads)."""
+SAELENS_READ = frozenset(
+    {
+        "architecture",
+        "activation_fn_str",
+        "activation_fn_kwargs",
+        "apply_b_dec_to_input",
+        "d_in",
+        "d_sae",
+        "hook_layer",
+        "hook_name",
+        "k",
+        "metadata",
+        "model_name",
+    }
+)
+SAELENS_HARMLESS = frozenset(
+    {
+        "context_size",
+        "dataset_path",
+        "dataset_trust_remote_code",
+        "device",
+        "dtype",
+        "from_pretrained_path",
+        "l1_coefficient",
+        "lp_norm",
+        "model_class_name",
+        "model_from_pretrained_kwargs",
+        "neuronpedia_id",
+        "noise_std",
+        "prepend_bos",
+        "sae_lens_training_version",
+        "sae_lens_version",
+        "seqpos_slice",
+    }
+)
+"""Fields that say how it was trained or stored, not what it computes."""
+DICTIONARY_ACTIVATIONS = {
+    "AutoEncoder": "relu",
+    "AutoEncoderTopK": "topk",
+    "BatchTopKSAE": "batchtopk",
+    "MatryoshkaBatchTopKSAE": "batchtopk",
+    "JumpReluAutoEncoder": "jumprelu",
+}
+SPARSIFY_NEUTRAL = {
+    "activation": ("topk",),
+    "skip_connection": (False,),
+    "transcode": (False,),
+}
+SPARSIFY_READ = frozenset(
+    {
+        "k",
+        "d_in",
+        "num_latents",
+        "expansion_factor",
+        "normalize_decoder",
+        "multi_topk",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A folder of another trainer: its config (or "") and its weights, and how to read them."""
+
+    source: str
+    config: str
+    weights: str
+    read: Callable[[Path, Mapping[str, Any], Tensors], tuple[NestedSAE, About]]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names in the folder."""
+        return (self.config, self.weights) if self.config else (self.weights,)
+
+
+def format_of(folder: Path) -> Format | None:
+    """The format that a folder holds, None for none of these."""
+    if not folder.is_dir():
+        return None
+    return next((f for f in FORMATS if all((folder / name).is_file() for name in f.files)), None)
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder holds an SAE made elsewhere."""
+    return format_of(folder) is not None
+
+
+def foreign_sha256(folder: Path) -> str:
+    """Hash over its files."""
+    return sha256("".join(f"{name} {hash_file(folder / name)}\n" for name in require_format(folder).files))
+
+
+def require_format(folder: Path) -> Format:
+    """The format of a folder. Raises CheckpointError when it holds none."""
+    if (found := format_of(folder)) is None:
+        raise CheckpointError(f"{folder}: expected {', '.join(f.source for f in FORMATS)}, found none of their files")
+    return found
+
+
+def load_sae(path: Path, device: torch.device | str = "cpu") -> tuple[NestedSAE, Header]:
+    """An SAE of a checkpoint file or of a folder made elsewhere, ready to encode. Raises CheckpointError, DamagedError."""
+    if not path.is_dir():
+        return load_checkpoint(path, device)
+    sae, provenance = load_foreign(path)
+    return sae.to(device), Header(sae.config, 0, provenance)
+
+
+def read_sae(path: Path) -> Header:
+    """What a checkpoint, or a folder made elsewhere, says about itself."""
+    return load_sae(path)[1] if path.is_dir() else read_header(path)
+
+
+def load_foreign(folder: Path) -> tuple[NestedSAE, dict[str, Any]]:
+    """The SAE, and a provenance {member, source, config, store: what it says of hook, layer and model}.
+
+    Raises CheckpointError for what cannot be expressed or tensors that do not agree, DamagedError for a file that cannot
+    be read.
+    """
+    kind = require_format(folder)
+    data: Mapping[str, Any] = {}
+    if kind.config:
+        data = Fields(folder / kind.config, read_json(folder / kind.config)).data
+        require_plain(folder / kind.config, data)
+    tensors = read_tensors(folder / kind.weights)
+    try:
+        sae, about = kind.read(folder, data, tensors)
+    except UsageError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    except PipelineError:
+        raise
+    except (KeyError, RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else ""
+        raise CheckpointError(
+            f"{folder}: config and tensors do not agree ({type(error).__name__}: {reason})"
+        ) from error
+    known = {name: value for name, value in about.items() if value is not None}
+    provenance = {"member": member_name(folder), "source": kind.source, "config": data, "store": known}
+    return sae.eval().requires_grad_(False), provenance
+
+
+def member_name(folder: Path) -> str:
+    """The folder's name, behind its parent's where suites name all of theirs alike (trainer_0, layers.3)."""
+    folder = folder.resolve()
+    alike = re.fullmatch(r"(trainer|layer|layers|average_l0|canonical)([._]\d+)?(\..*)?", folder.name)
+    return f"{folder.parent.name}-{folder.name}" if alike else folder.name
+
+
+def read_tensors(path: Path) -> Tensors:
+    """Named tensors of a .safetensors, .npz or ae.pt, in float32 where they are floats; nothing else is unpickled."""
+    try:
+        if path.suffix == ".safetensors":
+            state: object = load_file(path)
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        else:
+            state = torch.load(path, "cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+            raise DamagedError(f"{path}: not a table of tensors; get it again")
+        return {str(name): t.float() if t.is_floating_point() else t for name, t in state.items()}
+    except PipelineError:
+        raise
+    except Exception as error:  # what a damaged zip, npy or pickle makes their readers raise is of any kind
+        first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise DamagedError(f"{path}: cannot be read ({first}); get it again") from error
+
+
+def hook_point(folder: Path, name: str) -> About:
+    """Layer and hook of a name of TransformerLens, transformers or dictionary_learning. Raises CheckpointError for others.
+
+    The stream before layer n is that after layer n − 1.
+    """
+    patterns = (
+        r"blocks\.(?P<layer>\d+)\.hook_(?P<hook>resid_post|resid_pre|resid_mid|mlp_out|attn_out)",
+        r"(?P<hook>resid_post|resid_pre|resid_mid|mlp_out|attn_out|attention_out)_layer_(?P<layer>\d+)",
+        r"(?:(?:model|transformer|gpt_neox|language_model)\.)*(?:layers|h)\.(?P<layer>\d+)(?:\.(?P<hook>mlp))?",
+    )
+    match = next((m for pattern in patterns if (m := re.fullmatch(pattern, name))), None)
+    if match is None:
+        raise CheckpointError(f"{folder}: made for {name!r}, a hook that is not known here; it cannot be placed")
+    layer, hook = int(match["layer"]), match["hook"] or "resid_post"
+    if hook == "resid_pre":
+        return {"hook": "resid_post", "layer": layer - 1} if layer else {"hook": "embed"}
+    return {"hook": {"mlp": "mlp_out", "attention_out": "attn_out"}.get(hook, hook), "layer": layer}
+
+
+def from_saelens(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
+    """standard, topk or jumprelu: act((x − b_dec · apply) W_enc + b_enc), decode z W_dec + b_dec.
+
+    In folders of older versions `activation_fn_str` says what a standard SAE applies, and its kwargs hold k.
+    """
+    fields = Fields(folder / "cfg.json", data)
+    architecture = fields.text("architecture", "standard")
+    refuse_unless(folder, "architecture", architecture, tuple(SAELENS_ACTIVATIONS))
+    for name, neutral in SAELENS_NEUTRAL.items():  # others must be folded into the weights first
+        refuse_unless(folder, name, data.get(name, neutral[0]), neutral)
+    if unknown := sorted(data.keys() - SAELENS_READ - SAELENS_NEUTRAL.keys() - SAELENS_HARMLESS):
+        raise CheckpointError(
+            f"{folder}: cfg.json says {unknown[0]!r}, of which is not known whether it changes latents"
+        )
+    activation = SAELENS_ACTIVATIONS[architecture]
+    old = fields.text("activation_fn_str", "relu")
+    refuse_unless(folder, "activation_fn_str", old, ("relu", "topk"))
+    if old == "topk":
+        refuse_unless(folder, "architecture (with activation_fn_str 'topk')", architecture, ("standard", "topk"))
+        activation = "topk"
+    k = fields.whole("k", fields.inner("activation_fn_kwargs").whole("k", 0)) if activation == "topk" else 0
+    only(folder, tensors, "W_enc W_dec b_enc b_dec" + " threshold" * (activation == "jumprelu"))
+    require_size(folder, tensors, data.get("d_in"), data.get("d_sae"))
+    applies = data.get("apply_b_dec_to_input", True)
+    refuse_unless(folder, "apply_b_dec_to_input", applies, (True, False))
+    sae = assemble(activation, k, [len(tensors["W_dec"])], tensors if applies else uncentred(tensors))
+    metadata = fields.inner("metadata") if data.get("metadata") else fields
+    refuse_unless(folder, "hook_head_index", metadata.data.get("hook_head_index"), (None,))
+    about: About = {"model": metadata.text("model_name", "") or None}
+    return sae, about | (hook_point(folder, hook) if (hook := metadata.text("hook_name", "")) else {})
+
+
+def from_dictionary_learning(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
+    """AutoEncoder, TopK, BatchTopK, Matryoshka (its groups become levels) or JumpRelu, in either style of names."""
+    trainer = Fields(folder / "config.json", data).inner("trainer")
+    kind = trainer.text("dict_class")
+    refuse_unless(folder, "dict_class", kind, tuple(DICTIONARY_ACTIVATIONS))
+    activation = DICTIONARY_ACTIVATIONS[kind]
+    held = "encoder.weight encoder.bias decoder.weight bias W_enc W_dec b_enc b_dec threshold k group_sizes"
+    only(folder, tensors, held, needed=False)
+    if "encoder.weight" in tensors:
+        bias = "bias" if "bias" in tensors else "b_dec"
+        same = {"W_enc": tensors["encoder.weight"].T, "W_dec": tensors["decoder.weight"].T, "b_dec": tensors[bias]}
+        tensors = tensors | same | {"b_enc": tensors["encoder.bias"]}
+    require_size(folder, tensors, trainer.some_whole("activation_dim"), trainer.some_whole("dict_size"))
+    if activation == "jumprelu":  # does not subtract b_dec
+        tensors = uncentred(tensors)
+    if activation == "batchtopk" and float(tensors["threshold"]) < 0:
+        raise CheckpointError(
+            f"{folder}: its threshold was never set (it is negative), so inference would differ from training"
+        )
+    sizes = tensors["group_sizes"].tolist() if "group_sizes" in tensors else [len(tensors["W_dec"])]
+    levels = torch.tensor(sizes).cumsum(0).tolist()
+    k = int(tensors["k"]) if "k" in tensors else trainer.whole("k", 0)
+    submodule = trainer.text("submodule_name", "")
+    layer = trainer.some_whole("layer")
+    about: About = {"layer": layer}
+    if re.search(r"\d", submodule):
+        about = hook_point(folder, submodule)
+    elif submodule and layer is not None:  # resid_post, with the layer beside it
+        about = hook_point(folder, f"{submodule}_layer_{layer}")
+    return assemble(activation, k, levels, tensors), about | {"model": trainer.text("lm_name", "") or None}
+
+
+def from_sparsify(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
+    """topk of relu((x − b_dec) W_enc + b_enc); the hook point is the folder's name."""
+    for name, neutral in SPARSIFY_NEUTRAL.items():
+        refuse_unless(folder, name, data.get(name, neutral[0]), neutral)
+    if unknown := sorted(data.keys() - SPARSIFY_READ - SPARSIFY_NEUTRAL.keys()):
+        raise CheckpointError(
+            f"{folder}: cfg.json says {unknown[0]!r}, of which is not known whether it changes latents"
+        )
+    only(folder, tensors, "encoder.weight encoder.bias W_dec b_dec")
+    fields = Fields(folder / "cfg.json", data)
+    tensors = tensors | {"W_enc": tensors["encoder.weight"].T, "b_enc": tensors["encoder.bias"]}
+    require_size(folder, tensors, fields.some_whole("d_in"), None)
+    sae = assemble("topk", fields.whole("k", least=1), [len(tensors["W_dec"])], tensors)
+    named = re.search(r"\d", folder.resolve().name)
+    return sae, hook_point(folder, folder.resolve().name) if named else {}
+
+
+def from_gemma_scope(folder: Path, _data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
+    """JumpReLU that does not subtract b_dec: a · (a > threshold), a = x W_enc + b_enc. The path names layer and hook."""
+    only(folder, tensors, "W_enc W_dec b_enc b_dec threshold")
+    sae = assemble("jumprelu", 0, [len(tensors["W_dec"])], uncentred(tensors))
+    path = str(folder.resolve())
+    layer = re.findall(r"/layer_(\d+)(?=/|$)", path)
+    release = re.findall(r"gemma-scope-[^/]*-(res|mlp|att)(?=[-/]|$)", path)
+    hook = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out"}[release[-1]] if release else None
+    return sae, {"layer": int(layer[-1]) if layer else None, "hook": hook}
+
+
+FORMATS = (
+    Format("SAELens", "cfg.json", "sae_weights.safetensors", from_saelens),
+    Format("dictionary_learning", "config.json", "ae.pt", from_dictionary_learning),
+    Format("sparsify", "cfg.json", "sae.safetensors", from_sparsify),
+    Format("Gemma Scope", "", "params.npz", from_gemma_scope),
+)
+
+
+def uncentred(tensors: Tensors) -> Tensors:
+    """Our tensors for an encoder that does not subtract b_dec: ours does, so its bias makes up for it."""
+    return tensors | {"b_enc": tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]}
+
+
+def assemble(activation: Any, k: int, levels: list[int], tensors: Tensors) -> NestedSAE:
+    """A NestedSAE of raw rows from tensors of our names; a single threshold goes to every latent."""
+    d_model, width = tensors["W_enc"].shape
+    select = k if activation in ("topk", "batchtopk") else 0
+    sae = NestedSAE(SAEConfig(d_model, width, tuple(int(m) for m in levels), activation, select))
+    state = {name: tensors[name].contiguous() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    if sae.config.has_threshold:
+        state["threshold"] = tensors["threshold"].expand(width).contiguous()
+    sae.load_state_dict(state | {"center": torch.zeros(d_model), "scale": torch.ones(())})
+    return sae
+
+
+def only(folder: Path, tensors: Tensors, names: str, *, needed: bool = True) -> None:
+    """Raise CheckpointError unless the tensors are exactly those named; where not all are needed, no others."""
+    known = set(names.split())
+    if unknown := sorted(tensors.keys() - known):
+        raise CheckpointError(f"{folder}: tensors {unknown} are not known here, so what they compute is not either")
+    if needed and (missing := sorted(known - tensors.keys())):
+        raise CheckpointError(f"{folder}: has no tensor {missing[0]!r}; get it again")
+
+
+def require_size(folder: Path, tensors: Tensors, d_model: object, width: object) -> None:
+    """Raise CheckpointError unless W_enc is a matrix of the size that the config says, where it says one."""
+    found = list(tensors["W_enc"].shape)
+    said = [d_model if d_model is not None else found[0], width if width is not None else found[-1]]
+    if len(found) != 2 or not tensors["W_enc"].is_floating_point() or found != said:
+        raise CheckpointError(f"{folder}: its W_enc should be floats of shape {said}, found {found}; get it again")
+
+
+def refuse_unless(folder: Path, name: str, value: object, known: tuple[object, ...]) -> None:
+    """Raise CheckpointError naming the field, its value and what can be expressed."""
+    if not any(value is one or (type(value) is type(one) and value == one) for one in known):
+        shown = str(value)[:60]
+        raise CheckpointError(f"{folder}: {name} {shown!r} cannot be read; known are {', '.join(map(repr, known))}")
