@@ -1,7 +1,7 @@
-"""What seeds allow one to say: intervals, tests against the flat baseline, Holm's correction, effect sizes.
+"""What replicates allow one to say: intervals, tests against the flat baseline, Holm's correction, effect sizes.
 
-scipy does the arithmetic. A seed fixes a member's initialisation; the order of the data is the same for all of a run,
-so intervals leave out what another order would do. One seed gives a mean and nothing else.
+scipy does the arithmetic. A replicate is a training that differs from its siblings by chance alone: a seed of the
+initialisation, an order of the data. One replicate gives a mean and nothing else.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from scipy import stats
 
 LEVEL, SIGNIFICANT = 0.95, 0.05
 """Coverage of every interval; what a corrected p value must stay below."""
-CAVEAT = "Intervals are over seeds of the initialisation; they leave out the order of the data, which all seeds share."
+Replicate = tuple[int, int]
+"""Order of the data and seed of the initialisation."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over n seeds; `half` is half the width of the 95 % t-interval (n − 1 degrees of freedom), None for one seed."""
+    """Mean over n replicates; `half` is half the width of the 95 % t-interval (n − 1 degrees of freedom), None for one."""
 
     mean: float
     half: float | None
@@ -43,8 +44,9 @@ class Estimate:
 class Comparison:
     """A two-sided t-test of one row against its baseline on one metric.
 
-    `difference` is row − baseline, `half` half its 95 % interval. `effect` is d_z (paired: mean over standard deviation of
-    the differences) or Hedges' g (Welch: pooled standard deviation, small-sample correction). `p` is uncorrected.
+    `difference` is row − baseline, `half` half its 95 % interval. `effect` is g_z (paired: mean over standard deviation of
+    the differences) or Hedges' g (Welch: over the pooled one), both with the small-sample correction 1 − 3 / (4 ν − 1),
+    ν degrees of freedom (Hedges 1981). `p` is uncorrected.
     """
 
     kind: Literal["paired", "Welch"]
@@ -59,11 +61,15 @@ class Comparison:
     @property
     def effect_name(self) -> str:
         """Which effect size `effect` is."""
-        return "d_z" if self.kind == "paired" else "Hedges g"
+        return "g_z" if self.kind == "paired" else "Hedges g"
+
+    def least(self, level: float) -> float:
+        """The smallest difference that a test at this level would have called significant, the spread being what it is."""
+        return self.half / t_quantile(self.df) * t_quantile(self.df, 1 - level)
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and t-interval of one value a seed; None without values."""
+    """Mean and t-interval of one value a replicate; None without values."""
     if not values:
         return None
     x, n = np.asarray(values, dtype=np.float64), len(values)
@@ -77,19 +83,24 @@ def interval_half(standard_error: float, df: float) -> float:
 
 
 @cache
-def t_quantile(df: float) -> float:
-    """What a standard error is multiplied by; curves ask for the same one thousands of times."""
-    return float(stats.t.ppf(0.5 + LEVEL / 2, df))
+def t_quantile(df: float, level: float = LEVEL) -> float:
+    """What a standard error is multiplied by for an interval of this coverage; curves ask for one thousands of times."""
+    return float(stats.t.isf((1 - level) / 2, df))
 
 
-def compare(row: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison | None:
-    """Test a row's values by seed against the baseline's: paired when every seed of the row has its pair, else Welch.
+def small_sample(df: float) -> float:
+    """Hedges' correction of a standardised difference, whose expectation few replicates overstate."""
+    return 1 - 3 / (4 * df - 1)
 
-    None when there is nothing to test with: fewer than two seeds on a side, or no variation between seeds at all.
+
+def compare(row: Mapping[Replicate, float], baseline: Mapping[Replicate, float]) -> Comparison | None:
+    """Test a row's values by replicate against the baseline's: paired when every one of the row has its pair, else Welch.
+
+    None when there is nothing to test with: fewer than two replicates on a side, or no variation between them at all.
     """
     if len(row) >= 2 and row.keys() <= baseline.keys():
-        seeds = sorted(row)
-        return compare_paired([row[s] for s in seeds], [baseline[s] for s in seeds])
+        common = sorted(row)
+        return compare_paired([row[r] for r in common], [baseline[r] for r in common])
     if len(row) >= 2 and len(baseline) >= 2:
         return compare_welch(list(row.values()), list(baseline.values()))
     return None
@@ -104,7 +115,8 @@ def compare_paired(row: Sequence[float], baseline: Sequence[float]) -> Compariso
         return None
     test, mean = stats.ttest_rel(x, y), float(difference.mean())
     half = interval_half(spread / math.sqrt(n), n - 1)
-    return Comparison("paired", (n, n), mean, half, float(test.statistic), n - 1, float(test.pvalue), mean / spread)
+    g = mean / spread * small_sample(n - 1)
+    return Comparison("paired", (n, n), mean, half, float(test.statistic), n - 1, float(test.pvalue), g)
 
 
 def compare_welch(row: Sequence[float], baseline: Sequence[float]) -> Comparison | None:
@@ -117,7 +129,7 @@ def compare_welch(row: Sequence[float], baseline: Sequence[float]) -> Comparison
     test = stats.ttest_ind(x, y, equal_var=False)
     half = interval_half(math.sqrt(v / n + w / m), float(test.df))
     pooled = math.sqrt(((n - 1) * v + (m - 1) * w) / (n + m - 2))
-    g = mean / pooled * (1 - 3 / (4 * (n + m) - 9))
+    g = mean / pooled * small_sample(n + m - 2)
     return Comparison("Welch", (n, m), mean, half, float(test.statistic), float(test.df), float(test.pvalue), g)
 
 
@@ -134,6 +146,12 @@ def holm(p: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p) - rank) * p[index]))
         adjusted[index] = running
     return adjusted
+
+
+def interpolated(x: float, points: Sequence[tuple[float, float]]) -> float:
+    """A value at x > 0 on the line through points (x, value), straight over log x; beyond its ends, that of the end."""
+    xs, values = zip(*sorted(points))
+    return float(np.interp(math.log(x), np.log(xs), values))
 
 
 def is_significant(p: float | None) -> bool:

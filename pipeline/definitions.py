@@ -19,6 +19,7 @@ class Metric:
     definition: str
 
 
+# What has no better way carries none: L0 and L1 say how sparse, evenness of use is good or bad with what is used for what.
 METRICS: dict[str, Metric] = {
     m.id: m
     for m in (
@@ -58,9 +59,9 @@ METRICS: dict[str, Metric] = {
             "relative_reconstruction_bias", "relative reconstruction bias", "fraction", "neither",
             "E‖x̂‖² / E[x·x̂]; below 1 is shrinkage",
         ),
-        Metric("l0", "L0", "latents/token", "lower", "mean count of non-zero latents a token"),
-        Metric("sparsity", "sparsity", "fraction", "higher", "share of latents that are zero: 1 − l0 / width"),
-        Metric("l1", "L1", "activation/token", "lower", "mean over tokens of Σ|z|"),
+        Metric("l0", "L0", "latents/token", "neither", "mean count of non-zero latents a token"),
+        Metric("sparsity", "sparsity", "fraction", "neither", "share of latents that are zero: 1 − l0 / width"),
+        Metric("l1", "L1", "activation/token", "neither", "mean over tokens of Σ|z|"),
         Metric("dead", "dead", "fraction", "lower", "share of latents that never fired on the stated sample"),
         Metric("alive", "alive", "fraction", "higher", "1 − dead"),
         Metric(
@@ -81,14 +82,6 @@ METRICS: dict[str, Metric] = {
             "scr when the latents of the other attribute are ablated and the spurious one is tested",
         ),
         Metric("tpp", "TPP", "fraction", "higher", "targeted probe perturbation after zero-ablating n latents"),
-        Metric(
-            "tpp_intended", "TPP, intended", "fraction", "higher",
-            "fall in accuracy of the probe of the class whose n latents are ablated, mean over classes",
-        ),
-        Metric(
-            "tpp_unintended", "TPP, unintended", "fraction", "lower",
-            "fall in accuracy of the other classes' probes, mean over classes; tpp = tpp_intended − tpp_unintended",
-        ),
         Metric(
             "tpp_intended", "TPP, intended", "accuracy", "higher",
             "accuracy that a class's own probe loses when the n latents of that class are ablated",
@@ -124,13 +117,13 @@ METRICS: dict[str, Metric] = {
             "share of a block's firings that latents of density > 0.1 make",
         ),
         Metric(
-            "entropy", "utilisation (entropy)", "fraction", "higher",
+            "entropy", "utilisation (entropy)", "fraction", "neither",
             "entropy of the shares of a block's firings over its maximum, ln of the number of latents; 1 is even use",
         ),
-        Metric("gini", "utilisation (Gini)", "fraction", "lower", "Gini coefficient of a block's densities; 0 is even use"),
+        Metric("gini", "utilisation (Gini)", "fraction", "neither", "Gini coefficient of a block's densities; 0 is even use"),
         Metric("encoder_decoder", "encoder–decoder cosine", "cosine", "neither", "cos of each encoder column and decoder row"),
         Metric(
-            "nearest", "nearest neighbour", "cosine", "lower",
+            "nearest", "nearest neighbour", "cosine", "neither",
             "largest cosine of each decoder row with another of the block named",
         ),
         Metric(

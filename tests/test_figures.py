@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from evaluate.report import svg
-from evaluate.report.drawing import band_of
+from evaluate.report.drawing import band_of, dodged, held
 from evaluate.report.figures import Figure, Missing, across_n, by_level, curve_of, loss
-from evaluate.report.figures_across import ablation, density, front, make_figures, median, pareto
+from evaluate.report.figures_across import ablation, density, front, front_lines, fronts, make_figures, median
 from evaluate.report.runs import Results, read_results
 from evaluate.report.scored import make_run
 from pipeline.base.files import read_json
@@ -152,7 +152,7 @@ def test_levels_show_shared_and_whole(results: Results) -> None:
 
 def test_every_checkpoint_is_a_named_point(results: Results, drawn: dict[str, list[str]]) -> None:
     """Every checkpoint is a point that says which it is."""
-    made = figure(pareto(results))
+    made = figure(fronts(results))
     assert len(made.numbers) == 2 * len(results.runs) == 24
     for panel, markup in zip(made.panels, drawn["pareto"]):
         titles = re.findall(r"<title>([^<]*)</title>", markup)
@@ -163,7 +163,7 @@ def test_every_checkpoint_is_a_named_point(results: Results, drawn: dict[str, li
 
 def test_hostile_tooltip_is_text(results: Results) -> None:
     """A tooltip from a hostile name is text."""
-    panel = figure(pareto(results)).panels[0]
+    panel = figure(fronts(results)).panels[0]
     hostile = svg.Panel(
         panel.id, panel.title, "", "", panel.draw, dict.fromkeys(panel.tips, "</title><script>alert(1)</script>")
     )
@@ -204,11 +204,11 @@ def test_ablations_vary_one_numeric_setting(tmp_path: Path) -> None:
         (["curve"], {"Training loss over steps"}),
         (["series"], {"Scores across the number of latents n"}),
         (["features"], {"How often latents fire"}),
-        (["l0"], {"Quality against sparsity, every checkpoint"}),
-        (["kl_nats", "ev"], {"Quality against sparsity, every checkpoint"}),
+        (["l0"], {"Quality against sparsity"}),
+        (["kl_nats", "ev"], {"Quality against sparsity"}),
         (["curve", "series", "features", "kl_nats", "ev", "l0"], {
             "Training loss over steps", "Scores across the number of latents n", "How often latents fire",
-            "Quality against sparsity, every checkpoint", "Each level alone",
+            "Quality against sparsity", "Each level alone",
         }),
     ],
 )  # fmt: skip
@@ -219,3 +219,42 @@ def test_missing_figure_gives_its_reason(tmp_path: Path, drop: list[str], missin
     left_out = [f for f in made if isinstance(f, Missing)]
     assert {f.title for f in left_out} == missing | {"Ablations"}
     assert all(f.reason for f in left_out)
+
+
+def test_fronts_never_mix_places(tmp_path: Path) -> None:
+    """Each model, layer and store has its own panels, and no line joins two of them."""
+    for layer in (3, 4):
+        for k, l0 in ((20, 20.0), (40, 40.0)):
+            write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,), layer=layer, l0=l0, k=k)
+    results = read_results([tmp_path])
+    made = figure(fronts(results))
+    assert [panel.title for panel in made.panels] == [
+        f"{name} against L0 (layer {layer})" for layer in (3, 4) for name in ("KL", "Explained variance")
+    ]
+    for _, runs in results.places:
+        assert len({run.store.layer for run in runs}) == 1
+        lines = front_lines(results, runs, "ev")
+        assert sorted((sharing, len(line)) for sharing, _, line in lines) == [((), 2), ((0.2,), 2)]
+
+
+def test_legends_and_notes_name_what_is_drawn(tmp_path: Path) -> None:
+    """A legend has no block that is not there, and no note on larger points where all are last checkpoints."""
+    write_results(tmp_path, alphas=(0.0,), steps=(400,))
+    flat = read_results([tmp_path])
+    assert [label for _, label in figure(density(flat)).legend] == ["specialised"]
+    assert "larger" not in figure(fronts(flat)).caption
+
+
+def test_bars_stand_side_by_side() -> None:
+    """Bars of several lines at one x are moved apart, on a logarithmic axis in proportion, and never past a neighbour."""
+    xs = [2.0, 5.0, 10.0, 20.0]
+    at = [dodged(10.0, place, xs, True) for place in (-2.0, 0.0, 2.0)]
+    assert at[1] == 10.0
+    assert 5.0 < at[0] < 10.0 < at[2] < 20.0
+    assert dodged(3.0, 1.0, [3.0], True) == 3.0
+
+
+def test_density_axes_are_fitted(results: Results) -> None:
+    """A histogram's axis spans the bins that hold latents, and one to spare."""
+    edges = [-6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0]
+    assert held({"shared": (edges, [0, 0, 0, 3, 1, 0])}) == (-4.0, 0.0)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unittest.mock
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
-from evaluate.report.found import headline
+from evaluate.report.equal import Apart, at_equal_l0
+from evaluate.report.found import what_was_found
 from evaluate.report.runs import read_results, sharing_label
 from evaluate.report.table import make_table
-from evaluate.report.wording import number, p_text, plus_minus
+from evaluate.report.wording import column_decimals, fixed, number, p_text, plus_minus
 from evaluate.report.write import write_report
 from evaluate.statistics import Estimate, compare, estimate, holm
 from pipeline.base.errors import UsageError
 from pipeline.base.files import read_json, write_json
+from pipeline.definitions import METRICS
 from support.results_files import write_latent_pages, write_results
 
 
@@ -30,35 +34,43 @@ def test_table_1_holds_means_and_intervals(tmp_path: Path) -> None:
     write_results(tmp_path, steps=(400,))
     results = read_results([tmp_path])
     row = results.main.rows[2]
-    expected = estimate([run.levels[-1].scores["ev"] for run in row.runs])
+    expected = estimate([run.levels[-1].without_massive["ev"] for run in row.runs])
     assert expected is not None
     assert expected.half is not None
     markup = report(tmp_path)
     mean, half = plus_minus(expected).split(" ± ")
-    assert re.search(rf"{mean}<span class=\"half\">± {half}</span>", markup)
+    assert re.search(rf"{mean}\s*<span class=\"half\">± {half}</span>", markup)
     for published in ("0.795", "0.787", "0.299", "85.07", "405"):
         assert published in markup
 
 
-def test_holm_covers_every_test_once(tmp_path: Path) -> None:
-    """Holm runs over all tests of the table with rescaled columns counted once."""
+def test_holm_covers_the_primary_endpoints(tmp_path: Path) -> None:
+    """KL and explained variance are tested and corrected together; all else is a difference with its interval."""
     write_results(tmp_path, steps=(400,))
     results = read_results([tmp_path])
     table = make_table(results)
-    ids = ["kl_nats", "ce_score", "ev", "l0", "dead", "sparse_coding_rate@20", "scr@20"]
     flat, *nested = results.main.rows
-    tests = [compare(row.values(id), flat.values(id)) for row in nested for id in ids]
-    p = [test.p for test in tests if test is not None]
-    assert table.n_tests == len(p) == 28
+    tests = [at_equal_l0(results, results.main, row, id) for row in nested for id in ("kl_nats", "ev")]
+    p = [test.p for test in tests if not isinstance(test, Apart) and test is not None]
+    assert len(table.tested) == len(p) == 8
     assert [cell.p for _, cell in table.tested] == pytest.approx(holm(p))
-    cells = table.lines[1].cells
-    assert cells["kl_score"].p == cells["kl_nats"].p
-    assert cells["sparsity"].p == cells["l0"].p
+    dead = table.lines[1].cells["dead"]
+    assert (dead.test, dead.p, dead.verdict) == (None, None, None)
+    assert dead.difference == compare(nested[0].values("dead"), flat.values("dead"))
+
+
+def test_primary_endpoints_can_be_named(tmp_path: Path) -> None:
+    """Other endpoints are tested when they are named, in columns of their own; an unknown one is refused."""
+    write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,))
+    table = make_table(read_results([tmp_path]), ["ce_score", "scr@50"])
+    assert [cell.metric.id for _, cell in table.tested] == ["scr@50", "ce_score"]
+    with pytest.raises(UsageError, match="no such metric"):
+        make_table(read_results([tmp_path]), ["speed"])
 
 
 def test_bold_only_by_corrected_test(tmp_path: Path) -> None:
     """A cell is bold only when the corrected test says so."""
-    write_results(tmp_path, steps=(400,), effect=0.5, noise=0.01)
+    write_results(tmp_path, steps=(400,), effect=0.35, noise=0.01)
     markup = report(tmp_path)
     cells = [cell for line in make_table(read_results([tmp_path])).lines for cell in line.cells.values()]
     significant = [cell for cell in cells if cell.p is not None and cell.p < 0.05]
@@ -69,51 +81,166 @@ def test_bold_only_by_corrected_test(tmp_path: Path) -> None:
 
 
 def test_verdict_follows_the_metrics_direction(tmp_path: Path) -> None:
-    """The verdict follows the metric's direction."""
+    """The verdict follows the metric's direction, and no mark beside it points another way."""
     write_results(tmp_path, steps=(400,), effect=0.8, noise=0.002)
     line = make_table(read_results([tmp_path])).lines[-1]
-    assert line.cells["kl_nats"].verdict == line.cells["kl_score"].verdict == "worse"
-    assert line.cells["ev"].verdict == "worse"
+    assert line.cells["kl_nats"].verdict == line.cells["ev"].verdict == "worse"
+    assert line.cells["kl_nats"].test.difference > 0 > line.cells["ev"].test.difference
+    assert not {"▲", "▼"} & set(report(tmp_path))
 
 
-def test_first_sentence_counts_significant_differences(tmp_path: Path) -> None:
-    """Significant differences are counted in the first sentence."""
+def test_answer_leads_with_one_number(tmp_path: Path) -> None:
+    """The answer is the difference in KL at equal L0 with its interval; sentences say which way, and count the tests."""
     write_results(tmp_path, steps=(400,), effect=0.8, noise=0.002)
     results = read_results([tmp_path])
-    table = make_table(results)
-    first = headline(table, results)[0]
-    n = sum(cell.verdict is not None for _, cell in table.tested)
-    assert f"Of 28 comparisons of nested with flat dictionaries, {n} are significant" in first
-    assert "worse in KL (4 of 4 rows)" in first
+    found = what_was_found(make_table(results), results)
+    assert re.fullmatch(r"\+0\.\d+ ± 0\.\d+", found.figure)
+    assert found.unit.startswith("nats/token of KL")
+    assert found.sentences[0].startswith("At equal L0 (38.9")
+    assert "α = 0.2 are worse than flat ones in KL: " + found.figure in found.sentences[0]
+    assert "% of the KL that replacing the activations by zeros costs" in found.sentences[1]
+    assert "Of 8 tests of KL and explained variance at equal L0" in found.sentences[3]
+    assert "worse in KL (4 of 4 rows)" in found.sentences[3]
 
 
-def test_no_difference_says_none(tmp_path: Path) -> None:
-    """No difference is said to be none."""
+def test_what_was_not_shown_says_how_much_could_be(tmp_path: Path) -> None:
+    """Without significance the difference is not shown, and the smallest that could have been stands beside it."""
     write_results(tmp_path, steps=(400,), effect=0.0, noise=0.02)
     results = read_results([tmp_path])
-    assert headline(make_table(results), results)[0].startswith(
-        "No difference between nested and flat dictionaries is significant"
-    )
+    table = make_table(results)
+    sentences = what_was_found(table, results).sentences
+    assert "is not shown" in sentences[0]
+    assert "could not have been shown" in sentences[0]
+    assert "none passes" in " ".join(sentences)
+    for _, cell in table.tested:
+        assert cell.least is not None
+        assert abs(cell.test.difference) < cell.least
+        assert cell.least == pytest.approx(cell.test.half / stats.t.ppf(0.975, 2) * stats.t.ppf(1 - 0.025 / 8, 2))
     assert "<strong" not in report(tmp_path)
+
+
+def test_unequal_l0_is_not_compared(tmp_path: Path) -> None:
+    """Rows whose L0 differ by more than a twentieth are not comparable: no test, no verdict, and the page says so."""
+    write_results(tmp_path, alphas=(0.0,), steps=(400,), l0=44)
+    write_results(tmp_path, alphas=(0.2,), steps=(400,), effect=0.8, noise=0.002)
+    results = read_results([tmp_path])
+    table = make_table(results)
+    cell = table.lines[1].cells["kl_nats"]
+    assert (cell.test, cell.p, cell.verdict) == (None, None, "not comparable")
+    assert cell.apart is not None
+    assert re.fullmatch("L0 3[89][.0-9]* against 4[23][.0-9]*", cell.apart.reason)
+    assert "not comparable" in what_was_found(table, results).sentences[0]
+    markup = report(tmp_path)
+    assert "<strong" not in markup
+    assert "2 comparisons not made" in markup
+
+
+def test_nearly_equal_l0_is_compared(tmp_path: Path) -> None:
+    """A difference in L0 of less than a twentieth is near enough."""
+    write_results(tmp_path, alphas=(0.0,), steps=(400,), l0=41)
+    write_results(tmp_path, alphas=(0.2,), steps=(400,))
+    assert len(make_table(read_results([tmp_path])).tested) == 2
+
+
+def test_fronts_are_compared_between_their_points(tmp_path: Path) -> None:
+    """Where flat dictionaries span a range, each replicate meets its own front, straight over log L0."""
+    for k, l0 in ((20, 20.0), (80, 80.0)):
+        write_results(tmp_path, alphas=(0.0,), steps=(400,), l0=l0, k=k)
+    write_results(tmp_path, alphas=(0.2,), steps=(400,), l0=40, k=40)
+    results = read_results([tmp_path])
+    nested = next((g, row) for g in results.groups for row in g.rows if row.sharing)
+    flats = [row for group in results.groups for row in group.rows if not row.sharing]
+    found = at_equal_l0(results, *nested, "ev")
+    expected = {}
+    for replicate, value in nested[1].values("ev").items():
+        (x0, y0), (x1, y1) = sorted((row.values("l0")[replicate], row.values("ev")[replicate]) for row in flats)
+        share = math.log(nested[1].values("l0")[replicate] / x0) / math.log(x1 / x0)
+        expected[replicate] = value - (y0 + share * (y1 - y0))
+    assert not isinstance(found, Apart)
+    assert found is not None
+    assert found.n == (3, 3)
+    assert found.difference == pytest.approx(sum(expected.values()) / 3)
+
+
+def test_fronts_of_other_settings_are_no_baseline(tmp_path: Path) -> None:
+    """Flat dictionaries of another width are no front for a nested one."""
+    write_results(tmp_path, alphas=(0.0,), steps=(400,), width=2048)
+    write_results(tmp_path, alphas=(0.2,), steps=(400,))
+    table = make_table(read_results([tmp_path]))
+    assert not table.tested
+    assert not table.apart
+
+
+def test_orders_of_the_data_are_replicates(tmp_path: Path) -> None:
+    """Trainings that differ in their order of data alone are one row of replicates, and the caveat says so."""
+    for data_seed in (0, 1):
+        write_results(tmp_path, alphas=(0.0, 0.2), seeds=(0, 1), steps=(400,), data_seed=data_seed)
+    results = read_results([tmp_path])
+    assert len(results.groups) == 1
+    assert [len(row.values("ev")) for row in results.main.rows] == [4, 4]
+    assert [cell.test.n for _, cell in make_table(results).tested] == [(4, 4)] * 2
+    assert "2 orders of the data" in report(tmp_path)
+
+
+def test_two_evaluations_are_one_row(tmp_path: Path) -> None:
+    """Two evaluations of one checkpoint are one row: what both scored from the larger sample, the rest from either."""
+    path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]
+    data = read_json(path)
+    more = read_json(path) | {"key": "1" * 64, "sample": {"n_tokens": 90_000}, "evaluation": {"scores": ["ev"]}}
+    more["levels"][0] |= {"scores": {"ev": 0.5}, "scores_without_massive": {"ev": 0.5}}
+    more["series"] = {}
+    write_json(tmp_path / "again-step_000400-1111111111.json", more)
+    results = read_results([tmp_path])
+    assert len(results.runs) == 1
+    assert results.runs[0].score("ev") == 0.5
+    assert results.runs[0].score("kl_nats") == data["levels"][0]["scores_without_massive"]["kl_nats"]
+    assert results.runs[0].at("scr")
+
+
+def test_averages_lead_without_massive_rows(tmp_path: Path) -> None:
+    """Table, tests and sentences take averages without massive rows; those with them stand in a table of their own."""
+    write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,))
+    results = read_results([tmp_path])
+    run = results.runs[0]
+    assert run.score("kl_nats") == run.levels[-1].without_massive["kl_nats"]
+    assert run.score("kl_nats", massive=True) == run.levels[-1].scores["kl_nats"]
+    markup = report(tmp_path)
+    assert "The same scores with massive rows in their averages" in markup
+    assert "39 massive rows left out" in markup
+
+
+def test_metrics_without_a_better_way_carry_no_arrow() -> None:
+    """L0, sparsity, evenness of use and neighbours' cosines are neither better high nor low."""
+    for id in ("l0", "sparsity", "l1", "entropy", "gini", "nearest", "density"):
+        assert METRICS[id].better == "neither"
+
+
+def test_numbers_of_a_column_have_equal_decimals() -> None:
+    """A column's decimals are two digits of its median interval, whatever single intervals are."""
+    column = [Estimate(0.5, 0.02, 3), Estimate(0.7, 0.0004, 3), Estimate(0.61, 0.011, 3)]
+    assert column_decimals(column) == 3
+    assert [fixed(e.mean, 3) for e in column] == ["0.500", "0.700", "0.610"]
+    assert fixed(-0.0001, 2) == "0.00"
+    assert column_decimals([Estimate(31.4, None, 1), Estimate(130.0, None, 1)]) == 2
 
 
 def test_one_seed_makes_no_claim(tmp_path: Path) -> None:
     """One seed has no interval, no star and no claim."""
     write_results(tmp_path, seeds=(0,), effect=0.8)
     results = read_results([tmp_path])
-    assert headline(make_table(results), results)[0].startswith("No test is possible")
+    assert what_was_found(make_table(results), results).sentences[0].startswith("No test is possible")
     markup = report(tmp_path)
     assert 'class="half"' not in markup
     assert "<strong" not in markup
-    assert "tests behind the table" not in markup
+    assert "behind the table" not in markup
 
 
 def test_no_baseline_means_no_comparison(tmp_path: Path) -> None:
     """Without a flat baseline nothing is compared."""
     write_results(tmp_path, alphas=(0.1, 0.2), steps=(400,))
     results = read_results([tmp_path])
-    assert make_table(results).n_tests == 0
-    assert "no flat baseline" in headline(make_table(results), results)[0]
+    assert not make_table(results).tested
+    assert "no flat baseline" in what_was_found(make_table(results), results).sentences[0]
     report(tmp_path)
 
 
@@ -121,7 +248,7 @@ def test_flat_dictionaries_alone_make_a_report(tmp_path: Path) -> None:
     """Flat dictionaries alone make a report too."""
     write_results(tmp_path, alphas=(0.0,), steps=(400,))
     results = read_results([tmp_path])
-    assert "Only flat dictionaries" in headline(make_table(results), results)[0]
+    assert "Only flat dictionaries" in what_was_found(make_table(results), results).sentences[0]
     report(tmp_path)
 
 
@@ -130,10 +257,10 @@ def test_null_scores_are_dashes(tmp_path: Path) -> None:
     paths = write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,))
     for path in paths[:3]:
         data = read_json(path)
-        data["levels"][-1]["scores"]["kl_nats"] = None
+        data["levels"][-1]["scores"]["kl_nats"] = data["levels"][-1]["scores_without_massive"]["kl_nats"] = None
         write_json(path, data)
     data = read_json(paths[3])
-    data["levels"][-1]["scores"]["ev"] = None
+    data["levels"][-1]["scores"]["ev"] = data["levels"][-1]["scores_without_massive"]["ev"] = None
     write_json(paths[3], data)
     markup = report(tmp_path)
     assert 'title="not computed, or undefined"' in markup
@@ -166,7 +293,8 @@ def test_groups_meet_their_own_baseline(tmp_path: Path) -> None:
     for line in table.lines:
         if line.row.sharing:
             flat = next(row for row in line.group.rows if not row.sharing)
-            assert line.cells["ev"].test == compare(line.row.values("ev"), flat.values("ev"))
+            assert line.cells["ev"].difference == compare(line.row.values("ev"), flat.values("ev"))
+            assert line.cells["ev"].test is not None
 
 
 def test_levels_are_named_by_shares() -> None:

@@ -10,9 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from evaluate.statistics import compare, estimate, holm, is_significant
+from evaluate.statistics import Comparison, compare, estimate, holm, interpolated, is_significant, small_sample
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
+
+
+def compared(row: dict[int, float], baseline: dict[int, float]) -> Comparison | None:
+    """A comparison of values by seed, the order of the data being the same."""
+    return compare({(0, s): x for s, x in row.items()}, {(0, s): x for s, x in baseline.items()})
 
 
 def test_interval_equals_a_hand_value() -> None:
@@ -48,19 +53,20 @@ def test_no_values_have_no_estimate() -> None:
 def test_paired_seeds_test_their_differences() -> None:
     """Seeds that pair are tested on their differences."""
     row, baseline = {0: 1.1, 1: 2.3, 2: 3.2}, {2: 3.0, 0: 1.0, 1: 2.0}
-    found = compare(row, baseline)
+    found = compared(row, baseline)
     expected = stats.ttest_rel([1.1, 2.3, 3.2], [1.0, 2.0, 3.0])
     assert found is not None
     assert (found.kind, found.n, found.df) == ("paired", (3, 3), 2)
     assert (found.t, found.p) == pytest.approx((expected.statistic, expected.pvalue))
     assert found.difference == pytest.approx(0.2)
-    assert (found.effect_name, found.effect) == ("d_z", pytest.approx(0.2 / 0.1))  # differences .1 .3 .2: deviation .1
+    assert found.effect_name == "g_z"
+    assert found.effect == pytest.approx(0.2 / 0.1 * (1 - 3 / 7))  # differences .1 .3 .2: deviation .1; ν = 2
 
 
 def test_interval_and_p_value_agree() -> None:
     """The interval of a paired difference excludes 0 exactly when p is below 5 %."""
     for shift in (0.05, 0.1, 0.2, 0.4):
-        found = compare({0: 1 + shift, 1: 2.1 + shift, 2: 2.9 + shift}, {0: 1.0, 1: 2.0, 2: 3.0})
+        found = compared({0: 1 + shift, 1: 2.1 + shift, 2: 2.9 + shift}, {0: 1.0, 1: 2.0, 2: 3.0})
         assert found is not None
         assert (abs(found.difference) > found.half) == (found.p < 0.05)
 
@@ -68,7 +74,7 @@ def test_interval_and_p_value_agree() -> None:
 def test_unpaired_seeds_use_welch() -> None:
     """Seeds that do not pair are tested by Welch."""
     row, baseline = {5: 1.0, 6: 2.0, 7: 4.0}, {0: 3.0, 1: 5.0, 2: 4.0, 3: 6.0}
-    found = compare(row, baseline)
+    found = compared(row, baseline)
     expected = stats.ttest_ind([1, 2, 4], [3, 5, 4, 6], equal_var=False)
     assert found is not None
     assert (found.kind, found.n, found.effect_name) == ("Welch", (3, 4), "Hedges g")
@@ -81,14 +87,14 @@ def test_unpaired_seeds_use_welch() -> None:
 
 def test_hedges_g_has_small_sample_correction() -> None:
     """Hedges' g is the difference over the pooled deviation with its small-sample correction."""
-    found = compare({5: 1.0, 6: 3.0}, {0: 4.0, 1: 6.0})  # variances 2 and 2, pooled deviation √2
+    found = compared({5: 1.0, 6: 3.0}, {0: 4.0, 1: 6.0})  # variances 2 and 2, pooled deviation √2
     assert found is not None
     assert found.effect == pytest.approx(-3 / math.sqrt(2) * (1 - 3 / 7))
 
 
 def test_subset_of_seeds_still_pairs() -> None:
     """A row whose seeds are a part of the baseline's pairs with it."""
-    found = compare({0: 1.2, 2: 3.1}, {0: 1.0, 1: 9.0, 2: 3.0})
+    found = compared({0: 1.2, 2: 3.1}, {0: 1.0, 1: 9.0, 2: 3.0})
     assert found is not None
     assert (found.kind, found.n) == ("paired", (2, 2))
 
@@ -106,7 +112,7 @@ def test_subset_of_seeds_still_pairs() -> None:
 )
 def test_no_variation_gives_no_test(row: dict[int, float], baseline: dict[int, float]) -> None:
     """Without two seeds or any variation there is no test."""
-    assert compare(row, baseline) is None
+    assert compared(row, baseline) is None
 
 
 def test_holm_multiplies_by_hypotheses_left() -> None:
@@ -145,3 +151,32 @@ def test_no_test_is_not_significant() -> None:
     assert not is_significant(None)
     assert not is_significant(0.05)
     assert is_significant(0.049)
+
+
+def test_small_sample_correction_is_near_the_exact_one() -> None:
+    """Hedges' 1 − 3 / (4 ν − 1) is within a hundredth of Γ(ν/2) / (√(ν/2) Γ((ν − 1)/2)) from 3 degrees of freedom on."""
+    for df in range(3, 30):
+        exact = math.gamma(df / 2) / (math.sqrt(df / 2) * math.gamma((df - 1) / 2))
+        assert small_sample(df) == pytest.approx(exact, abs=0.01)
+
+
+def test_least_difference_is_just_significant() -> None:
+    """A difference of the least size, with the same spread, has a p value of the level asked for."""
+    found = compare(
+        {(0, s): x for s, x in enumerate((1.1, 2.3, 3.2))}, {(0, s): x for s, x in enumerate((1.0, 2.0, 3.0))}
+    )
+    assert found is not None
+    least = found.least(0.01)
+    shifted = compare(
+        {(0, s): x + least - found.difference for s, x in enumerate((1.1, 2.3, 3.2))},
+        {(0, s): x for s, x in enumerate((1.0, 2.0, 3.0))},
+    )
+    assert shifted is not None
+    assert shifted.p == pytest.approx(0.01)
+
+
+def test_interpolation_is_straight_over_the_logarithm() -> None:
+    """Halfway between 10 and 40 in logarithm is 20; beyond the ends the end's value holds."""
+    points = [(40.0, 3.0), (10.0, 1.0)]
+    assert interpolated(20.0, points) == pytest.approx(2.0)
+    assert (interpolated(5.0, points), interpolated(80.0, points)) == (1.0, 3.0)

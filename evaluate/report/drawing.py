@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ Band = list[tuple[float, Estimate]]
 """Estimates along an axis."""
 Draw = Callable[[Axes], None]
 Point = tuple[Run, float, float]
+FrontLine = tuple[Sharing, str, Band]
+"""A way of sharing, what else tells the dictionaries of a line from others, and means along L0."""
 
 
 def colour(results: Results, sharing: Sharing) -> str:
@@ -72,22 +75,41 @@ def shaded(results: Results, lines: Mapping[Row, Band], *, log: bool) -> Draw:
 
 
 def bars(lines: Sequence[tuple[str, str, Band]], *, log: bool, ticks: bool) -> Draw:
-    """Points with interval bars, joined: (colour, label, band) each; `ticks` puts one at every x and nowhere else."""
+    """Points with interval bars, joined: (colour, label, band) each; `ticks` puts one at every x and nowhere else.
+
+    Lines with an x in common stand a little beside it, each on its side, so that no bar hides another.
+    """
+    xs = sorted({x for _, _, band in lines for x, _ in band})
 
     def draw(axes: Axes) -> None:
-        for shade, label, band in lines:
+        for i, (shade, label, band) in enumerate(lines):
             axes.errorbar(
-                [x for x, _ in band], [e.mean for _, e in band], [e.half or 0.0 for _, e in band],
-                color=shade, label=label, marker="o", ms=3.5, elinewidth=0.9, lw=1.3,
-            )  # fmt: skip
+                [dodged(x, i - (len(lines) - 1) / 2, xs, log) for x, _ in band],
+                [e.mean for _, e in band],
+                [e.half or 0.0 for _, e in band],
+                color=shade,
+                label=label,
+                marker="o",
+                ms=3.5,
+                elinewidth=0.9,
+                lw=1.3,
+            )
         if log:
             logarithmic(axes, x=True)
         if ticks:
-            xs = sorted({x for _, _, band in lines for x, _ in band})
             axes.set_xticks(xs, [f"{x:g}" for x in xs])
             axes.xaxis.set_minor_locator(NullLocator())
 
     return draw
+
+
+def dodged(x: float, place: float, xs: Sequence[float], log: bool) -> float:
+    """x moved by a fraction of the least gap between the xs, on a logarithmic axis in proportion."""
+    if len(xs) < 2:
+        return x
+    if log:
+        return x * math.pow(min(b / a for a, b in zip(xs, xs[1:])), 0.07 * place)
+    return x + 0.012 * place * (xs[-1] - xs[0])
 
 
 def row_lines(results: Results, lines: Mapping[Row, Band]) -> list[tuple[str, str, Band]]:
@@ -104,17 +126,37 @@ def logarithmic(axes: Axes, *, x: bool) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def scatter(results: Results, points: Sequence[Point]) -> Draw:
-    """One artist a checkpoint, so that each can be pointed at; a marker a group; last checkpoints larger."""
+def scatter(results: Results, points: Sequence[Point], lines: Sequence[FrontLine]) -> Draw:
+    """One artist a checkpoint, so that each can be pointed at; a marker a group; last checkpoints larger; fronts as lines."""
     marker = {id(run): MARKERS[g % len(MARKERS)] for g, group in enumerate(results.groups) for run in group.runs}
+    xs = [x for _, x, _ in points]
 
     def draw(axes: Axes) -> None:
+        for sharing, _, band in lines:
+            shade = colour(results, sharing)
+            axes.errorbar(
+                [x for x, _ in band],
+                [e.mean for _, e in band],
+                [e.half or 0.0 for _, e in band],
+                color=shade,
+                lw=1.3,
+                elinewidth=0.9,
+                label=sharing_label(sharing),
+            )
         for i, (run, x, y) in enumerate(points):
             last = id(run) in marker
             axes.plot(
-                [x], [y], marker.get(id(run), "o"), color=colour(results, run.sharing), ms=6 if last else 3,
-                alpha=1.0 if last else 0.5, mew=0, gid=f"p{i}",
-            )  # fmt: skip
+                [x],
+                [y],
+                marker.get(id(run), "o"),
+                color=colour(results, run.sharing),
+                ms=6 if last else 3,
+                alpha=0.8 if last else 0.4,
+                mew=0,
+                gid=f"p{i}",
+            )
+        if min(xs) > 0 and max(xs) > 1.5 * min(xs):
+            logarithmic(axes, x=True)
 
     return draw
 
@@ -131,3 +173,11 @@ def histograms(blocks: Mapping[str, Histogram]) -> Draw:
             )
 
     return draw
+
+
+def held(blocks: Mapping[str, Histogram]) -> tuple[float, float]:
+    """The edges between which any latents lie, a bin to spare on either side."""
+    edges = next(iter(blocks.values()))[0]
+    filled = [i for _, counts in blocks.values() for i, n in enumerate(counts) if n]
+    first, last = (min(filled), max(filled)) if filled else (0, len(edges) - 2)
+    return edges[max(0, first - 1)], edges[min(len(edges) - 1, last + 2)]

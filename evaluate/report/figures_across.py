@@ -7,48 +7,77 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from evaluate.report.drawing import MARK_NAMES, Band, Point, bars, colour, histograms, legend, scatter
+from evaluate.report.drawing import MARK_NAMES, Band, FrontLine, Point, bars, colour, histograms, legend, scatter
 from evaluate.report.figures import Figure, Missing, Numbers, across_n, by_level, loss
 from evaluate.report.runs import Group, Results, Row, sharing_label
 from evaluate.report.scored import BLOCKS, Histogram, Run, Sharing
 from evaluate.report.svg import Panel
-from evaluate.report.wording import number, plus_minus
-from evaluate.statistics import estimate
+from evaluate.report.wording import first_upper, number, plus_minus
+from evaluate.statistics import Estimate, estimate
 
 
 def make_figures(results: Results) -> list[Figure | Missing]:
-    """All figures in reading order."""
-    return [builder(results) for builder in (loss, across_n, by_level, pareto, density, ablation)]
+    """All figures in reading order; the first answers the report's question."""
+    return [builder(results) for builder in (fronts, loss, across_n, by_level, density, ablation)]
 
 
-def pareto(results: Results) -> Figure | Missing:
-    """Figure 4: KL and explained variance against L0, every checkpoint."""
-    title = "Quality against sparsity, every checkpoint"
+def fronts(results: Results) -> Figure | Missing:
+    """Figure 1: KL and explained variance against L0, fronts of flat and nested dictionaries drawn, places apart."""
+    title = "Quality against sparsity"
     panels: list[Panel] = []
     numbers: Numbers = []
     captions = []
-    for id in ("kl_nats", "ev"):
-        metric = results.metric(id)
-        scored = [(run, run.score("l0"), run.score(id)) for run in results.runs]
-        points = [(run, x, y) for run, x, y in scored if x is not None and y is not None]
-        if points:
-            tips = {
-                f"p{i}": f"{run.name}: L0 {number(x)}, {metric.label} {number(y)}"
-                for i, (run, x, y) in enumerate(points)
-            }
-            label = f"{metric.label} ({metric.unit})"
-            draw = scatter(results, points)
-            panels.append(Panel(f"pareto-{id}", f"{metric.label} against L0", "L0 (latents/token)", label, draw, tips))
-            numbers += [{"score": id, **point_row(run), "l0": x, "value": y} for run, x, y in points]
-            captions.append(front_caption(metric.label, metric.better == "higher", points))
+    for p, (place, runs) in enumerate(results.places):
+        for id in ("kl_nats", "ev"):
+            metric = results.metric(id)
+            scored = [(run, run.score("l0"), run.score(id)) for run in runs]
+            points = [(run, x, y) for run, x, y in scored if x is not None and y is not None]
+            if points:
+                tips = {
+                    f"p{i}": f"{run.name}: L0 {number(x)}, {metric.label} {number(y)}"
+                    for i, (run, x, y) in enumerate(points)
+                }
+                draw = scatter(results, points, front_lines(results, runs, id))
+                name = f"{first_upper(metric.label)} against L0" + (f" ({place})" if place else "")
+                label = f"{metric.label} ({metric.unit})"
+                panels.append(Panel(f"pareto-{p}-{id}", name, "L0 (latents/token)", label, draw, tips))
+                numbers += [
+                    {"place": place, "score": id, **point_row(run), "l0": x, "value": y} for run, x, y in points
+                ]
+                captions.append(front_caption(metric.label, place, metric.better == "higher", points))
     if not panels:
         return Missing(title, "L0 with KL or explained variance is not among these results")
-    caption = f"Larger points are last checkpoints. Point at one, or tap it, to see which it is. {' '.join(captions)}"
+    caption = f"{front_note(results)} Point at a point, or tap it, to see which checkpoint it is. {' '.join(captions)}"
     if len(results.groups) > 1:
         marks = ", ".join(f"{MARK_NAMES[g % len(MARK_NAMES)]} {group.label}" for g, group in enumerate(results.groups))
         caption += f" Marks: {marks}."
     rows = [row for group in results.groups for row in group.rows]
     return Figure("pareto", title, caption, panels, legend(results, rows), numbers)
+
+
+def front_note(results: Results) -> str:
+    """What points, lines and bars are, of those that there are."""
+    last = sum(len(group.runs) for group in results.groups)
+    said = (
+        "A point is a checkpoint"
+        + ("" if last == len(results.runs) else ", larger where it is a training’s last")
+        + ";"
+    )
+    spans = any(len(line) > 1 for _, runs in results.places for _, _, line in front_lines(results, runs, "kl_nats"))
+    joined = "lines join the means of last checkpoints of one kind trained to different L0" if spans else ""
+    return f"{said} {joined or 'bars are means of last checkpoints with 95 % intervals'}."
+
+
+def front_lines(results: Results, runs: Sequence[Run], metric: str) -> list[FrontLine]:
+    """Means over replicates against mean L0, by how latents are shared, of groups that differ in sparsity alone."""
+    here = {id(run) for run in runs}
+    lines: dict[tuple[str, Sharing], list[tuple[float, Estimate]]] = {}
+    for group in results.groups:
+        for row in group.rows:
+            at, found = estimate(list(row.values("l0").values())), estimate(list(row.values(metric).values()))
+            if id(row.runs[0]) in here and at and found and at.mean > 0:
+                lines.setdefault((group.family, row.sharing), []).append((at.mean, found))
+    return [(sharing, family, sorted(line, key=lambda at: at[0])) for (family, sharing), line in lines.items()]
 
 
 def point_row(run: Run) -> dict[str, str | int]:
@@ -66,12 +95,13 @@ def front(higher: bool, points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def front_caption(label: str, higher: bool, points: Sequence[Point]) -> str:
-    """Which ways of sharing stand on the front."""
+def front_caption(label: str, place: str, higher: bool, points: Sequence[Point]) -> str:
+    """Which ways of sharing stand on the front of one place."""
     best = front(higher, points)
     counts = Counter(sharing_label(run.sharing) for run, _, _ in best)
     listed = ", ".join(f"{n} with {name}" for name, n in counts.most_common())
-    return f"On the {label} front (nothing as sparse is better) stand {len(best)} of {len(points)}: {listed}."
+    where = f" of {place}" if place else ""
+    return f"On the {label} front{where} (nothing as sparse is better) stand {len(best)} of {len(points)}: {listed}."
 
 
 def density(results: Results) -> Figure | Missing:
@@ -80,9 +110,11 @@ def density(results: Results) -> Figure | Missing:
     panels: list[Panel] = []
     numbers: Numbers = []
     medians = []
+    drawn: set[str] = set()
     for r, row in enumerate(results.main.rows):
         blocks = {name: found for name in BLOCKS if (found := histogram(row, name))}
         if blocks:
+            drawn |= blocks.keys()
             draw = histograms(blocks)
             panels.append(
                 Panel(
@@ -96,7 +128,7 @@ def density(results: Results) -> Figure | Missing:
     caption = f"Latents that fired, all seeds together. Median share of tokens by block: {'; '.join(medians)}."
     if results.main.label:
         caption += f" Drawn for {results.main.label}."
-    return Figure("density", title, caption, panels, [(name, name) for name in BLOCKS], numbers)
+    return Figure("density", title, caption, panels, [(name, name) for name in BLOCKS if name in drawn], numbers)
 
 
 def histogram(row: Row, block: str) -> Histogram | None:
@@ -154,7 +186,8 @@ def ablation_axes(results: Results) -> Iterator[tuple[str, list[Group]]]:
     for setting, value in main.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        along = [group for group in results.groups if group.settings | {setting: value} == main]
+        numeric = [group for group in results.groups if isinstance(group.settings.get(setting), int | float)]
+        along = [group for group in numeric if group.settings | {setting: value} == main]
         if len(along) > 1:
             yield setting, sorted(along, key=lambda group: float(group.settings[setting]))
 
@@ -192,8 +225,7 @@ def ablation_caption(results: Results, axes: Mapping[str, Sequence[Group]]) -> s
                 parts.append(f"{setting} {best[0]:g} ({plus_minus(best[1])}, {sharing_label(sharing)})")
         if parts:
             word = "highest" if metric.better == "higher" else "lowest"
-            label = metric.label[0].upper() + metric.label[1:]
-            sentences.append(f"{label} is {word} at {'; '.join(parts)}.")
+            sentences.append(f"{first_upper(metric.label)} is {word} at {'; '.join(parts)}.")
     return (
         " ".join(sentences)
         + " Settings not on an axis are those of the largest group; no test is made between settings."

@@ -1,50 +1,157 @@
-"""What was found, in sentences computed from the numbers and the tests."""
+"""What was found, in sentences computed from the numbers and the tests: the answer first, then what stands behind it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from evaluate.report.equal import mean_of, positive
 from evaluate.report.runs import Results
 from evaluate.report.table import Cell, Line, Table
-from evaluate.report.wording import count, p_text, plus_minus
+from evaluate.report.wording import count, listed, number, p_text, plus_minus, signed_plus_minus
+from evaluate.statistics import SIGNIFICANT, estimate
 
 
-def headline(table: Table, results: Results) -> list[str]:
-    """What was found, in sentences computed from the numbers and the tests."""
+@dataclass(frozen=True)
+class Found:
+    """The answer, as one number where there is one (else empty) with its unit, and the sentences that say what it means."""
+
+    figure: str
+    unit: str
+    sentences: tuple[str, ...]
+
+
+def what_was_found(table: Table, results: Results) -> Found:
+    """The answer to whether nesting makes dictionaries better or worse, for as much as these results can say."""
     if all(group.baseline is None for group in results.groups):
-        return ["There is no flat baseline (α = 0) among these results, so nothing is compared with it."]
-    if not any(line.row.sharing for line in table.lines):
-        return ["Only flat dictionaries (α = 0) are among these results, so nesting is not tested."]
-    tested = table.tested
-    if not tested:
-        return [
-            "No test is possible: a comparison needs at least two seeds a row, and scores that vary between them. "
-            "The figures describe single runs; they carry no interval and no claim."
-        ]
-    return [verdict_sentence(tested), *showcase(table, results), *caution(table, results)]
-
-
-def verdict_sentence(tested: Sequence[tuple[Line, Cell]]) -> str:
-    """How many of the corrected comparisons are significant, and which way."""
-    kinds = sorted({cell.test.kind for _, cell in tested if cell.test})
-    how = f"Holm-corrected {' and '.join(kinds)} t-tests, {seeds_text(tested)}"
-    found = [cell for _, cell in tested if cell.verdict]
-    if not found:
-        least = min(cell.p for _, cell in tested if cell.p is not None)
-        return (
-            f"No difference between nested and flat dictionaries is significant: none of {len(tested)} comparisons "
-            f"passes ({how}; smallest corrected p = {p_text(least)})."
+        return Found(
+            "", "", ("There is no flat baseline (α = 0) among these results, so nothing is compared with it.",)
         )
-    better, worse = (count_by_metric(tested, verdict) for verdict in ("better", "worse"))
-    parts = [f"better in {better}" if better else "", f"worse in {worse}" if worse else ""]
-    return (
-        f"Of {len(tested)} comparisons of nested with flat dictionaries, {len(found)} are significant ({how}): "
-        f"nesting is {' and '.join(part for part in parts if part) or 'different'}."
+    if not any(line.row.sharing for line in table.lines):
+        return Found("", "", ("Only flat dictionaries (α = 0) are among these results, so nesting is not tested.",))
+    if not table.tested and not table.apart:
+        return Found("", "", (UNTESTED,))
+    line = showcase(table, results)
+    cells = [line.cells[id] for id in table.primary if id in line.cells]
+    lead = next((cell for cell in cells if cell.test), None)
+    sentences = [incomparable(line, cells), *(answer(line, cell) for cell in cells)]
+    sentences = [sentence for sentence in sentences if sentence]
+    meaning = [what_it_means(lead, results)] if lead else []
+    rest = [verdicts(table), apart(table), massive(table, line)]
+    figure = signed_plus_minus(lead.test.difference, lead.test.half) if lead and lead.test else ""
+    unit = f"{unit_of(lead)} of {lead.metric.label}, nested minus flat, at equal L0" if lead else ""
+    return Found(figure, unit, tuple(s for s in (*sentences[:1], *meaning, *sentences[1:], *rest) if s))
+
+
+UNTESTED = (
+    "No test is possible: a comparison needs at least two seeds a row, and scores that vary between them. "
+    "The figures describe single runs; they carry no interval and no claim."
+)
+
+
+def showcase(table: Table, results: Results) -> Line:
+    """The line to speak of: of the main kind's that could be compared, the one nearest the paper's α = 0.2, mid L0."""
+    lines = [line for line in table.lines if line.row.sharing]
+    l0 = {id(line): mean for line in lines if (mean := mean_of(positive(line.row.values("l0"))))}
+    middle = sorted(l0.values())[len(l0) // 2] if l0 else 1.0
+    return min(
+        lines,
+        key=lambda line: (
+            not any(cell.test for cell in line.cells.values()),
+            line.group.family != results.main.family,
+            len(line.row.sharing) != 1,
+            abs(line.row.sharing[0] - 0.2),
+            abs(math.log(l0.get(id(line), middle) / middle)),
+        ),
     )
 
 
+def unit_of(cell: Cell) -> str:
+    """A metric's unit; nothing for fractions."""
+    return "" if cell.metric.unit == "fraction" else cell.metric.unit
+
+
+def name_of(line: Line) -> str:
+    """What a line is called in a sentence."""
+    return line.row.label + (f" ({line.group.label})" if line.group.label else "")
+
+
+def incomparable(line: Line, cells: Sequence[Cell]) -> str:
+    """Why the line is not compared in some primary endpoints, and what they are at either sparsity; empty if it is."""
+    away = [cell for cell in cells if cell.apart is not None]
+    if not away or away[0].apart is None:
+        return ""
+    flat = line.group.baseline
+    parts = []
+    for cell in away:
+        other = estimate(list(flat.values(cell.metric.id).values())) if flat else None
+        if cell.estimate and other:
+            unit = f" {unit_of(cell)}".rstrip()
+            parts.append(f"{cell.metric.label} {plus_minus(cell.estimate)} against {plus_minus(other)}{unit}")
+    each = f" Each at its own L0: {'; '.join(parts)}." if parts else ""
+    return (
+        f"Dictionaries at {name_of(line)} and flat ones are not comparable: they are not equally sparse "
+        f"({away[0].apart.reason}).{each}"
+    )
+
+
+def answer(line: Line, cell: Cell) -> str:
+    """What one primary endpoint says of the line."""
+    label, name = cell.metric.label, name_of(line)
+    if cell.test is None or cell.estimate is None:
+        return ""
+    unit = f" {unit_of(cell)}".rstrip()
+    l0 = line.row.values("l0")
+    at = f" ({sum(l0.values()) / len(l0):.3g})" if l0 else ""
+    change = f"{signed_plus_minus(cell.test.difference, cell.test.half)}{unit}"
+    flat = number(cell.estimate.mean - cell.test.difference, cell.test.half)
+    numbers = f"{change}, {number(cell.estimate.mean, cell.test.half)} against {flat}"
+    if cell.verdict == "not shown":
+        least = (
+            f"; a difference under {number(cell.least, cell.test.half)}{unit} could not have been shown"
+            if cell.least
+            else ""
+        )
+        return f"At equal L0{at}, a difference in {label} between {name} and flat dictionaries is not shown: {numbers}{least}."
+    return f"At equal L0{at}, dictionaries at {name} are {cell.verdict} than flat ones in {label}: {numbers}."
+
+
+def what_it_means(cell: Cell, results: Results) -> str:
+    """A difference in KL as a share of what it costs to replace the activations by zeros."""
+    zero = [x for run in results.main.runs if (x := run.baselines.get("kl_zero"))]
+    if cell.metric.id != "kl_nats" or not zero or cell.test is None:
+        return ""
+    cost = sum(zero) / len(zero)
+    share = 100 * abs(cell.test.difference) / cost
+    return (
+        f"That is {share:.2g} % of the KL that replacing the activations by zeros costs ({number(cost)} nats/token); nested "
+        "dictionaries give levels that can be used alone in return."
+    )
+
+
+def verdicts(table: Table) -> str:
+    """How many of the corrected tests are significant, and which way."""
+    tested = table.tested
+    if not tested:
+        return ""
+    kinds = listed(sorted({cell.test.kind for _, cell in tested if cell.test}))
+    what = listed(dict.fromkeys(cell.metric.label for _, cell in tested))
+    how = f"{count(len(tested), 'test')} of {what} at equal L0 (Holm-corrected {kinds} t-tests, {seeds_text(tested)})"
+    found = [cell for _, cell in tested if cell.verdict != "not shown"]
+    if not found:
+        least = min(cell.p for _, cell in tested if cell.p is not None)
+        return f"Of {how} none passes at {SIGNIFICANT:g}; the smallest corrected p is {p_text(least)}."
+    parts = [
+        f"{verdict} in {by_metric}"
+        for verdict in ("better", "worse", "different")
+        if (by_metric := count_by_metric(tested, verdict))
+    ]
+    return f"Of {how} {len(found)} {'is' if len(found) == 1 else 'are'} significant: nesting is {listed(parts)}."
+
+
 def seeds_text(tested: Sequence[tuple[Line, Cell]]) -> str:
-    """Over 3 seeds, or over 2 to 5."""
+    """3 seeds, or 2 to 5 seeds."""
     counts = sorted({n for _, cell in tested if cell.test for n in cell.test.n})
     return count(counts[0], "seed") if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
 
@@ -60,33 +167,28 @@ def count_by_metric(tested: Sequence[tuple[Line, Cell]], verdict: str) -> str:
     return ", ".join(parts)
 
 
-def showcase(table: Table, results: Results) -> list[str]:
-    """The main group's row nearest the paper's α = 0.2, in numbers."""
-    group = results.main
-    nested = [row for row in group.rows if len(row.sharing) == 1]
-    if not nested or group.baseline is None:
-        return []
-    row = min(nested, key=lambda row: abs(row.sharing[0] - 0.2))
-    flat = table.line(group, group.baseline).cells
-    parts = []
-    for id in ("kl_nats", "ev", "l0"):
-        cell, base = table.line(group, row).cells.get(id), flat.get(id)
-        if cell and base and cell.estimate and base.estimate:
-            note = cell.verdict or "no significant difference"
-            numbers = f"{plus_minus(cell.estimate)} against {plus_minus(base.estimate)}"
-            parts.append(f"{cell.metric.label} {numbers} {cell.metric.unit} ({note})".replace(" fraction", ""))
-    where = f" ({group.label})" if group.label else ""
-    return [f"At {row.label}{where}, beside the flat baseline: {'; '.join(parts)}."] if parts else []
+def apart(table: Table) -> str:
+    """Rows that have no flat dictionary as sparse as they are, and what would give them one."""
+    lines = {id(line): line for line, _ in table.apart}
+    if not lines:
+        return ""
+    nested = sum(bool(line.row.sharing) for line in table.lines)
+    return (
+        f"{len(lines)} of {count(nested, 'nested row')} {'has' if len(lines) == 1 else 'have'} no flat dictionary of their L0 "
+        "beside them and are not compared; train to one L0 (k, or --target-l0), or flat ones over a range of it."
+    )
 
 
-def caution(table: Table, results: Results) -> list[str]:
-    """That rows differ in sparsity, when they do by more than a twentieth: then KL and ev are not like for like."""
-    cells = [table.line(results.main, row).cells.get("l0") for row in results.main.rows]
-    values = [cell.estimate.mean for cell in cells if cell and cell.estimate]
-    if len(values) < 2 or max(values) <= 1.05 * min(values):
-        return []
-    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
-    return [
-        f"Rows differ in L0 (from {low} to {high} latents a token), so their KL and explained variance are not at equal "
-        "sparsity; the plots against L0 are."
-    ]
+def massive(table: Table, line: Line) -> str:
+    """How the lead figures read with massive rows, where that changes them."""
+    for id in table.primary:
+        cell = line.cells.get(id)
+        whole = list(line.row.values(id, massive=True).values())
+        if cell and cell.estimate and whole:
+            mean = sum(whole) / len(whole)
+            if abs(mean - cell.estimate.mean) > max(0.01 * abs(cell.estimate.mean), cell.estimate.half or 0):
+                return (
+                    f"Averages leave out massive rows, few and huge; with them {cell.metric.label} at {line.row.label} is "
+                    f"{number(mean)} instead of {plus_minus(cell.estimate)}."
+                )
+    return ""

@@ -16,14 +16,14 @@ from markupsafe import Markup
 
 from evaluate.report import svg, wording
 from evaluate.report.figures import Figure, Missing
-from evaluate.report.found import headline
+from evaluate.report.found import what_was_found
 from evaluate.report.latents import LatentPages, Summary
 from evaluate.report.published import published_rows
-from evaluate.report.runs import Group, Results, Row, sharing_label
+from evaluate.report.runs import Group, Results, Row, sharing_label, short_name
 from evaluate.report.scored import Run
 from evaluate.report.table import Table
-from evaluate.report.usage import UsageLine, usage_heads
-from evaluate.statistics import CAVEAT, Estimate, estimate
+from evaluate.report.usage import UsageLine, usage_decimals, usage_heads
+from evaluate.statistics import Estimate, estimate
 from pipeline.definitions import METRICS, Better, Metric
 
 HERE = Path(__file__).parent
@@ -53,10 +53,21 @@ def environment() -> jinja2.Environment:
         "address": address,
         "tidy": wording.tidy,
         "signed": wording.signed,
+        "listed": wording.listed,
     }
-    names = (wording.count, wording.number, wording.half_text, wording.plus_minus, wording.p_text, svg.inline)
+    said = (wording.signed_plus_minus,)
+    names = (
+        *said,
+        wording.count,
+        wording.number,
+        wording.half_text,
+        wording.plus_minus,
+        wording.p_text,
+        wording.fixed,
+        svg.inline,
+    )
     made.globals |= {function.__name__: function for function in names}
-    made.globals |= {"ARROWS": ARROWS, "CAVEAT": CAVEAT}
+    made.globals |= {"ARROWS": ARROWS}
     return made
 
 
@@ -103,18 +114,22 @@ def report_page(
         title=title,
         results=results,
         last=last,
-        found=headline(table, results),
-        models=distinct(sorted(run.store.model for run in last)),
-        layers=sorted({run.store.layer if run.store.layer is not None else -1 for run in last}),
+        found=what_was_found(table, results),
+        models=distinct(sorted(short_name(run.store.model) for run in last)),
+        layers=sorted({run.store.layer for run in last if run.store.layer is not None}),
         seeds=sorted({run.seed for run in last}),
-        widths=sorted({run.checkpoint.width for run in last}),
+        widths=[f"{width:,}" for width in sorted({run.checkpoint.width for run in last})],
         table=table,
+        caveat=caveat(results),
         published=published_rows([metric.id for metric in table.metrics]),
         sample_note=sample_note(last),
-        without_massive=without_massive(results, table),
+        with_massive=with_massive(results, table),
         usage=usage,
         usage_heads=usage_heads(usage),
-        figures=figures,
+        usage_decimals=usage_decimals(usage),
+        lead=[figure for figure in figures[:1] if isinstance(figure, Figure)],
+        figures=figures[1:] if figures and isinstance(figures[0], Figure) else figures,
+        primary_names=[results.metric(id).label for id in table.primary],
         latents=latents,
         folder=folder,
         repeated=any(run.at("scr") for run in results.runs),
@@ -143,10 +158,9 @@ def last_runs(results: Results) -> list[Run]:
 
 def sample_note(runs: Sequence[Run]) -> str:
     """What averages and dead shares are over, and what zero and mean ablation cost."""
-    tokens = sorted({n for run in runs if (n := run.sample.get("n_tokens"))})
-    said = (
-        f"Averages, and the share of dead latents, are over {' or '.join(f'{n:,}' for n in tokens)} evaluation tokens. "
-    )
+    tokens = sorted({n for run in runs if (n := kept(run))})
+    counts = " or ".join(f"{n:,}" for n in tokens)
+    said = f"Averages, and the share of dead latents, are over {counts} evaluation tokens{spared(runs)}. "
     costs = {name: sorted({x for run in runs if (x := run.baselines.get(name)) is not None}) for name in KL_BASELINES}
     number = wording.number
     parts = [
@@ -157,22 +171,48 @@ def sample_note(runs: Sequence[Run]) -> str:
     return (said if tokens else "") + (f"In KL, {' and '.join(parts)} nats/token." if parts else "")
 
 
-def without_massive(
+def kept(run: Run) -> int:
+    """Tokens that averages are over."""
+    return run.sample.get("n_tokens_without_massive", run.sample.get("n_tokens", 0))
+
+
+def spared(runs: Sequence[Run]) -> str:
+    """Of massive rows left out, where there are any."""
+    left = sorted({run.sample.get("n_tokens", 0) - kept(run) for run in runs} - {0})
+    if not left:
+        return ""
+    return (
+        f", {' or '.join(f'{n:,}' for n in left)} massive rows left out: their norm is far beyond the median’s, they are "
+        "spliced all the same, and would weigh more in an average than all others"
+    )
+
+
+def with_massive(
     results: Results, table: Table
 ) -> tuple[list[Metric], list[tuple[Group, Row, list[Estimate | None]]]] | None:
-    """Columns and rows of the same means without massive rows; None when no run has them or they never differ."""
+    """Columns and rows of the same means with massive rows; None when they never differ."""
     rows = [(group, row) for group in results.groups for row in group.rows]
-    metrics = [m for m in table.metrics if any(row.values(m.id, massive=False) for _, row in rows)]
-    if all(row.values(m.id) == row.values(m.id, massive=False) for _, row in rows for m in metrics):
+    metrics = [m for m in table.metrics if any(row.values(m.id) != row.values(m.id, massive=True) for _, row in rows)]
+    if not metrics:
         return None
     return metrics, [
-        (group, row, [estimate(list(row.values(m.id, massive=False).values())) for m in metrics]) for group, row in rows
+        (group, row, [estimate(list(row.values(m.id, massive=True).values())) for m in metrics]) for group, row in rows
     ]
+
+
+def caveat(results: Results) -> str:
+    """What the intervals are over, and what they leave out."""
+    orders = {run.data_seed for run in last_runs(results)}
+    if len(orders) > 1:
+        return f"Intervals are over seeds of the initialisation and {len(orders)} orders of the data, counted alike."
+    return (
+        "Intervals are over seeds of the initialisation; they leave out the order of the data, which all seeds share."
+    )
 
 
 def definitions(results: Results, usage: Sequence[UsageLine]) -> list[Metric]:
     """Every metric that these results hold: unit, direction, definition."""
-    held = {id for run in results.runs for level in run.levels for id in level.scores}
+    held = {id for run in results.runs for level in run.levels for id, x in level.scores.items() if x is not None}
     held |= {name for run in results.runs for name in run.series}
     held |= {id for line in usage for id in line.found}
     order = [id for id in METRICS if id in held] + sorted(held - METRICS.keys())

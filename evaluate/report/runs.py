@@ -9,17 +9,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evaluate.report.scored import AUTO, Run, Sharing, read_run
+from evaluate.report.scored import AUTO, Run, Sharing, merged, read_run
+from evaluate.statistics import Replicate
 from pipeline.base.errors import UsageError
 from pipeline.base.files import canonical_json
 from pipeline.definitions import METRICS, Metric
 
-FIRST_SETTINGS = ("model", "layer", "recipe", "objective", "width", "lr", "lambda_shared", "lambda_specialised")
+FIRST_SETTINGS = (
+    "model",
+    "layer",
+    "recipe",
+    "objective",
+    "width",
+    "lr",
+    "lambda_shared",
+    "lambda_specialised",
+    "source",
+)
+SPARSITY = ("k", "lambda_shared", "lambda_specialised", "target_l0")
+"""Settings that move a dictionary along its front and leave it what it is."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Runs that differ only in their seed: the last checkpoint of each."""
+    """Runs that differ only by chance, in their seed or the order of their data: the last checkpoint of each."""
 
     sharing: Sharing
     runs: tuple[Run, ...]
@@ -29,10 +42,10 @@ class Row:
         """α = 0.2, or the levels."""
         return sharing_label(self.sharing)
 
-    def values(self, metric: str, level: int = -1, *, massive: bool = True) -> dict[int, float]:
-        """A score by seed, of the seeds that have it."""
-        found = {run.seed: run.score(metric, level, massive=massive) for run in self.runs}
-        return {seed: value for seed, value in found.items() if value is not None}
+    def values(self, metric: str, level: int = -1, *, massive: bool = False) -> dict[Replicate, float]:
+        """A score by replicate, of those that have it."""
+        found = {run.replicate: run.score(metric, level, massive=massive) for run in self.runs}
+        return {replicate: value for replicate, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +58,14 @@ class Group:
     @property
     def label(self) -> str:
         """The settings that tell this group from the others; empty when there is only one."""
-        return ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return ", ".join(
+            f"{name} {short_name(str(value)) if name == 'model' else value}" for name, value in self.settings.items()
+        )
+
+    @property
+    def family(self) -> str:
+        """Equal for groups that differ in how sparse they are asked to be, and in nothing else."""
+        return canonical_json({name: value for name, value in self.settings.items() if name not in SPARSITY})
 
     @property
     def baseline(self) -> Row | None:
@@ -75,6 +95,22 @@ class Results:
         """Every way of sharing there is, flat first: the order of colours."""
         return sorted({run.sharing for run in self.runs}, key=lambda s: (len(s), s))
 
+    @cached_property
+    def places(self) -> list[tuple[str, list[Run]]]:
+        """Runs of each model, layer and store, under what tells it from the others: nothing where there is one."""
+        by_place: dict[tuple[str, int | None, str], list[Run]] = {}
+        for run in sorted(self.runs, key=lambda run: [in_order(part) for part in run.place]):
+            by_place.setdefault(run.place, []).append(run)
+        parts = [(short_name(model), f"layer {layer}", f"store {id[:8]}") for model, layer, id in by_place]
+        told = [i for i in range(3) if len({part[i] for part in parts}) > 1]
+        if len({tuple(part[i] for i in told[:-1]) for part in parts}) == len(parts):
+            told = told[:-1]
+        return [(", ".join(part[i] for i in told), runs) for part, runs in zip(parts, by_place.values())]
+
+    def siblings(self, group: Group) -> list[Group]:
+        """Groups that differ from one in nothing but how sparse they are asked to be, itself among them."""
+        return [other for other in self.groups if other.family == group.family]
+
     def metric(self, id: str) -> Metric:
         """A metric as the results define it (they explain themselves), with the label known here."""
         name, _, n = id.partition("@")
@@ -83,7 +119,13 @@ class Results:
         told = next((run.definitions[name] for run in self.runs if name in run.definitions), known)
         if told is None:
             return Metric(id, label, "", "neither", "no definition came with the results")
-        return replace(told, id=id, label=f"{label}, n = {n}" if n else label)
+        better = known.better if known else told.better
+        return replace(told, id=id, better=better, label=f"{label}, n = {n}" if n else label)
+
+
+def short_name(model: str) -> str:
+    """A model's name without the folder or the organisation before it."""
+    return model.rstrip("/").rpartition("/")[2] or model
 
 
 def sharing_label(sharing: Sharing) -> str:
@@ -98,7 +140,7 @@ def sharing_label(sharing: Sharing) -> str:
 
 
 def read_results(paths: Iterable[Path]) -> Results:
-    """Read results files, and those in folders; group them. Each checkpoint counts once, however often it is given.
+    """Read results files, and those in folders; group them. Each checkpoint counts once, however often it was scored.
 
     Raises UsageError when there are none or two checkpoints claim the same step of the same run; DamagedError when a file
     is not results of our version.
@@ -106,8 +148,7 @@ def read_results(paths: Iterable[Path]) -> Results:
     runs: dict[str, Run] = {}
     for path in sorted(expand(paths)):
         run = read_run(path)
-        if run.identity not in runs or run.has_latents:
-            runs[run.identity] = run
+        runs[run.identity] = merged(runs[run.identity], run) if run.identity in runs else run
     if not runs:
         raise UsageError("no results: give results files, or folders that `python -m evaluate --out` wrote")
     found = tuple(runs.values())
@@ -132,7 +173,7 @@ def make_groups(runs: Sequence[Run]) -> tuple[Group, ...]:
     names = telling_settings(runs)
     last: dict[str, Run] = {}
     for run in sorted(runs, key=lambda run: run.step):
-        identity = canonical_json([shown(run, names), run.sharing, run.seed])
+        identity = canonical_json([shown(run, names), run.sharing, run.replicate])
         if identity in last and last[identity].step == run.step:
             raise UsageError(
                 f"{run.path} and {last[identity].path}: two checkpoints of the same run and step; give one of them"
@@ -169,8 +210,8 @@ def telling_settings(runs: Sequence[Run]) -> list[str]:
 
 
 def make_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
-    """Rows by sharing, flat first, seeds in order."""
+    """Rows by sharing, flat first, replicates in order."""
     rows: dict[Sharing, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (len(run.sharing), run.sharing, run.seed)):
+    for run in sorted(runs, key=lambda run: (len(run.sharing), run.sharing, run.replicate)):
         rows.setdefault(run.sharing, []).append(run)
     return tuple(Row(sharing, tuple(members)) for sharing, members in rows.items())

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from evaluate.latents.files import has_pages
 from evaluate.results import read_result
+from evaluate.statistics import Replicate
 from pipeline.base.errors import DamagedError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import canonical_json, sha256
 from pipeline.definitions import Better, Metric
 
-NOT_SETTINGS = frozenset({"alpha", "levels", "seed"})
+NOT_SETTINGS = frozenset({"alpha", "levels", "seed", "data_seed"})
+SHAPING = ("n_sequences", "rows", "massive_multiple", "dtype")
+"""What of an evaluation's config decides which rows averages are over, and how they are computed."""
 BLOCKS = ("shared", "specialised")
 """Blocks of latents of a dictionary of two levels; a flat one has the second alone."""
 Sharing = tuple[float, ...]
@@ -29,12 +32,17 @@ Histogram = tuple[list[float], list[float]]
 
 @dataclass(frozen=True)
 class Level:
-    """Scores of one level, a prefix of the dictionary, by metric id; undefined ones are left out."""
+    """Scores of one level, a prefix of the dictionary, by metric id: None where it is undefined."""
 
     number: int
     n_latents: int
-    scores: Mapping[str, float]
-    without_massive: Mapping[str, float]
+    scores: Mapping[str, float | None]
+    without_massive: Mapping[str, float | None]
+
+    def score(self, metric: str, *, massive: bool) -> float | None:
+        """A score; its average leaves massive rows out unless they are asked for, or it has no such average."""
+        lead = self.scores if massive or metric not in self.without_massive else self.without_massive
+        return lead.get(metric)
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,16 @@ class Run:
         """The member's seed; 0 when the SAE was made elsewhere."""
         return int(self.train.get("seed", 0))
 
+    @property
+    def data_seed(self) -> int:
+        """The seed of the order of its data; 0 when the SAE was made elsewhere."""
+        return int(self.train.get("data_seed", 0))
+
+    @property
+    def replicate(self) -> Replicate:
+        """What tells it from trainings that are the same but for chance."""
+        return self.data_seed, self.seed
+
     @cached_property
     def sharing(self) -> Sharing:
         """How the dictionary is nested: as asked for, else as its sizes say."""
@@ -127,13 +145,20 @@ class Run:
         settings |= {name: value for name, value in self.train.items() if name not in NOT_SETTINGS}
         settings |= {"store": self.store.id[:10]}
         if not self.train:
-            settings |= {"recipe": "made elsewhere", "source": Path(self.checkpoint.path).name}
-        return settings | {"evaluation": sha256(canonical_json(self.evaluation))[:8]}
+            source = "/".join(Path(self.checkpoint.path).parts[-3:])
+            settings |= {"recipe": "made elsewhere", "source": source, "weights": self.checkpoint.sha256[:10]}
+        shaping = {name: self.evaluation[name] for name in SHAPING if name in self.evaluation}
+        return settings | {"evaluation": sha256(canonical_json(shaping))[:8]}
 
     @cached_property
     def identity(self) -> str:
-        """Equal for results of the same checkpoint, scored the same way on the same store."""
-        return canonical_json([self.checkpoint.sha256, self.store.id, self.evaluation])
+        """Equal for results of the same checkpoint on the same store, whatever was scored."""
+        return canonical_json([self.checkpoint.sha256 or str(self.path), self.store.id])
+
+    @property
+    def place(self) -> tuple[str, int | None, str]:
+        """Model, layer and store: only scores of one place are compared."""
+        return self.store.model, self.store.layer, self.store.id
 
     @cached_property
     def has_latents(self) -> bool:
@@ -153,18 +178,17 @@ class Run:
         full = {"checkpoint": checkpoint, "provenance": provenance, "evaluation": self.evaluation}
         return json.dumps(full, indent=1, ensure_ascii=False, sort_keys=True)
 
-    def score(self, metric: str, level: int = -1, *, massive: bool = True) -> float | None:
+    def score(self, metric: str, level: int = -1, *, massive: bool = False) -> float | None:
         """One score of one level, the whole dictionary by default; None when it was not computed or is undefined.
 
-        `sparse_coding_rate@20` reads the series of that metric at n = 20. `massive`: whether averages hold massive rows.
+        `sparse_coding_rate@20` reads the series of that metric at n = 20. Averages leave massive rows out unless asked.
         """
         name, _, n = metric.partition("@")
         if n:
             return self.at(name).get(int(n))
         if not -len(self.levels) <= level < len(self.levels):
             return None
-        scores = self.levels[level].scores if massive else self.levels[level].without_massive
-        return scores.get(name)
+        return self.levels[level].score(name, massive=massive)
 
     def at(self, metric: str, level: int | None = None) -> dict[int, float]:
         """A series by n, of the whole dictionary or of one level; undefined values are left out."""
@@ -179,6 +203,29 @@ class Run:
         for name in path:
             at = at.get(name) if isinstance(at, Mapping) else None
         return float(at) if isinstance(at, int | float) else None
+
+
+def merged(one: Run, other: Run) -> Run:
+    """Two evaluations of one checkpoint as one: of what both scored, that on more tokens; of the rest, whichever has it."""
+    more, less = sorted((one, other), key=lambda run: (run.sample.get("n_tokens", 0), run.has_latents), reverse=True)
+    level = {(level.number, level.n_latents): level for level in less.levels}
+    levels = [
+        replace(a, scores={**b.scores, **a.scores}, without_massive={**b.without_massive, **a.without_massive})
+        if (b := level.get((a.number, a.n_latents)))
+        else a
+        for a in more.levels
+    ]
+    return replace(
+        more,
+        path=more.path if more.has_latents or not less.has_latents else less.path,
+        levels=tuple(levels),
+        baselines={**less.baselines, **more.baselines},
+        series={**less.series, **more.series},
+        features={**less.features, **more.features},
+        density={**less.density, **more.density},
+        curve={**less.curve, **more.curve},
+        definitions={**less.definitions, **more.definitions},
+    )
 
 
 def read_run(path: Path) -> Run:
@@ -200,7 +247,7 @@ def make_run(path: Path, data: Mapping[str, Any]) -> Run:
         StoreFacts(store.text("id", ""), store.text("model", ""), store.some_whole("layer"), store.data.get("corpus")),
         fields.inner("evaluation").data,
         {name: n for name, n in fields.inner("sample").data.items() if isinstance(n, int) and not isinstance(n, bool)},
-        fields.numbers("baselines"),
+        fields.numbers("baselines") | fields.inner("baselines").numbers("without_massive"),
         tuple(level_of(level) for level in fields.objects("levels")),
         {name: points_of(fields.inner("series"), name) for name in fields.inner("series").data},
         features.data,
@@ -237,6 +284,7 @@ def checkpoint_of(fields: Fields) -> Checkpoint:
 def train_of(fields: Fields) -> Mapping[str, Any]:
     """A training config in which what a report reads is of its type."""
     fields.whole("seed", 0)
+    fields.whole("data_seed", 0)
     if fields.data.get("alpha") != "auto":
         fields.some_number("alpha")
     if any(share is None for share in fields.list_of_numbers("levels")):
@@ -249,8 +297,8 @@ def level_of(fields: Fields) -> Level:
     return Level(
         fields.whole("level"),
         fields.whole("n_latents", least=1),
-        fields.numbers("scores"),
-        fields.numbers("scores_without_massive"),
+        fields.numbers_or_nulls("scores"),
+        fields.numbers_or_nulls("scores_without_massive"),
     )
 
 

@@ -1,37 +1,52 @@
-"""Table 1: every row's mean and interval, its test against the flat baseline, and what may be said of all of them."""
+"""Table 1: every row's mean and interval; differences from the flat baseline; tests of the primary endpoints at equal L0."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from evaluate.report.equal import Apart, at_equal_l0
 from evaluate.report.runs import Group, Results, Row
-from evaluate.statistics import Comparison, Estimate, compare, estimate, holm, is_significant
-from pipeline.definitions import Metric
+from evaluate.report.wording import column_decimals
+from evaluate.statistics import SIGNIFICANT, Comparison, Estimate, compare, estimate, holm, is_significant
+from pipeline.base.errors import UsageError
+from pipeline.definitions import METRICS, Metric
 
 SCORES = ("kl_nats", "kl_score", "ce_score", "ev", "l0", "sparsity", "dead")
-TWINS = {"kl_score": "kl_nats", "sparsity": "l0"}
-"""A column that is the other one rescaled: the same test, counted once."""
 SERIES = ("sparse_coding_rate", "scr")
 WANTED_N = 20
-Verdict = Literal["better", "worse", "different"]
+PRIMARY = ("kl_nats", "ev")
+"""What is tested unless told otherwise, always at equal L0. All else is a difference with its interval."""
+Verdict = Literal["better", "worse", "different", "not shown", "not comparable"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row's estimate of one metric; its test, the p value Holm-corrected over the table, None where none was made."""
+    """One row's estimate of one metric, and how it differs from the flat baseline.
+
+    `difference` is that of rows as they are. A primary endpoint has, at equal L0, a `test` (or says in `apart` why not), its
+    Holm-corrected `p`, and `least`, the smallest difference that would have been significant.
+    """
 
     metric: Metric
     estimate: Estimate | None
+    difference: Comparison | None = None
     test: Comparison | None = None
+    apart: Apart | None = None
     p: float | None = None
+    least: float | None = None
 
     @property
     def verdict(self) -> Verdict | None:
-        """Which way the row differs from the baseline, if the corrected test says that it does."""
-        if self.test is None or not is_significant(self.p):
+        """What the corrected test says; None where there is none."""
+        if self.apart is not None:
+            return "not comparable"
+        if self.test is None:
             return None
+        if not is_significant(self.p):
+            return "not shown"
         if self.metric.better == "neither":
             return "different"
         return "better" if (self.test.difference > 0) == (self.metric.better == "higher") else "worse"
@@ -48,83 +63,117 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of all groups; `n_tests` is the size of the family that Holm's correction ran over."""
+    """All rows of all groups; `primary` are the metrics that are tested; `decimals` by metric id, alike down a column."""
 
     metrics: tuple[Metric, ...]
+    primary: tuple[str, ...]
     lines: tuple[Line, ...]
-    n_tests: int
+    decimals: dict[str, int]
 
     @property
     def tested(self) -> list[tuple[Line, Cell]]:
-        """Every test made, twins left out."""
-        cells = [(line, cell) for line in self.lines for id, cell in line.cells.items() if not is_twin(id, line.cells)]
-        return [(line, cell) for line, cell in cells if cell.test is not None]
+        """Every test made: the family that Holm's correction ran over."""
+        return [(line, cell) for line in self.lines for cell in line.cells.values() if cell.test is not None]
+
+    @property
+    def apart(self) -> list[tuple[Line, Cell]]:
+        """Every primary comparison that could not be made at equal L0."""
+        return [(line, cell) for line in self.lines for cell in line.cells.values() if cell.apart is not None]
+
+    @property
+    def differences(self) -> list[tuple[Line, Cell]]:
+        """Every difference with an interval, of metrics that are not tested."""
+        return [
+            (line, cell)
+            for line in self.lines
+            for id, cell in line.cells.items()
+            if id not in self.primary and cell.difference is not None
+        ]
 
     def line(self, group: Group, row: Row) -> Line:
         """The line of a row."""
         return next(line for line in self.lines if line.group is group and line.row is row)
 
 
-def make_table(results: Results) -> Table:
-    """Estimate and test every column that any run has; correct all tests together."""
-    metrics = tuple(results.metric(id) for id in columns(results))
-    raw = [
-        (group, row, {m.id: (estimate(list(row.values(m.id).values())), test_cell(group, row, m.id)) for m in metrics})
+def make_table(results: Results, primary: Sequence[str] = PRIMARY) -> Table:
+    """Estimate every column that any run has; test the primary endpoints at equal L0, and correct those tests together.
+
+    Raises UsageError for an endpoint that is no metric.
+    """
+    if unknown := [id for id in primary if id.partition("@")[0] not in METRICS]:
+        raise UsageError(f"--primary {unknown[0]}: no such metric; known are {', '.join(METRICS)}")
+    metrics = tuple(results.metric(id) for id in columns(results, primary))
+    lines = [
+        Line(group, row, {metric.id: cell_of(results, group, row, metric, primary) for metric in metrics})
         for group in results.groups
         for row in group.rows
     ]
-    family = [
-        (i, id)
-        for i, (_, _, cells) in enumerate(raw)
-        for id, (_, test) in cells.items()
-        if test and not is_twin(id, cells)
-    ]
-    tests = [raw[i][2][id][1] for i, id in family]
-    adjusted = dict(zip(family, holm([test.p for test in tests if test is not None])))
-    lines = []
-    for i, (group, row, cells) in enumerate(raw):
-        by_id = {m.id: m for m in metrics}
-        p = {id: adjusted.get((i, TWINS[id] if is_twin(id, cells) else id)) for id in cells}
-        lines.append(Line(group, row, {id: Cell(by_id[id], e, t, p[id]) for id, (e, t) in cells.items()}))
-    return Table(metrics, tuple(lines), len(family))
+    family = [(i, id, c.test) for i, line in enumerate(lines) for id, c in line.cells.items() if c.test is not None]
+    adjusted = holm([test.p for _, _, test in family])
+    left = max(1, sum(not is_significant(p) for p in adjusted))
+    for (i, id, test), p in zip(family, adjusted):
+        cell = lines[i].cells[id]
+        lines[i].cells[id] = Cell(
+            cell.metric, cell.estimate, cell.difference, test, None, p, test.least(SIGNIFICANT / left)
+        )
+    decimals = {m.id: column_decimals([e for line in lines if (e := line.cells[m.id].estimate)]) for m in metrics}
+    return Table(metrics, tuple(primary), tuple(lines), decimals)
 
 
-def columns(results: Results) -> list[str]:
-    """The columns of which any last checkpoint has a value."""
+def columns(results: Results, primary: Sequence[str]) -> list[str]:
+    """The columns of which any last checkpoint has a value, primary endpoints among them."""
     runs = [run for group in results.groups for run in group.runs]
     ids = [id for id in SCORES if any(run.score(id) is not None for run in runs)]
     for name in SERIES:
         found = {n for run in runs for n in run.at(name)}
         if found:
-            ids.append(f"{name}@{min(found, key=lambda n: (abs(math.log(n / WANTED_N)), n))}")
-    return ids
+            ids.append(f"{name}@{min(found, key=lambda n: (abs(math.log(n / WANTED_N)) if n else math.inf, n))}")
+    more = [id for id in primary if id not in ids and any(run.score(id) is not None for run in runs)]
+    return [*more, *ids]
 
 
-def is_twin(id: str, cells: dict[str, Cell] | dict[str, tuple[Estimate | None, Comparison | None]]) -> bool:
-    """Whether a column repeats the test of another column that is there too."""
-    return TWINS.get(id) in cells
-
-
-def test_cell(group: Group, row: Row, metric: str) -> Comparison | None:
-    """The row against its group's flat baseline; None for the baseline itself or where no test can be made."""
-    baseline = group.baseline
-    if baseline is None or row is baseline:
-        return None
-    return compare(row.values(metric), baseline.values(metric))
+def cell_of(results: Results, group: Group, row: Row, metric: Metric, primary: Sequence[str]) -> Cell:
+    """A row's estimate of a metric and its comparisons, p not yet corrected."""
+    found = estimate(list(row.values(metric.id).values()))
+    flat = group.baseline
+    difference = compare(row.values(metric.id), flat.values(metric.id)) if flat and row is not flat else None
+    if metric.id not in primary:
+        return Cell(metric, found, difference)
+    test = at_equal_l0(results, group, row, metric.id) if row.sharing else None
+    if isinstance(test, Apart):
+        return Cell(metric, found, difference, apart=test)
+    return Cell(metric, found, difference, test)
 
 
 def table_rows(table: Table) -> list[dict[str, Any]]:
-    """Table 1 as CSV rows: one a row and metric."""
-    return [
-        {
-            "group": line.group.label, "row": line.row.label, "metric": id, "unit": c.metric.unit, "better": c.metric.better,
-            "mean": c.estimate.mean if c.estimate else None, "half_interval_95": c.estimate.half if c.estimate else None,
-            "seeds": c.estimate.n if c.estimate else 0, "test": c.test.kind if c.test else None,
-            "difference": c.test.difference if c.test else None, "t": c.test.t if c.test else None,
-            "df": c.test.df if c.test else None, "p": c.test.p if c.test else None, "p_holm": c.p,
-            "effect_size": c.test.effect if c.test else None, "effect_name": c.test.effect_name if c.test else None,
-            "verdict": c.verdict,
-        }
-        for line in table.lines
-        for id, c in line.cells.items()
-    ]  # fmt: skip
+    """Table 1 as CSV rows: one a row and metric. Means leave massive rows out; beside each stands the mean with them."""
+    return [row_of(line, id, cell) for line in table.lines for id, cell in line.cells.items()]
+
+
+def row_of(line: Line, id: str, cell: Cell) -> dict[str, Any]:
+    """One CSV row."""
+    shown, test = cell.test or cell.difference, cell.test
+    whole = estimate(list(line.row.values(id, massive=True).values()))
+    return {
+        "group": line.group.label,
+        "row": line.row.label,
+        "metric": id,
+        "unit": cell.metric.unit,
+        "better": cell.metric.better,
+        "mean": cell.estimate.mean if cell.estimate else None,
+        "half_interval_95": cell.estimate.half if cell.estimate else None,
+        "mean_with_massive_rows": whole.mean if whole else None,
+        "seeds": cell.estimate.n if cell.estimate else 0,
+        "difference": shown.difference if shown else None,
+        "difference_half_interval_95": shown.half if shown else None,
+        "at_equal_l0": test is not None,
+        "test": test.kind if test else None,
+        "t": test.t if test else None,
+        "df": test.df if test else None,
+        "p": test.p if test else None,
+        "p_holm": cell.p,
+        "least_significant_difference": cell.least,
+        "effect_size": shown.effect if shown else None,
+        "effect_name": shown.effect_name if shown else None,
+        "verdict": cell.verdict,
+    }

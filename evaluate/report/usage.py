@@ -8,15 +8,16 @@ from typing import Any
 
 from evaluate.report.runs import Group, Results, Row
 from evaluate.report.scored import BLOCKS
+from evaluate.report.wording import column_decimals
 from evaluate.statistics import Estimate, estimate
 
 Path = tuple[str, ...]
 MEASURES: dict[str, tuple[str, Path]] = {
-    "entropy": ("utilisation (entropy) ↑", ("utilisation", "{block}", "entropy")),
-    "gini": ("utilisation (Gini) ↓", ("utilisation", "{block}", "gini")),
+    "entropy": ("utilisation (entropy)", ("utilisation", "{block}", "entropy")),
+    "gini": ("utilisation (Gini)", ("utilisation", "{block}", "gini")),
     "freq_over_1_percent": ("latents over 1 %", ("utilisation", "{block}", "freq_over_1_percent")),
     "encoder_decoder": ("encoder–decoder cosine, median", ("geometry", "encoder_decoder", "{block}", "p50")),
-    "nearest": ("nearest neighbour’s cosine, median ↓", ("geometry", "nearest", "within {block}", "p50")),
+    "nearest": ("nearest neighbour’s cosine, median", ("geometry", "nearest", "within {block}", "p50")),
     "pearson": ("mean |Pearson|", ("correlation", "within {block}", "mean_abs_pearson")),
 }
 """A metric's id → its head, and where in a results file's `features` it stands for a block."""
@@ -62,6 +63,11 @@ def block_estimates(row: Row, block: str) -> dict[str, Estimate]:
 def usage_heads(lines: list[UsageLine]) -> dict[str, str]:
     """Metric ids that any line has, and their heads."""
     return {id: head for id, (head, _) in MEASURES.items() if any(id in line.found for line in lines)}
+
+
+def usage_decimals(lines: list[UsageLine]) -> dict[str, int]:
+    """Decimals by metric id, alike down a column."""
+    return {id: column_decimals([line.found[id] for line in lines if id in line.found]) for id in usage_heads(lines)}
 
 
 def usage_rows(lines: list[UsageLine]) -> list[dict[str, Any]]:

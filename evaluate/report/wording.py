@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 from evaluate.statistics import Estimate
 
@@ -49,6 +50,36 @@ def half_text(half: float) -> str:
 def plus_minus(e: Estimate) -> str:
     """0.523 ± 0.012, or the mean alone for one seed."""
     return number(e.mean) if e.half is None else f"{number(e.mean, e.half)} ± {half_text(e.half)}"
+
+
+def signed_plus_minus(difference: float, half: float) -> str:
+    """+0.018 ± 0.004: a difference and half its interval, its sign always shown."""
+    sign = "+" if difference >= 0 else ""
+    return f"{sign}{number(difference, half)} ± {half_text(half)}"
+
+
+def column_decimals(estimates: Sequence[Estimate]) -> int:
+    """Decimals for a whole column: two digits of its median interval, or four of its smallest value without intervals."""
+    if halves := sorted(e.half for e in estimates if e.half):
+        return min(4, decimals(halves[len(halves) // 2]))
+    least = min((abs(e.mean) for e in estimates if e.mean), default=1.0)
+    return min(4, max(0, 3 - math.floor(math.log10(least))))
+
+
+def fixed(value: float, places: int) -> str:
+    """A number with so many decimals, and a minus sign that is one."""
+    return signed(f"{value if round(value, places) else 0.0:,.{places}f}")
+
+
+def first_upper(text: str) -> str:
+    """Text with its first letter as a sentence begins, the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def listed(parts: Iterable[str]) -> str:
+    """a; a and b; a, b and c."""
+    *some, last = parts
+    return f"{', '.join(some)} and {last}" if some else last
 
 
 def p_text(p: float) -> str:

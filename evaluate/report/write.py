@@ -1,7 +1,7 @@
 """python -m evaluate.report: one HTML file from results files, with nothing to fetch. Imports no torch.
 
-Reading order: what was found, Table 1, the figures, latents, what each metric is, where it all comes from. Beside it lies
-a folder with every figure as SVG, all numbers as CSV, and the latent pages.
+Reading order: what was found and the figure that shows it, Table 1, the other figures, latents, what each metric is, where
+it all comes from. Beside it lies a folder with every figure as SVG, all numbers as CSV, and the latent pages.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ from evaluate.report.figures_across import make_figures
 from evaluate.report.latents import read_latents
 from evaluate.report.pages import Latents, latents_page, report_page
 from evaluate.report.runs import Results, read_results
-from evaluate.report.table import Table, make_table, table_rows
+from evaluate.report.table import PRIMARY, Table, make_table, table_rows
 from evaluate.report.usage import UsageLine, usage_lines, usage_rows
 from pipeline.base.errors import UsageError
 from pipeline.base.files import write_bytes
 from pipeline.base.progress import say
 
 
-def write_report(paths: Sequence[Path], out: Path, title: str = "Nested sparse autoencoders") -> Path:
+def write_report(
+    paths: Sequence[Path], out: Path, title: str = "Nested sparse autoencoders", primary: Sequence[str] = PRIMARY
+) -> Path:
     """Read results, write the report and the folder beside it; return the report's path.
 
     The page appears last and whole. Raises UsageError without results, DamagedError for files that are not results.
     """
     results = read_results(paths)
-    table, usage, figures = make_table(results), usage_lines(results), make_figures(results)
+    table, usage, figures = make_table(results, primary), usage_lines(results), make_figures(results)
     folder = out.with_name(f"{out.stem}_files")
     write_numbers(folder, results, table, usage, figures)
     latents = write_latents(folder, results)
@@ -84,7 +86,14 @@ def write_latents(folder: Path, results: Results) -> Latents:
     "--out", type=click.Path(path_type=Path), required=True, help="The HTML file; a folder NAME_files goes beside it."
 )
 @click.option("--title", default="Nested sparse autoencoders", show_default=True, help="Heading of the report.")
-def cli(results: tuple[Path, ...], out: Path, title: str) -> None:
+@click.option(
+    "--primary",
+    default=",".join(PRIMARY),
+    show_default=True,
+    metavar="IDS",
+    help="Endpoints that are tested, at equal L0 and Holm-corrected; everything else is a difference with its interval.",
+)
+def cli(results: tuple[Path, ...], out: Path, title: str, primary: str) -> None:
     """Write one self-contained HTML report from results files, or folders that evaluate wrote.
 
     \b
@@ -92,4 +101,4 @@ def cli(results: tuple[Path, ...], out: Path, title: str) -> None:
     """
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise UsageError(f"--out {out}: give the name of an HTML file, like report.html")
-    say(f"report: {write_report(results, out, title)}")
+    say(f"report: {write_report(results, out, title, [id.strip() for id in primary.split(',') if id.strip()])}")

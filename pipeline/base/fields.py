@@ -91,9 +91,12 @@ class Fields:
 
     def numbers(self, name: str) -> dict[str, float]:
         """An object of numbers; those that are null are left out, as are objects within it."""
+        return {key: value for key, value in self.numbers_or_nulls(name).items() if value is not None}
+
+    def numbers_or_nulls(self, name: str) -> dict[str, float | None]:
+        """An object of numbers and nulls; objects within it are left out."""
         inner = self.inner(name)
-        found = {key: inner.some_number(key) for key, value in inner.data.items() if not isinstance(value, Mapping)}
-        return {key: value for key, value in found.items() if value is not None}
+        return {key: inner.some_number(key) for key, value in inner.data.items() if not isinstance(value, Mapping)}
 
     def texts(self, name: str) -> dict[str, str]:
         """An object of texts."""

@@ -27,12 +27,14 @@ def write_results(
     noise: float = 0.01,
     layer: int = 3,
     d_model: int = 192,
+    l0: float = 40.0,
     drop: Sequence[str] = (),
     **train: Any,
 ) -> list[Path]:
     """Write one file a checkpoint of every α and seed; only the last step carries a curve. Return the paths.
 
-    `effect`: how much nesting moves scores at α = 1; `noise`: standard deviation between seeds; `drop`: top-level fields
+    `effect`: how much nesting moves scores at α = 1; `noise`: standard deviation between seeds; `l0`: of the last step, within a
+    hundredth, scores rising with its logarithm; `drop`: top-level fields
     or metric ids that are left out; further keywords go into the training config (width, lr, recipe, levels ...).
     """
     paths = []
@@ -40,7 +42,7 @@ def write_results(
         for seed in seeds:
             for step in steps:
                 config = training(alpha, seed, train, max(steps))
-                data = result(config, step, max(steps), effect, noise, layer, d_model)
+                data = result(config, step, max(steps), effect, noise, layer, d_model, l0)
                 for name in drop:
                     drop_metric(data, name)
                 path = folder / f"{data['checkpoint']['provenance']['member']}-step_{step:06d}-{data['key'][:10]}.json"
@@ -65,7 +67,14 @@ def sizes(config: dict[str, Any]) -> list[int]:
 
 
 def result(
-    config: dict[str, Any], step: int, steps: int, effect: float, noise: float, layer: int, d_model: int
+    config: dict[str, Any],
+    step: int,
+    steps: int,
+    effect: float,
+    noise: float,
+    layer: int,
+    d_model: int,
+    l0: float = 40.0,
 ) -> dict[str, Any]:
     """One results file's data."""
     rng = numpy_rng("results", config["seed"], canonical_json(config), step, layer)
@@ -73,6 +82,7 @@ def result(
     nested = config["alpha"] or 0.3 if len(levels) > 1 else 0.0
     progress = 0.35 + 0.65 * step / steps
     quality = progress - effect * nested + noise * rng.normal() + 0.02 * math.log2(config["width"] / 1024)
+    quality += 0.05 * math.log2(l0 / 40)
     member = f"alpha{config['alpha']}-seed{config['seed']}-{sha256(canonical_json([config, layer]))[:10]}"
     provenance = {
         "member": member,
@@ -105,7 +115,7 @@ def result(
         "evaluation": {"scores": ["kl", "ev", "scr"], "rows": 20_000, "scr": "data/scr", "seeds": [0, 1, 2]},
         "sample": {"n_tokens": 19_840, "n_tokens_without_massive": 19_801, "n_sequences": 156},
         "baselines": {"kl_zero": 4.2, "kl_mean": 1.9, "ce_clean": 3.1, "ce_zero": 8.3, "ce_mean": 5.0, "entropy": 2.9},
-        "levels": [level_scores(rng, i, m, config["width"], quality) for i, m in enumerate(levels)],
+        "levels": [level_scores(rng, i, m, config["width"], quality, l0) for i, m in enumerate(levels)],
         "series": {
             "sparse_coding_rate": series(rng, len(levels), lambda n: 1 - math.exp(-n / 18)),
             "scr": series(rng, len(levels), lambda n: 0.3 * (1 - math.exp(-n / 30)) + 0.05 * quality),
@@ -120,7 +130,7 @@ def result(
     }
 
 
-def level_scores(rng: np.random.Generator, level: int, m: int, width: int, quality: float) -> dict[str, Any]:
+def level_scores(rng: np.random.Generator, level: int, m: int, width: int, quality: float, l0: float) -> dict[str, Any]:
     """Scores of one level: a prefix of m latents is worse than the whole, and sparser."""
     share = (m / width) ** 0.25
     q = quality * share
@@ -133,7 +143,7 @@ def level_scores(rng: np.random.Generator, level: int, m: int, width: int, quali
         "ev": min(0.98, 0.85 * q),
         "mse": 30 * (1 - 0.85 * q),
         "cosine": 0.9 * q,
-        "l0": (40 + 4 * rng.normal()) * share,
+        "l0": l0 * (1 + 0.003 * rng.normal()) * share,
         "dead": 0.02 + 0.01 * abs(rng.normal()),
         "top1": 0.8 * q,
     }

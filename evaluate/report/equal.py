@@ -1,0 +1,65 @@
+"""Comparisons at equal L0: a nested dictionary against flat ones that are as sparse, or no comparison at all.
+
+Where flat dictionaries of the same kind span a range of L0, each replicate is compared with its own flat front, straight
+over log L0 between the values that were trained. Where they do not, L0 may differ by NEAR; beyond that nothing is compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evaluate.report.runs import Group, Results, Row
+from evaluate.statistics import Comparison, Replicate, compare, interpolated
+
+NEAR = 0.05
+"""How much L0 may differ, as a share, where there is nothing to interpolate between."""
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Why two rows are not comparable: the row's mean L0, and the range of the flat ones' (None where it was not scored)."""
+
+    l0: float | None
+    flat: tuple[float, float] | None
+
+    @property
+    def reason(self) -> str:
+        """L0 30 against 41 to 50."""
+        if self.l0 is None or self.flat is None:
+            return "L0 was not scored"
+        low, high = (f"{x:.3g}" for x in self.flat)
+        return f"L0 {self.l0:.3g} against {low if low == high else f'{low} to {high}'}"
+
+
+def at_equal_l0(results: Results, group: Group, row: Row, metric: str) -> Comparison | Apart | None:
+    """The row against flat dictionaries at the row's own L0; None without a flat row or where no test can be made."""
+    flats = [other for sibling in results.siblings(group) for other in sibling.rows if not other.sharing]
+    if not flats or row in flats:
+        return None
+    l0 = positive(row.values("l0"))
+    own = {replicate: value for replicate, value in row.values(metric).items() if replicate in l0}
+    fronts: dict[Replicate, list[tuple[float, float]]] = {}
+    for flat in flats:
+        scores = flat.values(metric)
+        for replicate, x in positive(flat.values("l0")).items():
+            if replicate in scores:
+                fronts.setdefault(replicate, []).append((x, scores[replicate]))
+    means = [mean for flat in flats if (mean := mean_of(positive(flat.values("l0"))))]
+    if not own or not fronts or not means:
+        return Apart(None, None) if row.values(metric) else None
+    at = sum(l0[replicate] for replicate in own) / len(own)
+    if not min(means) / (1 + NEAR) <= at <= max(means) * (1 + NEAR):
+        return Apart(at, (min(means), max(means)))
+    paired = own.keys() <= fronts.keys()
+    there = {r: interpolated(l0[r] if paired else at, points) for r, points in fronts.items() if r in own or not paired}
+    return compare(own, there)
+
+
+def positive(values: dict[Replicate, float]) -> dict[Replicate, float]:
+    """Those above 0: L0 of which there is a logarithm."""
+    return {replicate: value for replicate, value in values.items() if value > 0}
+
+
+def mean_of(values: dict[Replicate, float]) -> float:
+    """The mean; 0 of none."""
+    return sum(values.values()) / len(values) if values else 0.0
