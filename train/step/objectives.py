@@ -125,14 +125,16 @@ def reconstruct(
 def auxiliary_pool(config: TrainConfig, rows_since_fired: Int[Tensor, " latent"]) -> Tensor | None:
     """Latents the auxiliary loss may use: those longest without firing, [pool] int64; None without that loss.
 
-    On a CPU also None when none of them is dead, which changes no number; on an accelerator asking would stall it.
+    On a CPU only dead ones, and None when there are none, which changes no number; on an accelerator asking would stall it.
     """
     if not config.aux_k:
         return None
-    if rows_since_fired.device.type == "cpu" and not bool((rows_since_fired >= config.dead_after_rows).any()):
+    size = 2 * config.aux_k
+    if rows_since_fired.device.type == "cpu":
+        size = min(size, int((rows_since_fired >= config.dead_after_rows).sum()))
+    if not size:
         return None
-    order = torch.sort(rows_since_fired, descending=True, stable=True).indices
-    return order[: 2 * config.aux_k]
+    return torch.sort(rows_since_fired, descending=True, stable=True).indices[:size]
 
 
 def auxiliary_loss(
