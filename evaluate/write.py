@@ -74,6 +74,6 @@ def write_latents(work: Work, scorer: Scorer) -> None:
     from evaluate.latents.collect import write_latents as write_pages
 
     job = work.job
-    unembedding = job.lm.unembedding if job.lm is not None else None
+    unembedding = job.lm.readout() if job.lm is not None else None
     folder = latents_folder(job.path(scorer.checkpoint))
     write_pages(scorer.sae, job.store, job.models.tokenizer, folder, unembedding=unembedding, quiet=True)

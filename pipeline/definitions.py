@@ -70,6 +70,18 @@ METRICS: dict[str, Metric] = {
             "undefined where ev ≤ 0",
         ),
         Metric(
+            "sparse_coding_ev", "explained variance at n", "fraction", "higher",
+            "ev when only the n latents of a token largest by |z_j|·‖W_dec,j‖ are kept",
+        ),
+        Metric(
+            "sparse_coding_rate_without_massive", "sparse coding rate, no massive rows", "fraction", "higher",
+            "sparse_coding_rate over the rows that are not massive",
+        ),
+        Metric(
+            "sparse_coding_ev_without_massive", "explained variance at n, no massive rows", "fraction", "higher",
+            "sparse_coding_ev over the rows that are not massive",
+        ),
+        Metric(
             "scr", "SCR", "fraction", "higher",
             "spurious correlation removal after zero-ablating n latents (SAEBench's scr_metric_threshold_n)",
         ),
@@ -92,7 +104,7 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             "k_sparse_probe", "k-sparse probe", "fraction", "higher",
-            "test accuracy of a logistic regression on the k latents with the largest difference of class means",
+            "test accuracy of a logistic regression on the k latents (of pooled z / scale) whose class means differ most",
         ),
         Metric(
             "dead_in_training", "dead in training", "fraction", "lower",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -244,6 +245,22 @@ def test_coding_rate_equals_sorting_reference() -> None:
         for n, rate in rates.items():
             expected = reference_sparse_coding(normal, z[:, :m], sae.W_dec[:m], sae.b_dec, n) / 0.5
             assert rate == pytest.approx(expected, rel=1e-4)
+
+
+def test_explained_without_massive_rows() -> None:
+    """Absolute variance explained at n is the reference's, over all rows and over those that are not massive."""
+    sae, x = random_sae(levels=(20,)), torch.randn(60, 12, generator=torch.Generator().manual_seed(3))
+    batches = [
+        dataclasses.replace(batch, weights=torch.stack([batch.weights[0], (torch.arange(60) % 3 > 0).double()]))
+        for batch in batches_of(x, [60])
+    ]
+    coding = SparseCoding(sae, survey_of(batches), (2, 5))
+    coding.update(sae.encode(x), batches[0], [0])
+    z, normal = sae.encode(x), sae.normalize(x)
+    for k, rows in enumerate((slice(None), torch.arange(60) % 3 > 0)):
+        for n, ev in coding.explained(0, k):
+            expected = reference_sparse_coding(normal[rows], z[rows], sae.W_dec, sae.b_dec, n)
+            assert ev == pytest.approx(expected, rel=1e-4)
 
 
 def test_keeping_all_latents_keeps_all_ev() -> None:

@@ -381,3 +381,16 @@ def test_gemma_bos_row_is_an_outlier() -> None:
     others = norms[1:]
     assert norms[0] > others.max()
     assert norms[0] > others.median() + 4 * others.std()
+
+
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_readout_folds_the_final_norm(kind: str, tmp_path: Path) -> None:
+    """A stream x and −x differ in normed logits, soft cap apart, by twice the readout of x over its root mean square."""
+    lm = SplitLM.load(str(tiny_models.make_model(tmp_path, kind)), dtype="float32", part="suffix", layers=[1])
+    x = torch.randn(5, lm.d_model, generator=torch.Generator().manual_seed(0))
+    last = SplitLM(lm.model, lm.info, "suffix", [lm.n_layers - 1])
+    plus, minus = (last.suffix(stream[None])[0] @ lm.unembedding.T for stream in (x, -x))
+    centred = x - x.mean(1, keepdim=True)
+    layernorm = kind in ("gpt2", "gpt_neox")
+    rms = (centred if layernorm else x).square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close((plus - minus) / 2, x @ lm.readout().T / rms, rtol=1e-3, atol=1e-4)

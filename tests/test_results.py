@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,12 @@ def test_concurrent_jobs_share_one_csv(tmp_path: Path) -> None:
     assert sorted((row["seed"], row["step"]) for row in rows if row["level"] == "1") == [
         (str(seed), str(step)) for seed in range(3) for step in (1, 2, 3)
     ]
+
+
+def test_each_metric_is_defined_once() -> None:
+    """No metric id is defined twice: the later definition would silently win."""
+    written = re.findall(r'Metric\(\s*"(\w+)"', (ROOT / "pipeline" / "definitions.py").read_text())
+    assert len(written) == len(set(written)) == len(METRICS)
 
 
 def test_metrics_have_unit_direction_definition() -> None:

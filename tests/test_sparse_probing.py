@@ -29,7 +29,7 @@ def latents_with_one_informative(
 def test_informative_latent_is_found() -> None:
     """The informative latent is found where the level has it."""
     latents, draw = latents_with_one_informative()
-    scores = k_sparse_scores([draw], latents, {0: 4, 1: 8}, (1, 2, 5))
+    scores = k_sparse_scores([draw], latents, {0: 4, 1: 8}, (1, 2, 5), 1.0)
     assert set(scores) == {("k_sparse_probe", *key) for key in ((0, 1), (0, 2), (1, 1), (1, 2), (1, 5))}
     assert scores["k_sparse_probe", 1, 1] == [1.0]
     assert scores["k_sparse_probe", 0, 1][0] < 0.8  # the inner level does not have it
@@ -40,7 +40,7 @@ def test_scores_equal_scikit_learn() -> None:
     rng = torch.Generator().manual_seed(3)
     latents = PooledLatents(torch.randn(200, 12, generator=rng), torch.zeros(12), torch.zeros(200))
     draw = random_draw(("a", "b"), 120, 80)
-    found = k_sparse_scores([draw], latents, {0: 12}, (1, 3))
+    found = k_sparse_scores([draw], latents, {0: 12}, (1, 3), 1.0)
     x = latents.mean.numpy()
     for k in (1, 3):
         expected = []
@@ -52,6 +52,22 @@ def test_scores_equal_scikit_learn() -> None:
             fit = LogisticRegression(max_iter=1000).fit(x[train.rows][:, columns], train.labels)
             expected.append(fit.score(x[test.rows][:, columns], test.labels))
         assert found["k_sparse_probe", 0, k] == [pytest.approx(np.mean(expected))]
+
+
+def test_units_of_training_change_nothing() -> None:
+    """The same SAE in other units, its latents and its scale c times as large, has the same scores."""
+    rng = torch.Generator().manual_seed(3)
+    mean = 0.02 * torch.randn(200, 12, generator=rng)  # small enough for the L2 penalty to matter
+    draw = random_draw(("a", "b"), 120, 80)
+    found = []
+    for c in (1.0, 0.01, 50.0):
+        latents = PooledLatents(c * mean, torch.zeros(12), torch.zeros(200))
+        found.append(k_sparse_scores([draw], latents, {0: 12}, (1, 2, 5), 0.3 * c))
+    assert found[0] == found[1] == found[2]
+    wrong = k_sparse_scores(
+        [draw], PooledLatents(50 * mean, torch.zeros(12), torch.zeros(200)), {0: 12}, (1, 2, 5), 0.3
+    )
+    assert wrong != found[0]
 
 
 def test_baseline_sees_the_whole_residual() -> None:

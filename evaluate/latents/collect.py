@@ -50,7 +50,8 @@ def write_latents(
     """Compute the pages of every latent of one SAE and write them to `out_folder`; return the summary in the index.
 
     `rows`: at most so many rows of the split are read, in whole chunks drawn with `seed`; special and massive rows are
-    context only: they neither count nor peak. `unembedding` adds logit-lens tokens. Put the SAE on its device first.
+    context only: they neither count nor peak. `unembedding` (`SplitLM.readout`) adds logit-lens tokens. Put the SAE on its
+    device first.
     Raises DamagedError when the store's bytes changed.
     """
     part: Split = getattr(store, split)
@@ -168,7 +169,7 @@ Lens = tuple[
 
 
 def logit_lens(sae: NestedSAE, unembedding: Float[Tensor, "vocab d_model"]) -> Lens:
-    """Each decoder row times the unembedding (final norm left out): the direct effect of a unit latent on the logits.
+    """Each decoder row times the unembedding, the final norm's gain folded in: the direct effect of a unit latent on the logits.
 
     In float32, 64 latents at a time; in units of the raw residual stream, less the mean over the vocabulary.
     """

@@ -23,8 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from evaluate.probing.ablation import ablations
 from evaluate.probing.datasets import AttributeData, load_attribute_data
@@ -147,7 +145,7 @@ class Probing:
         for group in self.groups:
             latents = pool_latents(sae, group.bank)
             for task in group.tasks:
-                by_task[task.name] = self.score_task(task, group, latents, raw_decoder(sae), sizes)
+                by_task[task.name] = self.score_task(task, group, latents, sae, sizes)
         return ProbingScores(
             series(merge(list(by_task.values()))), {name: series(scores) for name, scores in by_task.items()}
         )
@@ -157,20 +155,20 @@ class Probing:
         task: Task,
         group: TextGroup,
         latents: PooledLatents,
-        decoder: Float[Tensor, "latent d_model"],
+        sae: NestedSAE,
         levels: Mapping[int, int],
     ) -> Scores:
         """The scores that a task is for and that were asked for; `levels`: index → number of latents."""
         scores: Scores = {}
         config = self.config
         if task.name in group.probed:
-            seeds = ablations(group.probed[task.name], latents, decoder)
+            seeds = ablations(group.probed[task.name], latents, raw_decoder(sae))
             if "scr" in task.scores:
                 scores |= scr_scores(seeds, levels, config.n_values)
             if "tpp" in task.scores:
                 scores |= tpp_scores(seeds, levels, config.n_values)
         if "k_sparse_probe" in task.scores:
-            scores |= k_sparse_scores(task.draws, latents, levels, config.k_values)
+            scores |= k_sparse_scores(task.draws, latents, levels, config.k_values, float(sae.scale))
         return scores
 
 

@@ -1,8 +1,9 @@
 """k-sparse probing: how well a classifier does that may look at k latents only. The score its critics trust most.
 
 The k latents with the largest |mean over positives − mean over negatives| of the training texts (pooled over real
-positions); scikit-learn's LogisticRegression (L2, C = 1, at most 1000 iterations) on them; accuracy on the test texts,
-averaged over classes. The same classifier on the whole pooled residual is the baseline (EVALUATION.md 3).
+positions, in units of the residual); scikit-learn's LogisticRegression (L2, C = 1, at most 1000 iterations) on them;
+accuracy on the test texts, averaged over classes. The same classifier on the whole pooled residual is the baseline
+(EVALUATION.md 3).
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ MAX_ITERATIONS = 1000
 
 
 def k_sparse_scores(
-    draws: Sequence[Draw], latents: PooledLatents, levels: Mapping[int, int], k_values: Sequence[int]
+    draws: Sequence[Draw], latents: PooledLatents, levels: Mapping[int, int], k_values: Sequence[int], scale: float
 ) -> Scores:
-    """k_sparse_probe for each level and each k up to its number of latents, by seed."""
+    """k_sparse_probe for each level and each k up to its number of latents, by seed.
+
+    The classifier sees latents divided by the SAE's `scale`, in units of the residual: its L2 penalty would otherwise
+    depend on the units that the SAE was trained in.
+    """
+    pooled = latents.mean / scale
     scores: Scores = {}
     for draw in draws:
         contrasts = contrast_means(latents, [train for train, _ in draw.values()])
@@ -35,7 +41,7 @@ def k_sparse_scores(
             for k in (k for k in k_values if k <= n_latents):
                 best = contrasts[:, :n_latents].abs().topk(k).indices  # [class, k]
                 accuracies = [
-                    fitted_accuracy(latents.mean[:, columns].cpu(), *pair) for columns, pair in zip(best, draw.values())
+                    fitted_accuracy(pooled[:, columns].cpu(), *pair) for columns, pair in zip(best, draw.values())
                 ]
                 scores.setdefault(("k_sparse_probe", level, k), []).append(mean(accuracies))
     return scores

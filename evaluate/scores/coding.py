@@ -1,4 +1,7 @@
-"""The sparse coding rate: how much of a level's explained variance the n most important latents of a row carry."""
+"""Sparse coding: how much the n most important latents of a row explain, absolutely and as a share of all of them.
+
+The share alone is confounded with L0: an SAE of three latents a row explains with ten what it explains with all.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +46,16 @@ class SparseCoding:
                 error = row_squares(batch.x - self.sae.denormalize(x_hat)).double()
                 self.error[:, level, i] += batch.weights @ error
 
-    def rates(self, level: int, full: float | None) -> list[tuple[int, float | None]]:
-        """(n, ev with n latents / `full`) over all kept rows; None where the level's own ev, `full`, is not positive."""
-        ev = explained_variance(self.error[0, level], self.survey.moments[0]).tolist()
+    def explained(self, level: int, k: int) -> list[tuple[int, float]]:
+        """(n, ev with n latents) for weighting k; NaN where no row counts."""
+        ev = explained_variance(self.error[k, level], self.survey.moments[k]).tolist()
+        return list(zip(self.n_values[level], ev))
+
+    def rates(self, level: int, full: float | None, k: int = 0) -> list[tuple[int, float | None]]:
+        """(n, ev with n latents / `full`) for weighting k; None where the level's own ev, `full`, is not positive."""
         whole = full if full is not None and full > 0 else math.nan
-        rates = [e / whole for e in ev]
-        return [(n, rate if math.isfinite(rate) else None) for n, rate in zip(self.n_values[level], rates)]
+        rates = [(n, ev / whole) for n, ev in self.explained(level, k)]
+        return [(n, rate if math.isfinite(rate) else None) for n, rate in rates]
 
 
 def decode_some(

@@ -154,15 +154,21 @@ class Scorer:
         return found
 
     def series(self) -> dict[str, list[dict[str, Any]]]:
-        """The results' `series` that need no texts: the sparse coding rate by n and level."""
+        """The results' `series` that need no texts: sparse coding by n and level, over all rows and without massive ones."""
         if self.coding is None:
             return {}
-        rows = []
+        found: dict[str, list[dict[str, Any]]] = {}
         for level in self.levels:
-            full = self.reconstruction[level].scores()[0]["ev"]
-            points = self.coding.rates(level, full)
-            rows += [{"n": n, "level": level, "value": value, "low": None, "high": None} for n, value in points]
-        return {"sparse_coding_rate": rows}
+            reconstruction = self.reconstruction[level].scores()
+            for k, suffix in enumerate(("", "_without_massive")):
+                points = {
+                    "sparse_coding_rate": self.coding.rates(level, reconstruction[k]["ev"], k),
+                    "sparse_coding_ev": [(n, defined(ev)) for n, ev in self.coding.explained(level, k)],
+                }
+                for name, values in points.items():
+                    rows = [{"n": n, "level": level, "value": value, "low": None, "high": None} for n, value in values]
+                    found.setdefault(name + suffix, []).extend(rows)
+        return found
 
     def structure(self) -> dict[str, Any]:
         """The results' `structure` and `truth`, those that were asked for."""

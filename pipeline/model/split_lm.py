@@ -196,9 +196,23 @@ class SplitLM:
 
     @property
     def unembedding(self) -> Float[Tensor, "vocab d_model"]:
-        """W_U, for a logit lens: before it come the final norm, after it any soft cap."""
+        """W_U: before it comes the final norm (`readout` folds its gain), after it any soft cap."""
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
+
+    @torch.no_grad()
+    def readout(self) -> Float[Tensor, "vocab d_model"]:
+        """W_U with the final norm's gain folded in (and its centring, where it is a LayerNorm), float32: a logit lens.
+
+        The gain is what the norm makes of a stream u of entries ±1, whose mean is 0 and mean square 1: (n(u) − n(−u)) / 2u.
+        The row's own norm, which differs by position, and any soft cap are left out.
+        """
+        last = SplitLM(self.model, self.info, "suffix", [self.n_layers - 1])
+        u = 1.0 - 2.0 * (torch.arange(self.d_model, device=self.device) % 2)
+        plus, minus, moved = last.suffix(torch.stack([u, -u, u + 1])[None])[0].float()
+        folded: Tensor = self.unembedding.float() * ((plus - minus) / 2 * u)
+        centres = torch.allclose(plus, moved, rtol=0.02, atol=0.02)
+        return folded - folded.mean(1, keepdim=True) if centres else folded
 
     def compile(self) -> None:
         """torch.compile every layer. Faster on some devices, and no longer bit for bit what the plain model computes."""

@@ -459,7 +459,7 @@ def sparse_rows(lines: Lines) -> None:
     train, test, pairs = class_case(4)
     sae = random_sae(4)
     bank, draw = as_draw(train, test, pairs)
-    ours = k_sparse_scores([draw], pool_latents(sae, bank), {0: 40}, (1, 2, 5))
+    ours = k_sparse_scores([draw], pool_latents(sae, bank), {0: 40}, (1, 2, 5), float(sae.scale))
     with quiet(), torch.no_grad(), without_randomness():
         pooled = [collection.get_sae_meaned_activations(acts, TheirSAE(sae), 16) for acts in (train, test)]
         for k in (1, 2, 5):
