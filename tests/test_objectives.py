@@ -14,7 +14,7 @@ from torch import Tensor
 from support.reference import reference_latents, reference_objective
 from train.config import RECIPES, TrainConfig, batchtopk
 from train.step.member import Member, normalise_batch
-from train.step.objectives import random_prefixes, reconstruction_terms
+from train.step.objectives import auxiliary_pool, random_prefixes, reconstruction_terms
 from train.step.schedules import Controller, kept_a_row, sparsity_ramp
 from train.step.scratch import Scratch
 from train.step.selection import batch_threshold, row_thresholds
@@ -252,6 +252,18 @@ def test_controller_does_not_overshoot(delay: int) -> None:
         seen.append(math.exp(log_l0))
     assert seen[-1] == pytest.approx(10.0, rel=0.02)
     assert min(seen) > 8.5
+
+
+def test_auxiliary_pool_holds_only_the_dead() -> None:
+    """On a CPU the auxiliary loss's pool holds dead latents only, the longest dead first, at most 2 · aux_k; none: no pool."""
+    config = tiny(recipe="batchtopk", k=5, aux_k=2, dead_after_rows=100)
+    rows = torch.zeros(WIDTH, dtype=torch.int64)
+    for dead, expected in ([], None), ([7, 3], [3, 7]), ([1, 2, 3, 4, 5], [5, 4, 3, 2]):
+        for rank, latent in enumerate(dead):
+            rows[latent] = 100 + rank
+        pool = auxiliary_pool(config, rows)
+        assert (pool if pool is None else pool.tolist()) == expected
+        rows.zero_()
 
 
 def test_auxiliary_gradients_reach_only_dead_latents() -> None:
