@@ -51,6 +51,25 @@ def test_exit_codes_tell_disk_from_typo(
     assert (str(error) or "run the same command again") in printed
 
 
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [5.0]), (None, [])])
+def test_rank_0_says_an_error_first(rank: str | None, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun further ranks wait before they say an error, which ends them when rank 0 has it too."""
+    waited: list[float] = []
+    monkeypatch.setattr("pipeline.base.cli.time.sleep", waited.append)
+    monkeypatch.setattr("sys.argv", ["x"])
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        monkeypatch.setenv("RANK", rank)
+
+    def fail() -> None:
+        raise CorpusError("bad corpus")
+
+    with pytest.raises(SystemExit):
+        main(click.Command("x", callback=fail), "x")
+    assert waited == waits
+
+
 def test_wrong_option_exits_with_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong option exits with two."""
     monkeypatch.setattr("sys.argv", ["x", "--nope"])

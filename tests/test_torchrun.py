@@ -61,6 +61,14 @@ def test_data_parallel_member_agrees(tmp_path: Path) -> None:
             assert (a - b).abs().max() < 2e-3, name
 
 
+def test_torchrun_error_is_said_once(tmp_path: Path) -> None:
+    """An error that every rank has is one line, once."""
+    words = [*TORCHRUN, *train_words(tmp_path / "missing.zarr", tmp_path / "out")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+
+
 def results(out: Path) -> dict[str, Any]:
     found = {path.name: json.loads(path.read_text()) for path in sorted(out.glob("*-step_*.json"))}
     assert (out / "results.csv").read_text().count("\n") == 1 + sum(len(one["levels"]) for one in found.values())

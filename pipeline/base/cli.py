@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import time
 import tomllib
 import traceback
 from pathlib import Path
@@ -63,6 +65,17 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False))
 
 
+RANK_0_FIRST = 5.0
+"""Seconds that further ranks keep an error to themselves."""
+
+
+def let_rank_0_speak() -> None:
+    """Under torchrun, wait in all ranks but the first: an error of all is said by that one, at whose exit torchrun ends the
+    others; one that rank 0 does not have is said after that."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+        time.sleep(RANK_0_FIRST)
+
+
 def main(command: click.Command, program: str, resume: str = "run the same command again to go on") -> NoReturn:
     """Run a click command as a program: exit 0 when done, 1 with one line for what a user or a disk caused, 2 for usage.
 
@@ -80,6 +93,7 @@ def main(command: click.Command, program: str, resume: str = "run the same comma
         error.show()
         sys.exit(error.exit_code)
     except PipelineError as error:
+        let_rank_0_speak()
         say(f"error: {error}")
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except Exception:
