@@ -10,12 +10,13 @@ import csv
 import fcntl
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import CheckpointError, DamagedError
+from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import disk_errors, read_json, safe_name, sweep_partials, write_bytes, write_json
 from pipeline.definitions import METRICS
 
@@ -29,8 +30,9 @@ def result_path(folder: Path, member: str, step: int, key: str) -> Path:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Read one results file. Raises DamagedError when it is not one, or of another version."""
+    """Read one results file. Raises DamagedError when it is not one, of another version, or holds what JSON of ours cannot."""
     data = read_json(path)
+    require_plain(path, data)
     found = (data.get("format"), data.get("version")) if isinstance(data, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise DamagedError(
@@ -116,7 +118,9 @@ def locked(folder: Path) -> Iterator[None]:
 def write_csv(folder: Path) -> Path:
     """Make results.csv again from every results file in the folder: a row a checkpoint and level."""
     with locked(folder):
-        rows = [row for path in sorted(folder.glob("*-step_*.json")) for row in csv_rows(path.name, read_result(path))]
+        rows = [
+            row for path in sorted(folder.glob("*-step_*.json")) for row in csv_rows(Fields(path, read_result(path)))
+        ]
         names = dict.fromkeys(name for part in zip(*rows) for columns in part for name in columns)
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, list(names), lineterminator="\n")
@@ -126,27 +130,35 @@ def write_csv(folder: Path) -> Path:
     return folder / CSV_NAME
 
 
-def csv_rows(file: str, data: Mapping[str, Any]) -> list[tuple[dict[str, Any], ...]]:
+def csv_rows(result: Fields) -> list[tuple[dict[str, Any], ...]]:
     """One results file as rows in four parts: what was trained and the level, scores, series at each n, scores without
     massive rows.
 
-    A score that is not defined is an empty field.
+    A score that is not defined is an empty field. Raises DamagedError, naming the field, where one is not what it should be.
     """
-    checkpoint = data["checkpoint"]
-    provenance = checkpoint.get("provenance") or {}
-    train = provenance.get("train") or {}
-    about = {"file": file, "member": provenance.get("member"), "step": checkpoint["step"]}
+    checkpoint, store, series = result.inner("checkpoint"), result.inner("store"), result.inner("series")
+    provenance, sae = checkpoint.inner("provenance"), checkpoint.inner("sae")
+    train = provenance.inner("train").data
+    about: dict[str, Any] = {"file": result.path.name, "member": provenance.text("member", "") or None}
+    about |= {"step": checkpoint.whole("step", 0)}
     about |= {name: train.get(name) for name in ("recipe", "objective", "alpha", "seed")}
-    about |= {"width": checkpoint["sae"]["width"], "activation": checkpoint["sae"].get("activation")}
-    about |= {"layer": data["store"]["layer"], "store": data["store"]["id"][:10]}
+    about |= {"width": sae.whole("width"), "activation": sae.text("activation", "") or None}
+    about |= {"layer": store.some_whole("layer"), "store": store.text("id", "")[:10]}
     rows: list[tuple[dict[str, Any], ...]] = []
-    for level in data["levels"]:
-        which = about | {"level": level["level"], "n_latents": level["n_latents"]}
-        without = {f"{name}_without_massive": value for name, value in level["scores_without_massive"].items()}
-        rows.append((which, dict(level["scores"]), series_columns(data["series"], level["level"]), without))
+    for level in result.objects("levels"):
+        which = about | {"level": level.whole("level"), "n_latents": level.whole("n_latents")}
+        massive = level.numbers_or_nulls("scores_without_massive")
+        without = {f"{name}_without_massive": value for name, value in massive.items()}
+        scores = level.numbers_or_nulls("scores")
+        rows.append((which, dict(scores), series_columns(series, level.whole("level")), without))
     return rows
 
 
-def series_columns(series: Mapping[str, Sequence[Mapping[str, Any]]], level: int) -> dict[str, Any]:
+def series_columns(series: Fields, level: int) -> dict[str, Any]:
     """A column a metric and n of one level: sparse_coding_rate_20, scr_10."""
-    return {f"{name}_{p['n']}": p["value"] for name, points in series.items() for p in points if p["level"] == level}
+    points = [(name, point) for name in series.data for point in series.objects(name)]
+    return {
+        f"{name}_{point.whole('n')}": point.some_number("value")
+        for name, point in points
+        if point.some_whole("level") == level
+    }

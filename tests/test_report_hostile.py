@@ -16,6 +16,7 @@ from evaluate.latents.files import latents_folder
 from evaluate.report.latents import read_latents
 from evaluate.report.pages import environment
 from evaluate.report.write import write_report
+from evaluate.results import write_csv
 from pipeline.base.errors import DamagedError, PipelineError
 from pipeline.base.files import read_json
 from support.results_files import write_latent_pages, write_results
@@ -100,6 +101,16 @@ def fuzz_results(folder: Path, n: int, seed: int, *, drawn: bool) -> int:
     return refused
 
 
+def fuzz_csv(folder: Path, n: int, seed: int) -> int:
+    """Make results.csv with n mutated results files beside a good one; how many were refused."""
+    paths = write_results(folder, alphas=(0.0, 0.2), seeds=(0,), steps=(400,))
+    good, rng, refused = read_json(paths[1]), random.Random(seed), 0
+    for _ in range(n):
+        paths[1].write_bytes(as_bytes(mutated(good, rng), rng))
+        refused += one_line_or_none(lambda: write_csv(folder), paths[1])
+    return refused
+
+
 def fuzz_latents(folder: Path, n: int, seed: int) -> int:
     """Read n mutated latent indexes and pages; how many were refused."""
     path = write_results(folder, alphas=(0.2,), seeds=(0,), steps=(400,))[0]
@@ -124,6 +135,11 @@ def test_hostile_latents_end_in_one_line(tmp_path: Path) -> None:
     assert 100 < fuzz_latents(tmp_path, 300, seed=1) < 300
 
 
+def test_hostile_results_beside_a_csv_end_in_one_line(tmp_path: Path) -> None:
+    """Mutated results files in a folder stand in results.csv or are refused in one line that names them."""
+    assert 50 < fuzz_csv(tmp_path, 300, seed=1) < 300
+
+
 @pytest.mark.slow
 def test_many_hostile_results_end_in_one_line(tmp_path: Path) -> None:
     """Likewise, two thousand, with every number and figure written for a part of them."""
@@ -134,7 +150,8 @@ def test_many_hostile_results_end_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_many_hostile_latents_end_in_one_line(tmp_path: Path) -> None:
     """Likewise, ten thousand."""
-    assert fuzz_latents(tmp_path, 10_000, seed=4) > 3000
+    assert fuzz_latents(tmp_path / "latents", 10_000, seed=4) > 3000
+    assert fuzz_csv(tmp_path / "csv", 10_000, seed=5) > 2000
 
 
 @pytest.mark.parametrize("added", ["\ndocument.title='taken'", ";alert(1);\n", "alert(1));\n"])

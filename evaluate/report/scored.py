@@ -13,7 +13,7 @@ from evaluate.latents.files import has_pages
 from evaluate.results import read_result
 from evaluate.statistics import Replicate
 from pipeline.base.errors import DamagedError
-from pipeline.base.fields import Fields, require_plain
+from pipeline.base.fields import Fields
 from pipeline.base.files import canonical_json, sha256
 from pipeline.definitions import Better, Metric
 
@@ -235,7 +235,6 @@ def read_run(path: Path) -> Run:
 
 def make_run(path: Path, data: Mapping[str, Any]) -> Run:
     """Results as typed values. Raises DamagedError naming the first field that is not what it should be."""
-    require_plain(path, data)
     missing = [name for name in ("key", "checkpoint", "store", "levels") if not data.get(name)]
     if missing:
         raise DamagedError(f"{path}: results without {', '.join(missing)}; evaluate this checkpoint again")

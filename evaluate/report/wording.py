@@ -38,7 +38,7 @@ def decimals(half: float) -> int:
 def number(value: float, half: float | None = None) -> str:
     """A mean to the precision of its interval; four significant digits without one."""
     if half:
-        return signed(f"{value:,.{decimals(half)}f}")
+        return fixed(value, decimals(half))
     return signed(f"{value:,.4g}" if 1e-4 <= abs(value) < 1e6 or value == 0 else f"{value:.3g}")
 
 
