@@ -85,8 +85,9 @@ def test_default_schedules_fit_short_trainings() -> None:
     assert schedules(paper()) == (1000, 1000, 0)
     assert schedules(paper(steps=48820)) == (10_000, 10_000, 0)
     assert schedules(paper(steps=300)) == (61, 61, 0)
-    assert schedules(batchtopk()) == (244, 0, 976)
-    assert schedules(batchtopk(steps=300, lr_warmup_steps=100)) == (100, 0, 60)
+    assert schedules(batchtopk()) == (244, 0, 3906)
+    assert schedules(batchtopk(steps=300)) == (15, 0, 240)
+    assert schedules(batchtopk(steps=300, lr_warmup_steps=100)) == (100, 0, 200)
 
 
 def test_wanted_l0_is_refused_beside_k() -> None:
@@ -97,7 +98,7 @@ def test_wanted_l0_is_refused_beside_k() -> None:
 
 def test_rates_follow_the_width() -> None:
     """A recipe without a learning rate of its own takes one in inverse proportion to the width, up to a bound."""
-    assert [batchtopk(width=width).lr for width in (16384, 65536, 4096, 768)] == [3e-4, 7.5e-5, 1.2e-3, 5e-3]
+    assert [batchtopk(width=width).lr for width in (1536, 3072, 24576, 768)] == [7e-3, 3.5e-3, 4.375e-4, 1e-2]
     assert batchtopk(width=768, lr=1e-3).lr == 1e-3
     assert paper(width=768).lr == 3e-4
 

@@ -91,7 +91,7 @@ def named_by_content(init_from: str) -> str:
         return f"{init_from}#{foreign_sha256(path)[:16]}"
     if not path.is_file():
         raise CheckpointError(
-            f"init_from {init_from}: give the path of a checkpoint, or of an SAE's folder made elsewhere"
+            f"init_from {init_from}: no such file; give the path of a checkpoint, or of an SAE's folder made elsewhere"
         )
     return f"{init_from}#{hash_file(path)[:16]}"
 
