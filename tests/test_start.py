@@ -142,6 +142,16 @@ def test_first_thresholds_let_the_wanted_share_through() -> None:
         assert member.metrics()["l0"] == pytest.approx(expected, rel=0.01)
 
 
+def test_warm_start_without_thresholds_finds_them() -> None:
+    """jumprelu that begins from a ReLU SAE lets the wanted number of latents through at first."""
+    source, member = member_of("paper", layernorm="none"), member_of("jumprelu", initial_l0=20.0)
+    for step in range(20):
+        source.step(batch_of(step))
+    member.load_weights(source.sae())
+    member.step(batch_of(20))
+    assert member.metrics()["l0"] == pytest.approx(20.0, rel=0.01)
+
+
 WANTED: list[tuple[str, dict[str, Any], int]] = [
     ("jumprelu", {}, 600),
     ("paper", {}, 300),

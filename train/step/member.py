@@ -374,12 +374,14 @@ class Member:
         self.adam.refresh_low()
 
     def load_weights(self, sae: NestedSAE) -> None:
-        """Warm start: begin from the weights of an SAE of the same width, mapped into this training space.
+        """Warm start: begin from the weights of an SAE of the same width, mapped into this training space. A jumprelu whose
+        source has no thresholds finds its own on the first batch.
 
         Raises CheckpointError when its shape does not fit.
         """
-        self.draws_thresholds = False
-        for name, weight in mapped_weights(sae, self.sae()).items():
+        mapped = mapped_weights(sae, self.sae())
+        self.draws_thresholds = self.draws_thresholds and "log_threshold" not in mapped
+        for name, weight in mapped.items():
             self.weights[name].copy_(weight)
         self.adam.refresh_low()
 
