@@ -91,6 +91,18 @@ def test_only_asked_members_are_evaluated(tmp_path: Path, monkeypatch: pytest.Mo
     assert calls[3][1][:2] == ["/r/one.json", "/r/two.json"]
 
 
+def test_experiment_names_its_primary_endpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the [report] table says goes to the report: which endpoints are tested, and its title."""
+    file = write(tmp_path / "a.toml")
+    file.write_text(file.read_text() + '\n[report]\nprimary = "ce_score,ev"\ntitle = "A talk"\n')
+    said: list[list[str]] = []
+    answers = {"train": {"members": []}, "evaluate": {"results": []}}
+    monkeypatch.setattr(stages, "ask_stage", lambda stage, words, log: answers[stage])
+    monkeypatch.setattr(stages, "run_stage", lambda stage, words, log: said.append(words))
+    experiments.run(experiments.Experiment.read(file), tmp_path / "out")
+    assert [said[-1][said[-1].index(name) + 1] for name in ("--primary", "--title")] == ["ce_score,ev", "A talk"]
+
+
 def test_several_layers_get_own_folders(tmp_path: Path) -> None:
     """Several layers get a store each and folders of their own."""
     (tmp_path / "a.toml").write_text('[harvest]\nmodel = "m"\nlayer = [3, 5]\n[train]\nalpha = 0.2\n')

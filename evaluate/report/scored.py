@@ -336,8 +336,5 @@ def definition_of(fields: Fields, id: str) -> Metric:
     better = fields.text("better")
     found: dict[str, Better] = {"lower": "lower", "higher": "higher", "neither": "neither"}
     if better not in found:
-        raise DamagedError(
-            f"{fields.path}: {fields.name + '.better'!r} is {better[:40]!r}, expected lower, higher or neither; "
-            "evaluate this checkpoint again"
-        )
+        raise fields.wrong("better", "lower, higher or neither", better)
     return Metric(id, id, fields.text("unit"), found[better], fields.text("definition"))

@@ -54,7 +54,7 @@ class Fields:
 
     def wrong(self, name: str, expected: str, found: object) -> DamagedError:
         """The error that says what a field should be, to raise."""
-        where = ".".join(part for part in (self.name, name) if part) or "it"
+        where = ".".join(part for part in (self.name, name) if part)[-120:] or "it"
         shown = "nothing" if found is None else f"{type(found).__name__} {str(found)[:40]!r}"
         return DamagedError(f"{self.path}: {where!r} should be {expected}, found {shown}; restore it or make it again")
 
