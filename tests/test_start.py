@@ -12,7 +12,7 @@ from torch import Tensor
 from train.config import RECIPES, TrainConfig, batchtopk
 from train.step.member import Batch, Member, normalise_batch
 from train.step.objectives import random_prefixes
-from train.step.sample import Sample
+from train.step.sample import Sample, n_held
 from train.step.scratch import Scratch
 from train.step.weights import best_scale
 
@@ -108,15 +108,15 @@ def test_threshold_does_not_lag() -> None:
 
 def test_sample_holds_the_first_rows() -> None:
     """The sample holds the rows of the first batches, evenly spaced ones of a larger batch; other recipes hold none."""
-    sample = Sample(batchtopk(width=64, batch_size=2048), 1, torch.float32, CPU, 1)
+    sample = Sample(batchtopk(width=64, batch_size=2048), 1, torch.float32, CPU, None)
     for step in range(10):
         sample.see(torch.arange(2048.0)[:, None] + 2048 * step, step)
-        assert len(sample.rows(step + 1)) == min(step + 1, 8) * 2048
-    assert torch.equal(sample.rows(10)[:, 0], torch.arange(16384.0))
-    large = Sample(batchtopk(width=64, batch_size=65536), 1, torch.float32, CPU, 2)
-    large.see(torch.arange(32768.0)[:, None], 0)
-    assert torch.equal(large.rows(1)[:, 0], torch.arange(0.0, 32768.0, 4))
-    assert len(Sample(RECIPES["paper"](width=64), 1, torch.float32, CPU, 1).rows(5)) == 0
+        assert len(sample.pieces(step + 1)) == min(step + 1, 8)
+    assert torch.equal(torch.cat(sample.pieces(10))[:, 0], torch.arange(16384.0))
+    large = Sample(batchtopk(width=64, batch_size=65536), 1, torch.float32, CPU, None)
+    large.see(torch.arange(65536.0)[:, None], 0)
+    assert torch.equal(torch.cat(large.pieces(1))[:, 0], torch.arange(0.0, 65536.0, 4))
+    assert n_held(RECIPES["paper"](width=64)) == 0
 
 
 def test_resumed_threshold_is_the_same() -> None:

@@ -141,8 +141,6 @@ class Trainee:
         step, folder = self.member.n_steps, self.folder
         self.saved = step
         if not self.writes:
-            if checkpoint:
-                self.member.calibrate()
             return
         metrics_sha256 = hash_file(folder.path / "metrics.jsonl")
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.member.state().items()}

@@ -107,7 +107,7 @@ class Member:
         self.penalty = objectives.penalty_weights(config, self.shape.n_shared).to(device, self.wide)
         self.rows_since_fired = torch.zeros(config.width, dtype=torch.int64, device=device)
         self.controller = Controller(config.target_l0, config.steps, device)
-        self.sample = Sample(config, d_model, self.dtype, device, self._n_rows_of(1))
+        self.sample = Sample(config, d_model, self.dtype, device, group)
         self.threshold = torch.zeros((), dtype=self.wide, device=device)
         self.explained = torch.zeros(3, dtype=torch.float64, device=device)  # Σ errors: shared, whole; Σ ‖x‖²
         scalars = dict.fromkeys(("steps", "rows", "square", "loss", "l0", "aux", "grad_norm", "clipped"), 1)
@@ -135,21 +135,17 @@ class Member:
         found = self._nth_largest(z, round(first_l0(self.config) * len(z)))
         log_threshold.fill_(math.log(max(float(found), 1e-12)))
 
-    def calibrate(self) -> None:
-        """batchtopk: let the threshold keep k latents a row of the sample's rows, under the weights as they are now (syncs).
-
-        In a data-parallel group every process calls it at the same step, before one of them calls `sae`.
-        """
+    def _calibrate(self) -> None:
+        """batchtopk: let the threshold keep k latents a row of the sample's rows, under the weights as they are now (syncs)."""
         if self.config.activation != "batchtopk" or not self.n_steps:
             return
-        rows = self.sample.rows(self.n_steps)
-        pieces = torch.split(rows, self.sample.per_step)
-        n_keep = self.config.k * len(rows)
+        pieces = self.sample.pieces(self.n_steps)
+        n_keep = self.config.k * sum(map(len, pieces))
         bound = float(batch_threshold(self._before_selection(pieces[0]), self.config.k * len(pieces[0]))) / 2
         large = self._above(pieces, bound)
         if len(large) < n_keep:
             large = self._above(pieces, -1.0)
-        self.threshold = self._nth_largest(large[None], n_keep).to(self.wide)
+        self.threshold = batch_threshold(large[None], n_keep).to(self.wide)
 
     def _above(self, pieces: Sequence[Tensor], bound: float) -> Tensor:
         """All latents before selection that are above a bound, of some rows, in one dimension."""
@@ -386,11 +382,8 @@ class Member:
         self.adam.refresh_low()
 
     def sae(self) -> NestedSAE:
-        """The SAE as it stands: a float32 copy on the CPU with center, scale and threshold filled in (syncs).
-
-        In a data-parallel group the others call `calibrate` at the same step.
-        """
-        self.calibrate()
+        """The SAE as it stands: a float32 copy on the CPU with center, scale and threshold filled in (syncs)."""
+        self._calibrate()
         sae = NestedSAE(self.shape)
         tensors = {name: weight for name, weight in self.weights.items() if name != "log_threshold"}
         tensors |= {"center": self.center, "scale": torch.tensor(self.scale)}
