@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evaluate.checkpoints.find import valid_levels
 from evaluate.probing.job import ProbingConfig
+from evaluate.scores.coding import N_VALUES
 from evaluate.scores.features import MIN_FIRED, N_SAMPLED
 from evaluate.scores.sample import GROUP_SEQUENCES
 from evaluate.scores.scorer import OF_A_MODEL, SCORES
@@ -61,18 +63,43 @@ class EvaluateConfig:
         if self.batch_size < 1 or (self.rows is not None and self.rows < 1):
             raise UsageError("--batch-size and --rows must be at least 1")
 
-    def identity(self, n_sequences: int, massive_multiple: float, dtype: str) -> dict[str, Any]:
-        """What results carry and are keyed by: everything that shapes numbers beyond rounding, plain JSON."""
+    @property
+    def families(self) -> tuple[str, ...]:
+        """All score families asked for, those of texts too, in the order of their lists."""
+        return (*(name for name in SCORES if name in self.scores), *(self.probing.scores if self.probing else ()))
+
+    def only(self, families: Sequence[str]) -> EvaluateConfig:
+        """The same, of some of its families."""
+        of_texts = tuple(name for name in families if name not in SCORES)
+        probing = dataclasses.replace(self.probing, scores=of_texts) if self.probing and of_texts else None
+        return dataclasses.replace(self, scores=tuple(f for f in families if f in SCORES), probing=probing)
+
+    def sample_identity(self, n_sequences: int, massive_multiple: float) -> dict[str, Any]:
+        """What every score of a results file has in common, and what names the file: plain JSON."""
         return {
-            "scores": [name for name in SCORES if name in self.scores],
             "levels": self.levels,
             "n_sequences": n_sequences,
-            "dtype": dtype if "kl" in self.scores or self.probing is not None else None,
             "massive_multiple": massive_multiple,
             "group_sequences": GROUP_SEQUENCES,
-            "correlation": {"seed": self.seed, "n_sampled": N_SAMPLED, "min_fired": MIN_FIRED},
-            "probing": plain(self.probing),
         }
+
+    def family_identities(self, dtype: str) -> dict[str, dict[str, Any]]:
+        """Family → what else shapes its numbers beyond rounding, plain JSON. A family is done where these are equal."""
+        settings: dict[str, dict[str, Any]] = {
+            "kl": {"dtype": dtype},
+            "coding": {"n_values": list(N_VALUES)},
+            "features": {"seed": self.seed, "n_sampled": N_SAMPLED, "min_fired": MIN_FIRED},
+            "structure": {"seed": self.seed},
+        }
+        texts = (plain(self.probing) or {}) | {"dtype": dtype}
+        unread_by = {
+            "scr": ("scores", "k_values"),
+            "tpp": ("scores", "k_values"),
+            "k_sparse_probe": ("scores", "n_values"),
+        }
+        for family, unread in unread_by.items():
+            settings[family] = {name: value for name, value in texts.items() if name not in unread}
+        return {family: settings.get(family, {}) for family in self.families}
 
     def wants_latents(self, member: str) -> bool:
         """Whether pages of a member's latents are asked for."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +15,7 @@ from evaluate.checkpoints.find import Checkpoint
 from evaluate.config import EvaluateConfig
 from evaluate.latents.files import has_pages
 from evaluate.models import Models
-from evaluate.results import is_done, result_path
+from evaluate.results import families_done, result_path
 from evaluate.scores.truth import Truth
 from pipeline.base.errors import UsageError
 from pipeline.base.files import hash_config
@@ -47,10 +49,14 @@ class Job:
             raise UsageError(f"{store.path}: its evaluation split is empty; harvest with --eval-tokens")
         return Job(config, store, device, asked, Models(config, store, device))
 
+    def only(self, families: Sequence[str]) -> Job:
+        """The same job for some of its score families; models are shared."""
+        return dataclasses.replace(self, config=self.config.only(families))
+
     @property
     def lm(self) -> SplitLM | None:
-        """The layers after the cut and the head, when a score of behaviour is asked for."""
-        return self.models.suffix
+        """The layers after the cut and the head, when a score of behaviour is to be computed."""
+        return self.models.suffix if "kl" in self.config.scores else None
 
     @cached_property
     def truth(self) -> Truth | None:
@@ -58,23 +64,35 @@ class Job:
         return Truth.read(self.store, self.device) if "truth" in self.config.scores else None
 
     @cached_property
+    def families(self) -> dict[str, dict[str, Any]]:
+        """Each family asked for, with the settings that shape its numbers."""
+        return self.config.family_identities(self.models.dtype)
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """The evaluation config as results carry it."""
-        return self.config.identity(self.n_sequences, self.store.statistics.massive_multiple, self.models.dtype)
+        found = self.config.sample_identity(self.n_sequences, self.store.statistics.massive_multiple)
+        if any("dtype" in settings for settings in self.families.values()):
+            found["dtype"] = self.models.dtype
+        return found | {"families": self.families}
 
     def key(self, checkpoint: Checkpoint) -> str:
-        """What recognises finished work."""
-        return hash_config({"checkpoint": checkpoint.sha256, "store": self.store.id, "evaluation": self.identity})
+        """What names a results file: checkpoint, store and sample. Which families are in it, it says itself."""
+        sample = self.config.sample_identity(self.n_sequences, self.store.statistics.massive_multiple)
+        return hash_config({"checkpoint": checkpoint.sha256, "store": self.store.id, "sample": sample})
 
     def path(self, checkpoint: Checkpoint) -> Path:
         """The results file of a checkpoint."""
         return result_path(self.config.out, checkpoint.member, checkpoint.step, self.key(checkpoint))
 
-    def is_finished(self, checkpoint: Checkpoint) -> bool:
-        """Whether the results are there, and the pages of latents where they are asked for."""
-        path = self.path(checkpoint)
-        pages = not self.config.wants_latents(checkpoint.member) or has_pages(path)
-        return pages and is_done(path, self.key(checkpoint))
+    def missing(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """Families asked for that the results do not hold with these settings. Raises DamagedError for what is no results."""
+        done = families_done(self.path(checkpoint), self.key(checkpoint))
+        return tuple(name for name, settings in self.families.items() if done.get(name) != settings)
+
+    def lacks_pages(self, checkpoint: Checkpoint) -> bool:
+        """Whether pages of the checkpoint's latents are asked for and not there."""
+        return self.config.wants_latents(checkpoint.member) and not has_pages(self.path(checkpoint))
 
     def entry(self, checkpoint: Checkpoint, *, skipped: bool) -> dict[str, Any]:
         """What --json says of one checkpoint: {path, checkpoint, member, step, skipped}."""

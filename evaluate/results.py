@@ -41,13 +41,81 @@ def read_result(path: Path) -> dict[str, Any]:
     return dict(data)
 
 
-def is_done(path: Path, key: str) -> bool:
-    """Whether these results are there: the file exists and holds the whole key. Raises DamagedError when it does not."""
+def families_done(path: Path, key: str) -> dict[str, Any]:
+    """The score families that a results file holds, each with its settings; none where there is no file.
+
+    Raises DamagedError when it does not hold the whole key.
+    """
     if not path.exists():
-        return False
-    if (found := read_result(path).get("key")) != key:
+        return {}
+    data = read_result(path)
+    if (found := data.get("key")) != key:
         raise DamagedError(f"{path}: its key is {found!r}, its name says {key[:10]}; move it away")
-    return True
+    return dict(Fields(path, data).inner("evaluation").inner("families").data)
+
+
+FAMILY_OF = {
+    metric: family
+    for family, metrics in {
+        "scr": ("scr", "scr_dir1", "scr_dir2"),
+        "tpp": ("tpp", "tpp_intended", "tpp_unintended"),
+        "k_sparse_probe": ("k_sparse_probe",),
+    }.items()
+    for metric in metrics
+}
+"""Series that are means over tasks, of which a file holds each task's own too."""
+
+
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Results with the families of `new` added to those of `old`, both of one checkpoint on one sample.
+
+    A family in both is that of `new`: nothing of the old one stays, though it was scored on other texts.
+    """
+    families = new["evaluation"]["families"]
+    tasks: dict[str, dict[str, Any]] = {}
+    for name, rows in old["features"].get("probing", {}).items():
+        if kept := {metric: of for metric, of in rows.items() if FAMILY_OF.get(metric) not in families}:
+            tasks[name] = kept
+    added = new["features"].get("probing", {})
+    told = {
+        name: task | {"scores": [score for score in task["scores"] if score not in families]}
+        for name, task in old["sample"]["probing"].items()
+        if name in tasks
+    }
+    levels = {level["level"]: level for level in old["levels"]}
+    for level in new["levels"]:
+        before = levels.get(level["level"], {})
+        both = {part: before.get(part, {}) | level[part] for part in ("scores", "scores_without_massive")}
+        levels[level["level"]] = before | level | both
+    series = {name: rows for name, rows in old["series"].items() if FAMILY_OF.get(name) not in families}
+    features = old["features"] | new["features"]
+    if tasks or added:
+        features["probing"] = {name: tasks.get(name, {}) | added.get(name, {}) for name in tasks | added}
+    probed = {
+        name: told.get(name, {}) | task | {"scores": sorted({*told.get(name, {}).get("scores", ()), *task["scores"]})}
+        for name, task in new["sample"]["probing"].items()
+    }
+    return {
+        **old,
+        **new,
+        "evaluation": old["evaluation"]
+        | new["evaluation"]
+        | {"families": old["evaluation"]["families"] | dict(families)},
+        "sample": old["sample"] | new["sample"] | {"probing": told | probed},
+        "baselines": old["baselines"] | new["baselines"],
+        "levels": [levels[number] for number in sorted(levels)],
+        "series": series | new["series"],
+        "features": features,
+    }
+
+
+def add_result(path: Path, data: Mapping[str, Any]) -> None:
+    """Write one results file, or add its families to those that are there: one process at a time.
+
+    Raises as `write_result`, and DamagedError for what is there and is not results.
+    """
+    with locked(path.parent):
+        write_result(path, merged(read_result(path), data) if families_done(path, data["key"]) else data)
 
 
 def write_result(path: Path, data: Mapping[str, Any]) -> None:

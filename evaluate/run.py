@@ -1,7 +1,7 @@
 """The evaluate stage: one clean pass of the layers after the cut serves every checkpoint; results appear one file each.
 
     find     checkpoints of folders and members                       checkpoints/find.py
-    select   those that fit the store and are not done                select.py
+    select   those that fit the store, by the score families that their results lack      select.py
     plan     batch, chunk and group that hold the memory limit        plan.py
     announce what it will take                                        announce.py
     score    for each group that fits in memory, for each batch of the store's evaluation split: clean suffix once; for
@@ -14,6 +14,7 @@ Under torchrun each process takes every WORLD_SIZE-th checkpoint; they meet only
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,15 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
     outcome.results.extend(job.entry(checkpoint, skipped=True) for checkpoint in selection.done)
     if not selection.todo:
         say(f"nothing to evaluate: {len(outcome.results)} done, {len(outcome.failed)} failed")
-    else:
-        texts = read_texts(config.probing) if config.probing is not None else ()
-        announce_texts(job, selection.todo, texts)
-        if dry_run:
-            announce(job, selection.todo, plan(job, selection.todo, text_bytes(job, texts)))
-        else:
-            with working_in(config.out):
-                score_all(job, selection.todo, texts, outcome)
+    with nullcontext() if dry_run or not selection.todo else working_in(config.out):
+        for families, todo in selection.todo.items():
+            part = job.only(families)
+            texts = read_texts(part.config.probing) if part.config.probing is not None else ()
+            announce_texts(part, todo, texts)
+            if dry_run:
+                announce(part, todo, plan(part, todo, text_bytes(part, texts)))
+            else:
+                score_all(part, todo, texts, outcome)
     if not dry_run and outcome.results:
         write_csv(config.out)
     return outcome

@@ -17,9 +17,9 @@ from pipeline.store.reader import Store
 
 @dataclass(frozen=True)
 class Selection:
-    """Checkpoints to score, those whose results are there, and what cannot be scored and why."""
+    """Checkpoints to score by the families they lack, those whose results are there, and what cannot be scored and why."""
 
-    todo: list[Checkpoint] = field(default_factory=list)
+    todo: dict[tuple[str, ...], list[Checkpoint]] = field(default_factory=dict)
     done: list[Checkpoint] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
 
@@ -37,11 +37,13 @@ def select(job: Job, paths: Sequence[Path]) -> Selection:
                 allow_other_model=job.config.allow_other_model,
             )
             resolve_levels(job.config.levels, checkpoint)
+            missing = job.missing(checkpoint)
             loss_curve(checkpoint)  # read again when results are written: what is wrong with it is better known now
         except PipelineError as error:
             found.failed.append((path, error))
         else:
-            (found.done if job.is_finished(checkpoint) else found.todo).append(checkpoint)
+            work = missing or job.lacks_pages(checkpoint)
+            (found.todo.setdefault(missing, []) if work else found.done).append(checkpoint)
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 
 from evaluate.checkpoints.find import loss_curve
 from evaluate.latents.files import latents_folder
-from evaluate.results import definitions, write_result
+from evaluate.results import add_result, definitions
 from evaluate.scores.scorer import Scorer
 from evaluate.work import Work
 from pipeline.base.runtime import git_state, versions
@@ -20,7 +20,7 @@ def write(work: Work, scorer: Scorer) -> None:
     data = results(work, scorer)
     if work.job.config.wants_latents(scorer.checkpoint.member):
         write_latents(work, scorer)
-    write_result(work.job.path(scorer.checkpoint), data)
+    add_result(work.job.path(scorer.checkpoint), data)
 
 
 def results(work: Work, scorer: Scorer) -> dict[str, Any]:
@@ -74,6 +74,7 @@ def write_latents(work: Work, scorer: Scorer) -> None:
     from evaluate.latents.collect import write_latents as write_pages
 
     job = work.job
-    unembedding = job.lm.readout() if job.lm is not None else None
+    suffix = job.models.suffix
+    unembedding = suffix.readout() if suffix is not None else None
     folder = latents_folder(job.path(scorer.checkpoint))
     write_pages(scorer.sae, job.store, job.models.tokenizer, folder, unembedding=unembedding, quiet=True)

@@ -215,6 +215,29 @@ def test_done_checkpoints_are_skipped(place: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*-step_*.json"))) == 4
 
 
+def test_a_score_is_added_not_repeated(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for more scores computes those alone, into the same file and row; what is there stays as it was."""
+    first = evaluated(place, tmp_path, members(place)[:1], scores=("kl", "l0"))[0]
+    monkeypatch.setattr("evaluate.models.Models.load", lambda *_: pytest.fail("the model was loaded"))
+    both = evaluated(place, tmp_path, members(place)[:1], scores=("kl", "l0", "ev", "coding"))[0]
+    monkeypatch.undo()
+    at_once = evaluated(place, tmp_path / "other", members(place)[:1], scores=("kl", "l0", "ev", "coding"))[0]
+    for part in ("key", "evaluation", "baselines", "levels", "series", "sample", "features"):
+        assert both[part] == at_once[part], part
+    assert first["levels"][0]["scores"]["kl_nats"] == both["levels"][0]["scores"]["kl_nats"]
+    assert len(list(tmp_path.glob("*-step_*.json"))) == 1
+    again = run(config(place, tmp_path, scores=("ev", "kl")), members(place)[:1])
+    assert [entry["skipped"] for entry in again.results] == [True]
+
+
+def test_checkpoints_lack_different_scores(place: Path, tmp_path: Path) -> None:
+    """Some checkpoints have scores that others lack: each gets what it lacks, all end alike."""
+    evaluated(place, tmp_path, members(place)[:1], scores=("l0",))
+    found = evaluated(place, tmp_path, scores=("l0", "ev"))
+    assert all(result["evaluation"]["families"].keys() == {"l0", "ev"} for result in found)
+    assert len(found) == 3
+
+
 def test_no_behaviour_loads_no_model(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without behaviour no language model is loaded."""
     monkeypatch.setattr("evaluate.models.Models.load", lambda *_: pytest.fail("the model was loaded"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from evaluate.results import is_done, not_finite, read_result, result_path, write_csv, write_result
+from evaluate.results import families_done, merged, not_finite, read_result, result_path, write_csv, write_result
 from pipeline.base.errors import CheckpointError, DamagedError
 from pipeline.definitions import METRICS
 from support.results_files import write_results
@@ -42,11 +42,11 @@ def test_written_results_are_done_by_key(tmp_path: Path) -> None:
     """Results that were written are done under their key only."""
     path = result_path(tmp_path, "m", 3, "a" * 64)
     assert path.name == "m-step_000003-aaaaaaaaaa.json"
-    assert not is_done(path, "a" * 64)
-    write_result(path, data())
-    assert is_done(path, "a" * 64)
+    assert families_done(path, "a" * 64) == {}
+    write_result(path, data() | {"evaluation": {"families": {"ev": {}, "kl": {"dtype": "bf16"}}}})
+    assert families_done(path, "a" * 64) == {"ev": {}, "kl": {"dtype": "bf16"}}
     with pytest.raises(DamagedError, match="its key is"):
-        is_done(path, "a" * 10 + "b" * 54)
+        families_done(path, "a" * 10 + "b" * 54)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -78,6 +78,42 @@ def test_csv_has_a_row_each_level(tmp_path: Path) -> None:
     assert float(nested["kl_nats"]) == result["levels"][1]["scores"]["kl_nats"]
     points = [p["value"] for p in result["series"]["scr"] if (p["n"], p["level"]) == (20, 1)]
     assert [float(nested["scr_20"])] == points
+
+
+def scored(family: str, value: float, task: str, *, settings: int = 0) -> dict[str, Any]:
+    """Results of one family of texts on one task."""
+    row = [{"n": 5, "level": 0, "value": value, "low": None, "high": None}]
+    return data() | {
+        "evaluation": {"levels": "all", "families": {family: {"settings": settings}}},
+        "sample": {"n_rows": 4, "probing": {task: {"scores": [family], "rows": 9}}},
+        "baselines": {},
+        "series": {family: row},
+        "features": {"probing": {task: {family: row}}},
+    }
+
+
+def test_families_are_added_to_a_file() -> None:
+    """Scores of another family stand beside those that are there."""
+    found = merged(scored("scr", 0.1, "books"), scored("tpp", 0.2, "books") | {"baselines": {"kl_zero": 1.0}})
+    assert {name: rows[0]["value"] for name, rows in found["series"].items()} == {"scr": 0.1, "tpp": 0.2}
+    assert found["features"]["probing"]["books"].keys() == {"scr", "tpp"}
+    assert found["sample"]["probing"] == {"books": {"scores": ["scr", "tpp"], "rows": 9}}
+    assert found["evaluation"]["families"].keys() == {"scr", "tpp"}
+    assert found["baselines"] == {"kl_zero": 1.0}
+
+
+def test_family_scored_anew_leaves_nothing_behind() -> None:
+    """A family with other settings replaces its old self, tasks of other texts too, and no other family."""
+    old = merged(scored("scr", 0.1, "books"), scored("tpp", 0.2, "books"))
+    found = merged(old, scored("scr", 0.3, "news", settings=1))
+    assert found["series"]["scr"][0]["value"] == 0.3
+    assert found["features"]["probing"]["books"].keys() == {"tpp"}
+    assert found["features"]["probing"]["news"].keys() == {"scr"}
+    assert {name: task["scores"] for name, task in found["sample"]["probing"].items()} == {
+        "books": ["tpp"],
+        "news": ["scr"],
+    }
+    assert found["evaluation"]["families"] == {"scr": {"settings": 1}, "tpp": {"settings": 0}}
 
 
 def test_file_of_another_version_is_refused(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def our_seconds(folder: Path, store: Store, job_lm: SplitLM, paths: list[Path], 
 
         def work() -> None:
             outcome = Outcome()
-            todo = select(job, paths).todo
+            todo = select(job, paths).todo[job.config.families]
             plans.append(plan(job, todo, 0).chunk)
             score_all(job, todo, (), outcome)
             assert len(outcome.results) == len(paths), outcome.failed

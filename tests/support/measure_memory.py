@@ -31,7 +31,7 @@ def main(folder: Path, limit: int) -> None:
     scores = ("kl", "ev", "l0")
     config = EvaluateConfig(store.path, folder / "out", batch_size=32, max_memory=limit, scores=scores)
     job, outcome = Job.of(config, store), Outcome()
-    todo = select(job, [next((path / "checkpoints").iterdir()) for path in paths]).todo
+    todo = select(job, [next((path / "checkpoints").iterdir()) for path in paths]).todo[scores]
     planned = plan(job, todo, 0)
     score_all(job, todo, (), outcome)
     assert len(outcome.results) == 2, outcome.failed
