@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.base.errors import UsageError
 from pipeline.base.files import canonical_json
@@ -116,3 +118,17 @@ def test_small_dictionaries_keep_fewer() -> None:
     assert batchtopk(width=256, k=40).k == 40
     with pytest.raises(UsageError, match="k must be at most the width, 256, got 999"):
         batchtopk(width=256, k=999)
+
+
+@given(
+    name=st.sampled_from(sorted(RECIPES)),
+    steps=st.integers(1, 300),
+    width=st.integers(10, 300),
+    given_steps=st.sampled_from([{}, {"lr_warmup_steps": 1.0}, {"lr_decay_steps": 1.0}, {"lr_warmup_steps": 0.5}]),
+)
+def test_every_length_and_width_has_defaults(name: str, steps: int, width: int, given_steps: dict[str, float]) -> None:
+    """However short the run and small the dictionary, what is not given agrees with what is."""
+    changes = {field: int(share * steps) for field, share in given_steps.items()}
+    config = RECIPES[name](steps=steps, width=width, **changes)
+    assert config.lr_warmup_steps + config.lr_decay_steps <= steps
+    assert config.k <= width

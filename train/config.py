@@ -56,13 +56,15 @@ class TrainConfig:
     )
     width: int = option(16384, "latents of the whole dictionary")
     alpha: float | Literal["auto"] | None = option(
-        0.2, "share of latents that are shared, the paper's two levels; 0 is flat, auto adapts it in training, none when "
+        0.2,
+        "share of latents that are shared, the paper's two levels; 0 is flat, auto adapts it in training, none when "
         "--levels is given",
-    )  # fmt: skip
+    )
     shared_target: float = option(
-        0.9, "with --alpha auto: the shared level grows while it explains less than this part of what the whole dictionary "
+        0.9,
+        "with --alpha auto: the shared level grows while it explains less than this part of what the whole dictionary "
         "explains, and shrinks while it explains more",
-    )  # fmt: skip
+    )
     levels: tuple[float, ...] = option(
         (), "cumulative shares of the width, increasing to 1, as 0.0625,0.125,0.25,0.5,1; instead of --alpha"
     )
@@ -72,13 +74,15 @@ class TrainConfig:
     layernorm_rescale: bool = option(True, "multiply the row's scale back into the latents, which LayerNorm takes away")
     layernorm_eps: float = option(1e-8, "LayerNorm's eps; the variance it stands beside is about 1/d_model")
     layernorm_bias: float = option(
-        -1.0, "where LayerNorm's bias begins, in units of its gain, which decides how many latents fire at first: a sixth at "
+        -1.0,
+        "where LayerNorm's bias begins, in units of its gain, which decides how many latents fire at first: a sixth at "
         "-1, half at 0",
-    )  # fmt: skip
+    )
     encoder_scale: float = option(
-        0.0, "the encoder begins as the decoder's transpose times this (with LayerNorm: its gain); 0: so that the first "
+        0.0,
+        "the encoder begins as the decoder's transpose times this (with LayerNorm: its gain); 0: so that the first "
         "reconstruction error is as small as it can be",
-    )  # fmt: skip
+    )
 
     # Objective: squared error summed over dimensions, rows averaged, where mean ‖x‖² is 1
     objective: Objective = option(
@@ -101,9 +105,10 @@ class TrainConfig:
     aux_coefficient: float = option(1 / 32, "weight of the auxiliary loss", selects)
     dead_after_rows: int = option(4882 * 2048 // 50, "rows without firing after which a latent is dead")
     initial_l0: float = option(
-        64.0, "latents a row that jumprelu's thresholds let through at first, or --target-l0 where that is given",
+        64.0,
+        "latents a row that jumprelu's thresholds let through at first, or --target-l0 where that is given",
         is_jumprelu,
-    )  # fmt: skip
+    )
     bandwidth: float = option(0.5, "of jumprelu's rectangle kernel, as a share of each threshold", is_jumprelu)
     threshold_lr: float = option(10.0, "learning rate of jumprelu's log-thresholds over --lr", is_jumprelu)
 
@@ -298,10 +303,11 @@ def make(name: str, own: dict[str, Any], changes: dict[str, Any]) -> TrainConfig
     steps, width = changes.get("steps", whole.steps), changes.get("width", whole.width)
     rows = steps * changes.get("batch_size", whole.batch_size)
     own = own | {schedule: round(getattr(whole, schedule) * steps / STEPS) for schedule in SCHEDULES}
-    own["lr_decay_steps"] = min(own["lr_decay_steps"], max(0, steps - changes.get("lr_warmup_steps", 0)))
+    for one, other in (("lr_warmup_steps", "lr_decay_steps"), ("lr_decay_steps", "lr_warmup_steps")):
+        own[one] = min(own[one], max(0, steps - changes.get(other, 0)))
     own = {"lr": rate_for_width(width), "dead_after_rows": max(100_000, rows // 50)} | own
     own |= {
-        name: min(own[name], width // part)
+        name: min(own[name], max(1, width // part))
         for name, part in (("k", 16), ("initial_l0", 16), ("aux_k", 8))
         if name in own
     }

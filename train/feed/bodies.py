@@ -15,7 +15,9 @@ class BodyCheck:
     """
 
     def __init__(self, split: Split) -> None:
-        self.split, self.stop, self.n_done = split, False, 0
+        self.split = split
+        self.stop = False
+        self.n_done = 0
         self.future: Future[None] | None = None
         self.pool = ThreadPoolExecutor(1, "check")
 

@@ -74,7 +74,9 @@ class MappedRows:
     """
 
     def __init__(self, split: Split, readers: ThreadPoolExecutor | None) -> None:
-        self.split, self.readers, self.shard_rows = split, readers, split.shard_rows
+        self.split = split
+        self.readers = readers
+        self.shard_rows = split.shard_rows
         self.shards = [split.mapped_shard(k) for k in range(split.n_shards)]
         self.own = threading.local()
 
@@ -105,7 +107,9 @@ class BufferedRows:
     """Rows of windows that are read into two buffers in turn. Raises DamagedError when a chunk's crc32c is wrong."""
 
     def __init__(self, split: Split, order: Order, readers: ThreadPoolExecutor) -> None:
-        self.split, self.readers, self.turn = split, readers, 0
+        self.split = split
+        self.readers = readers
+        self.turn = 0
         n_chunks = max(map(len, order.chunks(0)))
         shape = (n_chunks, split.chunk_rows, split.shape.layout.d_model)
         self.buffers = [torch.empty(shape, dtype=split.shape.layout.torch_dtype) for _ in range(2)]

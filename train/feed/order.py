@@ -54,7 +54,9 @@ class Order:
     """
 
     def __init__(self, kept: npt.NDArray[np.bool_], chunk_rows: int, seed: int, window_rows: int | None) -> None:
-        self.kept, self.chunk_rows, self.seed = kept, chunk_rows, seed
+        self.kept = kept
+        self.chunk_rows = chunk_rows
+        self.seed = seed
         self.n_kept = int(np.count_nonzero(kept))
         if not self.n_kept:
             raise StoreError(

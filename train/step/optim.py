@@ -26,7 +26,8 @@ class Adam:
     """
 
     def __init__(self, weights: dict[str, Tensor], low_dtype: torch.dtype, config: TrainConfig) -> None:
-        self.config, self.weights = config, weights
+        self.config = config
+        self.weights = weights
         self.first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self.second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self.n_updates = torch.zeros((), dtype=torch.float32, device=weights["W_dec"].device)

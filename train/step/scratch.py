@@ -20,7 +20,8 @@ class Scratch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.generation = device, 0
+        self.device = device
+        self.generation = 0
         self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

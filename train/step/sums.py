@@ -12,7 +12,8 @@ class Sums:
     """A float64 vector whose parts have names: `sums["l1"]` is a view of `flat`, so writing to either is writing to both."""
 
     def __init__(self, flat: Tensor, sizes: Mapping[str, int]) -> None:
-        self.flat, self.sizes = flat, dict(sizes)
+        self.flat = flat
+        self.sizes = dict(sizes)
         self.parts = dict(zip(self.sizes, torch.split(flat, list(self.sizes.values()))))
 
     @staticmethod
