@@ -102,6 +102,7 @@ def test_rates_follow_the_width() -> None:
     """A recipe without a learning rate of its own takes one in inverse proportion to the width, up to a bound."""
     assert [batchtopk(width=width).lr for width in (1536, 3072, 24576, 768)] == [7e-3, 3.5e-3, 4.375e-4, 1e-2]
     assert batchtopk(width=768, lr=1e-3).lr == 1e-3
+    assert RECIPES["jumprelu"](width=1536).lr == batchtopk(width=1536).lr / 2
     assert paper(width=768).lr == 3e-4
 
 
