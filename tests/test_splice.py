@@ -199,6 +199,7 @@ def test_mean_ablation_uses_training_mean(
     run = count_sequences(lm, monkeypatch)
     baselines = Baselines.empty(lm, store.mean, store.context, 64)
     baselines.update(batch, clean)
+    baselines.n_sequences = 0  # as if the same rows came as another batch
     baselines.update(batch, clean)
     assert run == sequences  # zero ablation first
 
