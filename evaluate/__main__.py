@@ -27,8 +27,8 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 )
 @click.option(
     "--scores",
-    help="Comma-separated: kl, ev, l0, coding, features, truth, structure, scr, tpp, k_sparse_probe.  [default: what the "
-    "store has: kl to features, or ev to structure; and what --scr gives]",
+    help="Comma-separated: kl, ev, l0, coding, features, truth, structure, absorption, scr, tpp, k_sparse_probe.  [default: "
+    "what the store has: kl to features, or ev to structure; and what --scr gives]",
 )
 @click.option("--levels", default="all", help="all, last, or indices from the innermost, like 0,1.")
 @click.option("--all-steps", is_flag=True, help="Every checkpoint of a member, not only the final one.")

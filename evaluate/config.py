@@ -90,6 +90,7 @@ class EvaluateConfig:
             "coding": {"n_values": list(N_VALUES)},
             "features": {"seed": self.seed, "n_sampled": N_SAMPLED, "min_fired": MIN_FIRED},
             "structure": {"seed": self.seed},
+            "absorption": {"seed": self.seed},
         }
         texts = (plain(self.probing) or {}) | {"dtype": dtype}
         unread_by = {

@@ -13,9 +13,10 @@ import torch
 
 from evaluate.checkpoints.find import Checkpoint
 from evaluate.config import EvaluateConfig
-from evaluate.latents.files import has_pages
+from evaluate.latents.files import TokenText, has_pages
 from evaluate.models import Models
 from evaluate.results import families_done, result_path
+from evaluate.scores.labels import Probes, read_probes
 from evaluate.scores.truth import Truth
 from pipeline.base.errors import UsageError
 from pipeline.base.files import hash_config
@@ -62,6 +63,14 @@ class Job:
     def truth(self) -> Truth | None:
         """The features that the store's rows were made of, when they are asked about."""
         return Truth.read(self.store, self.device) if "truth" in self.config.scores else None
+
+    @cached_property
+    def probes(self) -> Probes | None:
+        """Labels of the store's tokens and probes that find them, when absorption is asked about."""
+        if "absorption" not in self.config.scores:
+            return None
+        text = TokenText(self.models.tokenizer)
+        return read_probes(self.store, self.n_sequences, text, self.config.seed, self.device)
 
     @cached_property
     def families(self) -> dict[str, dict[str, Any]]:

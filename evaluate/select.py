@@ -10,8 +10,10 @@ from pathlib import Path
 from evaluate.checkpoints.find import Checkpoint, Failure, loss_curve, open_checkpoint, require_fit, resolve_levels
 from evaluate.config import EvaluateConfig
 from evaluate.job import Job
+from evaluate.models import Models
 from evaluate.scores.scorer import unfit_scores
-from pipeline.base.errors import PipelineError
+from pipeline.base.errors import PipelineError, UsageError
+from pipeline.base.runtime import resolve_device
 from pipeline.store.reader import Store
 
 
@@ -50,6 +52,11 @@ def select(job: Job, paths: Sequence[Path]) -> Selection:
 def only_fitting_scores(config: EvaluateConfig, store: Store) -> tuple[EvaluateConfig, list[Failure]]:
     """The config without scores that the store cannot give, and those. Raises the first one's error when none is left."""
     unfit = unfit_scores(config.scores, store)
+    if "absorption" in config.scores and "absorption" not in unfit:
+        try:
+            _ = Models(config, store, resolve_device(config.device)).tokenizer
+        except PipelineError as error:
+            unfit["absorption"] = UsageError(f"--scores absorption: no tokenizer to label tokens by: {error}")
     left = tuple(name for name in config.scores if name not in unfit)
     if unfit and not left and config.probing is None and not config.latents:
         raise next(iter(unfit.values()))

@@ -116,6 +116,7 @@ def load_group(work: Work, group: Sequence[Checkpoint]) -> tuple[list[Scorer], l
                     job.device,
                     job.store.context,
                     job.truth,
+                    job.probes,
                 )
             )
         except PipelineError as error:

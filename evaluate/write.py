@@ -43,7 +43,7 @@ def results(work: Work, scorer: Scorer) -> dict[str, Any]:
         "levels": scorer.level_results(baselines),
         "series": series,
         "features": features,
-        **scorer.structure(),
+        **scorer.beside(),
         "curve": loss_curve(scorer.checkpoint),
         "definitions": definitions(),
         "versions": versions(),

@@ -174,6 +174,24 @@ METRICS: dict[str, Metric] = {
             "mean part of a child's direction in the decoder row of its parent's latent; 0 is the parent alone",
         ),
         Metric(
+            "absorption_full", "absorption, full", "fraction", "lower",
+            "share of rows with a label, found by its probe, on which all the label's latents are silent and one other carries "
+            "0.4 of the projection; mean over letters and classes of characters",
+        ),
+        Metric(
+            "absorption_fraction", "absorption, fraction", "fraction", "lower",
+            "part of a label's projection that at most three other latents carry, mean over the same rows and labels",
+        ),
+        Metric("absorption_n_latents", "latents a label", "latents", "lower", "latents whose k-sparse probe gains 0.03 in F1"),
+        Metric(
+            "absorption_f1", "best-latent F1", "fraction", "higher",
+            "F1 on unseen token types of a label's best latent, mean over labels; low: absorption is falsely low",
+        ),
+        Metric(
+            "absorption_recall", "recall of label latents", "fraction", "higher",
+            "share of the same rows on which a latent of the label fires, mean over labels",
+        ),
+        Metric(
             "jaccard", "co-activation (Jaccard)", "fraction", "neither",
             "tokens on which both latents of a pair fire over tokens on which either does, same tokens and pairs",
         ),

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from evaluate.checkpoints.find import Checkpoint, resolve_levels
+from evaluate.scores.absorption import AVERAGED, AbsorptionScore
 from evaluate.scores.behaviour import Behaviour, Clean, behaviour_scores, score_residual, splice
 from evaluate.scores.coding import SparseCoding
 from evaluate.scores.features import Correlation, density_features, geometry
 from evaluate.scores.firing import Firing
+from evaluate.scores.labels import Probes
 from evaluate.scores.reconstruction import Reconstruction, spread_in_group
 from evaluate.scores.sample import WEIGHTINGS, Batch, Survey
 from evaluate.scores.structure import Hierarchy, meta_dictionary
@@ -25,9 +28,9 @@ if TYPE_CHECKING:
     from pipeline.model.split_lm import SplitLM
     from pipeline.store.reader import Store
 
-SCORES = ("kl", "ev", "l0", "coding", "features", "truth", "structure")
+SCORES = ("kl", "ev", "l0", "coding", "features", "truth", "structure", "absorption")
 """Families computed from the store: behaviour (kl_*, ce*, top1), reconstruction, sparsity, sparse_coding_rate, features;
-against known features; meta-dictionary and hierarchy."""
+against known features; meta-dictionary and hierarchy; absorption of letters and classes of characters."""
 OF_A_MODEL = ("kl", "ev", "l0", "coding", "features")
 """Those computed unless others are asked for."""
 OF_A_TRUTH = ("ev", "l0", "coding", "features", "truth", "structure")
@@ -50,6 +53,10 @@ def unfit_scores(scores: Sequence[str], store: Store) -> dict[str, PipelineError
         found["truth"] = UsageError(
             f"--scores truth: {store.where} does not know its features; make one with python -m harvest --truth"
         )
+    if "absorption" in scores and not store.layout.has_tokens:
+        found["absorption"] = UsageError(
+            f"--scores absorption: the rows of {store.where} are of no text, so there is nothing to label them by"
+        )
     return found
 
 
@@ -70,7 +77,8 @@ def shared_work(batch: Batch, clean: Clean | None, survey: Survey) -> Batched:
 class Scorer:
     """One checkpoint on the device with its running sums. Raises CheckpointError when its file cannot be loaded.
 
-    `scores` names families of SCORES; `levels` is all, last, or indices; `truth` goes with the family of that name.
+    `scores` names families of SCORES; `levels` is all, last, or indices; `truth` and `probes` go with the families truth
+    and absorption.
     """
 
     def __init__(
@@ -83,6 +91,7 @@ class Scorer:
         device: torch.device,
         context: int,
         truth: Truth | None,
+        probes: Probes | None,
     ) -> None:
         self.checkpoint, self.scores, self.levels = checkpoint, tuple(scores), resolve_levels(levels, checkpoint)
         self.sae = checkpoint.load().float().to(device).eval().requires_grad_(False)
@@ -94,6 +103,7 @@ class Scorer:
         self.correlation = Correlation(config, seed, device) if "features" in scores else None
         self.hierarchy = Hierarchy(config, context, seed) if "structure" in scores else None
         self.truth = TruthScore(self.sae, truth) if truth is not None else None
+        self.absorption = AbsorptionScore(self.sae, probes, context) if probes is not None else None
         self.context, self.seed = context, seed
 
     def update(self, lm: SplitLM | None, shared: Batched, chunk: int) -> None:
@@ -116,6 +126,8 @@ class Scorer:
             self.hierarchy.update(z, batch)
         if self.truth is not None:
             self.truth.update(z, batch.first * self.context)
+        if self.absorption is not None:
+            self.absorption.update(z, batch)
 
     def require_finite(self) -> None:
         """Raise CheckpointError when a reconstruction or a KL so far is not finite: no need to go on."""
@@ -146,6 +158,9 @@ class Scorer:
                 scores |= firing[k]
             if self.truth is not None and name == "scores":
                 scores |= self.truth.scores(level)
+            if self.absorption is not None and name == "scores":
+                average = next(r for r in self.absorption_results["levels"] if r["level"] == level)["all"]
+                scores |= {f"absorption_{what}": average[what]["value"] for what in AVERAGED}
             found[name] = {metric: defined(value) for metric, value in scores.items()}
         if "l0" in self.scores:
             found["l0_quantiles"] = self.firing.l0_quantiles(level)
@@ -170,9 +185,17 @@ class Scorer:
                     found.setdefault(name + suffix, []).extend(rows)
         return found
 
-    def structure(self) -> dict[str, Any]:
-        """The results' `structure` and `truth`, those that were asked for."""
+    @cached_property
+    def absorption_results(self) -> dict[str, Any]:
+        """What became of every label in every level."""
+        assert self.absorption is not None
+        return self.absorption.results(self.levels)
+
+    def beside(self) -> dict[str, Any]:
+        """The results' `structure`, `truth` and `absorption`, those that were asked for."""
         found: dict[str, Any] = {}
+        if self.absorption is not None:
+            found["absorption"] = self.absorption_results
         if self.hierarchy is not None:
             W_dec = self.sae.W_dec
             meta = [

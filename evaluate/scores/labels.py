@@ -1,0 +1,207 @@
+"""What a store's tokens are, as labels: first letters of words and classes of characters; probes that find them in rows.
+
+From the store alone: token ids, the tokenizer's text of each, and the cached rows. No forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pipeline.base.runtime import numpy_rng
+
+if TYPE_CHECKING:
+    from pipeline.store.reader import Store
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+CLASSES = ("word start", "capitalised", "digit", "punctuation", "whitespace")
+LABELS = (*LETTERS, *CLASSES)
+
+MAX_ROWS, PER_TYPE = 40_000, 16
+"""Rows that are labelled, and occurrences of one token type among them, at most: frequent tokens must not be all there is."""
+TRAIN_SHARE = 0.7
+"""Of token types: a probe is tested on tokens that it never saw."""
+MIN_TYPES = 8
+"""Types that a label needs in training and half as many in testing; with fewer there is no probe."""
+MIN_F1 = 0.6
+"""A label whose probe scores less on unseen types is left out and named."""
+PENALTY, STEPS = 1e-3, 60
+"""L2 on the probe's weights, for rows of mean square 1 a coordinate, and steps of L-BFGS."""
+
+
+def labels_of(text: str) -> tuple[int, ...]:
+    """Labels of one token's text, as 1, 0, or −1 where a label does not ask about it, in the order of LABELS.
+
+    A word starts with a space and a letter; its first letter is that letter, whatever its case. Letters are asked about
+    starts of words alone.
+    """
+    body = text[1:] if text.startswith(" ") else text
+    first = body[:1].lower()
+    starts = text.startswith(" ") and first.isalpha()
+    letters = [int(first == letter) if starts and first in LETTERS else -1 for letter in LETTERS]
+    if not body:  # spaces alone
+        return (*letters, 0, 0, 0, 0, 1)
+    blank = all(c.isspace() or c in "↵⇥⏎▁" for c in body)
+    punctuation = not blank and not any(c.isalnum() or c.isspace() for c in body)
+    return (*letters, int(starts), int(body[0].isupper()), int(body.isdecimal()), int(punctuation), int(blank))
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Rows of the evaluation split with their labels.
+
+    position: ascending, counted through the split [row]; type: the token id [row]; label: 1, 0 or −1 (not asked)
+    [row, LABELS]; train: of a type that probes are trained on [row].
+    """
+
+    position: npt.NDArray[np.int64]
+    type: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int8]
+    train: npt.NDArray[np.bool_]
+
+
+def label_rows(
+    tokens: npt.NDArray[np.int32], kept: npt.NDArray[np.bool_], text: Callable[[int], str], seed: int
+) -> Labelled:
+    """Choose and label rows: the first PER_TYPE occurrences of every type, fewer where that is more than MAX_ROWS.
+
+    Types go to training or testing by `seed`. `tokens` and `kept` [n_sequences, context].
+    """
+    position = np.flatnonzero(kept.reshape(-1))
+    ids = tokens.reshape(-1)[position].astype(np.int64)
+    order = np.argsort(ids, kind="stable")
+    starts = np.flatnonzero(np.diff(ids[order], prepend=-1))
+    rank = np.empty(len(ids), np.int64)
+    rank[order] = np.arange(len(ids)) - np.repeat(starts, np.diff(np.append(starts, len(ids))))
+    counts = np.bincount(np.minimum(rank, PER_TYPE), minlength=PER_TYPE)[:PER_TYPE].cumsum()
+    most = max(1, int(np.searchsorted(counts, MAX_ROWS, side="right")))
+    chosen = np.flatnonzero(rank < most)[:MAX_ROWS]
+    types, inverse = np.unique(ids[chosen], return_inverse=True)
+    table = np.array([labels_of(text(int(token))) for token in types], np.int8).reshape(len(types), len(LABELS))
+    train = np.zeros(len(types), np.bool_)
+    train[numpy_rng("token types", seed).permutation(len(types))[: round(TRAIN_SHARE * len(types))]] = True
+    return Labelled(position[chosen], ids[chosen], table[inverse], train[inverse])
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Directions that find labels in centred rows: weight [label, d_model], bias and f1 (of unseen types) [label].
+
+    `names`: the labels that have a probe good enough, `left_out`: those that have not, and why. `rows` and `x` (centred,
+    float32 [row, d_model]) are what the labels are asked of.
+    """
+
+    names: tuple[str, ...]
+    weight: Float[Tensor, "label d_model"]
+    bias: Float[Tensor, " label"]
+    f1: tuple[float, ...]
+    left_out: dict[str, str]
+    rows: Labelled
+    x: Float[Tensor, "row d_model"]
+
+    def finds(self, i: int) -> Bool[Tensor, " row"]:
+        """On which rows the i-th probe says yes."""
+        return self.x @ self.weight[i] + self.bias[i] > 0
+
+    def about(self) -> dict[str, Any]:
+        """What results say of the probes."""
+        return {
+            "n_rows": len(self.rows.position),
+            "n_types": len(np.unique(self.rows.type)),
+            "probes": dict(zip(self.names, self.f1)),
+            "left_out": self.left_out,
+        }
+
+
+def read_probes(store: Store, n_sequences: int, text: Callable[[int], str], seed: int, device: torch.device) -> Probes:
+    """Label rows of the first sequences of the evaluation split and train a probe a label; `seed` splits token types."""
+    split, context = store.eval, store.context
+    rows = label_rows(split.tokens[:n_sequences], ~split.special[:n_sequences], text, seed)
+    x = torch.empty(len(rows.position), store.d_model)
+    for first in range(0, n_sequences * context, step := 64 * context):
+        a, b = np.searchsorted(rows.position, [first, first + step])
+        if a < b:
+            block = split.read(first, min(first + step, split.n_rows))
+            x[a:b] = block[torch.from_numpy(rows.position[a:b] - first)].float() - store.mean
+    return train_probes(x.to(device), rows)
+
+
+def train_probes(x: Float[Tensor, "row d_model"], rows: Labelled) -> Probes:
+    """A logistic probe a label, all at once; thresholds are those of the best F1 on training types."""
+    label = torch.from_numpy(rows.label).to(x.device)
+    train = torch.from_numpy(rows.train).to(x.device)
+    left_out = {}
+    for i, name in enumerate(LABELS):
+        n_train, n_test = (
+            len(np.unique(rows.type[(rows.label[:, i] == 1) & part])) for part in (rows.train, ~rows.train)
+        )
+        if n_train < MIN_TYPES or n_test < MIN_TYPES // 2:
+            left_out[name] = f"{n_train} token types to train on and {n_test} to test on"
+    some = [i for i, name in enumerate(LABELS) if name not in left_out]
+    weight, bias = fit_logistic(x[train], label[train][:, some])
+    good, f1s = [], []
+    for k, i in enumerate(some):
+        asked, is_one = label[:, i] >= 0, label[:, i] == 1
+        logit = x @ weight[k] + bias[k]
+        threshold = best_threshold(logit[asked & train], is_one[asked & train])
+        bias[k] -= threshold
+        f1 = f1_score(logit[asked & ~train] > threshold, is_one[asked & ~train])
+        if f1 < MIN_F1:
+            left_out[LABELS[i]] = f"its probe has an F1 of {f1:.2f} on unseen types"
+        else:
+            good.append(k)
+            f1s.append(f1)
+    names = tuple(LABELS[some[k]] for k in good)
+    return Probes(names, weight[good], bias[good], tuple(f1s), left_out, rows, x)
+
+
+def fit_logistic(
+    x: Float[Tensor, "row d_model"], label: Int[Tensor, "row label"]
+) -> tuple[Float[Tensor, "label d_model"], Float[Tensor, " label"]]:
+    """Weights and biases of logistic regressions of every label at once (L-BFGS, L2); labels of −1 do not count."""
+    scale = x.square().mean().sqrt().clamp(min=1e-12)
+    with torch.inference_mode(False), torch.enable_grad():
+        rows, target = (x / scale).clone(), label.clamp(min=0).float().clone()
+        asked = (label >= 0).float().clone()
+        asked = asked / asked.sum(0).clamp(min=1)
+        weight = torch.zeros(label.shape[1], x.shape[1], device=x.device, requires_grad=True)
+        bias = torch.zeros(label.shape[1], device=x.device, requires_grad=True)
+        optimiser = torch.optim.LBFGS([weight, bias], max_iter=STEPS, history_size=10, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(
+                rows @ weight.T + bias, target, weight=asked, reduction="sum"
+            )
+            loss = loss + PENALTY * weight.square().sum() / 2
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimiser.step(closure)  # type: ignore[no-untyped-call]
+    return weight.detach() / scale, bias.detach()
+
+
+def best_threshold(logit: Float[Tensor, " row"], is_one: Bool[Tensor, " row"]) -> float:
+    """Where to cut so that F1 is largest; 0 where nothing is one."""
+    if not is_one.any():
+        return 0.0
+    value, order = logit.double().sort(descending=True)
+    hits = is_one[order].double().cumsum(0)
+    f1 = 2 * hits / (torch.arange(1, len(value) + 1, device=value.device) + hits[-1])
+    f1[:-1][value[1:] == value[:-1]] = -1  # a cut between equal values is none
+    best = int(f1.argmax())
+    below = value[best + 1] if best + 1 < len(value) else value[best] - 1
+    return float((value[best] + below) / 2)
+
+
+def f1_score(said: Bool[Tensor, " row"], is_one: Bool[Tensor, " row"]) -> float:
+    """2 · hits / (said + true); 0 where neither is."""
+    total = int(said.sum() + is_one.sum())
+    return 2 * int((said & is_one).sum()) / total if total else 0.0

@@ -1,0 +1,143 @@
+"""Absorption from the store alone: labels, probes, the published definitions by hand, and a dictionary that absorbs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+
+from evaluate.scores.absorption import absorbed, average, split_latents
+from evaluate.scores.labels import (
+    CLASSES,
+    LABELS,
+    PER_TYPE,
+    TRAIN_SHARE,
+    best_threshold,
+    f1_score,
+    fit_logistic,
+    label_rows,
+    labels_of,
+    train_probes,
+)
+
+
+def said(text: str) -> dict[str, int]:
+    return {name: value for name, value in zip(LABELS, labels_of(text)) if value != -1}
+
+
+def test_letters_are_asked_of_word_starts() -> None:
+    """A space and a letter; case does not matter; anything else asks no letter."""
+    assert {name for name, value in said(" Apple").items() if value} == {"a", "word start", "capitalised"}
+    assert set(said("apple")) == set(CLASSES)
+    assert set(said(" 7")) == set(CLASSES)
+    assert said(" zoo")["a"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [("42", "digit"), (" ,", "punctuation"), ("↵↵", "whitespace"), (" ", "whitespace"), ("X", "capitalised")],
+)
+def test_classes_of_characters(text: str, label: str) -> None:
+    """Each sample text is of one class."""
+    assert [name for name in CLASSES if said(text)[name]] == [label]
+
+
+def test_rows_are_bounded_a_type_and_split_by_type() -> None:
+    """No token type is in both parts, none has more than PER_TYPE rows, special rows are left out."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 50, (40, 32)).astype(np.int32)
+    kept = np.ones_like(tokens, dtype=bool)
+    kept[:, 0] = False
+    rows = label_rows(tokens, kept, lambda token: f" {'abcde'[token % 5]}{token}", 0)
+    assert np.bincount(rows.type).max() == PER_TYPE
+    assert (rows.position % 32 != 0).all()
+    assert (np.diff(rows.position) > 0).all()
+    assert not set(rows.type[rows.train]) & set(rows.type[~rows.train])
+    assert len(set(rows.type[rows.train])) == round(TRAIN_SHARE * 50)
+    assert (rows.type == tokens.reshape(-1)[rows.position]).all()
+
+
+def test_labels_without_a_good_probe_are_named() -> None:
+    """Letters that rows show are found on unseen types; one that rows do not show is left out with its F1."""
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 120, (60, 32), generator=g).numpy().astype(np.int32)
+    text = lambda token: f" {'abcde'[token % 5]}{token}"  # noqa: E731
+    rows = label_rows(tokens, np.ones_like(tokens, dtype=bool), text, 0)
+    x = 0.3 * torch.randn(len(rows.type), 8, generator=g)
+    x[:, 0] += torch.from_numpy((rows.type % 5 == 0).astype(np.float32))
+    probes = train_probes(x, rows)
+    assert "a" in probes.names
+    assert probes.left_out["z"] == "0 token types to train on and 0 to test on"
+    assert "F1 of" in probes.left_out["b"]
+    a = probes.names.index("a")
+    assert float(torch.nn.functional.normalize(probes.weight[a], dim=0)[0]) > 0.95
+
+
+def test_logistic_fit_is_sklearn_s() -> None:
+    """Same objective, same optimum: C = 1 / (n · penalty) in units of the rows' scale."""
+    from sklearn.linear_model import LogisticRegression
+
+    from evaluate.scores.labels import PENALTY
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 4, generator=g)
+    y = (x[:, 0] + torch.randn(300, generator=g) > 0).long()
+    weight, bias = fit_logistic(x, y[:, None])
+    scale = float(x.square().mean().sqrt())
+    model = LogisticRegression(C=1 / (300 * PENALTY), tol=1e-8).fit((x / scale).numpy(), y.numpy())
+    np.testing.assert_allclose(weight[0].numpy() * scale, model.coef_[0], atol=2e-3)
+    assert float(bias[0]) == pytest.approx(float(model.intercept_[0]), abs=2e-3)
+
+
+def test_the_cut_has_the_best_f1() -> None:
+    """Against every possible cut; never between equal values."""
+    g = torch.Generator().manual_seed(3)
+    logit = (torch.randn(40, generator=g) * 4).round() / 4
+    is_one = logit + torch.randn(40, generator=g) > 0.3
+    best = max(f1_score(logit > cut, is_one) for cut in [-9.0, *logit.tolist()])
+    assert f1_score(logit > best_threshold(logit, is_one), is_one) == pytest.approx(best)
+
+
+def test_absorption_by_hand() -> None:
+    """Four rows: own latent fires; silent and one other carries .5; silent and the other carries .3; both share."""
+    cosine = torch.tensor([0.9, 0.5, 0.05])
+    z = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.6, 0.0], [0.2, 1.0, 0.0]])
+    found = absorbed(z, torch.ones(4), cosine, [0])
+    assert found.full.tolist() == [False, True, False, False]
+    assert found.fraction.tolist() == pytest.approx([0.0, 1.0, 0.0, 0.5 / 0.68])
+
+
+def test_a_weakly_aligned_top_latent_is_no_absorption() -> None:
+    """Cosine under .025: not full; under .1: no absorber of the fraction."""
+    found = absorbed(torch.tensor([[0.0, 50.0]]), torch.ones(1), torch.tensor([0.9, 0.02]), [0])
+    assert (found.full.tolist(), found.fraction.tolist()) == ([False], [0.0])
+
+
+def test_split_latents_are_those_that_add_f1() -> None:
+    """A label carried by two latents on different rows has both; a third that repeats the first adds nothing."""
+    rng = np.random.default_rng(0)
+    label = (rng.random(2000) < 0.4).astype(np.int8)
+    half = rng.random(2000) < 0.5
+    z = np.stack([label * half, label * ~half, label * half * 0.5, rng.random(2000) < 0.3], 1).astype(np.float32)
+    latents, f1s = split_latents(csr_matrix(z), label, np.arange(2000) % 2 == 0)
+    assert len(latents) == 2
+    assert 1 in latents
+    assert f1s[-1] == pytest.approx(1.0)
+    assert f1s[0] < 0.8
+
+
+def test_a_latent_that_never_fires_has_no_f1() -> None:
+    """Saying yes where nothing fires does not count, however frequent the label."""
+    label = (np.arange(200) % 4 != 0).astype(np.int8)
+    latents, f1s = split_latents(csr_matrix(np.zeros((200, 3), np.float32)), label, np.arange(200) % 2 == 0)
+    assert (len(latents), f1s) == (1, [0.0])
+
+
+def test_averages_count_labels_with_rows() -> None:
+    """A label without rows is left out; nothing gives None."""
+    one = {"label": "a", "n": 10, "latents": [1, 2], "full": 0.5, "fraction": 0.2, "f1": 0.8, "recall": 0.9}
+    none = {**one, "n": 0, "full": None, "fraction": None, "recall": None}
+    assert average([one, none])["full"]["value"] == 0.5
+    assert average([one, none])["n_labels"] == 1
+    assert average([none])["full"] == {"value": None, "low": None, "high": None}
