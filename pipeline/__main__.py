@@ -58,7 +58,7 @@ def demo(out: Path, seed: tuple[int, ...]) -> None:
 def run(experiment: Path, out: Path | None, dry_run: bool, machine: str, sbatch: str) -> None:
     """Make an experiment file true: harvest, train, evaluate and report what is missing of it.
 
-    EXPERIMENT is a TOML file or the name of a shipped one: demo, paper, ablations. Run it again and nothing is done
+    EXPERIMENT is a TOML file or the name of a shipped one: demo, paper, ablations, truth. Run it again and nothing is done
     twice; change a line and only what that line asks for is done.
 
     \b

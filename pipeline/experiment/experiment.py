@@ -44,7 +44,7 @@ class Experiment:
 
     @staticmethod
     def read(path: Path) -> Experiment:
-        """Read an experiment file: a path, or the name of a shipped one (demo, paper, ablations)."""
+        """Read an experiment file: a path, or the name of a shipped one (demo, paper, ablations, truth)."""
         shipped = SHIPPED / f"{path.name.removesuffix('.toml')}.toml"
         if not path.exists() and path.parent == Path() and shipped.exists():
             path = shipped
@@ -66,7 +66,7 @@ class Experiment:
     @property
     def layers(self) -> list[int]:
         """The layers harvested; one store each."""
-        layer = self.harvest.get("layer", [19])
+        layer = self.harvest.get("layer", 0 if "truth" in self.harvest else 19)  # rows of known features have no layer
         return list(layer) if isinstance(layer, list) else [layer]
 
 
@@ -127,7 +127,8 @@ def train_words(grid: dict[str, Any], places: Places, layer: int) -> list[str]:
 
 def evaluate_words(experiment: Experiment, places: Places, layer: int, members: list[str]) -> list[str]:
     """Options of one evaluation job: the members that the file asks for, by folder."""
-    settings = {"model": experiment.harvest["model"], **experiment.evaluate}
+    model = {"model": experiment.harvest["model"]} if "model" in experiment.harvest else {}
+    settings = {**model, **experiment.evaluate}
     places_of_layer = {"store": places.store_of(layer), "out": places.results(layer)}
     return [*members, *stages.options({**settings, **places_of_layer})]
 
