@@ -36,7 +36,7 @@ def read_result(path: Path) -> dict[str, Any]:
     found = (data.get("format"), data.get("version")) if isinstance(data, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise DamagedError(
-            f"{path}: expected {FORMAT} of version {VERSION}, found {found[0]!r} {found[1]!r}; move it away"
+            f"{path}: expected {FORMAT} of version {VERSION}, found {str(found[0])[:40]!r} {str(found[1])[:40]}; move it away"
         )
     return dict(data)
 

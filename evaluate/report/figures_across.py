@@ -63,9 +63,12 @@ def front_note(results: Results) -> str:
         + ("" if last == len(results.runs) else ", larger where it is a training’s last")
         + ";"
     )
-    spans = any(len(line) > 1 for _, runs in results.places for _, _, line in front_lines(results, runs, "kl_nats"))
-    joined = "lines join the means of last checkpoints of one kind trained to different L0" if spans else ""
-    return f"{said} {joined or 'bars are means of last checkpoints with 95 % intervals'}."
+    lines = [line for _, runs in results.places for _, _, line in front_lines(results, runs, "kl_nats")]
+    if any(len(line) > 1 for line in lines):
+        return f"{said}; lines join the means of last checkpoints of one kind trained to different L0."
+    if any(e.half for line in lines for _, e in line):
+        return f"{said}; bars are means of last checkpoints with 95 % intervals."
+    return f"{said}."
 
 
 def front_lines(results: Results, runs: Sequence[Run], metric: str) -> list[FrontLine]:
@@ -99,7 +102,7 @@ def front_caption(label: str, place: str, higher: bool, points: Sequence[Point])
     """Which ways of sharing stand on the front of one place."""
     best = front(higher, points)
     counts = Counter(sharing_label(run.sharing) for run, _, _ in best)
-    listed = ", ".join(f"{n} with {name}" for name, n in counts.most_common())
+    listed = "; ".join(f"{n} with {name}" for name, n in counts.most_common())
     where = f" of {place}" if place else ""
     return f"On the {label} front{where} (nothing as sparse is better) stand {len(best)} of {len(points)}: {listed}."
 
@@ -228,5 +231,6 @@ def ablation_caption(results: Results, axes: Mapping[str, Sequence[Group]]) -> s
             sentences.append(f"{first_upper(metric.label)} is {word} at {'; '.join(parts)}.")
     return (
         " ".join(sentences)
-        + " Settings not on an axis are those of the largest group; no test is made between settings."
+        + " Settings not on an axis are those of the largest group; no test is made between settings, and "
+        "their L0 may differ."
     )
