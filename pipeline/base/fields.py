@@ -11,8 +11,8 @@ from pipeline.base.errors import DamagedError
 
 DEEPEST = 32
 """Levels of nesting that any file of ours stays under."""
-LARGEST = 2**63
-"""Whole numbers from here on are no count of anything."""
+LARGEST, HUGE = 2**63, 1e100
+"""Whole numbers from here on are no count of anything; other numbers from here on are no measurement, and overflow."""
 
 
 def require_plain(path: Path, data: object) -> None:
@@ -32,7 +32,7 @@ def problems(data: object, name: str = "", depth: int = 0) -> Iterator[str]:
     elif isinstance(data, bool):
         return
     elif isinstance(data, int | float):
-        if not (abs(data) < LARGEST if isinstance(data, int) else math.isfinite(data)):
+        if not (abs(data) < LARGEST if isinstance(data, int) else abs(data) < HUGE):
             yield f"{where!r} is no number that can be, found {str(data)[:24]}"
     elif isinstance(data, Mapping):
         for key, value in data.items():
