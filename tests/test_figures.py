@@ -242,7 +242,8 @@ def test_legends_and_notes_name_what_is_drawn(tmp_path: Path) -> None:
     write_results(tmp_path, alphas=(0.0,), steps=(400,))
     flat = read_results([tmp_path])
     assert [label for _, label in figure(density(flat)).legend] == ["specialised"]
-    assert "larger" not in figure(fronts(flat)).caption
+    caption = figure(fronts(flat)).caption
+    assert caption.startswith("A point is a checkpoint; bars are means of last checkpoints with 95 % intervals. ")
 
 
 def test_bars_stand_side_by_side() -> None:

@@ -96,7 +96,7 @@ def test_answer_leads_with_one_number(tmp_path: Path) -> None:
     found = what_was_found(make_table(results), results)
     assert re.fullmatch(r"\+0\.\d+ ± 0\.\d+", found.figure)
     assert found.unit.startswith("nats/token of KL")
-    assert found.sentences[0].startswith("At equal L0 (38.9")
+    assert found.sentences[0].startswith(("At equal L0 (38.9", "At nearly equal L0 (38.9 against 38.8)"))
     assert "α = 0.2 are worse than flat ones in KL: " + found.figure in found.sentences[0]
     assert "% of the KL that replacing the activations by zeros costs" in found.sentences[1]
     assert "Of 8 tests of KL and explained variance at equal L0" in found.sentences[3]
@@ -139,7 +139,10 @@ def test_nearly_equal_l0_is_compared(tmp_path: Path) -> None:
     """A difference in L0 of less than a twentieth is near enough."""
     write_results(tmp_path, alphas=(0.0,), steps=(400,), l0=41)
     write_results(tmp_path, alphas=(0.2,), steps=(400,))
-    assert len(make_table(read_results([tmp_path])).tested) == 2
+    results = read_results([tmp_path])
+    table = make_table(results)
+    assert len(table.tested) == 2
+    assert re.search(r"At nearly equal L0 \(38\.\d against 39\.\d\)", what_was_found(table, results).sentences[0])
 
 
 def test_fronts_are_compared_between_their_points(tmp_path: Path) -> None:

@@ -58,11 +58,7 @@ def fronts(results: Results) -> Figure | Missing:
 def front_note(results: Results) -> str:
     """What points, lines and bars are, of those that there are."""
     last = sum(len(group.runs) for group in results.groups)
-    said = (
-        "A point is a checkpoint"
-        + ("" if last == len(results.runs) else ", larger where it is a training’s last")
-        + ";"
-    )
+    said = "A point is a checkpoint" + ("" if last == len(results.runs) else ", larger where it is a training’s last")
     lines = [line for _, runs in results.places for _, _, line in front_lines(results, runs, "kl_nats")]
     if any(len(line) > 1 for line in lines):
         return f"{said}; lines join the means of last checkpoints of one kind trained to different L0."

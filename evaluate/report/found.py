@@ -35,7 +35,7 @@ def what_was_found(table: Table, results: Results) -> Found:
     line = showcase(table, results)
     cells = [line.cells[id] for id in table.primary if id in line.cells]
     lead = next((cell for cell in cells if cell.test), None)
-    sentences = [incomparable(line, cells), *(answer(line, cell) for cell in cells)]
+    sentences = [incomparable(line, cells), *(answer(line, cell, results) for cell in cells)]
     sentences = [sentence for sentence in sentences if sentence]
     meaning = [what_it_means(lead, results)] if lead else []
     rest = [verdicts(table), apart(table), massive(table, line)]
@@ -96,14 +96,13 @@ def incomparable(line: Line, cells: Sequence[Cell]) -> str:
     )
 
 
-def answer(line: Line, cell: Cell) -> str:
+def answer(line: Line, cell: Cell, results: Results) -> str:
     """What one primary endpoint says of the line."""
     label, name = cell.metric.label, name_of(line)
     if cell.test is None or cell.estimate is None:
         return ""
     unit = f" {unit_of(cell)}".rstrip()
-    l0 = line.row.values("l0")
-    at = f" ({sum(l0.values()) / len(l0):.3g})" if l0 else ""
+    at = sparsity(line, results)
     change = f"{signed_plus_minus(cell.test.difference, cell.test.half)}{unit}"
     flat = number(cell.estimate.mean - cell.test.difference, cell.test.half)
     numbers = f"{change}, {number(cell.estimate.mean, cell.test.half)} against {flat}"
@@ -113,8 +112,19 @@ def answer(line: Line, cell: Cell) -> str:
             if cell.least
             else ""
         )
-        return f"At equal L0{at}, a difference in {label} between {name} and flat dictionaries is not shown: {numbers}{least}."
-    return f"At equal L0{at}, dictionaries at {name} are {cell.verdict} than flat ones in {label}: {numbers}."
+        return f"At {at}, a difference in {label} between {name} and flat dictionaries is not shown: {numbers}{least}."
+    return f"At {at}, dictionaries at {name} are {cell.verdict} than flat ones in {label}: {numbers}."
+
+
+def sparsity(line: Line, results: Results) -> str:
+    """At which L0 the line was compared: equal where flat dictionaries span it, nearly equal where one was near enough."""
+    own = mean_of(line.row.values("l0"))
+    flats = [row for group in results.siblings(line.group) for row in group.rows if not row.sharing]
+    means = [mean_of(row.values("l0")) for row in flats]
+    nearest = min(means, key=lambda mean: abs(mean - own), default=own)
+    if min(means, default=own) <= own <= max(means, default=own) or f"{own:.3g}" == f"{nearest:.3g}":
+        return f"equal L0 ({own:.3g})"
+    return f"nearly equal L0 ({own:.3g} against {nearest:.3g})"
 
 
 def what_it_means(cell: Cell, results: Results) -> str:
@@ -124,10 +134,7 @@ def what_it_means(cell: Cell, results: Results) -> str:
         return ""
     cost = sum(zero) / len(zero)
     share = 100 * abs(cell.test.difference) / cost
-    return (
-        f"That is {share:.2g} % of the KL that replacing the activations by zeros costs ({number(cost)} nats/token); nested "
-        "dictionaries give levels that can be used alone in return."
-    )
+    return f"That is {share:.2g} % of the KL that replacing the activations by zeros costs ({number(cost)} nats/token)."
 
 
 def verdicts(table: Table) -> str:
