@@ -55,7 +55,10 @@ def demo(out: Path, seed: tuple[int, ...]) -> None:
     help="slurm writes job scripts for a cluster to OUT/jobs instead of running.",
 )
 @click.option("--sbatch", default="", help="Further words for every Slurm job: '--partition=gpu --time=12:00:00'.")
-def run(experiment: Path, out: Path | None, dry_run: bool, machine: str, sbatch: str) -> None:
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Allow code that comes with a model, where the file asks for it too."
+)
+def run(experiment: Path, out: Path | None, dry_run: bool, machine: str, sbatch: str, trust_remote_code: bool) -> None:
     """Make an experiment file true: harvest, train, evaluate and report what is missing of it.
 
     EXPERIMENT is a TOML file or the name of a shipped one: demo, paper, ablations, truth. Run it again and nothing is done
@@ -64,7 +67,7 @@ def run(experiment: Path, out: Path | None, dry_run: bool, machine: str, sbatch:
     \b
     Example: python -m pipeline run paper --out /data/paper --dry-run
     """
-    parsed = experiments.Experiment.read(experiment)
+    parsed = experiments.Experiment.read(experiment, trust_remote_code=trust_remote_code)
     out = out or Path("runs") / experiment.stem
     if dry_run:
         experiments.dry_run(parsed, out)

@@ -182,3 +182,61 @@ def test_killed_run_ends_with_equal_bytes(tmp_path: Path) -> None:
     subprocess.run(command(path, out), cwd=ROOT, check=True)
     assert snapshot(out) == snapshot(whole)
     shutil.rmtree(out)
+
+
+HARVEST, TRAIN = '[harvest]\nmodel = "m"\nlayer = [1]\n', "[train]\nwidth = 64\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"{HARVEST}trust-remote-code = true\n{TRAIN}", "trust-remote-code"),
+        (f"{HARVEST}trust_remote_code = true\n{TRAIN}", "trust-remote-code"),
+        (f"harvest = 3\n{TRAIN}", "harvest is int, expected a table"),
+        (f"{HARVEST}[[train]]\nwidth = 64\n[train.x]\ny = 1\n", "train.x is a table|not valid TOML|x"),
+        (f"name = 3\n{HARVEST}{TRAIN}", "name is int"),
+    ],
+)
+def test_odd_tables_are_refused(tmp_path: Path, text: str, says: str) -> None:
+    """What a file may not ask for alone, and tables that are none, are refused when it is read."""
+    (tmp_path / "e.toml").write_text(text)
+    with pytest.raises(UsageError, match=says):
+        experiments.Experiment.read(tmp_path / "e.toml")
+
+
+def test_trusted_code_is_asked_for_twice(tmp_path: Path) -> None:
+    """The file and the command line together allow a model's own code."""
+    (tmp_path / "e.toml").write_text(f"{HARVEST}trust-remote-code = true\n{TRAIN}")
+    assert experiments.Experiment.read(tmp_path / "e.toml", trust_remote_code=True).harvest["trust-remote-code"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"{HARVEST}tokns = 5\n{TRAIN}", "harvest: No such option.*tokns"),
+        (f'{HARVEST}[train]\nwidth = "wide"\n', "train: .*wide"),
+        (f"{HARVEST}{TRAIN}[evaluate]\nscore = 1\n", "evaluate: No such option.*score"),
+        (f"{HARVEST}{TRAIN}[report]\ncolour = 1\n", "evaluate.report: No such option.*colour"),
+    ],
+)
+def test_options_are_checked_first(tmp_path: Path, text: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that a stage does not know, or a value it cannot read, is named before the first stage starts."""
+    monkeypatch.setattr(stages, "run_stage", lambda *_: pytest.fail("a stage was started"))
+    (tmp_path / "e.toml").write_text(text)
+    with pytest.raises(UsageError, match=says):
+        experiments.run(experiments.Experiment.read(tmp_path / "e.toml"), tmp_path / "out")
+
+
+def test_url_stores_are_refused(tmp_path: Path) -> None:
+    """A store at a URL, which an experiment would train from, is refused by name."""
+    (tmp_path / "e.toml").write_text(f'{HARVEST}store = "s3://bucket/acts.zarr"\n{TRAIN}')
+    with pytest.raises(UsageError, match=r"s3://bucket/acts\.zarr is a URL"):
+        experiments.Places.of(experiments.Experiment.read(tmp_path / "e.toml"), tmp_path)
+
+
+def test_models_have_a_default(tmp_path: Path) -> None:
+    """An experiment that names no model takes harvest's, in evaluation too."""
+    (tmp_path / "e.toml").write_text(f"[harvest]\nlayer = [1]\n{TRAIN}")
+    experiment = experiments.Experiment.read(tmp_path / "e.toml")
+    words = experiments.evaluate_words(experiment, experiments.Places.of(experiment, tmp_path), 1, ["x"])
+    assert "--model" not in words

@@ -1,5 +1,6 @@
 import errno
 import os
+import threading
 from pathlib import Path
 
 import google_crc32c
@@ -118,3 +119,21 @@ def test_unsafe_text_makes_a_safe_name(text: str) -> None:
 def test_plain_names_stay_as_they_are() -> None:
     """What members are called stays readable."""
     assert files.safe_name("alpha0.2-seed0-1a2b3c4d5e") == "alpha0.2-seed0-1a2b3c4d5e"
+
+
+def test_locks_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that is let go of in time is taken; one that is held is refused; a file system without locks is named."""
+    held = files.lock_folder(tmp_path, "working")
+    monkeypatch.setattr(files, "LET_GO_S", 0.1)
+    with pytest.raises(DiskError, match="another process is working"):
+        files.lock_folder(tmp_path, "working")
+    monkeypatch.setattr(files, "LET_GO_S", 10.0)
+    threading.Timer(0.2, os.close, [held]).start()
+    os.close(files.lock_folder(tmp_path, "working"))
+
+    def without(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", without)
+    with pytest.raises(DiskError, match="cannot be locked"):
+        files.lock_folder(tmp_path, "working")

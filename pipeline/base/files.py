@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -116,15 +117,29 @@ def sync_folder(folder: Path) -> None:
 def lock_folder(folder: Path, what: str) -> int:
     """A descriptor that holds the one lock of a folder until it is closed or the process is gone, however it ends.
 
-    Raises DiskError, saying `what` the other process is doing, when the lock is held.
+    Raises DiskError, saying `what` the other process is doing, when the lock is held for longer than a process that was
+    killed takes to let go of it (a child that it was starting may hold it too), or when the file system has no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise DiskError(f"{folder}: another process is {what}; wait for it or stop it") from error
-    return descriptor
+    deadline = time.monotonic() + LET_GO_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError as error:
+            if isinstance(error, BlockingIOError) and time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                raise DiskError(f"{folder}: another process is {what}; wait for it or stop it") from error
+            raise DiskError(
+                f"{folder}: cannot be locked ({error.strerror}); choose a folder on a local disk"
+            ) from error
+
+
+LET_GO_S = 2.0
+"""Seconds to wait for a lock."""
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:

@@ -43,8 +43,11 @@ class Experiment:
     report: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def read(path: Path) -> Experiment:
-        """Read an experiment file: a path, or the name of a shipped one (demo, paper, ablations, truth)."""
+    def read(path: Path, *, trust_remote_code: bool = False) -> Experiment:
+        """Read an experiment file: a path, or the name of a shipped one (demo, paper, ablations).
+
+        trust_remote_code: whether the command line allows code that comes with a model; a file alone cannot.
+        """
         shipped = SHIPPED / f"{path.name.removesuffix('.toml')}.toml"
         if not path.exists() and path.parent == Path() and shipped.exists():
             path = shipped
@@ -53,14 +56,23 @@ class Experiment:
             raise UsageError(f"{path}: unknown tables {unknown}; known are {sorted(TABLES)}")
         if "harvest" not in data or "train" not in data:
             raise UsageError(f"{path}: needs a [harvest] and a [train] table")
+        name = data.get("name", path.stem)
+        if not isinstance(name, str):
+            raise UsageError(f"{path}: name is {type(name).__name__}, expected text")
         grids = data["train"] if isinstance(data["train"], list) else [data["train"]]
         here = path.resolve().parent
+        harvest, evaluate, report = (table(path, one, data.get(one, {})) for one in ("harvest", "evaluate", "report"))
+        trains = [table(path, "train", grid) for grid in grids]
+        if any(one.get("trust-remote-code") for one in (harvest, evaluate)) and not trust_remote_code:
+            raise UsageError(
+                f"{path}: asks for trust-remote-code, a model's own code; allow it on the command line too"
+            )
         return Experiment(
-            data.get("name", path.stem),
-            anchored(data["harvest"], here),
-            [anchored(grid, here) for grid in grids],
-            anchored(data.get("evaluate", {}), here),
-            anchored(data.get("report", {}), here),
+            name,
+            anchored(harvest, here),
+            [anchored(grid, here) for grid in trains],
+            anchored(evaluate, here),
+            anchored(report, here),
         )
 
     @property
@@ -68,6 +80,15 @@ class Experiment:
         """The layers harvested; one store each."""
         layer = self.harvest.get("layer", 0 if "truth" in self.harvest else 19)  # rows of known features have no layer
         return list(layer) if isinstance(layer, list) else [layer]
+
+
+def table(path: Path, name: str, found: Any) -> dict[str, Any]:
+    """A table of options, with dashes in their names. Raises UsageError when it is something else, or holds tables."""
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: {name} is {type(found).__name__}, expected a table of options: [{name}]")
+    if nested := [key for key, value in found.items() if isinstance(value, dict)]:
+        raise UsageError(f"{path}: {name}.{nested[0]} is a table, expected the value of an option")
+    return {key.replace("_", "-"): value for key, value in found.items()}
 
 
 def anchored(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -95,6 +116,11 @@ class Places:
         several = len(experiment.layers) > 1
         out = out.absolute()
         default = out / "stores" if several else out / "stores" / "acts.zarr"
+        if "://" in str(experiment.harvest.get("store", "")):
+            raise UsageError(
+                f"{experiment.name}: harvest.store {experiment.harvest['store']} is a URL, training reads a local disk; give "
+                "a path, or harvest to the URL and `python -m pipeline stage` it first"
+            )
         return Places(out, Path(experiment.harvest.get("store", default)).absolute(), several)
 
     def store_of(self, layer: int) -> Path:
@@ -136,6 +162,7 @@ def evaluate_words(experiment: Experiment, places: Places, layer: int, members: 
 def run(experiment: Experiment, out: Path) -> Path:
     """Do what is missing of an experiment and return the report's path. Raises PipelineError when a stage fails."""
     places = Places.of(experiment, out)
+    check(experiment, places)
     stages.run_stage("harvest", harvest_words(experiment, places), places.log("harvest"))
     results: list[str] = []
     for layer in experiment.layers:
@@ -146,6 +173,16 @@ def run(experiment: Experiment, out: Path) -> Path:
     settings = {"out": places.report, "title": experiment.name, **experiment.report}
     stages.run_stage("evaluate.report", [*results, *stages.options(settings)], places.log("report"))
     return places.report
+
+
+def check(experiment: Experiment, places: Places) -> None:
+    """Have every stage's own parser read every option before the first stage starts. Raises UsageError naming the stage."""
+    layer = experiment.layers[0]
+    stages.check("harvest", harvest_words(experiment, places))
+    for grid in experiment.train:
+        stages.check("train", train_words(grid, places, layer))
+    stages.check("evaluate", evaluate_words(experiment, places, layer, [str(places.out)]))
+    stages.check("evaluate.report", [str(places.out), *stages.options({"out": places.report, **experiment.report})])
 
 
 def train_layer(experiment: Experiment, places: Places, layer: int) -> list[str]:
@@ -161,6 +198,7 @@ def dry_run(experiment: Experiment, out: Path) -> None:
     """Print the plan: each stage's command, what of it is done, and what the rest needs of disk, memory and time."""
     places = Places.of(experiment, out)
     log = places.log("dry-run")
+    check(experiment, places)
     say(f"{experiment.name}: everything goes to {out}")
     words = harvest_words(experiment, places)
     say(f"1. {stages.show('harvest', words)}")

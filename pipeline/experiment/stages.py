@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.base.errors import PipelineError
+from pipeline.base.errors import PipelineError, UsageError
 from pipeline.base.progress import LOG_VARIABLE
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,39 @@ def options(settings: Mapping[str, Any], *, negatable: bool = False) -> list[str
             elif negatable:
                 words.append(f"--no-{name}")
     return words
+
+
+COMMANDS = {
+    "harvest": "harvest.__main__:command",
+    "train": "train.__main__:command",
+    "evaluate": "evaluate.__main__:evaluate",
+    "evaluate.report": "evaluate.report.write:cli",
+}
+"""Where each stage's click command is."""
+PARSE = """
+import importlib, sys
+import click
+module, name = sys.argv[1].split(":")
+try:
+    getattr(importlib.import_module(module), name).make_context(sys.argv[2], sys.argv[3:])
+except click.ClickException as error:
+    sys.exit(error.format_message())
+"""
+"""A program that parses a stage's words and runs nothing."""
+
+
+def check(stage: str, words: Sequence[str]) -> None:
+    """Have a stage's own parser read its words, in a process of its own. Raises UsageError with what it says."""
+    parsed = subprocess.run(
+        [sys.executable, "-c", PARSE, COMMANDS[stage], stage, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if parsed.returncode:
+        said = parsed.stderr.strip().splitlines() or ["its parser ended without a word"]
+        raise UsageError(f"{stage}: {said[-1]}; python -m {stage} --help lists its options")
 
 
 def show(stage: str, words: Sequence[str]) -> str:
