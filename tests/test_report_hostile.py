@@ -164,3 +164,26 @@ def test_scripts_among_latents_are_refused(tmp_path: Path, cut: int, added: str)
     with pytest.raises(DamagedError, match=r"page_0000\.js: does not read as latent pages"):
         write_report([tmp_path], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_nesting_has_an_end(tmp_path: Path) -> None:
+    """JSON that is nested deeper than ours ever is, in a part that nothing else reads, is refused by the field's name."""
+    path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]
+    deep: Any = 1
+    for _ in range(60):
+        deep = {"a": deep}
+    path.write_text(json.dumps(read_json(path) | {"features": deep}))
+    with pytest.raises(DamagedError, match="nested deeper than"):
+        write_report([tmp_path], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    "bad", [[3, 1, 2, [0, 1], [0.5, 0.5]], [3, 1, 0, [0, 2], [0.5, 0.5]], [3, 1, 0, [0, 1], [0.5]]]
+)
+def test_positions_outside_their_lists_are_refused(tmp_path: Path, bad: list[Any]) -> None:
+    """A peak beyond the tokens shown, a token beyond the strings, and an activation too few are refused."""
+    folder = write_latent_pages(write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0], ["one", "two"])
+    page = folder / "page_0000.js"
+    page.write_text(page.read_text().replace("[3,1,1,[0,1],[0.5,0.5]]", json.dumps(bad), 1))
+    with pytest.raises(DamagedError, match="contexts"):
+        read_latents(folder)
