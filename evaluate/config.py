@@ -26,7 +26,7 @@ class EvaluateConfig:
 
     store, out: paths. model: folder or Hub id, None: the one the store names; revision: None: the store's.
     scores: families of SCORES. levels: all, last, or indices like 0,1. rows: residual rows of the evaluation split, rounded
-    up to whole sequences; None: all. dtype: of the language model, `store` takes the store's; SAEs run in float32.
+    up to whole sequences; None: all. dtype: of the language model, `store` takes what made the store; SAEs run in float32.
     probing: texts for scr, tpp and k-sparse probing; None: none. latents: also write pages of every latent of members
     whose name begins with it, `all` of every member; empty: none.
     batch_size (sequences) and max_memory (bytes, None: four fifths of what is free) change speed and rounding only.

@@ -22,7 +22,9 @@ class Models:
     def __init__(self, config: EvaluateConfig, store: Store, device: torch.device) -> None:
         self.config, self.store, self.device = config, store, device
         self.name = config.model or str(store.config["model"])
-        self.dtype = str(store.config["dtype"]) if config.dtype == "store" else config.dtype
+        self.dtype = (
+            str(store.config.get("compute_dtype", store.config["dtype"])) if config.dtype == "store" else config.dtype
+        )
         self.layer = int(store.config["layer"])
 
     @property

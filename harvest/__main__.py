@@ -76,7 +76,12 @@ class Names(click.ParamType[tuple[str, ...]]):
 )
 @click.option(
     "--dtype", type=click.Choice(["auto", "bf16", "float32"]), default=DEFAULTS["dtype"],
-    help="Of the model and of what is stored. auto: bf16 where the hardware multiplies it, else float32.",
+    help="What the model computes in. auto: bf16 where the hardware multiplies it, else float32; what a store was made with, "
+    "when it goes on.",
+)  # fmt: skip
+@click.option(
+    "--store-dtype", type=click.Choice(["auto", "bf16", "float32"]), default=DEFAULTS["store_dtype"],
+    help="What is stored. auto: what --dtype says, and bf16 without it.",
 )  # fmt: skip
 @click.option("--device", default=DEFAULTS["device"], help="auto, cpu, cuda or cuda:N.")
 @click.option("--batch-size", type=int, help="Sequences of a forward pass. [default: for the device; recorded]")

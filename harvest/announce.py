@@ -25,7 +25,8 @@ def describe(plan: Plan) -> str:
         f"tokens   {plan.n_train * c.context:,} for training, {plan.n_eval * c.context:,} for evaluation, "
         f"in sequences of {c.context}, "
         + (f"BOS {plan.packing.bos} first" if plan.packing.bos is not None else "no BOS"),
-        f"compute  {plan.device}, {c.dtype}, {c.attention} attention, {c.batch_size} sequences a batch",
+        f"compute  {plan.device}, {c.dtype} (stored as {c.store_dtype}), {c.attention} attention, "
+        f"{c.batch_size} sequences a batch",
         f"store    {c.store}: {rows:,} rows × {n_stores} stores, {at_most}{human_bytes(plan.estimate)}{free}",
     ]
     if c.dtype == "bf16" and plan.device.type == "cpu" and not cpu_has_bf16():

@@ -23,7 +23,8 @@ class HarvestConfig:
     from the machine. Raises UsageError when fields contradict.
 
     `tokens` and `eval_tokens` count BOS; `batch_size` is in sequences, `shard_rows` and `chunk_rows` in tokens,
-    `max_buffer` in documents, `skip_bad` in records. `bos`: auto, none, or a token id.
+    `max_buffer` in documents, `skip_bad` in records. `bos`: auto, none, or a token id. `dtype` is what the model computes in,
+    `store_dtype` what is stored: `auto` is what `dtype` says, and bf16 where that is `auto` too.
     """
 
     store: str
@@ -44,7 +45,8 @@ class HarvestConfig:
     bos: str = "auto"
     seed: int = 0
     max_buffer: int = 10_000
-    dtype: Literal["auto", "bf16", "float32"] = "bf16"
+    dtype: Literal["auto", "bf16", "float32"] = "auto"
+    store_dtype: Literal["auto", "bf16", "float32"] = "auto"
     device: str = "auto"
     batch_size: int | None = None
     attention: str = "eager"

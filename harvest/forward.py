@@ -69,12 +69,12 @@ def batches(writer: StoreWriter, shard: Shard, batch_size: int) -> Iterator[tupl
 def harvest_shards(
     lm: SplitLM, writers: Mapping[int, StoreWriter], shards: Sequence[Shard], batch_size: int, progress: Progress
 ) -> None:
-    """Run the model's prefix over every shard's tokens and write the residual rows of each layer to its store."""
+    """Run the model's prefix over every shard's tokens and write the residual rows of each layer, in the store's dtype."""
     first = next(iter(writers.values()))
     gigabyte = sum(rows_nbytes(writer) for writer in writers.values()) / len(writers) / 1e9
     written = 0.0
     with ShardThread(writers) as thread:
-        copy = HostCopies(lm.device)
+        copy = HostCopies(lm.device, first.layout.torch_dtype)
         for shard in shards:
             for tokens, last in batches(first, shard, batch_size):
                 residuals = lm.prefix(copy.to_device(tokens))
@@ -89,10 +89,13 @@ def rows_nbytes(writer: StoreWriter) -> int:
 
 
 class HostCopies:
-    """Copies between device and CPU that do not hold the device up: pinned memory, and a stream of their own."""
+    """Copies between device and CPU that do not hold the device up: pinned memory, and a stream of their own.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Rows are rounded to `dtype` on the device, to the nearest.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
         cuda: Any = torch.cuda
         self.stream = cuda.Stream(device) if device.type == "cuda" else None
 
@@ -102,7 +105,7 @@ class HostCopies:
 
     def to_host(self, shard: Shard, residuals: Mapping[int, Tensor], last: bool) -> Block:
         """The residuals as rows of a block; on a GPU they are still on their way until the block's event."""
-        rows = {layer: residuals[layer].flatten(0, 1) for layer in shard.layers}
+        rows = {layer: residuals[layer].flatten(0, 1).to(self.dtype) for layer in shard.layers}
         if self.stream is None:
             return Block(shard, rows, last)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -134,11 +134,13 @@ def settle(config: HarvestConfig, held: Mapping[str, Any]) -> tuple[HarvestConfi
     chunk = config.chunk_rows or held.get("chunk_rows") or max(CHUNK_ROWS // config.context, 1) * config.context
     shard = config.shard_rows or held.get("shard_rows") or SHARD_CHUNKS * chunk
     fitting = max(1, min(BATCH_ROWS.get(device.type, BATCH_ROWS["cpu"]), shard) // config.context)
-    dtype = held.get("dtype", "auto") if config.dtype == "auto" else config.dtype
+    computed = held.get("compute_dtype", held.get("dtype", "auto")) if config.dtype == "auto" else config.dtype
+    stored = held.get("dtype", "bf16") if config.dtype == "auto" else config.dtype
     settled = config.replace(
         chunk_rows=chunk,
         shard_rows=shard,
-        dtype=resolve_dtype(dtype, device),
+        dtype=resolve_dtype(computed, device),
+        store_dtype=stored if config.store_dtype == "auto" else config.store_dtype,
         batch_size=config.batch_size or held.get("batch_size") or 1 << (fitting.bit_length() - 1),
     )
     return settled, device
@@ -171,27 +173,36 @@ def shared_config(
     """
     files = {"weights_sha256": info.weights_sha256, "tokenizer_sha256": tokenizer_sha256(info.folder)}
     same = all(held.get(name) == value for name, value in files.items())
-    return {
-        "model": held["model"] if same else config.model,
-        "revision": held["revision"] if same else info.revision,
-        **files,
-        "n_layers": info.n_layers,
-        "d_model": info.d_model,
-        "vocab": info.vocab,
-        "context": config.context,
-        "seed": config.seed,
-        "bos": packing.bos,
-        "separator": packing.separator,
-        "special_ids": special,
-        "dtype": config.dtype,
-        "attention": config.attention,
-        "compile": config.compile,
-        "batch_size": config.batch_size,
-        "device_type": device.type,
-        "shard_rows": config.shard_rows,
-        "chunk_rows": config.chunk_rows,
-        "codec": config.codec,
-    } | texts_config(config)
+    return (
+        {
+            "model": held["model"] if same else config.model,
+            "revision": held["revision"] if same else info.revision,
+            **files,
+            "n_layers": info.n_layers,
+            "d_model": info.d_model,
+            "vocab": info.vocab,
+            "context": config.context,
+            "seed": config.seed,
+            "bos": packing.bos,
+            "separator": packing.separator,
+            "special_ids": special,
+            "dtype": config.store_dtype,
+            "attention": config.attention,
+            "compile": config.compile,
+            "batch_size": config.batch_size,
+            "device_type": device.type,
+            "shard_rows": config.shard_rows,
+            "chunk_rows": config.chunk_rows,
+            "codec": config.codec,
+        }
+        | computed_config(config)
+        | texts_config(config)
+    )
+
+
+def computed_config(config: HarvestConfig) -> dict[str, Any]:
+    """What the model computes in, where it is not what is stored; stores without this field were computed as stored."""
+    return {} if config.dtype == config.store_dtype else {"compute_dtype": config.dtype}
 
 
 def texts_config(config: HarvestConfig) -> dict[str, Any]:

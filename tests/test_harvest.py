@@ -21,7 +21,9 @@ import harvest.plan
 import harvest.run
 from harvest.__main__ import command
 from harvest.config import HarvestConfig
+from harvest.plan import settle
 from harvest.run import dry_run, run
+from pipeline.base import runtime
 from pipeline.base.errors import CorpusError, DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
 from pipeline.base.files import lock_folder
 from pipeline.model.split_lm import SplitLM, load_tokenizer
@@ -244,6 +246,31 @@ def test_machine_choices_come_from_the_record(copy: HarvestConfig) -> None:
     )
     run(again, quiet=True)
     assert store_bytes(Path(copy.store)) == before
+
+
+def test_computed_and_stored_dtypes_differ(lm_folder: Folder, corpus_file: Path, tmp_path: Path) -> None:
+    """Rows computed in float32 may be stored in bf16: each is the float32 model's, rounded; a resume keeps both."""
+    folder = lm_folder("llama")
+    config = harvest_config(folder, corpus_file, tmp_path / "acts.zarr", dtype="float32", store_dtype="bf16")
+    run(config, quiet=True)
+    store = Store.open(config.store)
+    assert (store.config["compute_dtype"], store.config["dtype"]) == ("float32", "bf16")
+    whole = Store.open(run(config.replace(store=str(tmp_path / "whole.zarr"), store_dtype="auto"), quiet=True)[0])
+    assert "compute_dtype" not in whole.config
+    assert torch.equal(store.train.read(0, 1600), whole.train.read(0, 1600).bfloat16())
+    before = store_bytes(Path(config.store))
+    run(config.replace(dtype="auto", store_dtype="auto"), quiet=True)
+    assert store_bytes(Path(config.store)) == before
+    with pytest.raises(MismatchError, match="compute_dtype: there 'float32', asked"):
+        run(config.replace(dtype="bf16"), quiet=True)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_computes_what_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    """Without --dtype a harvest computes in bf16 only where the CPU multiplies it, and stores bf16."""
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: fast)
+    settled, _ = settle(HarvestConfig(store=str(tmp_path), device="cpu"), {})
+    assert (settled.dtype, settled.store_dtype) == ("bf16" if fast else "float32", "bf16")
 
 
 def test_moved_sources_continue_changed_do_not(copy: HarvestConfig, tmp_path: Path) -> None:
@@ -500,7 +527,7 @@ def test_every_field_has_an_option() -> None:
     names = {option.name for option in command.params} - {"dry_run", "as_json", "repair", "truth"}
     assert names == {field.name for field in dataclasses.fields(HarvestConfig)}
     assert {o.name: o.default for o in command.params if o.name in ("tokens", "context", "model", "dtype", "seed")} == {
-        "tokens": 10_000_000, "context": 128, "model": "google/gemma-2-2b", "dtype": "bf16", "seed": 0,
+        "tokens": 10_000_000, "context": 128, "model": "google/gemma-2-2b", "dtype": "auto", "seed": 0,
     }  # fmt: skip
 
 

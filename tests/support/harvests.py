@@ -26,6 +26,7 @@ def harvest_config(model: Path, corpus: Path, store: Path, **changes: Any) -> Ha
         "eval_tokens": 320,
         "context": CONTEXT,
         "device": "cpu",
+        "dtype": "bf16",
         "batch_size": BATCH,
         "shard_rows": SHARD_ROWS,
         "chunk_rows": 64,
