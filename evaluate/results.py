@@ -6,9 +6,7 @@ Layout: FORMAT.md, "Results". Several jobs may write to one folder: files have n
 from __future__ import annotations
 
 import contextlib
-import csv
 import fcntl
-import io
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ from typing import Any
 
 from pipeline.base.errors import CheckpointError, DamagedError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import disk_errors, read_json, safe_name, sweep_partials, write_bytes, write_json
+from pipeline.base.files import disk_errors, read_json, safe_name, sweep_partials, write_csv, write_json
 from pipeline.definitions import METRICS
 
 FORMAT, VERSION = "nested-sae-results", 1
@@ -183,18 +181,15 @@ def locked(folder: Path) -> Iterator[None]:
             yield
 
 
-def write_csv(folder: Path) -> Path:
+def tabulate(folder: Path) -> Path:
     """Make results.csv again from every results file in the folder: a row a checkpoint and level."""
     with locked(folder):
         rows = [
             row for path in sorted(folder.glob("*-step_*.json")) for row in csv_rows(Fields(path, read_result(path)))
         ]
         names = dict.fromkeys(name for part in zip(*rows) for columns in part for name in columns)
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(names), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: value for part in row for name, value in part.items()} for row in rows)
-        write_bytes(folder / CSV_NAME, text.getvalue().encode())
+        flat = [{name: value for part in row for name, value in part.items()} for row in rows]
+        write_csv(folder / CSV_NAME, flat, list(names))
     return folder / CSV_NAME
 
 

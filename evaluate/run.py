@@ -24,7 +24,7 @@ from evaluate.checkpoints.find import Checkpoint, Failure, find_checkpoints
 from evaluate.config import EvaluateConfig
 from evaluate.job import Job
 from evaluate.probing.job import Texts, read_texts
-from evaluate.results import working_in, write_csv
+from evaluate.results import tabulate, working_in
 from evaluate.select import only_fitting_scores, select
 from evaluate.work import groups, plan, prepare_probing, prepare_work, score_group, text_bytes
 from evaluate.write import write
@@ -78,7 +78,7 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
             else:
                 score_all(part, todo, texts, outcome)
     if not dry_run and outcome.results:
-        write_csv(config.out)
+        tabulate(config.out)
     return outcome
 
 

@@ -35,30 +35,40 @@ class Names(click.ParamType[tuple[str, ...]]):
     "--revision", help="Branch, tag or commit of a Hub model. [default: its main branch; the commit is recorded]"
 )
 @click.option(
-    "--layer", "layers", type=int, multiple=True, default=DEFAULTS["layers"],
+    "--layer",
+    "layers",
+    type=int,
+    multiple=True,
+    default=DEFAULTS["layers"],
     help="Residual stream after model.layers[LAYER], from 0. Give it several times for several layers in one pass.",
-)  # fmt: skip
+)
 @click.option(
-    "--corpus", default=DEFAULTS["corpus"],
+    "--corpus",
+    default=DEFAULTS["corpus"],
     help="A Hub data set, streamed, or a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt; those of text also .zst, "
     ".gz, .bz2, .xz), a folder of them, or one that datasets saved.",
-)  # fmt: skip
+)
 @click.option("--subset", help="Subset (configuration) of a data set.")
 @click.option("--split", default=DEFAULTS["split"], help="Split of a data set.")
 @click.option(
-    "--text-field", default=DEFAULTS["text_field"],
+    "--text-field",
+    default=DEFAULTS["text_field"],
     help="Field or column that holds the text, or a.b for nested ones. A list of token ids is taken as it is, a list of "
     "messages is written with the tokenizer's chat template.",
-)  # fmt: skip
+)
 @click.option(
-    "--parse-special", is_flag=True,
+    "--parse-special",
+    is_flag=True,
     help="Read special tokens' names in texts (the turn markers of chats) as those tokens. Off, since a corpus could then "
     "forge them.",
-)  # fmt: skip
+)
 @click.option(
-    "--roles", type=Names(), default=(), show_default=False,
+    "--roles",
+    type=Names(),
+    default=(),
+    show_default=False,
     help="Of chats: keep only tokens of messages of these roles, as assistant or user,assistant. [default: all]",
-)  # fmt: skip
+)
 @click.option(
     "--skip-bad", type=COUNT, default=DEFAULTS["skip_bad"], help="Records that may be passed over, each named."
 )
@@ -66,34 +76,42 @@ class Names(click.ParamType[tuple[str, ...]]):
     "--eval-corpus", help="Separate corpus for the evaluation split. [default: the first documents of --corpus]"
 )
 @click.option(
-    "--tokens", type=COUNT, default=DEFAULTS["tokens"],
+    "--tokens",
+    type=COUNT,
+    default=DEFAULTS["tokens"],
     help="Training tokens, BOS included: 10000000, 10_000_000 or 10M. More than the store has extends it.",
-)  # fmt: skip
+)
 @click.option("--eval-tokens", type=COUNT, help="Evaluation tokens, on top. [default: a twentieth of --tokens]")
 @click.option("--context", type=int, default=DEFAULTS["context"], help="Tokens of a sequence, BOS included.")
 @click.option(
     "--store", required=True, help="Where to write: PATH, or PATH/layer_L.zarr for each of several layers; or a URL."
 )
 @click.option(
-    "--dtype", type=click.Choice(["auto", "bf16", "float32"]), default=DEFAULTS["dtype"],
+    "--dtype",
+    type=click.Choice(["auto", "bf16", "float32"]),
+    default=DEFAULTS["dtype"],
     help="What the model computes in. auto: bf16 where the hardware multiplies it, else float32; what a store was made with, "
     "when it goes on.",
-)  # fmt: skip
+)
 @click.option(
-    "--store-dtype", type=click.Choice(["auto", "bf16", "float32"]), default=DEFAULTS["store_dtype"],
+    "--store-dtype",
+    type=click.Choice(["auto", "bf16", "float32"]),
+    default=DEFAULTS["store_dtype"],
     help="What is stored. auto: what --dtype says, and bf16 without it.",
-)  # fmt: skip
+)
 @click.option("--device", default=DEFAULTS["device"], help="auto, cpu, cuda or cuda:N.")
 @click.option("--batch-size", type=int, help="Sequences of a forward pass. [default: for the device; recorded]")
 @click.option("--seed", type=int, default=DEFAULTS["seed"], help="Order of documents, then of sequences.")
 @click.option(
-    "--bos", default=DEFAULTS["bos"],
+    "--bos",
+    default=DEFAULTS["bos"],
     help="First token of every sequence. auto: what the tokenizer itself puts first; none; or a token ID.",
-)  # fmt: skip
+)
 @click.option(
-    "--attention", default=DEFAULTS["attention"],
+    "--attention",
+    default=DEFAULTS["attention"],
     help="Attention implementation of transformers: eager, sdpa, … (Gemma-2 is defined with eager).",
-)  # fmt: skip
+)
 @click.option(
     "--compile", is_flag=True, help="torch.compile the layers. Rows are then not bit for bit the plain model's."
 )
@@ -104,10 +122,12 @@ class Names(click.ParamType[tuple[str, ...]]):
 @click.option("--chunk-rows", type=COUNT, help="Rows read at once. [default: about 1024, whole sequences]")
 @click.option("--shard-rows", type=COUNT, help="Rows of a file, a multiple of --chunk-rows. [default: 64 chunks]")
 @click.option(
-    "--codec", type=click.Choice(["none", "lz4", "zstd"]), default=DEFAULTS["codec"],
+    "--codec",
+    type=click.Choice(["none", "lz4", "zstd"]),
+    default=DEFAULTS["codec"],
     help="Compression. Measured: lz4 1.2 times smaller and read 4 times slower, zstd 1.27 and 8 times; training can map "
     "only none.",
-)  # fmt: skip
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how large it would be, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON, for train --planned.")
 @click.option("--repair", is_flag=True, help="Read everything, and make again exactly what is damaged or gone.")

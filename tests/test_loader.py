@@ -182,13 +182,13 @@ def test_compressed_float32_reads_through_windows(compressed_store: Path) -> Non
 def test_auto_maps_what_fits(tiny_store: Path, compressed_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Auto maps what fits and windows what is compressed or too large."""
     plain, compressed = Store.open(tiny_store).train, Store.open(compressed_store).train
-    assert resolve_mode("auto", plain) == "global"
-    assert resolve_mode("auto", compressed) == "window"
+    assert resolve_mode("auto", plain.shape) == "global"
+    assert resolve_mode("auto", compressed.shape) == "window"
     with pytest.raises(UsageError, match="codec none"):
-        resolve_mode("global", compressed)
+        resolve_mode("global", compressed.shape)
     monkeypatch.setattr("train.feed.loader.available_memory", lambda: 1000)
-    assert resolve_mode("auto", plain) == "window"
-    assert resolve_mode("global", plain) == "global"
+    assert resolve_mode("auto", plain.shape) == "window"
+    assert resolve_mode("global", plain.shape) == "global"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from evaluate.latents.files import latents_folder
 from evaluate.report.latents import read_latents
 from evaluate.report.pages import environment
 from evaluate.report.write import write_report
-from evaluate.results import write_csv
+from evaluate.results import tabulate
 from pipeline.base.errors import DamagedError, PipelineError
 from pipeline.base.files import read_json
 from support.results_files import write_latent_pages, write_results
@@ -107,7 +107,7 @@ def fuzz_csv(folder: Path, n: int, seed: int) -> int:
     good, rng, refused = read_json(paths[1]), random.Random(seed), 0
     for _ in range(n):
         paths[1].write_bytes(as_bytes(mutated(good, rng), rng))
-        refused += one_line_or_none(lambda: write_csv(folder), paths[1])
+        refused += one_line_or_none(lambda: tabulate(folder), paths[1])
     return refused
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from evaluate.results import families_done, merged, not_finite, read_result, result_path, write_csv, write_result
+from evaluate.results import families_done, merged, not_finite, read_result, result_path, tabulate, write_result
 from pipeline.base.errors import CheckpointError, DamagedError
 from pipeline.definitions import METRICS
 from support.results_files import write_results
@@ -63,14 +63,14 @@ def test_undefined_scores_are_null_and_empty(tmp_path: Path) -> None:
     path = result_path(tmp_path, "m", 3, "a" * 64)
     write_result(path, data(ce_score=None))
     assert json.loads(path.read_text())["levels"][0]["scores"]["ce_score"] is None
-    row = read_csv(write_csv(tmp_path))[0]
+    row = read_csv(tabulate(tmp_path))[0]
     assert row["ce_score"] == row["ev_without_massive"] == ""
 
 
 def test_csv_has_a_row_each_level(tmp_path: Path) -> None:
     """The CSV has a row a checkpoint and level with training scores and series."""
     paths = write_results(tmp_path, alphas=(0.0, 0.2), seeds=(0, 1), steps=(100,))
-    rows = read_csv(write_csv(tmp_path))
+    rows = read_csv(tabulate(tmp_path))
     assert len(rows) == 2 * 1 + 2 * 2  # a flat SAE has one level, a nested one two
     assert {row["file"] for row in rows} == {path.name for path in paths}
     nested = next(row for row in rows if row["alpha"] == "0.2" and row["level"] == "1")
@@ -135,7 +135,7 @@ def test_concurrent_jobs_share_one_csv(tmp_path: Path) -> None:
         "import sys; sys.path[:0] = ['tests']\n"
         "from pathlib import Path; from evaluate.results import *; from support.results_files import write_results\n"
         "out, seed = Path(sys.argv[1]), int(sys.argv[2])\n"
-        "for step in (1, 2, 3): write_results(out, alphas=(0.2,), seeds=(seed,), steps=(step,)); write_csv(out)\n"
+        "for step in (1, 2, 3): write_results(out, alphas=(0.2,), seeds=(seed,), steps=(step,)); tabulate(out)\n"
     )
     jobs = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path), str(seed)], cwd=ROOT) for seed in range(3)]
     assert [job.wait() for job in jobs] == [0, 0, 0]

@@ -19,7 +19,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from pipeline.base.cli import main
-from pipeline.base.errors import UsageError
+from pipeline.base.errors import MismatchError, UsageError
+from pipeline.store.reader import Store
 from train.__main__ import command
 from train.config import DEFAULT, RECIPES, TrainConfig
 from train.options import make_grid
@@ -172,6 +173,19 @@ def test_plan_needs_its_missing_store(tmp_path: Path) -> None:
         invoke(*words, "--dry-run")
     with pytest.raises(UsageError, match="--planned goes with --dry-run"):
         invoke(*words)
+
+
+def test_plan_refuses_members_of_another_store(tiny_store: Path, tmp_path: Path) -> None:
+    """A plan for a store still to be made counts its rows, and refuses members that an older store has made."""
+    store = Store.open(tiny_store)
+    about = {"path": str(tmp_path / "s.zarr"), "config": store.config, "n_sequences": store.attributes["n_sequences"]}
+    (plan := tmp_path / "plan.json").write_text(json.dumps({"stores": [about]}))
+    words = ("--out", tmp_path / "out", *SMALL, "--steps", 6)
+    shown = invoke("--store", tmp_path / "s.zarr", *words, "--planned", plan, "--dry-run").stderr
+    assert f"1 passes over {store.train.n_rows:,} rows of a store still to be made" in shown
+    invoke("--store", tiny_store, *words)
+    with pytest.raises(MismatchError, match="trained on another store"):
+        invoke("--store", tmp_path / "s.zarr", *words, "--planned", plan, "--dry-run")
 
 
 def test_json_names_members_and_checkpoints(tiny_store: Path, tmp_path: Path) -> None:

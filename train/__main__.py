@@ -11,6 +11,7 @@ from pipeline.base.cli import COUNT, main, print_json
 from pipeline.base.errors import DivergedError, UsageError
 from pipeline.base.files import read_json
 from pipeline.base.runtime import rank, resolve_device
+from pipeline.store.layout import Layout, SplitLayout
 from pipeline.store.reader import Store
 from train import plan
 from train.announce import announce, announce_planned, say_costs
@@ -133,11 +134,11 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
     return {"folder": str(outcome.folder), "step": outcome.step, "final": final, "problem": outcome.problem or None}
 
 
-def planned_store(path: Path, plan_file: Path) -> Store:
-    """The store at `path` as a plan of harvest says it will be. Raises UsageError when the plan has none there."""
+def planned_rows(path: Path, plan_file: Path) -> SplitLayout:
+    """Training rows of the store at `path`, as a plan of harvest says. Raises UsageError when the plan has none there."""
     for one in read_json(plan_file)["stores"]:
         if Path(one["path"]).absolute() == path.absolute():
-            return Store.planned(path, one["config"], one["n_sequences"])
+            return SplitLayout("train", Layout.from_config(one["config"]), one["n_sequences"]["train"])
     raise UsageError(f"{plan_file}: plans no store at {path}; give harvest and train the same --store")
 
 
@@ -145,12 +146,16 @@ def show_plan(job: RunConfig, planned: Path | None = None) -> list[Outcome]:
     """Print what `run` would do; where members stand as outcomes."""
     check_out(job.out)
     device = resolve_device(job.device)
-    store = Store.open(job.store) if planned is None else planned_store(job.store, planned)
-    tasks = plan.make_tasks(job, store, own_members(job, Processes(0, 1, device, None)))
-    passes = plan.make_passes(store, tasks, device, plan.free_memory(device))
-    tell = announce if planned is None else announce_planned
-    tell(store, tasks, passes, device)
-    say_costs(job, store, tasks, device)
+    members = own_members(job, Processes(0, 1, device, None))
+    if planned is None:
+        store = Store.open(job.store)
+        rows, tasks = store.train.shape, plan.make_tasks(job, store, members)
+        announce(store, tasks, plan.make_passes(rows, tasks, device, plan.free_memory(device)), device)
+    else:
+        rows = planned_rows(job.store, planned)
+        tasks = plan.planned_tasks(job, rows, members)
+        announce_planned(rows, tasks, plan.make_passes(rows, tasks, device, plan.free_memory(device)), device)
+    say_costs(job, rows, tasks, device)
     return [Outcome(task.folder.path, task.step, task.folder.final()) for task in tasks]
 
 

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.base.files import human_bytes
 from pipeline.base.progress import format_seconds, say
+from pipeline.store.layout import SplitLayout
 from pipeline.store.reader import Store
 from train import plan
 from train.folder import Keep
@@ -27,7 +28,7 @@ def announce(store: Store, tasks: Sequence[Task], passes: Sequence[Sequence[Task
             f"{usable - order.n_kept:,} massive and {store.train.n_rows - usable:,} special; "
             f"{config.steps * config.batch_size / order.n_kept:.2f} epochs"
         )
-        say(f"memory: {plan.memory_text(plan.pass_memory(store, group, device))}")
+        say(f"memory: {plan.memory_text(plan.pass_memory(store.train.shape, group, device))}")
 
 
 def say_share(job: RunConfig, tasks: Sequence[Task], processes: Processes) -> None:
@@ -41,22 +42,22 @@ def say_share(job: RunConfig, tasks: Sequence[Task], processes: Processes) -> No
 
 
 def announce_planned(
-    store: Store, tasks: Sequence[Task], passes: Sequence[Sequence[Task]], device: torch.device
+    rows: SplitLayout, tasks: Sequence[Task], passes: Sequence[Sequence[Task]], device: torch.device
 ) -> None:
-    """The same of a store that is not there yet."""
-    say(f"{len(tasks)} members, {len(passes)} passes over {store.train.n_rows:,} rows of a store still to be made")
+    """The same of a store that is not there yet: `rows` of it will be trained on."""
+    say(f"{len(tasks)} members, {len(passes)} passes over {rows.n_rows:,} rows of a store still to be made")
     for group in passes:
-        say(f"{len(group)} side by side, memory: {plan.memory_text(plan.pass_memory(store, group, device))}")
+        say(f"{len(group)} side by side, memory: {plan.memory_text(plan.pass_memory(rows, group, device))}")
 
 
-def say_costs(job: RunConfig, store: Store, tasks: Sequence[Task], device: torch.device) -> None:
+def say_costs(job: RunConfig, rows: SplitLayout, tasks: Sequence[Task], device: torch.device) -> None:
     """For a dry run: every member, memory, disk and a rough time."""
     for task in tasks:
         config = task.config
         say(f"  {task.folder.name}: {config.recipe}, width {config.width}, {config.steps} steps, {task.status}")
-    disk = plan.disk_bytes(store, tasks, Keep.parse(job.keep))
+    disk = plan.disk_bytes(rows, tasks, Keep.parse(job.keep))
     say(f"memory free: {human_bytes(plan.free_memory(device))}; disk: at most {human_bytes(disk)}")
-    seconds = plan.estimate_seconds(store, tasks, device)
+    seconds = plan.estimate_seconds(rows, tasks, device)
     say(f"time: about {format_seconds(seconds)} (five products a step, measured now)")
 
 

@@ -13,6 +13,7 @@ import torch
 from pipeline.base.errors import MismatchError, PipelineError, UsageError
 from pipeline.base.files import human_bytes
 from pipeline.base.runtime import available_memory, product_rate, world_size
+from pipeline.store.layout import SplitLayout
 from pipeline.store.reader import Store
 from train.config import TrainConfig
 from train.feed.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
@@ -115,10 +116,25 @@ def make_order(store: Store, task: Task) -> Order:
 
 def make_tasks(job: RunConfig, store: Store, members: Sequence[TrainConfig]) -> list[Task]:
     """Where every member stands. `members` have their dtype resolved. Raises MismatchError for a folder of another config."""
-    mode = resolve_mode(job.mode, store.train)
-    window_rows = job.window_rows or WINDOW_ROWS
-    new: dict[str, Any] = {"mode": mode} | ({"window_rows": window_rows} if mode == "window" else {})
+    new = new_order(job, store.train.shape)
     return [make_task(job, Folder(job.out, config, store_identity(store, config)), new) for config in members]
+
+
+def planned_tasks(job: RunConfig, rows: SplitLayout, members: Sequence[TrainConfig]) -> list[Task]:
+    """The members of a store still to be made. Raises MismatchError when one is there, which another store has made."""
+    tasks = [Task(Folder(job.out, config, {}), new_order(job, rows), 0, False) for config in members]
+    for task in tasks:
+        if task.folder.path.exists():
+            raise MismatchError(
+                f"{task.folder.path}: trained on another store than the one to be made; choose another --out"
+            )
+    return tasks
+
+
+def new_order(job: RunConfig, rows: SplitLayout) -> dict[str, Any]:
+    """The order of rows of a member that is new (`order.py`)."""
+    mode = resolve_mode(job.mode, rows)
+    return {"mode": mode} | ({"window_rows": job.window_rows or WINDOW_ROWS} if mode == "window" else {})
 
 
 def make_task(job: RunConfig, folder: Folder, new: Mapping[str, Any]) -> Task:
@@ -135,13 +151,14 @@ def make_task(job: RunConfig, folder: Folder, new: Mapping[str, Any]) -> Task:
     return Task(folder, order, folder.step(), folder.final() is not None)
 
 
-def stream_memory(store: Store, task: Task) -> int:
+def stream_memory(rows: SplitLayout, task: Task) -> int:
     """Bytes that feeding takes on the host: batches ahead, the normalised batch, the bookkeeping, and of a compressed
     store two windows."""
-    row = store.d_model * store.dtype.itemsize
-    batches: int = task.config.batch_size * (row * (AHEAD + 1) + 2 * store.d_model * 4)
-    window_rows: int = min(task.order.get("window_rows", 0), store.train.n_rows) if store.layout.codec != "none" else 0
-    return batches + 17 * store.train.n_rows + 2 * row * window_rows
+    layout = rows.layout
+    row = layout.d_model * layout.torch_dtype.itemsize
+    batches: int = task.config.batch_size * (row * (AHEAD + 1) + 2 * layout.d_model * 4)
+    window_rows: int = min(task.order.get("window_rows", 0), rows.n_rows) if layout.codec != "none" else 0
+    return batches + 17 * rows.n_rows + 2 * row * window_rows
 
 
 def memory_bytes(config: TrainConfig, d_model: int, device: torch.device) -> dict[str, int]:
@@ -166,19 +183,19 @@ def memory_bytes(config: TrainConfig, d_model: int, device: torch.device) -> dic
     }
 
 
-def member_memory(store: Store, task: Task, device: torch.device) -> dict[str, int]:
+def member_memory(rows: SplitLayout, task: Task, device: torch.device) -> dict[str, int]:
     """Bytes by part, with the snapshots from which its checkpoints are written."""
-    parts = memory_bytes(task.config, store.d_model, device)
+    parts = memory_bytes(task.config, rows.layout.d_model, device)
     return parts | {"snapshot": 2 * parts["optimiser"] + parts["counters"]}  # weights and both moments; the SAE
 
 
-def pass_memory(store: Store, tasks: Sequence[Task], device: torch.device) -> dict[str, int]:
+def pass_memory(rows: SplitLayout, tasks: Sequence[Task], device: torch.device) -> dict[str, int]:
     """Bytes by part that members side by side take."""
-    parts = [member_memory(store, task, device) for task in tasks]
+    parts = [member_memory(rows, task, device) for task in tasks]
     shared = (*SHARED_PARTS, "snapshot")
     total = {name: (max if name in shared else sum)(part[name] for part in parts) for name in parts[0]}
     total["snapshot"] = max(total["snapshot"], min(sum(part["snapshot"] for part in parts), PENDING_BYTES))
-    return total | {"feed": stream_memory(store, tasks[0])}
+    return total | {"feed": stream_memory(rows, tasks[0])}
 
 
 def free_memory(device: torch.device) -> int:
@@ -189,21 +206,21 @@ def free_memory(device: torch.device) -> int:
     return available_memory() // n_processes
 
 
-def make_passes(store: Store, tasks: Sequence[Task], device: torch.device, free: int) -> list[list[Task]]:
+def make_passes(rows: SplitLayout, tasks: Sequence[Task], device: torch.device, free: int) -> list[list[Task]]:
     """Unfinished members in passes over the store: one stream a pass, as many side by side as fit into `free` bytes.
 
     Raises PipelineError when one alone does not fit.
     """
     passes: list[list[Task]] = []
     for task in sorted((task for task in tasks if not task.finished), key=lambda task: task.step):
-        alone = sum(on_device(pass_memory(store, [task], device), device).values())
+        alone = sum(on_device(pass_memory(rows, [task], device), device).values())
         if alone > free:
             raise PipelineError(
                 f"{task.folder.name} needs {human_bytes(alone)} of memory, {human_bytes(free)} are free on {device}; "
                 "lower --width or --batch-size, or free some"
             )
         for group in passes:
-            together = on_device(pass_memory(store, [*group, task], device), device)
+            together = on_device(pass_memory(rows, [*group, task], device), device)
             if group[0].stream == task.stream and sum(together.values()) <= free:
                 group.append(task)
                 break
@@ -224,28 +241,33 @@ def on_device(parts: Mapping[str, int], device: torch.device) -> dict[str, int]:
     return {name: n for name, n in parts.items() if name not in ("feed", "snapshot")}
 
 
-def disk_bytes(store: Store, tasks: Sequence[Task], keep: Keep) -> int:
+def disk_bytes(rows: SplitLayout, tasks: Sequence[Task], keep: Keep) -> int:
     """Bytes that unfinished members will have on disk at most: kept checkpoints, state, and one of each being written."""
     total = 0
     for task in tasks:
         if task.finished:
             continue
         config = task.config
-        parts = memory_bytes(config, store.d_model, torch.device("cpu"))
-        weights, state = 4 * (2 * store.d_model + 4) * config.width, parts["optimiser"] * 3 // 2 + parts["counters"]
+        parts = memory_bytes(config, rows.layout.d_model, torch.device("cpu"))
+        weights, state = (
+            4 * (2 * rows.layout.d_model + 4) * config.width,
+            parts["optimiser"] * 3 // 2 + parts["counters"],
+        )
         steps = {*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps}
         total += (len(keep.kept(steps)) + 1) * weights + state
-    largest = max((2 * 4 * 3 * store.d_model * task.config.width for task in tasks if not task.finished), default=0)
+    largest = max(
+        (2 * 4 * 3 * rows.layout.d_model * task.config.width for task in tasks if not task.finished), default=0
+    )
     return total + largest
 
 
-def estimate_seconds(store: Store, tasks: Sequence[Task], device: torch.device) -> float:
+def estimate_seconds(rows: SplitLayout, tasks: Sequence[Task], device: torch.device) -> float:
     """A rough time for the unfinished members: five products a step at the rate of one measured now."""
     seconds = 0.0
     for task in tasks:
         n_left = task.config.steps - task.step
         if not task.finished and n_left:
-            seconds += n_left * 5 * STEP_OVER_PRODUCTS * product_seconds(task.config, store.d_model, device)
+            seconds += n_left * 5 * STEP_OVER_PRODUCTS * product_seconds(task.config, rows.layout.d_model, device)
     return seconds
 
 

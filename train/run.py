@@ -49,8 +49,8 @@ def run(job: RunConfig) -> list[Outcome]:
     device = resolve_device(job.device)
     with join(job.data_parallel, device) as processes, BodyCheck(store.train) as check, stop_on_signals() as stop:
         tasks = plan.make_tasks(job, store, own_members(job, processes))
-        passes = plan.make_passes(store, tasks, device, plan.free_memory(device))
-        require_free(job.out, plan.disk_bytes(store, tasks, Keep.parse(job.keep)), "training")
+        passes = plan.make_passes(store.train.shape, tasks, device, plan.free_memory(device))
+        require_free(job.out, plan.disk_bytes(store.train.shape, tasks, Keep.parse(job.keep)), "training")
         say_share(job, tasks, processes)
         if processes.writes:
             announce(store, tasks, passes, device)

@@ -204,11 +204,19 @@ def ablation_lines(setting: str, groups: Sequence[Group], metric: str) -> dict[S
 def ablation_rows(setting: str, metric: str, lines: Mapping[Sharing, Band]) -> Numbers:
     """Estimates along a setting as CSV rows."""
     return [
-        {"setting": setting, "value": x, "row": sharing_label(sharing), "score": metric, "mean": e.mean, "low": e.low,
-         "high": e.high, "seeds": e.n}
+        {
+            "setting": setting,
+            "value": x,
+            "row": sharing_label(sharing),
+            "score": metric,
+            "mean": e.mean,
+            "low": e.low,
+            "high": e.high,
+            "seeds": e.n,
+        }
         for sharing, band in lines.items()
         for x, e in band
-    ]  # fmt: skip
+    ]
 
 
 def ablation_caption(results: Results, axes: Mapping[str, Sequence[Group]]) -> str:

@@ -6,11 +6,8 @@ it all comes from. Beside it lies a folder with every figure as SVG, all numbers
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -24,7 +21,7 @@ from evaluate.report.runs import Results, read_results
 from evaluate.report.table import PRIMARY, Table, make_table, table_rows
 from evaluate.report.usage import UsageLine, usage_lines, usage_rows
 from pipeline.base.errors import UsageError
-from pipeline.base.files import write_bytes
+from pipeline.base.files import write_bytes, write_csv
 from pipeline.base.progress import say
 
 
@@ -48,23 +45,14 @@ def write_numbers(
     folder: Path, results: Results, table: Table, usage: list[UsageLine], figures: Sequence[Figure | Missing]
 ) -> None:
     """Every figure as SVG files, and the numbers of figures and table as CSV."""
-    write_rows(folder / "table1.csv", table_rows(table))
+    write_csv(folder / "table1.csv", table_rows(table))
     if usage:
-        write_rows(folder / "table2.csv", usage_rows(usage))
+        write_csv(folder / "table2.csv", usage_rows(usage))
     for figure in figures:
         if isinstance(figure, Figure):
-            write_rows(folder / f"{figure.id}.csv", figure.numbers)
+            write_csv(folder / f"{figure.id}.csv", figure.numbers)
             for panel in figure.panels:
                 write_bytes(folder / f"{panel.id}.svg", svg.standalone(panel, len(results.sharings)))
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows with the same keys, as CSV with a head; a missing value is an empty field."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())
 
 
 def write_latents(folder: Path, results: Results) -> Latents:

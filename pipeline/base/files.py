@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import ctypes
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -151,6 +153,15 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Write indented JSON with sorted keys atomically, for people to read."""
     write_bytes(path, (json.dumps(data, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> None:
+    """Rows as CSV with a head, atomically: the columns of `names`, or of the first row; a missing value is an empty field."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names or list(rows[0] if rows else ()), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
 
 
 def read_json(path: Path) -> Any:

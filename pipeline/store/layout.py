@@ -218,10 +218,16 @@ class SplitLayout:
         path, per_shard, shards = self.name, of.shard_rows // of.context, self.n_shards
         sequences = ("sequence", "position")
         resid = Array(
-            f"{path}/resid", (rows, of.d_model), "uint16" if bf16 else "float32", (of.shard_rows, of.d_model),
-            ("row", "d_model"), BF16_NAN if bf16 else "NaN", (of.chunk_rows, of.d_model), of.codec,
+            f"{path}/resid",
+            (rows, of.d_model),
+            "uint16" if bf16 else "float32",
+            (of.shard_rows, of.d_model),
+            ("row", "d_model"),
+            BF16_NAN if bf16 else "NaN",
+            (of.chunk_rows, of.d_model),
+            of.codec,
             "bfloat16" if bf16 else "",
-        )  # fmt: skip
+        )
         moments = (2 + of.d_model,)
         tokens = Array(f"{path}/tokens", (n, of.context), "int32", (per_shard, of.context), sequences, -1)
         return ({"tokens": tokens} if of.has_tokens else {}) | {

@@ -74,19 +74,6 @@ class Store:
             store.check()
         return store
 
-    @staticmethod
-    def planned(path: Path | str, config: Mapping[str, Any], n_sequences: Mapping[str, int]) -> Store:
-        """The store that a harvest would make, for plans of what comes after: none of its files is there.
-
-        Its statistics say that no row is special or massive, which nobody can know yet.
-        """
-        n_rows = n_sequences["train"] * int(config["context"])
-        unknown: dict[str, Any] = {"massive_multiple": 0.0, "median_norm": 0.0, "mean_sha256": ""}
-        unknown |= {"scale": 1.0, "mean_share": 0.0}
-        statistics = {"n_rows": n_rows, "n_special": 0, "n_massive": 0, "n_kept": n_rows} | unknown
-        about = {"id": "planned", "state": "complete", "config": dict(config), "n_sequences": dict(n_sequences)}
-        return Store(open_files(path), path, about | {"statistics": statistics})
-
     @property
     def statistics(self) -> Statistics:
         """What harvest measured. Raises StoreError when the store is unfinished."""

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pipeline.base.errors import UsageError
 from pipeline.base.runtime import available_memory
+from pipeline.store.layout import SplitLayout
 from pipeline.store.reader import Split
 from train.feed.order import Order, Piece, Rows, Window, share_of
 
@@ -43,19 +44,18 @@ Gather = Callable[[Rows, Tensor], None]
 """Writes some rows of the split, in the order given, into contiguous [row, d_model]."""
 
 
-def resolve_mode(mode: Mode, split: Split) -> Mode:
+def resolve_mode(mode: Mode, rows: SplitLayout) -> Mode:
     """`auto` is global where shards can be mapped and fit into the memory that is available, else window.
 
     Raises UsageError when a compressed store is asked for in global mode.
     """
-    mappable = split.shape.layout.codec == "none"
+    layout = rows.layout
+    mappable = layout.codec == "none"
     if mode == "global" and not mappable:
-        raise UsageError(
-            f"--mode global needs a store with codec none, this has {split.shape.layout.codec}; use window"
-        )
+        raise UsageError(f"--mode global needs a store with codec none, this has {layout.codec}; use window")
     if mode != "auto":
         return mode
-    nbytes = split.n_chunks * split.shape.layout.chunk_nbytes
+    nbytes = -(-rows.n_rows // layout.chunk_rows) * layout.chunk_nbytes
     return "global" if mappable and nbytes <= available_memory() else "window"
 
 
