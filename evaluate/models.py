@@ -9,10 +9,10 @@ import torch
 
 from evaluate.config import EvaluateConfig
 from pipeline.base.errors import ModelError
-from pipeline.base.runtime import DTYPES
 from pipeline.store.reader import Store
 
 if TYPE_CHECKING:
+    from pipeline.model.cost import ForwardCost
     from pipeline.model.split_lm import ModelInfo, Part, SplitLM
 
 
@@ -41,13 +41,20 @@ class Models:
         return ModelInfo.read(self.name, self.revision, trust_remote_code=self.config.trust_remote_code)
 
     @cached_property
-    def costs(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """FLOP a token takes in the layers up to the cut and after it, each with a rough time from a product measured now."""
-        from pipeline.model.split_lm import forward_seconds
+    def cost(self) -> ForwardCost:
+        """What a token takes in its layers and in the unembedding, measured now."""
+        from pipeline.model.cost import measure_forward
 
-        prefix, suffix = self.info.flop(self.layer, trust_remote_code=self.config.trust_remote_code)
-        each = forward_seconds(1.0, DTYPES[self.dtype], self.device, self.store.d_model)
-        return (prefix, prefix * each), (suffix, suffix * each)
+        store = self.store.config
+        return measure_forward(
+            self.info,
+            self.dtype,
+            self.device,
+            self.config.batch_size,
+            self.store.context,
+            store["attention"],
+            trust_remote_code=self.config.trust_remote_code,
+        )
 
     def load(self, part: Part) -> SplitLM:
         """A part of the model. Raises ModelError, naming both, when its weights are not those that made the store."""

@@ -9,9 +9,12 @@ from harvest.plan import Plan, beside
 from pipeline.base.files import free_bytes, human_bytes
 from pipeline.base.progress import format_seconds
 from pipeline.base.runtime import DTYPES, cpu_has_bf16
-from pipeline.model.split_lm import forward_seconds
+from pipeline.model.cost import measure_forward
 from pipeline.store.backend import is_url
 from pipeline.store.reader import Store
+
+HARVEST_OVER_FORWARD = 1.05
+"""A harvest's time over that of its forward passes, for the estimate (tests/bench/bench_harvest.py)."""
 
 
 def describe(plan: Plan) -> str:
@@ -35,9 +38,9 @@ def describe(plan: Plan) -> str:
 
 
 def describe_cost(c: Mapping[str, float]) -> str:
-    """Time and memory, roughly: products at a rate measured now, the layers that run, and what harvest adds."""
+    """Time and memory, roughly: a batch measured now, the layers that run, and what harvest adds."""
     return (
-        f"time     about {format_seconds(c['seconds'])} ({c['flop']:.2g} FLOP, products measured now)\n"
+        f"time     about {format_seconds(c['seconds'])} ({c['flop']:.2g} FLOP, a batch of a few layers measured now)\n"
         f"memory   about {human_bytes(c['memory'])}: weights of the layers that run, a batch, two shards"
     )
 
@@ -46,15 +49,18 @@ def cost(plan: Plan) -> dict[str, float]:
     """FLOP, seconds and bytes of memory that all of a harvest takes; and of one token in the layers after the last."""
     c, info = plan.config, plan.info
     assert c.batch_size is not None, "settled by the plan"
-    prefix, suffix = info.flop(max(c.layers), trust_remote_code=c.trust_remote_code)
-    flop, dtype = prefix * (plan.n_train + plan.n_eval) * c.context, DTYPES[c.dtype]
+    n_tokens, dtype = (plan.n_train + plan.n_eval) * c.context, DTYPES[c.dtype]
+    measured = measure_forward(
+        info, c.dtype, plan.device, c.batch_size, c.context, c.attention, trust_remote_code=c.trust_remote_code
+    )
+    flop, seconds = measured.prefix(max(c.layers))
     rows = (c.batch_size * c.context * 12 + 2 * int(c.shard_rows or 0)) * info.d_model
     embedding = info.vocab * info.d_model
     return {
-        "flop": flop,
-        "seconds": forward_seconds(flop, dtype, plan.device, info.d_model),
-        "memory": dtype.itemsize * (prefix / 2 + embedding + rows),
-        "suffix_seconds": forward_seconds(suffix, dtype, plan.device, info.d_model),
+        "flop": flop * n_tokens,
+        "seconds": HARVEST_OVER_FORWARD * seconds * n_tokens,
+        "memory": dtype.itemsize * (flop / 2 + embedding + rows),
+        "suffix_seconds": measured.suffix(max(c.layers))[1],
     }
 
 

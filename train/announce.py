@@ -58,7 +58,7 @@ def say_costs(job: RunConfig, rows: SplitLayout, tasks: Sequence[Task], device: 
     disk = plan.disk_bytes(rows, tasks, Keep.parse(job.keep))
     say(f"memory free: {human_bytes(plan.free_memory(device))}; disk: at most {human_bytes(disk)}")
     seconds = plan.estimate_seconds(rows, tasks, device)
-    say(f"time: about {format_seconds(seconds)} (five products a step, measured now)")
+    say(f"time: about {format_seconds(seconds)} (a step of each kind of member, measured now)")
 
 
 def say_second_epoch(step: int, batch_size: int, n_kept: int) -> None:

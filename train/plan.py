@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,23 +13,20 @@ import torch
 
 from pipeline.base.errors import MismatchError, PipelineError, UsageError
 from pipeline.base.files import human_bytes
-from pipeline.base.runtime import available_memory, product_rate, world_size
+from pipeline.base.runtime import available_memory, measured_seconds, world_size
 from pipeline.store.layout import SplitLayout
 from pipeline.store.reader import Store
 from train.config import TrainConfig
 from train.feed.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
 from train.feed.order import Order
 from train.folder import Folder, Keep
-from train.step.member import product_dtype
+from train.step.member import Member, normalise_batch, product_dtype
 from train.step.sample import n_held
-from train.step.scratch import CACHE_NUMBERS
+from train.step.scratch import CACHE_NUMBERS, Scratch
 from train.step.weights import initial_shapes
 
 PENDING_BYTES = 2 * 10**9
 """Snapshots that may wait to be written before training waits for the disk; one of any size always may."""
-
-STEP_OVER_PRODUCTS = 1.5
-"""A step's time over that of its five products, for the estimate of --dry-run."""
 
 SHARED_PARTS = ("activations", "gradients")
 """Parts that all members on a device share: count the largest member's once, not the sum."""
@@ -262,16 +260,23 @@ def disk_bytes(rows: SplitLayout, tasks: Sequence[Task], keep: Keep) -> int:
 
 
 def estimate_seconds(rows: SplitLayout, tasks: Sequence[Task], device: torch.device) -> float:
-    """A rough time for the unfinished members: five products a step at the rate of one measured now."""
-    seconds = 0.0
-    for task in tasks:
-        n_left = task.config.steps - task.step
-        if not task.finished and n_left:
-            seconds += n_left * 5 * STEP_OVER_PRODUCTS * product_seconds(task.config, rows.layout.d_model, device)
-    return seconds
+    """A rough time for the unfinished members: steps of each kind of them on made-up rows, measured now."""
+    left = [(task.config, task.config.steps - task.step) for task in tasks if not task.finished]
+    measured = {
+        kind: step_seconds(kind, rows.layout.d_model, device) for kind in {kind_of(config) for config, _ in left}
+    }
+    return sum(n_steps * measured[kind_of(config)] for config, n_steps in left)
 
 
-def product_seconds(config: TrainConfig, d_model: int, device: torch.device) -> float:
-    """Seconds of one [row, d_model] by [d_model, latent] product, from a measured part of it."""
-    rows, dtype = min(config.batch_size, 256), product_dtype(config.dtype)
-    return 2 * config.batch_size * d_model * config.width / product_rate(dtype, device, rows, d_model, config.width)
+def kind_of(config: TrainConfig) -> TrainConfig:
+    """The config without what a step takes no other time for."""
+    return dataclasses.replace(config, seed=0, data_seed=0, init_from="")
+
+
+def step_seconds(config: TrainConfig, d_model: int, device: torch.device) -> float:
+    """Seconds of one step of such a member, the best of three."""
+    member = Member(config, d_model, torch.zeros(d_model, device=device), 1.0, device, Scratch(device))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(config.batch_size, d_model, generator=generator).to(device) / d_model**0.5
+    batch = normalise_batch(x, member.center.to(member.wide), 1.0)
+    return measured_seconds(lambda: member.step(batch), device)

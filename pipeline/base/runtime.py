@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -63,15 +64,23 @@ def torch_rng(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*key))
 
 
-def product_rate(dtype: torch.dtype, device: torch.device, rows: int, inner: int, width: int) -> float:
-    """FLOP/s of a [rows, inner] by [inner, width] product, the best of three measured now: for estimates of time."""
-    x, w = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, width)))
+def measured_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that something takes on a device, the best of three after one that warms up: for estimates of time."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
     seconds = []
-    for _ in range(4):  # the first one warms up
+    for _ in range(4):
+        wait(device)
         start = time.perf_counter()
-        (x @ w).sum().item()
+        work()
+        wait(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * rows * inner * width / min(seconds[1:])
+    return min(seconds[1:])
+
+
+def product_rate(dtype: torch.dtype, device: torch.device, rows: int, inner: int, width: int) -> float:
+    """FLOP/s of a [rows, inner] by [inner, width] product, measured now: for estimates of time."""
+    x, w = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, width)))
+    return 2 * rows * inner * width / measured_seconds(lambda: x @ w, device)
 
 
 def environment_number(name: str, default: int) -> int:

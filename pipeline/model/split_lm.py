@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as WholeOutput
 
 from pipeline.base.errors import ModelError
-from pipeline.base.runtime import DTYPES, product_rate, resolve_device, resolve_dtype
+from pipeline.base.runtime import DTYPES, resolve_device, resolve_dtype
 from pipeline.model.files import hub_errors, model_folder, weights_sha256
 from pipeline.model.patching import overridden, removed, with_hidden_states
 
 Part = Literal["prefix", "suffix", "whole"]
-TIME_OVER_PRODUCTS = 1.6
-"""A forward pass's time over that of its products with weights, for estimates: attention, norms, log-softmax. Measured."""
 
 
 class _Reached(Exception):
@@ -82,17 +80,6 @@ class ModelInfo:
     def weights_sha256(self) -> str:
         """Hash over the names and contents of the safetensors files; reads them all."""
         return weights_sha256(self.folder)
-
-    def flop(self, layer: int, *, trust_remote_code: bool = False) -> tuple[float, float]:
-        """Floating-point operations a token takes up to the residual after `layer`, and from there to its logits.
-
-        Two a weight that is multiplied; attention between positions comes on top. No weight is read.
-        """
-        auto: Any = transformers.AutoModelForCausalLM
-        with hub_errors(self.name), quiet(), torch.device("meta"):
-            model = auto.from_config(self.config, trust_remote_code=trust_remote_code)
-        each = [sum(p.numel() for p in block.parameters()) for block in find_layers(model, self.n_layers)]
-        return 2.0 * sum(each[: layer + 1]), 2.0 * (sum(each[layer + 1 :]) + self.vocab * self.d_model)
 
     def require_layers(self, layers: Sequence[int]) -> None:
         """Raise ModelError naming the range when a layer is outside it."""
@@ -283,11 +270,6 @@ class SplitLM:
         """The model without its head."""
         base: nn.Module = self.model.base_model
         return base
-
-
-def forward_seconds(flop: float, dtype: torch.dtype, device: torch.device, d_model: int) -> float:
-    """A rough time for so many operations of a forward pass, from a product measured now."""
-    return TIME_OVER_PRODUCTS * flop / product_rate(dtype, device, 512, d_model, 4 * d_model)
 
 
 def find_layers(model: Any, n_layers: int) -> nn.ModuleList:

@@ -1,0 +1,79 @@
+"""What a forward pass will take, by running a batch through a few layers made from the config: no weight is read.
+
+Layers are random memory set to zero: the time of a product does not depend on its numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from pipeline.base.runtime import DTYPES, measured_seconds, product_rate
+from pipeline.model.files import hub_errors
+from pipeline.model.split_lm import ModelInfo, find_layers, quiet, truncated
+
+N_LAYERS = 2
+"""Layers that are measured: two, since some models alternate two kinds."""
+
+HEAD_OVER_PRODUCT = 1.5
+"""Time of the unembedding with what follows it over the logits (soft cap, log-softmax), over that of its product."""
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """Operations and seconds a token takes: in one layer, and in the unembedding with all logits."""
+
+    n_layers: int
+    layer_flop: float
+    head_flop: float
+    layer_seconds: float
+    head_seconds: float
+
+    def prefix(self, layer: int) -> tuple[float, float]:
+        """(FLOP, seconds) a token takes up to the residual after `layer`."""
+        return (layer + 1) * self.layer_flop, (layer + 1) * self.layer_seconds
+
+    def suffix(self, layer: int) -> tuple[float, float]:
+        """(FLOP, seconds) a token takes from there to its logits."""
+        n = self.n_layers - layer - 1
+        return n * self.layer_flop + self.head_flop, n * self.layer_seconds + self.head_seconds
+
+
+def measure_forward(
+    info: ModelInfo,
+    dtype: str,
+    device: torch.device,
+    batch_size: int,
+    context: int,
+    attention: str,
+    *,
+    trust_remote_code: bool = False,
+) -> ForwardCost:
+    """Run one batch of [batch_size, context] tokens through the first layers of such a model, now, on this device."""
+    n_measured = min(N_LAYERS, info.n_layers)
+    model = small_model(info, n_measured, attention, trust_remote_code=trust_remote_code).to(DTYPES[dtype])
+    n_weights = sum(p.numel() for p in find_layers(model, n_measured).parameters()) / n_measured
+    model = model.to_empty(device=device).eval()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data.zero_()
+    tokens = torch.zeros(batch_size, context, dtype=torch.long, device=device)
+    with torch.inference_mode():
+        seconds = measured_seconds(lambda: model(input_ids=tokens, use_cache=False), device)
+    head_flop = 2.0 * info.vocab * info.d_model
+    rate = product_rate(DTYPES[dtype], device, min(batch_size * context, 512), info.d_model, min(info.vocab, 16384))
+    each = seconds / n_measured / (batch_size * context)
+    return ForwardCost(info.n_layers, 2.0 * n_weights, head_flop, each, HEAD_OVER_PRODUCT * head_flop / rate)
+
+
+def small_model(info: ModelInfo, n_layers: int, attention: str, *, trust_remote_code: bool) -> Any:
+    """A model of this config on the meta device, with so many layers and hardly any vocabulary."""
+    config = truncated(info.config, n_layers)
+    text = config.get_text_config()
+    text.vocab_size = 8
+    text.pad_token_id = None
+    auto: Any = transformers.AutoModelForCausalLM
+    with hub_errors(info.name), quiet(), torch.device("meta"):
+        return auto.from_config(config, attn_implementation=attention, trust_remote_code=trust_remote_code)
