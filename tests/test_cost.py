@@ -31,14 +31,16 @@ def test_flop_counts_multiplied_weights() -> None:
     each = sum(p.numel() for p in model.model.layers[0].parameters())
     assert cost.prefix(3)[0] == 4 * 2 * each
     assert cost.suffix(3)[0] == (info.n_layers - 4) * 2 * each + 2 * model.lm_head.weight.numel()
-    assert 0 < cost.prefix(0)[1] < cost.prefix(3)[1] and cost.suffix(5)[1] == cost.head_seconds
+    assert 0 < cost.prefix(0)[1] < cost.prefix(3)[1]
+    assert cost.suffix(5)[1] == cost.head_seconds
 
 
 def test_measured_model_reads_no_weight() -> None:
     """The model that is timed is made from the config, on no device, with hardly any vocabulary."""
     small = small_model(ModelInfo.read(str(ROOT / "data/tiny-gemma2")), 2, "eager", trust_remote_code=False)
     assert {p.device.type for p in small.parameters()} == {"meta"}
-    assert small.get_input_embeddings().weight.shape[0] == 8 and len(small.model.layers) == 2
+    assert small.get_input_embeddings().weight.shape[0] == 8
+    assert len(small.model.layers) == 2
 
 
 def test_seeds_are_one_kind(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
