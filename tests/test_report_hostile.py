@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import unittest.mock
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,74 +15,10 @@ from evaluate.report.latents import read_latents
 from evaluate.report.pages import environment
 from evaluate.report.write import write_report
 from evaluate.results import tabulate
-from pipeline.base.errors import DamagedError, PipelineError
+from pipeline.base.errors import DamagedError
 from pipeline.base.files import read_json
+from support.fuzzing import as_bytes, mutated, one_line_or_none
 from support.results_files import write_latent_pages, write_results
-
-BAD: tuple[Any, ...] = (
-    None, True, -1, 0, 3.5, 10**30, -(10**30), float("nan"), float("inf"), 1e308, "", "0", "\ud800", "../../x", "\x00",
-    "</script><script>alert(1)</script>", "x" * 5000, [], {}, [[]], [None], ["a"], {"a": {}}, [1, 2, 3], {"": ""}, "auto",
-)  # fmt: skip
-NESTED = "[" * 100_000
-
-
-def spots(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths of all values in JSON data, not too deep; of long lists the first few."""
-    if len(path) > 8:
-        return [path]
-    inner = data.items() if isinstance(data, dict) else list(enumerate(data))[:3] if isinstance(data, list) else []
-    return [path, *(spot for key, value in inner for spot in spots(value, (*path, key)))]
-
-
-def mutated(data: Any, rng: random.Random) -> Any:
-    """JSON data with one to three values replaced, removed, renamed or nested."""
-    data = copy.deepcopy(data)
-    for _ in range(rng.randint(1, 3)):
-        spot = rng.choice([s for s in spots(data) if s] or [()])
-        if not spot:
-            return rng.choice(BAD)
-        holder = data
-        for key in spot[:-1]:
-            holder = holder[key]
-        kind = rng.random()
-        if kind < 0.15:
-            del holder[spot[-1]]
-        elif kind < 0.3 and isinstance(holder, dict):
-            holder[str(rng.choice(BAD))] = holder.pop(spot[-1])
-        elif kind < 0.4:
-            deep: Any = rng.choice(BAD)
-            for _ in range(rng.choice((5, 60, 400))):
-                deep = [deep]
-            holder[spot[-1]] = deep
-        else:
-            holder[spot[-1]] = copy.deepcopy(rng.choice(BAD))
-    return data
-
-
-def as_bytes(data: Any, rng: random.Random) -> bytes:
-    """JSON as bytes, now and then cut short, flipped or nested without end."""
-    raw = bytearray(json.dumps(data).encode())
-    kind = rng.random()
-    if kind < 0.03:
-        return raw[: rng.randrange(len(raw))]
-    if kind < 0.06 and raw:
-        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
-    if kind > 0.98:
-        return NESTED.encode()
-    return bytes(raw)
-
-
-def one_line_or_none(work: Callable[[], object], path: Path) -> bool:
-    """Whether the work was refused; a refusal must be one line that names the file or its folder."""
-    try:
-        work()
-    except PipelineError as error:
-        said = str(error)
-        assert "\n" not in said
-        assert len(said) < 2000
-        assert path.stem in said or str(path.parent) in said, said
-        return True
-    return False
 
 
 def fuzz_results(folder: Path, n: int, seed: int, *, drawn: bool) -> int:

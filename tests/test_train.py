@@ -336,7 +336,7 @@ def test_state_of_another_member_is_refused(tiny_store: Path, tmp_path: Path, mo
     one, other = small(alpha=0.0), small(alpha=0.0, seed=1)
     folders = [stopped(tiny_store, tmp_path / "out", monkeypatch, config) for config in (one, other)]
     (folders[1] / "state.safetensors").write_bytes((folders[0] / "state.safetensors").read_bytes())
-    with pytest.raises(MismatchError, match="found that of alpha0-seed0"):
+    with pytest.raises(MismatchError, match="found that of 'alpha0-seed0"):
         train(tiny_store, tmp_path / "out", other)
 
 

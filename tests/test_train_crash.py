@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.sae.checkpoint import load_checkpoint, load_tensors
+from pipeline.sae.checkpoint import load_checkpoint
 from support.train_crasher import crash_config
-from train.folder import STATE_FORMAT, STATE_VERSION, Folder
+from train.folder import Folder, read_state
 from train.run import run
 
 
@@ -72,8 +72,8 @@ def assert_same_run(out: Path, whole: Path, states: States) -> None:
         elif name.endswith(("metrics.jsonl", "config.json")):
             assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     for path in Path(f"{out}.states").glob("*"):
-        tensors, header = load_tensors(path, STATE_FORMAT, STATE_VERSION)
-        assert_same_tensors(tensors, states[header["member"], header["step"]])
+        state = read_state(path)
+        assert_same_tensors(state.tensors, states[state.member, state.step])
 
 
 def without_git(provenance: dict[str, Any]) -> dict[str, Any]:

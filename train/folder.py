@@ -19,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 from torch import Tensor
 
 from pipeline.base.errors import DamagedError, DiskError, MismatchError, UsageError
+from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import (
     canonical_json,
     disk_errors,
@@ -83,6 +84,23 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class State:
+    """A rolling training state: of which member, after how many steps, and the hash of the metrics up to there."""
+
+    member: str
+    step: int
+    metrics_sha256: str
+    tensors: dict[str, Tensor]
+
+
+def read_state(path: Path) -> State:
+    """The rolling state in a file. Raises CheckpointError or DamagedError."""
+    tensors, header = load_tensors(path, STATE_FORMAT, STATE_VERSION)
+    header.only("format", "version", "step", "member", "metrics_sha256", "crc32c")
+    return State(header.text("member"), header.whole("step"), header.text("metrics_sha256"), tensors)
+
+
+@dataclass(frozen=True)
 class Folder:
     """One member's folder. `store` and `order` are what its config leaves out and its bytes depend on."""
 
@@ -118,10 +136,15 @@ class Folder:
         if not path.exists():
             return None
         found = read_json(path)
-        if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+        require_plain(path, found)
+        fields = Fields(path, found)
+        if (fields.data.get("format"), fields.data.get("version")) != (FORMAT, VERSION):
             raise DamagedError(f"{path}: not a {FORMAT} of version {VERSION}; choose another --out")
-        require_same(path, identity(found), identity(self.description(found["order"])), "this member")
-        return dict(found["order"])
+        order = fields.inner("order")
+        order.one_of("mode", ("global", "window"))
+        order.some_whole("window_rows")
+        require_same(path, identity(fields), identity(Fields(path, self.description(order.data))), "this member")
+        return dict(order.data)
 
     def description(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """What config.json holds."""
@@ -151,7 +174,7 @@ class Folder:
         path = self.path / "complete.json"
         if not path.exists():
             return None
-        final = self.path / str(read_json(path)["final"])
+        final = self.path / "checkpoints" / Path(Fields(path, read_json(path)).text("final")).name
         if not final.exists():
             raise DamagedError(f"{final}: gone, though {path} names it; delete {path} to train the end again")
         return final
@@ -160,20 +183,20 @@ class Folder:
         """Steps that are on disk: what a run would go on from."""
         if self.final() is not None:
             return self.config.steps
-        return int(self.read_state()[1]["step"]) if self.state_path.exists() else 0
+        return self.read_state().step if self.state_path.exists() else 0
 
-    def read_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The rolling state and its header. Raises DamagedError when its bytes changed, MismatchError for another member's."""
+    def read_state(self) -> State:
+        """The rolling state. Raises DamagedError when its bytes changed, MismatchError for another member's."""
         try:
-            tensors, header = load_tensors(self.state_path, STATE_FORMAT, STATE_VERSION)
+            state = read_state(self.state_path)
         except DamagedError as error:
             raise DamagedError(f"{error}; or delete {self.state_path} to train this member from the start") from error
-        if header["member"] != self.name:
+        if state.member != self.name:
             raise MismatchError(
-                f"{self.state_path}: expected the state of {self.name}, found that of {header['member']}; put the right one "
-                "back, or delete it to train this member from the start"
+                f"{self.state_path}: expected the state of {self.name}, found that of {state.member[:100]!a}; put the right "
+                "one back, or delete it to train this member from the start"
             )
-        return tensors, header
+        return state
 
     def write_state(self, state: Mapping[str, Tensor], step: int, metrics_sha256: str) -> None:
         """Replace the rolling state; the metrics up to it, whose hash it keeps, are on disk before it is."""
@@ -260,9 +283,9 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def identity(description: Mapping[str, Any]) -> dict[str, Any]:
+def identity(description: Fields) -> dict[str, Any]:
     """What of config.json must not change while a member is trained."""
-    return {part: description[part] for part in ("config", "store", "order")}
+    return {part: dict(description.inner(part).data) for part in ("config", "store", "order")}
 
 
 def check_out(out: Path) -> None:

@@ -60,9 +60,9 @@ class Trainee:
             self.stack.callback(os.close, self.folder.prepare(self.task.order))
         metrics_sha256 = None
         if self.task.step:
-            state, header = self.folder.read_state()
-            self.member.load_state(state)
-            metrics_sha256 = header["metrics_sha256"]
+            state = self.folder.read_state()
+            self.member.load_state(state.tensors)
+            metrics_sha256 = state.metrics_sha256
         elif self.task.config.init_from:
             self.member.load_weights(load_sae(path_of(self.task.config.init_from))[0])
         if self.writes:

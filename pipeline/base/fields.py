@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ def require_plain(path: Path, data: object) -> None:
 
 def problems(data: object, name: str = "", depth: int = 0) -> Iterator[str]:
     """What is wrong with JSON data, value by value."""
-    where = name[:80] or "it"
+    where = name[:80].encode("ascii", "backslashreplace").decode() or "it"
     if depth > DEEPEST:
         yield f"{where!r} is nested deeper than {DEEPEST}"
     elif isinstance(data, str):
@@ -55,8 +55,8 @@ class Fields:
     def wrong(self, name: str, expected: str, found: object) -> DamagedError:
         """The error that says what a field should be, to raise."""
         where = ".".join(part for part in (self.name, name) if part)[-120:] or "it"
-        shown = "nothing" if found is None else f"{type(found).__name__} {str(found)[:40]!r}"
-        return DamagedError(f"{self.path}: {where!r} should be {expected}, found {shown}; restore it or make it again")
+        shown = "nothing" if found is None else f"{type(found).__name__} {str(found)[:40]!a}"
+        return DamagedError(f"{self.path}: {where!a} should be {expected}, found {shown}; restore it or make it again")
 
     def text(self, name: str, default: str | None = None) -> str:
         """Text; the default where there is none."""
@@ -67,13 +67,46 @@ class Fields:
             raise self.wrong(name, "text", value)
         return value
 
-    def whole(self, name: str, default: int | None = None, *, least: int = 0) -> int:
-        """A whole number of at least `least`; the default where there is none."""
+    def some_text(self, name: str) -> str | None:
+        """Text, or None where there is none."""
+        return None if self.data.get(name) is None else self.text(name)
+
+    def one_of(self, name: str, known: Sequence[str]) -> str:
+        """One of the texts that are known."""
+        value = self.text(name)
+        if value not in known:
+            raise self.wrong(name, f"one of {', '.join(known)}", value)
+        return value
+
+    def flag(self, name: str) -> bool:
+        """True or false."""
+        value = self.data.get(name)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false", value)
+        return value
+
+    def only(self, *names: str) -> None:
+        """Raise DamagedError for a field that is none of these."""
+        if unknown := [name for name in self.data if name not in names]:
+            shown = ascii(unknown[0][:40])
+            raise DamagedError(
+                f"{self.path}: {self.name or 'it'} has a field {shown}, which is not known here; another version made it, or "
+                "nobody did"
+            )
+
+    def whole(self, name: str, default: int | None = None, *, least: int = 0, most: int | None = None) -> int:
+        """A whole number of at least `least`, and at most `most`; the default where there is none."""
         value = self.data.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.wrong(name, f"a whole number from {least} on", value)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int)
+            or value < least
+            or (most is not None and value > most)
+        ):
+            upper = "on" if most is None else f"to {most}"
+            raise self.wrong(name, f"a whole number from {least} {upper}", value)
         return value
 
     def some_whole(self, name: str) -> int | None:
@@ -88,6 +121,13 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.wrong(name, "a number or null", value)
         return float(value)
+
+    def number(self, name: str, *, least: float = -math.inf) -> float:
+        """A number of at least `least`."""
+        value = self.some_number(name)
+        if value is None or value < least:
+            raise self.wrong(name, f"a number from {least:g} on", value)
+        return value
 
     def numbers(self, name: str) -> dict[str, float]:
         """An object of numbers; those that are null are left out, as are objects within it."""

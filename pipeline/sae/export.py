@@ -124,7 +124,7 @@ def layernorm_settings(sae: NestedSAE) -> dict[str, Any]:
 
 def saelens_metadata(header: Header) -> dict[str, Any]:
     """What SAELens and SAEBench look for; `sae_lens_version` keeps SAELens from rebuilding it as an old one's."""
-    store = header.provenance.get("store", {})
+    store = header.provenance.get("store") or {}
     return {
         "sae_lens_version": "6.0.0",
         "sae_lens_training_version": None,
@@ -145,7 +145,7 @@ def write_dictionary_learning(sae: NestedSAE, header: Header, folder: Path) -> N
         raise UsageError("dictionary_learning has no class with LayerNorm; export to saelens, or train without it")
     tensors = folded(sae)
     name, state = dictionary_state(sae, tensors)
-    store = header.provenance.get("store", {})
+    store = header.provenance.get("store") or {}
     trainer = {
         "trainer_class": f"{name}Trainer",
         "dict_class": name,

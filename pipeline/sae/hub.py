@@ -119,15 +119,16 @@ def repository_files(checkpoint: Path, results: Path | None, repo_id: str) -> di
 def model_card(checkpoint: Path, results: dict[str, Any] | None, repo_id: str) -> str:
     """Markdown with the Hub's front matter: what the SAE is, what made it, its scores, and how to load it."""
     header = read_header(checkpoint)
-    sae, store, train = header.sae, header.provenance.get("store", {}), header.provenance.get("train", {})
+    sae, store, train = header.sae, header.provenance.get("store") or {}, header.provenance.get("train") or {}
     levels = ", ".join(f"{m:,}" for m in sae.levels)
+    rows_seen = header.provenance.get("rows_seen") or 0
     facts = {
         "model": f"{store.get('model')} (revision {store.get('revision') or 'not pinned'})",
         "hook point": f"residual stream after layer {store.get('layer')}",
         "width": f"{sae.width:,} latents in levels of {levels}",
         "activation": sae.activation + (f", k = {sae.k}" if sae.k else "") + f", LayerNorm {sae.layernorm}",
         "recipe": f"{train.get('recipe')}, α = {train.get('alpha')}, seed {train.get('seed')}",
-        "trained on": f"{header.provenance.get('rows_seen', 0):,} rows in {header.step:,} steps, context {store.get('context')}",
+        "trained on": f"{rows_seen:,} rows in {header.step:,} steps, context {store.get('context')}",
         "code": header.provenance.get("git"),
     }
     rows = [f"| {name} | {value} |" for name, value in facts.items()]

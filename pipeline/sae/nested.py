@@ -17,13 +17,14 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from pipeline.base.errors import UsageError
+from pipeline.base.fields import Fields
 
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
 LayerNorm = Literal["none", "pre", "post"]
@@ -78,14 +79,39 @@ class SAEConfig:
         """Whether inference compares latents with a stored threshold."""
         return self.activation in ("jumprelu", "batchtopk")
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of such an SAE."""
+        d, width = self.d_model, self.width
+        shapes: dict[str, tuple[int, ...]] = {
+            "W_enc": (d, width),
+            "b_enc": (width,),
+            "W_dec": (width, d),
+            "b_dec": (d,),
+        }
+        shapes |= {"threshold": (width,)} if self.has_threshold else {}
+        shapes |= {"ln_gain": (width,), "ln_bias": (width,)} if self.layernorm != "none" else {}
+        return shapes | {"center": (d,), "scale": ()}
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data; `from_dict` reads it back."""
+        """Plain JSON data; `from_fields` reads it back."""
         return dataclasses.asdict(self) | {"levels": list(self.levels)}
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> SAEConfig:
-        """Raises TypeError on a field this version does not know."""
-        return SAEConfig(**(data | {"levels": tuple(data["levels"])}))
+    def from_fields(fields: Fields) -> SAEConfig:
+        """What `to_dict` gave, out of a file. Raises DamagedError for a field of the wrong type or one that this version does
+        not know, UsageError when fields contradict."""
+        fields.only(*(field.name for field in dataclasses.fields(SAEConfig)))
+        return SAEConfig(
+            d_model=fields.whole("d_model", least=1),
+            width=fields.whole("width", least=1),
+            levels=tuple(fields.list_of_wholes("levels")),
+            activation=cast(Activation, fields.one_of("activation", get_args(Activation))),
+            k=fields.whole("k", most=2**31 - 1),
+            layernorm=cast(LayerNorm, fields.one_of("layernorm", get_args(LayerNorm))),
+            layernorm_rescale=fields.flag("layernorm_rescale"),
+            layernorm_eps=fields.number("layernorm_eps", least=0),
+        )
 
 
 ALIGNMENT, ALIGNED_FROM = 8, 1024
