@@ -117,6 +117,41 @@ def test_several_layers_get_own_folders(tmp_path: Path) -> None:
     ]
 
 
+PART = '[[part]]\nname = "known"\nharvest.truth = "forest"\n[[part.train]]\nalpha = 0\n[part.evaluate]\nscores = "ev,truth"\n'
+
+
+def test_parts_get_places_and_one_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part is harvested, trained and scored in places of its own, and its results go to the one report."""
+    file = write(tmp_path / "a.toml")
+    file.write_text(file.read_text() + PART)
+    calls: list[tuple[str, list[str]]] = []
+
+    def ask(stage: str, words: list[str], log: Path) -> Any:
+        calls.append((stage, words))
+        n = len(calls)
+        return {"members": [{"folder": f"/member{n}"}], "results": [{"path": f"/result{n}.json"}]}
+
+    monkeypatch.setattr(stages, "ask_stage", ask)
+    monkeypatch.setattr(stages, "run_stage", lambda stage, words, log: calls.append((stage, words)))
+    experiments.run(experiments.Experiment.read(file), tmp_path / "out")
+    assert [stage for stage, _ in calls] == [*["harvest", "train", "evaluate"] * 2, "evaluate.report"]
+    own = [str(tmp_path / "out" / name) for name in ("stores/known.zarr", "checkpoints/known", "results/known")]
+    assert calls[3][1] == ["--truth", "forest", "--store", own[0]]
+    assert calls[4][1] == ["--alpha", "0", "--store", own[0], "--out", own[1]]
+    assert calls[5][1] == ["/member5", "--scores", "ev,truth", "--store", own[0], "--out", own[2]]
+    assert calls[6][1][:2] == ["/result3.json", "/result6.json"]
+
+
+def test_parts_with_several_layers_differ_in_name(tmp_path: Path) -> None:
+    """Layers of a part never share a folder with layers of the experiment."""
+    (tmp_path / "a.toml").write_text(f'{HARVEST}{TRAIN}[[part]]\nname = "p"\nharvest.layer = [1, 2]\ntrain.width = 8\n')
+    experiment = experiments.Experiment.read(tmp_path / "a.toml")
+    (_, own), (_, part) = experiments.with_parts(experiment, tmp_path)
+    folders = [own.checkpoints(1), part.checkpoints(1), part.checkpoints(2)]
+    assert [folder.name for folder in folders] == ["layer_1", "p-layer_1", "p-layer_2"]
+    assert part.store_of(2) == tmp_path / "stores/p/layer_2.zarr"
+
+
 def test_dry_run_estimates_every_stage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A dry run of what is not there yet says disk, memory and time of every stage."""
     experiments.dry_run(experiments.Experiment.read(write(tmp_path / "a.toml")), tmp_path / "out")
@@ -195,6 +230,11 @@ HARVEST, TRAIN = '[harvest]\nmodel = "m"\nlayer = [1]\n', "[train]\nwidth = 64\n
         (f"harvest = 3\n{TRAIN}", "harvest is int, expected a table"),
         (f"{HARVEST}[[train]]\nwidth = 64\n[train.x]\ny = 1\n", "train.x is a table|not valid TOML|x"),
         (f"name = 3\n{HARVEST}{TRAIN}", "name is int"),
+        (f"{HARVEST}{TRAIN}[part]\nname = 'p'\n", "part is no list of tables"),
+        (f"{HARVEST}{TRAIN}[[part]]\nname = 'p'\n", r"part: needs a \[harvest\] and a \[train\]"),
+        (f"{HARVEST}{TRAIN}[[part]]\nharvest.layer = 1\ntrain.width = 8\n", "part: name is ''; give each part its own"),
+        (f"{HARVEST}{TRAIN}[[part]]\nname = '../p'\nharvest.layer = 1\ntrain.width = 8\n", "part: name is '../p'"),
+        (f"{HARVEST}{TRAIN}[[part]]\nname = 'p'\nreport.title = 'x'\n", "part: unknown tables .'report'"),
     ],
 )
 def test_odd_tables_are_refused(tmp_path: Path, text: str, says: str) -> None:

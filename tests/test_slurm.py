@@ -47,3 +47,17 @@ def test_script_carries_directives_and_command(tmp_path: Path, experiment: Path)
     assert str(tmp_path / "out/stores/layer_3.zarr") in text
     assert f"run {experiment} --out" in (tmp_path / "out/jobs/finish.sh").read_text()
     subprocess.run(["bash", "-n", tmp_path / "out/jobs/train_0.sh"], check=True)
+
+
+def test_trainings_wait_for_their_own_harvest(tmp_path: Path) -> None:
+    """A part's trainings wait for the part's harvest, the last job for those of all parts."""
+    path = tmp_path / "e.toml"
+    path.write_text(
+        '[harvest]\nmodel = "m"\nlayer = [3]\n[train]\nwidth = 8\n'
+        '[[part]]\nname = "known-ones"\nharvest.truth = "forest"\ntrain.width = 8\n'
+    )
+    text = write_jobs(Experiment.read(path), path, tmp_path / "out", "").read_text()
+    assert "train_0=$(sbatch --parsable --dependency=afterok:$harvest " in text
+    assert "train_1=$(sbatch --parsable --dependency=afterok:$harvest_1 " in text
+    assert "--dependency=afterok:$train_0:$train_1 " in text
+    assert "known-ones.zarr" in (tmp_path / "out/jobs/train_1.sh").read_text()

@@ -7,14 +7,17 @@
       logs/           a file a stage
       report.html, report_files/
 
+Further parts ([[part]], each with a name and tables of its own) are other rows in the same report: PART.zarr, PART/….
+
 Each stage knows what is done and skips it, so running again does nothing, and a changed line does what that line asks.
 Only members that the file asks for are evaluated and reported, whatever else the folders hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +28,16 @@ from pipeline.base.progress import format_seconds, say
 from pipeline.experiment import stages
 
 SHIPPED = Path(__file__).parent
-TABLES = {"name", "harvest", "train", "evaluate", "report"}
+PART_TABLES = {"name", "harvest", "train", "evaluate"}
+TABLES = PART_TABLES | {"report", "part"}
 
 
 @dataclass(frozen=True)
 class Experiment:
     """A parsed experiment file: each table holds options of a stage's command by name, lists repeat an option.
 
-    `train` holds one table or several (`[[train]]`), each a grid. Paths that begin with ./ or ../ are taken from the
-    file's own folder. Raises UsageError for an unknown table or a missing one.
+    `train` holds one table or several (`[[train]]`), each a grid; `parts` are other rows in the same report. Paths that begin
+    with ./ or ../ are taken from the file's own folder. Raises UsageError for an unknown table or a missing one.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Experiment:
     train: list[dict[str, Any]]
     evaluate: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    parts: tuple[Experiment, ...] = ()
 
     @staticmethod
     def read(path: Path, *, trust_remote_code: bool = False) -> Experiment:
@@ -52,34 +57,47 @@ class Experiment:
         if not path.exists() and path.parent == Path() and shipped.exists():
             path = shipped
         data = read_toml(path)
-        if unknown := sorted(data.keys() - TABLES):
-            raise UsageError(f"{path}: unknown tables {unknown}; known are {sorted(TABLES)}")
-        if "harvest" not in data or "train" not in data:
-            raise UsageError(f"{path}: needs a [harvest] and a [train] table")
-        name = data.get("name", path.stem)
-        if not isinstance(name, str):
-            raise UsageError(f"{path}: name is {type(name).__name__}, expected text")
-        grids = data["train"] if isinstance(data["train"], list) else [data["train"]]
-        here = path.resolve().parent
-        harvest, evaluate, report = (table(path, one, data.get(one, {})) for one in ("harvest", "evaluate", "report"))
-        trains = [table(path, "train", grid) for grid in grids]
-        if any(one.get("trust-remote-code") for one in (harvest, evaluate)) and not trust_remote_code:
-            raise UsageError(
-                f"{path}: asks for trust-remote-code, a model's own code; allow it on the command line too"
-            )
-        return Experiment(
-            name,
-            anchored(harvest, here),
-            [anchored(grid, here) for grid in trains],
-            anchored(evaluate, here),
-            anchored(report, here),
-        )
+        parts = data.get("part", [])
+        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+            raise UsageError(f"{path}: part is no list of tables: begin each part with [[part]]")
+        read = [parse(path, part, PART_TABLES, "part: ", trust_remote_code) for part in parts]
+        names = [part.name for part in read]
+        for name in names:
+            if not re.fullmatch("[a-z][a-z0-9-]*", name) or names.count(name) > 1:
+                raise UsageError(
+                    f"{path}: part: name is {name!r}; give each part its own, of small letters, digits and dashes"
+                )
+        return replace(parse(path, data, TABLES, "", trust_remote_code), parts=tuple(read))
 
     @property
     def layers(self) -> list[int]:
         """The layers harvested; one store each."""
         layer = self.harvest.get("layer", 0 if "truth" in self.harvest else 19)  # rows of known features have no layer
         return list(layer) if isinstance(layer, list) else [layer]
+
+
+def parse(path: Path, data: Mapping[str, Any], known: Set[str], where: str, trust_remote_code: bool) -> Experiment:
+    """The tables of a file, or of one of its parts (named by `where` in errors). Raises UsageError."""
+    if unknown := sorted(data.keys() - known):
+        raise UsageError(f"{path}: {where}unknown tables {unknown}; known are {sorted(known)}")
+    if "harvest" not in data or "train" not in data:
+        raise UsageError(f"{path}: {where}needs a [harvest] and a [train] table")
+    name = data.get("name", "" if where else path.stem)
+    if not isinstance(name, str):
+        raise UsageError(f"{path}: {where}name is {type(name).__name__}, expected text")
+    grids = data["train"] if isinstance(data["train"], list) else [data["train"]]
+    here = path.resolve().parent
+    harvest, evaluate, report = (table(path, one, data.get(one, {})) for one in ("harvest", "evaluate", "report"))
+    trains = [table(path, "train", grid) for grid in grids]
+    if any(one.get("trust-remote-code") for one in (harvest, evaluate)) and not trust_remote_code:
+        raise UsageError(f"{path}: asks for trust-remote-code, a model's own code; allow it on the command line too")
+    return Experiment(
+        name,
+        anchored(harvest, here),
+        [anchored(grid, here) for grid in trains],
+        anchored(evaluate, here),
+        anchored(report, here),
+    )
 
 
 def table(path: Path, name: str, found: Any) -> dict[str, Any]:
@@ -104,33 +122,40 @@ def anchored(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Places:
-    """Where an experiment's parts lie under its output folder."""
+    """Where an experiment's files lie under its output folder, or those of one of its parts (empty: its own)."""
 
     out: Path
     store: Path
     several: bool
+    part: str = ""
 
     @staticmethod
-    def of(experiment: Experiment, out: Path) -> Places:
+    def of(experiment: Experiment, out: Path, part: str = "") -> Places:
         """Stores go to `harvest.store` when the file names it, so that experiments can share one."""
         several = len(experiment.layers) > 1
         out = out.absolute()
-        default = out / "stores" if several else out / "stores" / "acts.zarr"
+        default = out / "stores" / part if several else out / "stores" / f"{part or 'acts'}.zarr"
         if "://" in str(experiment.harvest.get("store", "")):
             raise UsageError(
                 f"{experiment.name}: harvest.store {experiment.harvest['store']} is a URL, training reads a local disk; give "
                 "a path, or harvest to the URL and `python -m pipeline stage` it first"
             )
-        return Places(out, Path(experiment.harvest.get("store", default)).absolute(), several)
+        return Places(out, Path(experiment.harvest.get("store", default)).absolute(), several, part)
 
     def store_of(self, layer: int) -> Path:
         return self.store / f"layer_{layer}.zarr" if self.several else self.store
 
+    def folder(self, layer: int) -> str:
+        """The name that a layer has among others: layer_3, or the part's."""
+        return "-".join(
+            ([self.part] if self.part else []) + ([f"layer_{layer}"] if self.several or not self.part else [])
+        )
+
     def checkpoints(self, layer: int) -> Path:
-        return self.out / "checkpoints" / f"layer_{layer}"
+        return self.out / "checkpoints" / self.folder(layer)
 
     def results(self, layer: int) -> Path:
-        return self.out / "results" / f"layer_{layer}"
+        return self.out / "results" / self.folder(layer)
 
     @property
     def report(self) -> Path:
@@ -159,29 +184,38 @@ def evaluate_words(experiment: Experiment, places: Places, layer: int, members: 
     return [*members, *stages.options({**settings, **places_of_layer})]
 
 
+def with_parts(experiment: Experiment, out: Path) -> list[tuple[Experiment, Places]]:
+    """The experiment and its parts, each with its places."""
+    named = [("", experiment), *((part.name, part) for part in experiment.parts)]
+    return [(one, Places.of(one, out, name)) for name, one in named]
+
+
 def run(experiment: Experiment, out: Path) -> Path:
     """Do what is missing of an experiment and return the report's path. Raises PipelineError when a stage fails."""
-    places = Places.of(experiment, out)
-    check(experiment, places)
-    stages.run_stage("harvest", harvest_words(experiment, places), places.log("harvest"))
-    results: list[str] = []
-    for layer in experiment.layers:
-        members = train_layer(experiment, places, layer)
-        words = evaluate_words(experiment, places, layer, members)
-        done = stages.ask_stage("evaluate", words, places.log("evaluate"))
-        results += [result["path"] for result in done["results"]]
+    every, results = with_parts(experiment, out), list[str]()
+    check(experiment, every)
+    for one, places in every:
+        stages.run_stage("harvest", harvest_words(one, places), places.log("harvest"))
+        for layer in one.layers:
+            members = train_layer(one, places, layer)
+            words = evaluate_words(one, places, layer, members)
+            done = stages.ask_stage("evaluate", words, places.log("evaluate"))
+            results += [result["path"] for result in done["results"]]
+    places = every[0][1]
     settings = {"out": places.report, "title": experiment.name, **experiment.report}
     stages.run_stage("evaluate.report", [*results, *stages.options(settings)], places.log("report"))
     return places.report
 
 
-def check(experiment: Experiment, places: Places) -> None:
+def check(experiment: Experiment, every: Sequence[tuple[Experiment, Places]]) -> None:
     """Have every stage's own parser read every option before the first stage starts. Raises UsageError naming the stage."""
-    layer = experiment.layers[0]
-    stages.check("harvest", harvest_words(experiment, places))
-    for grid in experiment.train:
-        stages.check("train", train_words(grid, places, layer))
-    stages.check("evaluate", evaluate_words(experiment, places, layer, [str(places.out)]))
+    for one, places in every:
+        layer = one.layers[0]
+        stages.check("harvest", harvest_words(one, places))
+        for grid in one.train:
+            stages.check("train", train_words(grid, places, layer))
+        stages.check("evaluate", evaluate_words(one, places, layer, [str(places.out)]))
+    places = every[0][1]
     stages.check("evaluate.report", [str(places.out), *stages.options({"out": places.report, **experiment.report})])
 
 
@@ -196,14 +230,21 @@ def train_layer(experiment: Experiment, places: Places, layer: int) -> list[str]
 
 def dry_run(experiment: Experiment, out: Path) -> None:
     """Print the plan: each stage's command, what of it is done, and what the rest needs of disk, memory and time."""
-    places = Places.of(experiment, out)
-    log = places.log("dry-run")
-    check(experiment, places)
+    every = with_parts(experiment, out)
+    check(experiment, every)
     say(f"{experiment.name}: everything goes to {out}")
+    for one, places in every:
+        dry_run_part(one, places)
+    say(f"4. the report: {every[0][1].report}")
+
+
+def dry_run_part(experiment: Experiment, places: Places) -> None:
+    """The plan of an experiment, or of a part of one, up to its scores."""
+    log = places.log("dry-run")
     words = harvest_words(experiment, places)
     say(f"1. {stages.show('harvest', words)}")
     planned = stages.ask_stage("harvest", [*words, "--dry-run"], log)
-    plan_file = log.with_name("harvest-plan.json")
+    plan_file = log.with_name(f"{places.part}-harvest-plan.json" if places.part else "harvest-plan.json")
     write_json(plan_file, planned)
     for layer in experiment.layers:
         n_members = 0
@@ -217,7 +258,6 @@ def dry_run(experiment: Experiment, out: Path) -> None:
             n_members += len(done["members"])
         say(f"3. {stages.show('evaluate', evaluate_words(experiment, places, layer, ['MEMBERS']))}")
         say(evaluate_cost(experiment, planned, layer, n_members))
-    say(f"4. the report: {places.report}")
 
 
 def is_complete(store: Path) -> bool:
@@ -230,6 +270,8 @@ def evaluate_cost(experiment: Experiment, planned: Mapping[str, Any], layer: int
     """A line on what scoring takes: a pass of the layers after the cut a member and level, clean and mean ablation."""
     store = next(one for one in planned["stores"] if one["layer"] == layer)
     rows = store["n_sequences"]["eval"] * store["config"]["context"]
+    if "truth" in experiment.harvest:
+        return f"   {n_members} members on {rows:,} rows of known features; no language model runs"
     passes = 2 * n_members + 2
     seconds = passes * rows * planned["cost"]["suffix_seconds"]
     return (

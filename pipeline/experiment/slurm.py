@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.base.files import write_bytes
@@ -31,16 +32,19 @@ def write_jobs(experiment: experiments.Experiment, file: Path, out: Path, sbatch
 
     `sbatch`: further words for every job, such as "--partition=gpu --time=12:00:00".
     """
-    places = experiments.Places.of(experiment, out)
-    grids = [(layer, grid) for layer in experiment.layers for grid in experiment.train]
-    trains = {
-        f"train_{i}": ("train", experiments.train_words(grid, places, layer)) for i, (layer, grid) in enumerate(grids)
-    }
-    finish = ("pipeline", ["run", str(file.absolute() if file.exists() else file), "--out", str(places.out)])
-    jobs = {"harvest": ("harvest", experiments.harvest_words(experiment, places)), **trains, "finish": finish}
-    for name, (stage, words) in jobs.items():
-        write_job(places.out / "jobs", name, stage, words, sbatch)
-    return write_submit(places.out / "jobs", list(trains))
+    every = experiments.with_parts(experiment, out)
+    folder, needs = every[0][1].out / "jobs", dict[str, str]()
+    for i, (one, places) in enumerate(every):
+        harvest = f"harvest_{i}" if i else "harvest"
+        write_job(folder, harvest, "harvest", experiments.harvest_words(one, places), sbatch)
+        for layer in one.layers:
+            for grid in one.train:
+                train = f"train_{len(needs)}"
+                write_job(folder, train, "train", experiments.train_words(grid, places, layer), sbatch)
+                needs[train] = harvest
+    words = ["run", str(file.absolute() if file.exists() else file), "--out", str(every[0][1].out)]
+    write_job(folder, "finish", "pipeline", words, sbatch)
+    return write_submit(folder, needs)
 
 
 def write_job(folder: Path, name: str, stage: str, words: list[str], sbatch: str) -> None:
@@ -50,12 +54,16 @@ def write_job(folder: Path, name: str, stage: str, words: list[str], sbatch: str
     write_script(folder / f"{name}.sh", head + shlex.join([sys.executable, "-m", stage, *words]) + "\n")
 
 
-def write_submit(folder: Path, trains: list[str]) -> Path:
-    """The script that submits all jobs, each after those it needs."""
+def write_submit(folder: Path, needs: Mapping[str, str]) -> Path:
+    """The script that submits all jobs, each after those it needs: a training after its harvest, the rest after all."""
     here = shlex.quote(str(folder))
-    lines = ["#!/usr/bin/env bash", "set -euo pipefail", f"harvest=$(sbatch --parsable {here}/harvest.sh)"]
-    lines += [f"{name}=$(sbatch --parsable --dependency=afterok:$harvest {here}/{name}.sh)" for name in trains]
-    needed = ":".join(f"${name}" for name in trains)
+    lines = ["#!/usr/bin/env bash", "set -euo pipefail"]
+    lines += [f"{name}=$(sbatch --parsable {here}/{name}.sh)" for name in dict.fromkeys(needs.values())]
+    lines += [
+        f"{name}=$(sbatch --parsable --dependency=afterok:${harvest} {here}/{name}.sh)"
+        for name, harvest in needs.items()
+    ]
+    needed = ":".join(f"${name}" for name in needs)
     lines += [
         f"finish=$(sbatch --parsable --dependency=afterok:{needed} {here}/finish.sh)",
         'echo "submitted, the last is job $finish"',
