@@ -200,6 +200,25 @@ def test_two_evaluations_are_one_row(tmp_path: Path) -> None:
     assert results.runs[0].at("scr")
 
 
+def test_scores_made_otherwise_are_no_replicates(tmp_path: Path) -> None:
+    """SCR with other texts makes another group, named by what differs; a run without SCR stands with the first."""
+    paths = write_results(tmp_path, alphas=(0.0, 0.2), seeds=(0, 1, 2, 3), steps=(100,))
+    for path in paths:
+        data = read_json(path)
+        seed = data["checkpoint"]["provenance"]["train"]["seed"]
+        scr = {"scr": {"test_size": 320, "train_size": 800 if seed == 3 else 400}}
+        data["evaluation"]["families"] = {"kl": {"dtype": "bf16"}} | ({} if seed == 0 else scr)
+        write_json(path, data)
+    first, second = read_results([tmp_path]).groups
+    assert [row.label for row in first.rows] == [row.label for row in second.rows] == ["α = 0", "α = 0.2"]
+    assert [run.seed for run in first.rows[0].runs] == [0, 1, 2]
+    assert [run.seed for run in second.rows[1].runs] == [3]
+    assert (first.settings, second.settings) == (
+        {"scr scored with": "train_size 400"},
+        {"scr scored with": "train_size 800"},
+    )
+
+
 def test_averages_lead_without_massive_rows(tmp_path: Path) -> None:
     """Table, tests and sentences take averages without massive rows; those with them stand in a table of their own."""
     write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,))

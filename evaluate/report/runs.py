@@ -151,7 +151,7 @@ def read_results(paths: Iterable[Path]) -> Results:
         runs[run.identity] = merged(runs[run.identity], run) if run.identity in runs else run
     if not runs:
         raise UsageError("no results: give results files, or folders that `python -m evaluate --out` wrote")
-    found = tuple(runs.values())
+    found = tuple(told_apart(list(runs.values())))
     return Results(found, make_groups(found))
 
 
@@ -184,6 +184,29 @@ def make_groups(runs: Sequence[Run]) -> tuple[Group, ...]:
         grouped.setdefault(canonical_json(shown(run, names)), []).append(run)
     groups = [Group(shown(members[0], names), make_rows(members)) for members in grouped.values()]
     return tuple(sorted(groups, key=lambda group: (-len(group.runs), [in_order(v) for v in group.settings.values()])))
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with a setting more for every family of scores that some made otherwise than others: what differs in it.
+
+    Numbers of one score that were made with other texts or sizes are no replicates of each other. A run without the family
+    goes with the first of those that have it.
+    """
+    scored: dict[str, dict[str, dict[str, Any]]] = {}
+    for run in runs:
+        for family, settings in run.families.items():
+            scored.setdefault(family, {})[canonical_json(settings)] = settings
+    apart: list[dict[str, str]] = [{} for _ in runs]
+    for family, kinds in scored.items():
+        if len(kinds) == 1:
+            continue
+        names = sorted({name for kind in kinds.values() for name in kind})
+        differ = [name for name in names if len({canonical_json(kind.get(name)) for kind in kinds.values()}) > 1]
+        first = next(iter(kinds.values()))
+        for run, told in zip(runs, apart):
+            kind = run.families.get(family, first)
+            told[f"{family} scored with"] = ", ".join(f"{name} {canonical_json(kind.get(name))}" for name in differ)
+    return [replace(run, scored_with=told) for run, told in zip(runs, apart)]
 
 
 def in_order(value: Any) -> tuple[bool, float, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,18 @@ class Run:
     definitions: Mapping[str, Metric]
     versions: Mapping[str, str]
     git: str
+    scored_with: Mapping[str, str] = field(default_factory=dict)
+    """Settings of scores that are not those of all runs it stands beside (`runs.told_apart`)."""
+
+    @property
+    def families(self) -> Mapping[str, Mapping[str, Any]]:
+        """The families of scores it has, each with what shaped its numbers."""
+        families = self.evaluation.get("families")
+        return {
+            name: settings
+            for name, settings in (families.items() if isinstance(families, Mapping) else ())
+            if isinstance(settings, Mapping)
+        }
 
     @property
     def train(self) -> Mapping[str, Any]:
@@ -148,7 +160,7 @@ class Run:
             source = "/".join(Path(self.checkpoint.path).parts[-3:])
             settings |= {"recipe": "made elsewhere", "source": source, "weights": self.checkpoint.sha256[:10]}
         shaping = {name: self.evaluation[name] for name in SHAPING if name in self.evaluation}
-        return settings | {"evaluation": sha256(canonical_json(shaping))[:8]}
+        return settings | {"evaluation": sha256(canonical_json(shaping))[:8]} | dict(self.scored_with)
 
     @cached_property
     def identity(self) -> str:
@@ -218,6 +230,7 @@ def merged(one: Run, other: Run) -> Run:
     return replace(
         more,
         path=more.path if more.has_latents or not less.has_latents else less.path,
+        evaluation={**more.evaluation, "families": {**less.families, **more.families}},
         levels=tuple(levels),
         baselines={**less.baselines, **more.baselines},
         series={**less.series, **more.series},
