@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -192,7 +192,7 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
     Numbers of one score that were made with other texts or sizes are no replicates of each other. A run without the family
     goes with the first of those that have it.
     """
-    scored: dict[str, dict[str, dict[str, Any]]] = {}
+    scored: dict[str, dict[str, Mapping[str, Any]]] = {}
     for run in runs:
         for family, settings in run.families.items():
             scored.setdefault(family, {})[canonical_json(settings)] = settings
