@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -13,16 +12,13 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import google_crc32c
-import numpy as np
+import crc32c as crc32c_package
 import numpy.typing as npt
 
 from pipeline.base.errors import DamagedError, DiskError, MismatchError
@@ -50,27 +46,12 @@ def hash_parts(parts: Iterable[bytes]) -> str:
 
 
 def crc32c(data: bytes | npt.NDArray[Any], crc: int = 0) -> int:
-    """crc32c of bytes or of a contiguous array, going on from `crc`; about 10 GB/s a core, threads side by side."""
-    extend = unlocked_crc32c()
-    if extend is not None and isinstance(data, np.ndarray) and data.nbytes >= UNLOCKED_FROM and data.flags.c_contiguous:
-        return int(extend(crc, data.ctypes.data, data.nbytes))
-    return int(google_crc32c.extend(crc, data))
+    """crc32c of bytes or of a contiguous array, going on from `crc`; about 10 GB/s a core.
 
-
-UNLOCKED_FROM = 1 << 16
-"""Bytes from which releasing the interpreter's lock is worth a foreign call."""
-
-
-@cache
-def unlocked_crc32c() -> Callable[[int, int, int], int] | None:
-    """The C function inside google_crc32c, called so that other threads run on: its own wrapper holds the lock, and a
-    thread that checks chunks then stalls those that gather rows. None where the package has no C part."""
-    try:
-        extend = ctypes.CDLL(sys.modules["google_crc32c._crc32c"].__file__).crc32c_extend
-    except (KeyError, OSError, AttributeError):
-        return None
-    extend.restype, extend.argtypes = ctypes.c_uint32, [ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t]
-    return extend
+    The package releases the interpreter's lock from 32 kB on, so that a thread that checks chunks does not stall those
+    that gather rows.
+    """
+    return int(crc32c_package.crc32c(data if isinstance(data, bytes) else data.data, crc))
 
 
 def hash_config(config: Mapping[str, Any]) -> str:
