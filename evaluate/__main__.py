@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from pipeline.base import startup  # before what takes time to import
+
+    startup.begin()
+
 import dataclasses
 import sys
 from pathlib import Path
@@ -9,7 +14,7 @@ from typing import Any
 
 import click
 
-from pipeline.base.cli import COUNT, SIZE, main, print_json
+from pipeline.base.cli import COUNT, OUT_FOLDER, SIZE, main, print_json
 from pipeline.base.errors import UsageError
 
 PROBING = ("scr", "tpp", "k_sparse_probe")
@@ -22,9 +27,7 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 )
 @click.option("--model", help="Folder or Hub id of the model that made the store.  [default: the one the store names]")
 @click.option("--revision", help="Of a Hub model.  [default: the store's]")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Folder for results; may hold others already."
-)
+@click.option("--out", required=True, type=OUT_FOLDER, help="Folder for results; may hold others already.")
 @click.option(
     "--scores",
     help="Comma-separated: kl, ev, l0, coding, features, truth, structure, absorption, scr, tpp, k_sparse_probe.  [default: "

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from pipeline.base import startup  # before what takes time to import
+
+    startup.begin()
+
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from harvest.config import HarvestConfig
-from pipeline.base.cli import COUNT, main, print_json
+from pipeline.base.cli import COUNT, OUT_STORE, main, print_json
 from pipeline.base.errors import UsageError
 
 DEFAULTS = {name: field.default for name, field in HarvestConfig.__dataclass_fields__.items()}
@@ -84,7 +89,10 @@ class Names(click.ParamType[tuple[str, ...]]):
 @click.option("--eval-tokens", type=COUNT, help="Evaluation tokens, on top. [default: a twentieth of --tokens]")
 @click.option("--context", type=int, default=DEFAULTS["context"], help="Tokens of a sequence, BOS included.")
 @click.option(
-    "--store", required=True, help="Where to write: PATH, or PATH/layer_L.zarr for each of several layers; or a URL."
+    "--store",
+    type=OUT_STORE,
+    required=True,
+    help="Where to write: PATH, or PATH/layer_L.zarr for each of several layers; or a URL.",
 )
 @click.option(
     "--dtype",

@@ -9,6 +9,7 @@ before they are tokenised, so that memory does not grow with them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -162,8 +163,10 @@ def pack(
 
 def tokenized(documents: Iterator[Document], reader: Reader) -> Generator[Piece, None, None]:
     """The tokens of each document, made in batches one ahead of who reads them."""
-    for batch in ahead(reader.pieces(batch) for batch in batched(reader.parts(documents), BATCH_CHARACTERS)):
-        yield from batch
+    batches = ahead(reader.pieces(batch) for batch in batched(reader.parts(documents), BATCH_CHARACTERS))
+    with contextlib.closing(batches):  # left to the collector, its end would wait for a thread where Ctrl-C gets lost
+        for batch in batches:
+            yield from batch
 
 
 def batched(parts: Iterator[Part], n_characters: int) -> Iterator[list[Part]]:
@@ -179,7 +182,7 @@ def batched(parts: Iterator[Part], n_characters: int) -> Iterator[list[Part]]:
         yield batch
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
+def ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
     """The same items, the next one made in a thread while the last one is used."""
     end = object()
     with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as pool:

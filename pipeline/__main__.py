@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from pipeline.base import startup  # before what takes time to import
+
+    startup.begin()
+
 import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.base.cli import COUNT, main, print_json
+from pipeline.base.cli import COUNT, OUT_FILE, OUT_FOLDER, main, print_json
 from pipeline.base.errors import DamagedError
 from pipeline.base.progress import say
 from pipeline.experiment import experiment as experiments
@@ -29,7 +34,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--out", type=PATH, default=Path("demo"), show_default=True, help="Folder that everything goes to.")
+@click.option("--out", type=OUT_FOLDER, default=Path("demo"), show_default=True, help="Folder that everything goes to.")
 @click.option("--seed", type=int, multiple=True, help="Seeds of the SAEs instead of 0, 1, 2; repeat the option.")
 def demo(out: Path, seed: tuple[int, ...]) -> None:
     """Harvest a small real Gemma-2 over real text, train 18 flat and nested SAEs of equal sparsity, score them, write the report.
@@ -45,7 +50,7 @@ def demo(out: Path, seed: tuple[int, ...]) -> None:
 
 @cli.command()
 @click.argument("experiment", type=PATH)
-@click.option("--out", type=PATH, help="Folder that everything goes to.  [default: runs/NAME OF THE FILE]")
+@click.option("--out", type=OUT_FOLDER, help="Folder that everything goes to.  [default: runs/NAME OF THE FILE]")
 @click.option("--dry-run", is_flag=True, help="Print the plan with disk, memory and time; do nothing.")
 @click.option(
     "--machine",
@@ -113,7 +118,7 @@ def verify(path: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("url")
-@click.argument("path", type=PATH)
+@click.argument("path", type=OUT_FOLDER)
 def stage(url: str, path: Path) -> None:
     """Copy a store from object storage to a local disk for training; every shard is checked against its commit record.
 
@@ -148,7 +153,7 @@ def report(words: tuple[str, ...]) -> None:
     required=True,
     help="Whose folder to write.",
 )
-@click.option("--out", type=PATH, required=True, help="Folder to write.")
+@click.option("--out", type=OUT_FOLDER, required=True, help="Folder to write.")
 @click.option("--level", default=None, help="A level of the dictionary, 0 the innermost, or `all`: a folder each.")
 def export(checkpoint: Path, kind: str, out: Path, level: str | None) -> None:
     """Write a checkpoint as a folder that SAELens or dictionary_learning loads; centre and scale are folded in.
@@ -173,7 +178,7 @@ def export(checkpoint: Path, kind: str, out: Path, level: str | None) -> None:
 @click.option("--model", help="Folder or Hub id.  [default: the one that made the SAE's store]")
 @click.option("--layer", type=COUNT, help="The SAE sits after this layer.  [default: that of the SAE's store]")
 @click.option("--top", type=COUNT, default=5, show_default=True, help="Latents of each level to show at a token.")
-@click.option("--out", type=PATH, help="Write an HTML page instead of lines.")
+@click.option("--out", type=OUT_FILE, help="Write an HTML page instead of lines.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto.")
 def inspect(
     checkpoint: str, text: str, model: str | None, layer: int | None, top: int, out: Path | None, device: str
@@ -214,7 +219,7 @@ def push(checkpoint: Path, repository: str, results: Path | None, private: bool)
 
 @cli.command()
 @click.argument("repository")
-@click.option("--out", type=PATH, required=True, help="Folder to write.")
+@click.option("--out", type=OUT_FOLDER, required=True, help="Folder to write.")
 @click.option("--revision", help="Branch, tag or commit.  [default: main]")
 def pull(repository: str, out: Path, revision: str | None) -> None:
     """Download a checkpoint, its card and its results from the Hugging Face Hub, checked.

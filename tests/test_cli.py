@@ -1,8 +1,12 @@
+import errno
+import os
+from pathlib import Path
+
 import click
 import pytest
 
-from pipeline.base.cli import COUNT, SIZE, main
-from pipeline.base.errors import CorpusError, UsageError
+from pipeline.base.cli import COUNT, OUT_STORE, SIZE, Output, main
+from pipeline.base.errors import CorpusError, DiskError, UsageError
 from pipeline.base.progress import Progress, say, silenced
 from pipeline.experiment.experiment import Experiment
 from pipeline.experiment.stages import options
@@ -51,6 +55,99 @@ def test_exit_codes_tell_disk_from_typo(
     assert (str(error) or "run the same command again") in printed
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (FileExistsError(errno.EEXIST, "File exists", "/a/b"), "error: /a/b: File exists; something else is there"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/a/b"), "a file stands where a folder should"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/a/b"), "a folder stands where a file should"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/a/b"), "choose a shorter name"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "/a/b"), "links lead in a circle"),
+        (OSError(errno.EROFS, "Read-only file system", "/a/b"), "choose a path on another disk"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "a file or a connection: No space left on device; make room",
+        ),
+        (
+            OSError(errno.EIO, "Input/output error", "/a", None, "/b"),
+            "error: /a and /b: Input/output error; the disk failed",
+        ),
+        (OSError("two\nlines"), "error: a file or a connection: two lines; look at it"),
+        (MemoryError(), "error: not enough memory (MemoryError)"),
+        (
+            RuntimeError("[enforce fail] . DefaultCPUAllocator: not enough memory: you tried"),
+            "error: not enough memory",
+        ),
+        (CorpusError("two\nlines"), "error: two lines"),
+    ],
+)
+def test_what_a_system_says_is_one_line(
+    error: Exception, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever an operating system or a memory refuses is one line that names the path and what to do."""
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["x"])
+    with pytest.raises(SystemExit) as stop:
+        main(click.Command("x", callback=fail), "x")
+    assert stop.value.code == 1
+    printed = capsys.readouterr().err
+    assert says in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "folder", "says"),
+    [
+        ("file", True, "is a file, expected a folder"),
+        ("folder", False, "is a folder, expected a file"),
+        ("file/under", True, "file is a file, so nothing can lie under it"),
+        ("file/under/more", False, "file is a file, so nothing can lie under it"),
+        ("dangling", True, "a link there may lead to nothing"),
+        ("dangling/under", True, "a link there may lead to nothing"),
+        ("loop", True, "its links lead in a circle"),
+        ("n" * 240, False, "a name of 240 bytes is too long here"),
+        ("new/" + "é" * 130 + "/x", True, "a name of 260 bytes is too long here"),
+        ("shut/new", True, "shut cannot be written"),
+    ],
+)
+def test_impossible_outputs_are_found_first(
+    tmp_path: Path, place: str, folder: bool, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path that can never be written is one line when the options are read, before any work; nothing is made."""
+    for name in ("folder", "shut"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    may = os.access
+    monkeypatch.setattr(
+        "os.access", lambda path, how: path != tmp_path / "shut" and may(path, how)
+    )  # tests may run as root
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DiskError, match=says) as refusal:
+        Output(folder=folder).convert(tmp_path / place, None, None)
+    assert "\n" not in str(refusal.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_possible_outputs_are_left_alone(tmp_path: Path) -> None:
+    """A path that can be written, one that is there and a URL come back as they are; nothing is made."""
+    (tmp_path / "file").write_text("")
+    for place, folder in (
+        (tmp_path / "a" / "b", True),
+        (tmp_path, True),
+        (tmp_path / "file", False),
+        (tmp_path / "c", False),
+    ):
+        assert Output(folder=folder).convert(str(place), None, None) == place
+    assert OUT_STORE.convert("s3://bucket/acts.zarr", None, None) == "s3://bucket/acts.zarr"
+    assert OUT_STORE.convert(str(tmp_path / "a"), None, None) == str(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [5.0]), (None, [])])
 def test_rank_0_says_an_error_first(rank: str | None, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Under torchrun further ranks wait before they say an error, which ends them when rank 0 has it too."""
@@ -88,8 +185,6 @@ def test_settings_become_options() -> None:
 @pytest.mark.parametrize("name", ["demo", "paper"])
 def test_shipped_experiments_are_readable_by_name(name: str, tmp_path: object) -> None:
     """Shipped experiments are readable by name."""
-    from pathlib import Path
-
     experiment = Experiment.read(Path(f"{name}.toml"))
     assert experiment.train[0]["alpha"] == [0, 0.1, 0.2, 0.3, 0.5]
 

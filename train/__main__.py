@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from pipeline.base import startup  # before what takes time to import
+
+    startup.begin()
+
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.base.cli import COUNT, main, print_json
+from pipeline.base.cli import COUNT, OUT_FOLDER, main, print_json
 from pipeline.base.errors import DivergedError, UsageError
 from pipeline.base.files import read_json
 from pipeline.base.runtime import rank, resolve_device
@@ -27,7 +32,7 @@ from train.trainee import Outcome
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--store", type=click.Path(path_type=Path), required=True, help="Activation store that harvest made.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the members; it may grow.")
+@click.option("--out", type=OUT_FOLDER, required=True, help="Folder of the members; it may grow.")
 @click.option(
     "--config",
     type=click.Path(path_type=Path),

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 import click
 
-from pipeline.base.errors import PipelineError, UsageError
-from pipeline.base.files import disk_errors
+from pipeline.base.errors import DiskError, PipelineError, UsageError, explain, one_line
 from pipeline.base.progress import log_line, say
+from pipeline.base.startup import INTERRUPTED, heard
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
@@ -50,14 +50,67 @@ class Size(Count):
 COUNT, SIZE = Count(), Size()
 
 
+class Output(click.ParamType[Any]):
+    """A path to write to, a file or a folder, looked at before anything else is done. A URL is left as it is.
+
+    Nothing is made. Raises DiskError where it can never be written.
+    """
+
+    name = "path"
+
+    def __init__(self, *, folder: bool, urls: bool = False) -> None:
+        self.folder, self.urls = folder, urls
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A Path; text as it is where URLs are taken."""
+        if self.urls and "://" in str(value):
+            return value
+        try:
+            require_place(Path(value), folder=self.folder)
+        except DiskError:
+            raise
+        except OSError as error:
+            raise DiskError(explain(error) or str(error)) from error
+        return str(value) if self.urls else Path(value)
+
+
+OUT_FOLDER, OUT_FILE, OUT_STORE = Output(folder=True), Output(folder=False), Output(folder=True, urls=True)
+
+
+def require_place(path: Path, *, folder: bool) -> None:
+    """Raise DiskError unless a file or folder can be made at `path`, or is there and can be written. Raises OSError for what
+    the operating system says of the path itself: links in a circle, names that are too long."""
+    kind = "folder" if folder else "file"
+    place = path.absolute()
+    there = next(one for one in (place, *place.parents) if os.path.lexists(one))
+    if not there.exists():
+        os.stat(there)
+    inside = place.parts[len(there.parts) :]
+    longest = os.pathconf(there if there.is_dir() else there.parent, "PC_NAME_MAX")
+    if too_long := [part for part in inside if len(os.fsencode(part)) > longest - LEFT_FOR_SUFFIXES]:
+        raise DiskError(
+            f"{path}: a name of {len(os.fsencode(too_long[0]))} bytes is too long here; choose a shorter one"
+        )
+    if inside and not there.is_dir():
+        raise DiskError(f"{path}: {there} is a file, so nothing can lie under it; choose another {kind}")
+    if not inside and there.is_dir() != folder:
+        raise DiskError(f"{path}: is a {'file' if folder else 'folder'}, expected a {kind}; choose another one")
+    if not os.access(there if inside or folder else there.parent, os.W_OK | os.X_OK):
+        raise DiskError(f"{path}: {there} cannot be written; choose another {kind}, or have its permissions changed")
+
+
+LEFT_FOR_SUFFIXES = 20
+"""Bytes of a name that what we put behind it takes: `.12345678.partial`, `_files`."""
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file. Raises UsageError naming the line when it is not TOML, or when it is not there."""
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not readable as TOML ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not readable as TOML ({one_line(str(error))[:200]})") from error
 
 
 def print_json(data: Any) -> None:
@@ -79,24 +132,30 @@ def let_rank_0_speak() -> None:
 def main(command: click.Command, program: str, resume: str = "run the same command again to go on") -> NoReturn:
     """Run a click command as a program: exit 0 when done, 1 with one line for what a user or a disk caused, 2 for usage.
 
-    Ctrl-C prints `resume` and exits 130. A bug keeps its traceback.
+    Ctrl-C prints `resume` and exits 130, whatever it was turned into on its way here. A bug keeps its traceback.
     """
-    try:
-        with disk_errors(Path.cwd()):
+    with heard() as interrupts:
+        try:
             command.main(prog_name=f"python -m {program}", standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        say(f"\nstopped; {resume}")
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except PipelineError as error:
-        let_rank_0_speak()
-        say(f"error: {error}")
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except Exception:
-        log_line(traceback.format_exc())
-        raise
+        except click.exceptions.Exit as stop:
+            sys.exit(stop.exit_code)
+        except (Exception, KeyboardInterrupt) as error:
+            sys.exit(failed(error, resume, interrupted=interrupts.came))
     sys.exit(0)
+
+
+def failed(error: BaseException, resume: str, *, interrupted: bool) -> int:
+    """Say what ended a command, and its exit code. Raises the error itself where it is a bug."""
+    if interrupted or isinstance(error, click.Abort | KeyboardInterrupt):
+        say(f"\nstopped; {resume}")
+        return INTERRUPTED
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if not isinstance(error, PipelineError):
+        log_line("".join(traceback.format_exception(error)))
+    if (said := explain(error)) is None:
+        raise error
+    let_rank_0_speak()
+    say(f"error: {said}")
+    return 2 if isinstance(error, UsageError) else 1

@@ -1,8 +1,14 @@
 """What a user or a disk can cause. A command prints one of these as one line and exits 1.
 
 Each message says what is wrong, where (path), what was expected and found, and what to do next. Classes also inherit
-the builtin that a caller would expect to catch.
+the builtin that a caller would expect to catch. What nobody foresaw of a disk or a memory, `explain` says: the one place
+where an operating system's words become ours.
 """
+
+from __future__ import annotations
+
+import errno
+import os
 
 
 class PipelineError(Exception):
@@ -43,3 +49,69 @@ class DiskError(PipelineError, OSError):
 
 class DivergedError(PipelineError, ArithmeticError):
     """Training met a loss that is not finite."""
+
+
+ADVICE = {
+    errno.ENOENT: "check the path; a link there may lead to nothing",
+    errno.ENOTDIR: "a file stands where a folder should; choose another path",
+    errno.EISDIR: "a folder stands where a file should; choose another path",
+    errno.EEXIST: "something else is there; choose another path",
+    errno.ENOTEMPTY: "something else is there; choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle; remove one of them",
+    errno.EACCES: "choose another path, or have its permissions changed",
+    errno.EPERM: "choose another path, or have its permissions changed",
+    errno.EROFS: "choose a path on another disk",
+    errno.ENOSPC: "make room, then run again",
+    errno.EDQUOT: "make room, then run again",
+    errno.EFBIG: "raise the limit (ulimit -f), or choose another disk",
+    errno.EMFILE: "raise the limit (ulimit -n), then run again",
+    errno.ENFILE: "the machine has too many files open; close some programs, then run again",
+    errno.EIO: "the disk failed; look at it, or choose another one",
+    errno.ESTALE: "the network's disk lost it; mount it again, then run again",
+    errno.ENOLCK: "the disk has no locks; choose a local one",
+    errno.EADDRINUSE: "another job uses this port; choose another --master-port",
+}
+"""What to do when an operating system says this."""
+OUT_OF_MEMORY = (
+    "not enough memory",
+    "cannot allocate memory",
+    "out of memory",
+    "failed to map segment",
+    "start new thread",
+)
+"""What libraries say, in any case, when memory or what it is needed for is not to be had."""
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for a person about what a user, a disk or a machine caused; None for what is a bug of ours."""
+    if isinstance(error, PipelineError):
+        return one_line(str(error))
+    said = str(error).lower()
+    if isinstance(error, MemoryError) or (
+        isinstance(error, OSError | RuntimeError | ImportError | SystemError)
+        and any(part in said for part in OUT_OF_MEMORY)
+    ):
+        return (
+            f"not enough memory ({one_line(str(error))[:200] or type(error).__name__}); raise the limit (ulimit -v, the job's), "
+            "close other programs, or ask for less at a time (--help lists sizes)"
+        )
+    if not isinstance(error, OSError):
+        return None
+    places = " and ".join(os.fsdecode(one) for one in (error.filename, error.filename2) if isinstance(one, str | bytes))
+    reason = error.strerror or one_line(str(error))[:300] or type(error).__name__
+    advice = ADVICE.get(error.errno or 0, "look at it, then run again")
+    return f"{places or 'a file or a connection'}: {one_line(reason)}; {advice}"
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory, or what it is needed for, was not to be had: an error that says nothing of the file that was read."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        not isinstance(error, PipelineError) and any(part in said for part in OUT_OF_MEMORY)
+    )
+
+
+def one_line(text: str) -> str:
+    """Text of several lines as one."""
+    return " ".join(text.split())

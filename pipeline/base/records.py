@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import zstandard
 
-from pipeline.base.errors import CorpusError
+from pipeline.base.errors import CorpusError, lacks_memory
 
 Record = dict[str, Any]
 
@@ -106,6 +106,8 @@ def readable(path: Path) -> Iterator[IO[bytes]]:
         with COMPRESSED.get(path.suffix.lower(), io.FileIO)(path) as file:
             yield file if is_compressed(path) else io.BufferedReader(file)
     except UNREADABLE as error:
+        if lacks_memory(error):
+            raise
         raise CorpusError(f"{path}: cannot be read ({error}); get the file again or leave it out") from error
 
 
@@ -243,6 +245,8 @@ def arrow_errors(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if lacks_memory(error):
+            raise
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise CorpusError(f"{path}: cannot be read as {kind} ({first}); get the file again or leave it out") from error
 

@@ -1,0 +1,90 @@
+"""What every command imports first, before anything that takes time: from then on Ctrl-C never ends in a traceback.
+
+    while it imports     nothing is begun, nothing is held: the process leaves at once
+    in `heard`           KeyboardInterrupt, as Python does it, but one that gets lost is raised again
+
+One gets lost where Python cannot raise: in a generator that is thrown away, a destructor, a callback of a library. Python
+then says "Exception ignored in" and goes on. `heard` notes it and interrupts once more, until the command hears it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from pipeline.base.errors import explain
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+AGAIN_S = 0.02
+"""Seconds after which a lost interrupt is raised again: by then its frame is left."""
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """End the process now; what it has done so far is to import."""
+    os.write(2, b"\nstopped while starting; nothing was begun\n")
+    os._exit(INTERRUPTED)
+
+
+def say_what_failed(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Of what fails while importing: one line where the machine is the cause, else Python's traceback."""
+    said = explain(error)
+    if said is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        print(f"error: {said}", file=sys.stderr)
+
+
+def begin() -> None:
+    """Let a program that is starting leave at once on Ctrl-C, and say what fails in one line."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+    sys.excepthook = say_what_failed
+
+
+class Interrupts:
+    """Whether Ctrl-C came."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """What SIGINT does."""
+        self.came = True
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[Interrupts]:
+    """Ctrl-C raises KeyboardInterrupt inside, again where it was lost. Where SIGINT is ignored it stays ignored."""
+    interrupts = Interrupts()
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or previous not in (signal.default_int_handler, leave):
+        yield interrupts
+        return
+    hook, main = sys.unraisablehook, threading.get_ident()
+
+    def again() -> None:
+        time.sleep(AGAIN_S)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    def note(lost: Any) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            threading.Thread(target=again, name="interrupt again", daemon=True).start()
+        else:
+            hook(lost)
+
+    sys.unraisablehook = note
+    signal.signal(signal.SIGINT, interrupts.interrupt)
+    try:
+        yield interrupts
+    finally:
+        sys.unraisablehook = hook
+        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is leave else previous)
