@@ -13,7 +13,7 @@ import torch
 
 from evaluate.checkpoints.find import Checkpoint
 from evaluate.config import EvaluateConfig
-from evaluate.latents.files import TokenText, has_pages
+from evaluate.latents.files import has_pages
 from evaluate.models import Models
 from evaluate.results import families_done, result_path
 from evaluate.scores.labels import Probes, read_probes
@@ -21,6 +21,7 @@ from evaluate.scores.truth import Truth
 from pipeline.base.errors import UsageError
 from pipeline.base.files import hash_config
 from pipeline.base.runtime import resolve_device
+from pipeline.base.token_text import TokenText
 from pipeline.store.reader import Store
 
 if TYPE_CHECKING:

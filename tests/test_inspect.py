@@ -14,6 +14,7 @@ from pipeline.live.inspect import Block, Token, as_lines, as_page, block_names, 
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.nested import NestedSAE, SAEConfig
+from support.browser import browse, needs_chromium
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "data" / "tiny-gemma2")
@@ -75,3 +76,25 @@ def test_unnamed_model_is_asked_for(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "sae.safetensors", NestedSAE(SAEConfig(8, 4, (4,))), 1, {})
     with pytest.raises(UsageError, match="--model and --layer"):
         inspect_checkpoint(str(tmp_path / "sae.safetensors"), "x", None, None, 3, "cpu")
+
+
+def test_tokens_are_visible(checkpoint: Path) -> None:
+    """Line ends and the space before a word are seen."""
+    _, tokens = inspect_checkpoint(str(checkpoint), "It was\n", None, None, 3, "cpu")
+    assert [token.text for token in tokens] == ["<bos>", "It", " was", "↵"]
+
+
+@needs_chromium
+def test_page_fits_a_phone(tmp_path: Path) -> None:
+    """At 390 pixels nothing has to be scrolled sideways, and each block of a token stands on a line with its name."""
+    blocks = tuple(Block(name, tuple((700 + i, 0.123) for i in range(5)), 40) for name in block_names(2))
+    page = tmp_path / "page.html"
+    page.write_text(as_page([Token(" internationalisation", blocks)] * 3, block_names(2), "A text"))
+    with browse() as browser:
+        browser.size(390)
+        browser.open(page)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+        assert browser.evaluate("[...document.querySelectorAll('tbody tr')].every(row => row.offsetHeight < 160)")
+        heights = browser.evaluate("[...document.querySelectorAll('td[data-block]')].map(cell => cell.offsetLeft)")
+        assert len(set(heights)) == 1
+        assert browser.problems == []

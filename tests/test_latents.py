@@ -16,10 +16,11 @@ from torch import Tensor
 
 from evaluate.latents import collect as latents_module
 from evaluate.latents.collect import N_CONTEXTS, RADIUS, TopContexts, choose_chunks, write_latents
-from evaluate.latents.files import TokenText, begin, latents_folder, read_summary, script_json, visible, write_index
+from evaluate.latents.files import begin, latents_folder, read_summary, script_json, write_index
 from evaluate.latents.hierarchy import Counts, both_ways, relate
 from pipeline.base.errors import DamagedError
 from pipeline.base.runtime import torch_rng
+from pipeline.base.token_text import TokenText, visible
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from pipeline.store.reader import Store
 

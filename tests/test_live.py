@@ -20,7 +20,7 @@ from pipeline.sae.nested import NestedSAE, SAEConfig
 from support import tiny_models
 
 LAYER = 1
-KINDS = ("gemma2", "llama", "gpt2", "gpt_neox")
+KINDS = ("gemma2", "llama", "gpt2", "gpt_neox", "mixtral")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -135,9 +135,10 @@ def test_special_positions_stay(whole: Callable[..., Any], sae: NestedSAE) -> No
     assert not live.latents[~live.kept].any()
 
 
-def test_left_padding_is_respected(whole: Callable[..., Any], sae: NestedSAE) -> None:
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_left_padding_is_respected(whole: Callable[..., Any], kind: str, sae: NestedSAE) -> None:
     """A text in a left-padded batch gets the logits that it gets alone."""
-    model, tokens = whole("llama"), inputs()
+    model, tokens = whole(kind), inputs()
     padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), tokens], 1)
     mask = (torch.arange(16) >= 4).long().expand(3, -1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -147,10 +148,11 @@ def test_left_padding_is_respected(whole: Callable[..., Any], sae: NestedSAE) ->
     torch.testing.assert_close(batch[:, 4:], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_generation_with_a_cache(whole: Callable[..., Any], kind: str, sae: NestedSAE) -> None:
+def test_generation_with_a_cache(whole: Callable[..., Any], kind: str, dtype: torch.dtype, sae: NestedSAE) -> None:
     """Generation with a KV cache gives the tokens of generation without one, steered and spliced."""
-    model, tokens = whole(kind), inputs(2, 6)
+    model, tokens = whole(kind, dtype), inputs(2, 6)
     mask = torch.ones_like(tokens)
     for options in ({"keep_error": True, "edit": steer(3, 20.0)}, {"level": 0}):
         with attach(model, sae, LAYER, **options):  # type: ignore[arg-type]
@@ -206,9 +208,10 @@ def test_edits_move_the_residual(
         torch.testing.assert_close(attached, logits(model, tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_several_layers_at_once(whole: Callable[..., Any], sae: NestedSAE) -> None:
+@pytest.mark.parametrize("kind", ["gemma2", "mixtral"])
+def test_several_layers_at_once(whole: Callable[..., Any], kind: str, sae: NestedSAE) -> None:
     """SAEs on two layers see each other's effect, and both are gone at the end."""
-    model, tokens = whole(), inputs()
+    model, tokens = whole(kind), inputs()
     with attach(model, sae, 0) as first, attach(model, sae, 2) as second:
         both = logits(model, tokens)
         seen = second.latents
@@ -229,9 +232,10 @@ def test_sparse_latents_are_the_same(whole: Callable[..., Any], sae: NestedSAE) 
     assert torch.equal(live.sparse_latents.to_dense(), live.latents)
 
 
-def test_gradients_reach_the_latents(whole: Callable[..., Any], sae: NestedSAE) -> None:
+@pytest.mark.parametrize("kind", ["gemma2", "mixtral"])
+def test_gradients_reach_the_latents(whole: Callable[..., Any], kind: str, sae: NestedSAE) -> None:
     """∂logit/∂z with the error kept equals a finite difference of steering, and no logit changes."""
-    model, tokens = whole(), inputs(1)
+    model, tokens = whole(kind), inputs(1)
     before = logits(model, tokens)
     with attach(model, sae, LAYER, keep_error=True, gradients=True) as live:
         found = model(tokens).logits
@@ -240,6 +244,8 @@ def test_gradients_reach_the_latents(whole: Callable[..., Any], sae: NestedSAE) 
     assert live.z is not None
     assert live.z.grad is not None
     step, row = 1e-2, 4
+    if kind == "mixtral":  # grouped products know no float64
+        model.set_experts_implementation("eager")
 
     def nudged(by: float) -> torch.Tensor:
         def edit(z: torch.Tensor) -> torch.Tensor:

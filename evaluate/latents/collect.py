@@ -19,10 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from evaluate.latents import files as latent_files
-from evaluate.latents.files import PAGE_SIZE, Strings, Tokenizer, TokenText
+from evaluate.latents.files import PAGE_SIZE, Strings
 from evaluate.latents.hierarchy import CHANCE, MIN_COUNT, MIN_LIFT, Counts, Link, Pair, Related, both_ways, relate
 from pipeline.base.progress import Progress
 from pipeline.base.runtime import numpy_rng
+from pipeline.base.token_text import Tokenizer, TokenText
 from pipeline.sae.nested import NestedSAE
 
 if TYPE_CHECKING:

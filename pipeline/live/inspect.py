@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.base.errors import UsageError
 from pipeline.base.runtime import resolve_device
+from pipeline.base.token_text import TokenText
 from pipeline.live.attach import attach
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.foreign import load_sae
@@ -63,11 +64,11 @@ def inspect_text(model: Any, tokenizer: Any, sae: NestedSAE, layer: int, text: s
     with torch.no_grad(), attach(model, sae, layer, keep_error=True) as live:
         model(**inputs)
     assert live.kept is not None
-    names = block_names(sae.config.n_levels)
+    names, shown = block_names(sae.config.n_levels), TokenText(tokenizer)
     rows = []
     for id, kept, z in zip(inputs["input_ids"][0].tolist(), live.kept[0].tolist(), live.latents[0].float()):
         blocks = [strongest(name, z, block, top) for name, block in zip(names, sae.config.blocks)] if kept else []
-        rows.append(Token(tokenizer.decode([id]), tuple(blocks)))
+        rows.append(Token(shown(id), tuple(blocks)))
     return rows
 
 

@@ -61,6 +61,10 @@ def config(kind: str, **changes: Any) -> Any:
         return transformers.Qwen2Config(**sizes, use_sliding_window=True, sliding_window=8, max_window_layers=2)
     if kind == "qwen3":
         return transformers.Qwen3Config(**sizes)
+    if kind == "mixtral":
+        return transformers.MixtralConfig(
+            **sizes, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False
+        )
     raise ValueError(kind)
 
 
