@@ -87,9 +87,9 @@ def test_default_schedules_fit_short_trainings() -> None:
     assert schedules(paper()) == (1000, 1000, 0)
     assert schedules(paper(steps=48820)) == (10_000, 10_000, 0)
     assert schedules(paper(steps=300)) == (61, 61, 0)
-    assert schedules(batchtopk()) == (244, 0, 3906)
-    assert schedules(batchtopk(steps=300)) == (15, 0, 240)
-    assert schedules(batchtopk(steps=300, lr_warmup_steps=100)) == (100, 0, 200)
+    assert schedules(batchtopk()) == (244, 0, 2441)
+    assert schedules(batchtopk(steps=300)) == (15, 0, 150)
+    assert schedules(batchtopk(steps=300, lr_warmup_steps=200)) == (200, 0, 100)
 
 
 def test_wanted_l0_is_refused_beside_k() -> None:
@@ -106,10 +106,21 @@ def test_rates_follow_the_width() -> None:
     assert paper(width=768).lr == 3e-4
 
 
+def test_nested_dictionaries_decay_later() -> None:
+    """The learning rate of a nested dictionary falls over half of the run, a flat one's over four fifths."""
+    levels = (0.0625, 0.125, 0.25, 0.5, 1.0)
+    assert batchtopk(steps=2000, alpha=0.0).lr_decay_steps == 1600
+    assert [batchtopk(steps=2000, **kind).lr_decay_steps for kind in ({}, {"alpha": "auto"}, {"levels": levels})] == [
+        1000
+    ] * 3
+    assert batchtopk(steps=2000, lr_decay_steps=7).lr_decay_steps == 7
+    assert RECIPES["jumprelu"](steps=2000).lr_decay_steps == RECIPES["jumprelu"](steps=2000, alpha=0.0).lr_decay_steps
+
+
 def test_dead_rows_follow_the_run() -> None:
-    """A latent is dead after a fiftieth of the run's rows, and never before 100,000."""
-    assert batchtopk().dead_after_rows == 4882 * 2048 // 50
-    assert batchtopk(steps=100, batch_size=512).dead_after_rows == 100_000
+    """A latent is dead after a hundredth of the run's rows, and never before 10,000."""
+    assert batchtopk().dead_after_rows == 4882 * 2048 // 100
+    assert batchtopk(steps=100, batch_size=512).dead_after_rows == 10_000
     assert batchtopk(steps=48820, dead_after_rows=5).dead_after_rows == 5
 
 
