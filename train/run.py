@@ -28,8 +28,9 @@ from train.feed.loader import Loader
 from train.folder import Keep, check_out
 from train.parallel import Processes, join
 from train.plan import RunConfig, Task
+from train.step.fused import make_member, make_normalise
 from train.step.graphs import cuda_capture
-from train.step.member import Batch, Member, normalise_batch
+from train.step.member import Batch
 from train.step.scratch import Scratch
 from train.step.weights import named_by_content
 from train.stop import Stop, Stopped, stop_on_signals
@@ -101,6 +102,7 @@ class Pass:
         self.batch_size = tasks[0].config.batch_size
         self.center, self.scale = self.space(tasks[0].config)
         self.scratch = Scratch(self.device)
+        self.normalise = make_normalise(tasks[0].config, self.device, self.scratch)
         self.capture = cuda_capture() if job.cuda_graphs and self.device.type == "cuda" else None
 
     def space(self, config: TrainConfig) -> tuple[Tensor, float]:
@@ -131,7 +133,7 @@ class Pass:
     def trainee(self, task: Task, writer: Writer) -> Trainee:
         """A member made or gone on with; all of a pass share one set of buffers."""
         group = self.processes.group
-        member = Member(
+        member = make_member(
             task.config, self.store.d_model, self.center, self.scale, self.device, self.scratch, group, self.capture
         )
         return Trainee(self.job, task, member, writer, self.order.n_kept, self.processes.writes)
@@ -149,7 +151,7 @@ class Pass:
                 if not any(trainee.waits for trainee in trainees):
                     break
                 self.raise_if_stopped(step)
-                batch = normalise_batch(loader.next(), self.center, self.scale, out=batch)
+                batch = self.normalise(loader.next(), self.center, self.scale, out=batch)
                 for trainee in trainees:
                     if trainee.takes(step):
                         trainee.advance(batch, clock)

@@ -2,6 +2,7 @@
 
     python tests/bench/bench_train.py                                   # both shapes
     python tests/bench/bench_train.py --shape 640x4096 --rounds 5 --peer-python /path/to/env/bin/python
+    python tests/bench/bench_train.py --count-bytes --shape 2304x16384  # no clock: what a step on a GPU launches and moves
 
 The floor is the five large products of a step alone: torch.mm in bf16 on contiguous [row, d], [d, latent], [latent, d]
 (DECISIONS 18). Everything is timed in turn, round after round in one run; figures are medians. Peers (their own
@@ -15,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,31 @@ def summary(medians: dict[str, float], dtype: str) -> dict[str, Any]:
     }
 
 
+def count_bytes(shapes: Sequence[str], rows: int) -> dict[str, Any]:
+    """Operations and bytes of a step on a GPU in bf16, plain and fused, by part, counted without one; prints tables."""
+    from support.moved import count_step  # needs Triton
+
+    found: dict[str, Any] = {}
+    for shape in shapes:
+        d_model, width = (int(number) for number in shape.split("x"))
+        for name, make in OURS.items():
+            config = make(width=width, dtype="bf16")
+            for fused in (False, True):
+                parts = count_step(config, d_model, rows, fused)
+                total = {
+                    "launches": sum(part.launches for part in parts.values()),
+                    "bytes": sum(part.n_bytes for part in parts.values()),
+                }
+                way = "fused" if fused else "plain"
+                found[f"{shape}, {name}, {way}"] = total
+                print(
+                    f"\n{shape}, {rows} rows, {name}, {way}: {total['launches']} operations, {total['bytes'] / 1e9:.2f} GB"
+                )
+                for part, moved in parts.items():
+                    print(f"    {part:24s}{moved.launches:6d}{moved.n_bytes / 1e6:12.1f} MB")
+    return found
+
+
 def print_table(title: str, medians: dict[str, float]) -> None:
     print(f"\n{title}: median of a step\n{'':62s}{'ms':>10s}{'x floor':>10s}")
     for name, value in medians.items():
@@ -184,9 +210,21 @@ def print_table(title: str, medians: dict[str, float]) -> None:
 @click.option("--peer-python", default=None, help="interpreter of an environment with sae-lens and dictionary-learning")
 @click.option("--members", default="1,5,25", show_default=True, help="numbers of members on one batch; empty: none")
 @click.option("--member-shape", default="256x1024", show_default=True)
+@click.option(
+    "--count-bytes", "counts_bytes", is_flag=True, help="count operations and bytes of a step on a GPU; no clock"
+)
 def main(
-    shapes: tuple[str, ...], rows: int, rounds: int, peer_python: str | None, members: str, member_shape: str
+    shapes: tuple[str, ...],
+    rows: int,
+    rounds: int,
+    peer_python: str | None,
+    members: str,
+    member_shape: str,
+    counts_bytes: bool,
 ) -> None:
+    if counts_bytes:
+        print(json.dumps(count_bytes(shapes, rows), ensure_ascii=False))
+        return
     dtype = resolve_dtype("auto", CPU)
     results: dict[str, Any] = {}
     for shape in shapes:

@@ -1,0 +1,494 @@
+"""The fused step: its kernels, in Triton's interpreter or on a GPU, against the plain step in float64, every recipe and form."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from support.interpreter import DEVICE, put_right
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+
+from support.moved import count_step
+from test_graphs import Tape
+from train.config import RECIPES, TrainConfig, batchtopk
+from train.step import traffic
+from train.step.fused import FusedBatches, FusedMember, FusedStep, fuses, make_member, make_normalise, say_plain
+from train.step.member import Batch, Member, normalise_batch
+from train.step.objectives import auxiliary_pool
+from train.step.scratch import Scratch
+from train.step.traffic import Launch
+
+pytestmark = [pytest.mark.triton, pytest.mark.gpu] if DEVICE.type == "cuda" else pytest.mark.triton
+CPU = torch.device("cpu")
+D_MODEL, WIDTH, ROWS = 12, 40, 24
+LEVELS: dict[int, dict[str, Any]] = {
+    1: {"alpha": 0.0},
+    2: {"alpha": 0.2},
+    5: {"levels": (0.1, 0.2, 0.375, 0.5, 1.0)},
+}
+AUXILIARY: dict[str, Any] = {"k": 5, "aux_k": 6, "dead_after_rows": 100}
+RECIPE_FORMS: dict[str, dict[str, Any]] = {
+    "paper": {"recipe": "paper", "lambda_shared": 0.03, "lambda_specialised": 0.05},
+    "batchtopk": {"recipe": "batchtopk", **AUXILIARY},
+    "topk": {"recipe": "topk", **AUXILIARY},
+    "jumprelu": {"recipe": "jumprelu", "bandwidth": 1.0, "lambda_shared": 0.02},
+}
+OTHER_FORMS: dict[str, dict[str, Any]] = {
+    "no LayerNorm": {"recipe": "paper", "layernorm": "none", "lambda_shared": 0.01, "clip_norm": 0.05},
+    "LayerNorm after": {"recipe": "paper", "layernorm": "post", "normalize_gradients": True},
+    "scale not restored": {"recipe": "paper", "layernorm_rescale": False, "clip_norm": 0.0},
+    "additive": {"recipe": "paper", "objective": "additive", "target_l0": 9.0},
+    "levels by size": {"recipe": "paper", "level_weighting": "size", "alpha": "auto"},
+    "random prefixes": {"recipe": "paper", "level_weighting": "random", "alpha": 0.2},
+    "batchtopk, LayerNorm": {"recipe": "batchtopk", **AUXILIARY, "layernorm": "pre"},
+    "jumprelu, L1, LayerNorm": {"recipe": "jumprelu", "penalty": "l1", "layernorm": "pre"},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreter() -> Iterator[None]:
+    """The interpreter put right, and one thread: steps this small only wait for a second."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            put_right(patch)
+        yield
+    torch.set_num_threads(n_threads)
+
+
+def config_of(dtype: str = "float32", **changes: Any) -> TrainConfig:
+    """A recipe at the size of these tests."""
+    fixed = {"width": WIDTH, "batch_size": ROWS, "steps": 20, "lr": 3e-3, "lr_warmup_steps": 0, "lr_decay_steps": 8}
+    changes = fixed | {"sparsity_warmup_steps": 0, "dtype": dtype, "eps": 1e-5} | changes
+    return RECIPES[changes.pop("recipe", "paper")](**changes)
+
+
+def make(kind: type[Member], config: TrainConfig, d_model: int = D_MODEL, device: torch.device = CPU) -> Member:
+    """A member whose weights are all away from their first zeros and ones, the same in every kind and dtype."""
+    wide = torch.float64 if config.dtype == "float64" else torch.float32
+    member = kind(config, d_model, torch.full((d_model,), 0.1, dtype=wide, device=device), 1.3, device, Scratch(device))
+    generator = torch.Generator().manual_seed(1)
+    member.draws_thresholds = False
+    if "log_threshold" in member.weights:
+        member.weights["log_threshold"].fill_(math.log(0.1))
+    for name in sorted(member.weights):
+        if name != "W_dec":
+            noise = torch.randn(member.weights[name].shape, generator=generator)
+            member.weights[name].add_(0.1 * noise.to(device))
+    member.adam.refresh_low()
+    return member
+
+
+def fused(config: TrainConfig, d_model: int = D_MODEL) -> FusedMember:
+    member = make(FusedMember, config, d_model, DEVICE)
+    assert isinstance(member, FusedMember)
+    return member
+
+
+def raw_rows(step: int = 0, n: int = ROWS, d_model: int = D_MODEL) -> Tensor:
+    """Rows of very different norms."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(n, d_model, generator=generator) / d_model**0.5
+    return x * (0.5 + torch.rand(n, 1, generator=generator)) + 0.1
+
+
+def batch_of(member: Member, raw: Tensor) -> Batch:
+    return normalise_batch(raw.to(member.device), member.center, member.scale)
+
+
+def let_latents_die(member: Member) -> None:
+    """Fewer dead latents than 2 · aux_k, more than aux_k."""
+    member.n_rows = 200
+    member.rows_since_fired[3:14] = torch.arange(101, 112, device=member.device)
+
+
+def assert_close(found: Member, expected: Member, tolerance: float = 3e-5) -> None:
+    """Everything that a resumed training would read, as a part of the largest number of each tensor."""
+    theirs = found.state()
+    for name, tensor in expected.state().items():
+        size = max(float(tensor.double().abs().max()), 1e-9)
+        off = float((theirs[name].cpu().double() - tensor.double()).abs().max())
+        assert off <= tolerance * size, f"{name} is off by {off / size:.1e} of its largest"
+
+
+def step_both(form: dict[str, Any], n_steps: int = 2, *, n: int = ROWS, d_model: int = D_MODEL) -> None:
+    """The fused step in float32 and the plain one in float64 from the same weights on the same rows, compared."""
+    ours = fused(config_of(**form), d_model)
+    plain = make(Member, config_of(**form | {"dtype": "float64"}), d_model)
+    for step in range(n_steps):
+        raw = raw_rows(step, n, d_model)
+        for member in (ours, plain):
+            if step == 1 and member.config.aux_k:
+                let_latents_die(member)
+            member.step(batch_of(member, raw))
+    assert_close(ours, plain)
+    said, expected = ours.metrics(), plain.metrics()
+    assert {name: pytest.approx(value, rel=2e-4, abs=1e-7) for name, value in expected.items()} == said
+    assert said["aux"] > 0 or not ours.config.aux_k
+
+
+@pytest.mark.parametrize("n_levels", LEVELS)
+@pytest.mark.parametrize("recipe", RECIPE_FORMS)
+def test_recipe_equals_float64_step(recipe: str, n_levels: int) -> None:
+    """A fused step is the plain one: weights, moments, counters, metrics; every recipe and number of levels."""
+    step_both(RECIPE_FORMS[recipe] | LEVELS[n_levels])
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_form_equals_float64_step(form: str) -> None:
+    """LayerNorm's forms, objectives, penalties, prefixes, clipping, controllers: a fused step is the plain one."""
+    step_both(OTHER_FORMS[form])
+
+
+@pytest.mark.parametrize(("recipe", "n", "n_steps"), [("batchtopk", 261, 2), ("paper", 261, 1), ("topk", 29, 1)])
+def test_odd_sizes_over_several_programs(recipe: str, n: int, n_steps: int) -> None:
+    """Ragged ends of rows, latents and dimensions, more than one program along each."""
+    form = RECIPE_FORMS[recipe] | {"width": 149, "batch_size": n, "levels": (0.3, 1.0), "alpha": None}
+    step_both(form | ({"aux_k": 0} if recipe == "topk" else {}), n_steps, n=n, d_model=133)
+
+
+@pytest.mark.parametrize("recipe", ["batchtopk", "topk", "paper", "jumprelu"])
+def test_bf16_latents_are_bit_equal(recipe: str) -> None:
+    """In bf16, where values are equal by the dozen, a fused forward without LayerNorm has the very latents of the plain one."""
+    form = RECIPE_FORMS[recipe] | {"layernorm": "none", "aux_k": 0}
+    ours, plain = fused(config_of("bf16", **form)), make(Member, config_of("bf16", **form), device=DEVICE)
+    for seed in range(3):
+        batch = batch_of(plain, raw_rows(seed))
+        forward = plain._forward(batch)
+        step = FusedStep(ours, batch)
+        step.forward()
+        assert torch.equal(step.z, plain.latents.z)
+        assert torch.equal(step.counts.sum(0), forward.fired.counts)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("recipe", ["batchtopk", "topk"])
+def test_ties_are_kept(recipe: str, dtype: str) -> None:
+    """All latents equal to the last that is kept stay."""
+    ours = fused(config_of(dtype, recipe=recipe, k=3, aux_k=0))
+    step = FusedStep(ours, batch_of(ours, raw_rows()))
+    ours.weights["b_enc"].zero_()
+    step.forward()
+    values = torch.tensor([4.0, 3.0, 2.0, 2.0, 2.0, 1.0] + [-1.0] * (WIDTH - 6))
+    step.a = values.expand(ROWS, WIDTH).to(DEVICE, step.a.dtype).contiguous()
+    step._latents()
+    assert step.z[:, :6].tolist() == [[4.0, 3.0, 2.0, 2.0, 2.0, 0.0]] * ROWS
+    assert not step.z[:, 6:].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("guess", [0.0, 0.3, 1e9])
+def test_any_guess_finds_the_threshold(guess: float, dtype: str) -> None:
+    """The guess changes no threshold, be it far too high; afterwards it is a little below what was found."""
+    ours = fused(config_of(dtype, recipe="batchtopk", k=5, aux_k=0))
+    ours.search[0] = guess
+    step = FusedStep(ours, batch_of(ours, raw_rows()))
+    step.forward()
+    before = (step.x_low @ ours.adam.low["W_enc"]).float() + ours.weights["b_enc"]
+    expected = before.to(step.z.dtype).relu().flatten().topk(5 * ROWS).values.amin()
+    assert float(ours.search[1]) == float(expected)
+    assert float(ours.search[0]) == pytest.approx(0.97 * float(expected), rel=1e-6)
+    assert not any(bins.any() for bins in ours.bins)  # empty again for the next step
+
+
+@pytest.mark.parametrize("recipe", RECIPE_FORMS)
+def test_rows_of_zeros_are_harmless(recipe: str) -> None:
+    """Rows that are all 0 after centring, and latents of which fewer are positive than are to be kept."""
+    form = RECIPE_FORMS[recipe] | {"aux_k": 0}
+    ours = fused(config_of(**form))
+    plain = make(Member, config_of(**form | {"dtype": "float64"}))
+    for member in (ours, plain):
+        member.weights["b_enc"].fill_(-0.2)
+        member.weights["b_dec"].zero_()
+        raw = torch.where(torch.arange(ROWS)[:, None] < 3, raw_rows(), torch.full((ROWS, D_MODEL), 0.1))
+        member.step(batch_of(member, raw.to(member.center.dtype)))
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in ours.state().values())
+    assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("n_dead", [0, 1, 7, 12, 13, 30])
+def test_pool_is_that_of_the_objectives(n_dead: int) -> None:
+    """The dead that have gone longest without firing, the first of equals."""
+    ours = fused(config_of(**RECIPE_FORMS["batchtopk"]))
+    ages = torch.randint(0, 99, (WIDTH,), generator=torch.Generator().manual_seed(n_dead))
+    ages[torch.randperm(WIDTH, generator=torch.Generator().manual_seed(1))[:n_dead]] = 100
+    ages[ages == 100] += torch.randint(0, 4, (n_dead,), generator=torch.Generator().manual_seed(2))
+    ours.rows_since_fired.copy_(ages)
+    ours.n_rows = 200
+    step = FusedStep(ours, batch_of(ours, raw_rows()))
+    step._find_pool()
+    expected = auxiliary_pool(ours.config, ages)
+    wanted = [] if expected is None else sorted(expected.tolist())
+    assert int(step.n_dead) == len(wanted)
+    assert step.pool[: len(wanted)].tolist() == wanted
+    slots = {latent: slot for slot, latent in enumerate(wanted)}
+    assert step.slots.tolist() == [slots.get(latent, -1) for latent in range(WIDTH)]
+
+
+def test_no_dead_latent_costs_nothing() -> None:
+    """While no latent is dead the auxiliary loss reads nothing: what lies in its buffers does not matter."""
+    with_it, without = (fused(config_of(**RECIPE_FORMS["batchtopk"] | {"aux_k": aux_k})) for aux_k in (6, 0))
+    for member in (with_it, without):
+        member.n_rows = 200
+        for name in ("pool_z", "pool_gradient", "slope", "remainder"):
+            member._take(name, ROWS, max(D_MODEL, 12)).fill_(math.nan)
+        member.step(batch_of(member, raw_rows()))
+    assert int(with_it.scratch.take("n_dead", (1,), torch.int32)) == 0
+    for name, tensor in without.state().items():
+        assert torch.equal(tensor, with_it.state()[name]), name
+
+
+def test_divergence_is_seen() -> None:
+    """A row that is not finite makes the loss so, whatever is selected."""
+    for recipe in RECIPE_FORMS:
+        ours = fused(config_of(**RECIPE_FORMS[recipe]))
+        raw = raw_rows()
+        raw[5, 3] = math.nan
+        ours.step(batch_of(ours, raw))
+        assert not ours.is_finite(), recipe
+
+
+def test_resumed_fused_member_is_bit_equal() -> None:
+    """A fused member goes on from its state bit for bit, whatever threshold it guesses first."""
+    config = config_of("bf16", **RECIPE_FORMS["batchtopk"])
+    whole, second = fused(config), fused(config)
+    for step in range(2):
+        whole.step(batch_of(whole, raw_rows(step)))
+    second.load_state({name: tensor.clone() for name, tensor in whole.state().items()})
+    for member in (whole, second):
+        member.step(batch_of(member, raw_rows(2)))
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, second.state()[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fused_batch_is_the_plain_one(dtype: torch.dtype) -> None:
+    """Rows normalised in one pass: x bit for bit, sums within rounding, into the buffers given."""
+    center = torch.linspace(-1, 1, 133, device=DEVICE)
+    batches = FusedBatches(Scratch(DEVICE))
+    out = None
+    for seed in range(2):
+        raw = raw_rows(seed, 37, 133).to(DEVICE, dtype)
+        expected = normalise_batch(raw, center, 1.7)
+        found = batches.normalise(raw, center, 1.7, out=out)
+        assert out is None or found is out
+        out = found
+        assert torch.equal(found.x, expected.x)
+        torch.testing.assert_close(found.norm, expected.norm)
+        torch.testing.assert_close(found.total, expected.total, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.square, expected.square, rtol=1e-6, atol=0)
+
+
+# ---- recorded, launched, moved ----
+
+
+class LaunchTape(Tape):
+    """A tape that notes launches of kernels too, and not what the interpreter does to run them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        frame = sys._getframe()
+        while frame is not None and not frame.f_code.co_filename.endswith("triton/runtime/interpreter.py"):
+            frame = frame.f_back  # type: ignore[assignment]
+        if frame is not None:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def note(self, launch: Launch) -> None:
+        self.notes.append((replay_launch, (launch,), {}, None))
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.notes:
+            if func is replay_launch:
+                func(*args)
+                continue
+            one = Tape()
+            one.notes = [(func, args, kwargs, out)]
+            one.replay()
+
+
+def replay_launch(launch: Launch) -> None:
+    launch.kernel[launch.grid](*launch.arguments, **launch.options)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a tape stands in for CUDA's graphs where there are none")
+@pytest.mark.parametrize("recipe", ["batchtopk", "paper"])
+def test_recorded_fused_step_is_bit_equal(recipe: str) -> None:
+    """A fused step replayed on other rows is the step: nothing of it is decided in Python."""
+    config = config_of("bf16", **RECIPE_FORMS[recipe])
+    plain, taped = fused(config), fused(config)
+    batch = batch_of(plain, raw_rows())
+    for member in (plain, taped):
+        member.n_rows = 200
+        member.step(batch)
+    tape, state = LaunchTape(), {name: tensor.clone() for name, tensor in taped.state().items()}
+    low = {name: tensor.clone() for name, tensor in taped.adam.low.items()}
+    traffic.observers.append(tape.note)
+    try:
+        with tape:
+            taped._step(batch)
+    finally:
+        traffic.observers.clear()
+    for tensors, kept in ((taped.state(), state), (taped.adam.low, low)):
+        for name, tensor in tensors.items():
+            tensor.copy_(kept[name])
+    taped.search.copy_(plain.search)
+    for seed in (1, 2):
+        normalise_batch(raw_rows(seed), plain.center, plain.scale, out=batch)
+        let_latents_die(plain)
+        let_latents_die(taped)
+        plain._step(batch)
+        tape.replay()
+        for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+            assert torch.equal(plain.weights[name], taped.weights[name]), name
+        assert torch.equal(plain.sums.flat, taped.sums.flat)
+
+
+class Touched:
+    """Addresses that kernels read and wrote, a launch at a time, in the interpreter."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        from triton.runtime import interpreter
+
+        self.read: list[Any] = []
+        self.written: list[Any] = []
+        self.launches: list[tuple[Launch, int]] = []
+        builder = interpreter.InterpreterBuilder
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def create_masked_load(this: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+            self.read.append(self.bytes_of(ptrs, mask))
+            return load(this, ptrs, mask, *rest)
+
+        def create_masked_store(this: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            self.written.append(self.bytes_of(ptrs, mask))
+            return store(this, ptrs, value, mask, *rest)
+
+        patch.setattr(builder, "create_masked_load", create_masked_load)
+        patch.setattr(builder, "create_masked_store", create_masked_store)
+
+    @staticmethod
+    def bytes_of(ptrs: Any, mask: Any) -> Any:
+        size = ptrs.get_element_ty().primitive_bitwidth // 8
+        first = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data.astype(bool)].astype(np.uint64)
+        return (first[:, None] + np.arange(size, dtype=np.uint64)).reshape(-1)
+
+    def run(self, launch: Launch) -> int:
+        """Bytes that a launch reads and bytes that it writes, each address once."""
+        self.read, self.written = [], []
+        replay_launch(launch)
+        return sum(len(np.unique(np.concatenate(parts))) for parts in (self.read, self.written) if parts)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="addresses are seen in the interpreter only")
+@pytest.mark.parametrize("form", ["batchtopk", "topk", "jumprelu", "paper"])
+def test_launches_move_what_they_say(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launch says of its bytes is what it touches: no less, and hardly more."""
+    config = config_of("bf16", **RECIPE_FORMS[form] | LEVELS[2])
+    member = fused(config)
+    batches = FusedBatches(member.scratch)
+    raw = raw_rows().bfloat16()
+    batch = batches.normalise(raw, member.center, 1.3)
+    member.n_rows = 200
+    member.step(batch)
+    touched, off = Touched(monkeypatch), {}
+
+    def observe(launch: Launch) -> None:
+        """Each launch here runs twice; twice is harmless but to the sums, which nobody reads."""
+        found = touched.run(launch)
+        if not launch.n_bytes * 0.93 - 64 <= found <= launch.n_bytes * 1.0 + 8:
+            off[launch.kernel.__name__] = (found, launch.n_bytes)
+
+    traffic.observers.append(observe)
+    try:
+        batches.normalise(raw, member.center, 1.3, out=batch)
+        member.step(batch)
+    finally:
+        traffic.observers.clear()
+    assert off == {}
+
+
+def test_fused_step_moves_half() -> None:
+    """batchtopk with two levels at d 2304, width 16384, 2048 rows: at most 3.8 GB and 40 launches."""
+    config = batchtopk(width=16384, alpha=0.2, dtype="bf16")
+    plain, ours = (count_step(config, 2304, 2048, fused=fused).values() for fused in (False, True))
+    assert sum(part.n_bytes for part in ours) <= 3.8e9 < sum(part.n_bytes for part in plain) / 2
+    assert sum(part.launches for part in ours) <= 40 < sum(part.launches for part in plain) / 3
+
+
+def test_plain_step_where_triton_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Members step in fused passes on CUDA alone; without Triton plainly, which is said once."""
+    cuda = torch.device("cuda")
+    config = config_of("bf16")
+    assert fuses(config, cuda)
+    assert not fuses(config_of("float64"), cuda)
+    assert not fuses(config, CPU)
+    assert type(make_member(config, D_MODEL, torch.zeros(D_MODEL), 1.0, CPU, Scratch(CPU))) is Member
+    assert make_normalise(config, CPU, Scratch(CPU)) is normalise_batch
+    monkeypatch.setattr("train.step.fused.has_triton", lambda: False)
+    say_plain.cache_clear()
+    assert not any(fuses(config, cuda) for _ in range(3))
+    assert capsys.readouterr().err.count("Triton is not installed") == 1
+
+
+def compile_for(*arguments: str) -> dict[str, dict[str, dict[str, int]]]:
+    """What kernels take on GPUs that are not here."""
+    script = Path(__file__).parent / "support" / "compile_kernels.py"
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    table: dict[str, dict[str, dict[str, int]]] = json.loads(done.stdout)
+    return table
+
+
+def assert_no_spills(table: dict[str, dict[str, dict[str, int]]], n_kernels: int) -> None:
+    for where, kernels in table.items():
+        assert len(kernels) == n_kernels, where
+        spilling = {name: taken for name, taken in kernels.items() if taken["spills"] or taken["shared"] > 96 * 1024}
+        assert not spilling, where
+
+
+def test_default_recipe_compiles_for_hopper() -> None:
+    """The kernels of a batchtopk step compile for sm_90, and none spills."""
+    table = compile_for("--target", "90", "--config", "batchtopk, 2 levels", "--shape", "2304x16384")
+    assert len(table) == 1
+    assert_no_spills(table, 21)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_target() -> None:
+    """All kernels of all recipes compile for sm_80, sm_90 and sm_100 at three sizes, and none spills."""
+    table = compile_for()
+    assert len(table) == 9
+    assert_no_spills(table, 24)
+
+
+def test_tests_see_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests run kernels, and not stand-ins: a broken one fails them."""
+    from train.step import kernels
+
+    launched: list[Callable[..., Any]] = []
+    traffic.observers.append(lambda launch: launched.append(launch.kernel))
+    try:
+        ours = fused(config_of("bf16", **RECIPE_FORMS["batchtopk"]))
+        ours.step(batch_of(ours, raw_rows()))
+    finally:
+        traffic.observers.clear()
+    assert kernels.backward_kernel in launched
+    assert kernels.adam_rows_kernel in launched
