@@ -20,7 +20,8 @@ from train.config import TrainConfig
 from train.feed.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
 from train.feed.order import Order
 from train.folder import Folder, Keep
-from train.step.member import Member, normalise_batch, product_dtype
+from train.step.fused import make_member, make_normalise
+from train.step.member import product_dtype
 from train.step.sample import n_held
 from train.step.scratch import CACHE_NUMBERS, Scratch
 from train.step.weights import initial_shapes
@@ -275,8 +276,9 @@ def kind_of(config: TrainConfig) -> TrainConfig:
 
 def step_seconds(config: TrainConfig, d_model: int, device: torch.device) -> float:
     """Seconds of one step of such a member, the best of three."""
-    member = Member(config, d_model, torch.zeros(d_model, device=device), 1.0, device, Scratch(device))
+    scratch, center = Scratch(device), torch.zeros(d_model, device=device)
+    member = make_member(config, d_model, center, 1.0, device, scratch)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(config.batch_size, d_model, generator=generator).to(device) / d_model**0.5
-    batch = normalise_batch(x, member.center.to(member.wide), 1.0)
+    batch = make_normalise(config, device, scratch)(x, center.to(member.wide), 1.0)
     return measured_seconds(lambda: member.step(batch), device)
