@@ -51,6 +51,13 @@ def select(job: Job, paths: Sequence[Path]) -> Selection:
 
 def only_fitting_scores(config: EvaluateConfig, store: Store) -> tuple[EvaluateConfig, list[Failure]]:
     """The config without scores that the store cannot give, and those. Raises the first one's error when none is left."""
+    if not store.layout.has_tokens and (config.probing is not None or config.latents):
+        asked = (
+            "--latents" if config.latents else f"--scores {','.join(config.probing.scores if config.probing else ())}"
+        )
+        raise UsageError(
+            f"{asked}: the rows of {config.store} are of no text, so there is nothing to show or read; leave it out"
+        )
     unfit = unfit_scores(config.scores, store)
     if "absorption" in config.scores and "absorption" not in unfit:
         try:

@@ -10,12 +10,6 @@ from typing import Literal
 from pipeline.base.errors import UsageError
 from pipeline.store.backend import is_url
 
-CHUNK_ROWS, SHARD_CHUNKS = 1024, 64
-"""Rows of an inner chunk, rounded down to whole sequences, and chunks of a shard: 4.7 MB and 302 MB at d_model 2304."""
-
-EVAL_SHARE = 20
-"""Without --eval-tokens, evaluation gets one token for so many training tokens."""
-
 
 @dataclass(frozen=True)
 class HarvestConfig:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from harvest.config import CHUNK_ROWS, EVAL_SHARE, SHARD_CHUNKS, HarvestConfig
+from harvest.config import HarvestConfig
 from harvest.corpus import Corpus, Source, open_corpus
 from harvest.texts import Reader
 from harvest.tokens import Packing
@@ -20,7 +20,7 @@ from pipeline.model.files import tokenizer_sha256
 from pipeline.model.specials import resolve_bos, resolve_separator, special_ids
 from pipeline.model.split_lm import ModelInfo, load_tokenizer
 from pipeline.store.backend import is_url
-from pipeline.store.layout import estimate_bytes
+from pipeline.store.layout import CHUNK_ROWS, EVAL_SHARE, SHARD_CHUNKS, estimate_bytes
 from pipeline.store.prepare import extended, segments
 from pipeline.store.reader import Store
 

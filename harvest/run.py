@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from harvest import announce
@@ -18,12 +16,10 @@ from harvest.forward import harvest_shards, pending_shards
 from harvest.plan import Plan, make_plan
 from harvest.splits import Splits, make_tokens, stored_tokens
 from pipeline.base.errors import MismatchError
-from pipeline.base.files import disk_errors, lock_folder, require_free
 from pipeline.base.progress import Progress, say, silenced
 from pipeline.base.runtime import rank, versions, world_size
 from pipeline.model.split_lm import SplitLM
-from pipeline.store.backend import is_url, make_folder
-from pipeline.store.prepare import prepare, resume
+from pipeline.store.prepare import locked, prepare, require_space, resume
 from pipeline.store.writer import StoreWriter
 
 Barrier = Callable[[], None]
@@ -73,34 +69,6 @@ def workers() -> Iterator[Barrier]:
         yield lambda: dist.barrier() and None
     finally:
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def locked(stores: Iterable[str]) -> Iterator[None]:
-    """Hold every local store of a plan against a second harvest. Raises DiskError when another process has one.
-
-    A store's folder is made for this, and taken away again where nothing came into it.
-    """
-    folders = [Path(path) for path in stores if not is_url(path)]
-    with contextlib.ExitStack() as stack:
-        for folder in folders:
-            with disk_errors(folder):
-                make_folder(folder)
-                stack.callback(os.close, lock_folder(folder, "harvesting into this store"))
-        try:
-            yield
-        finally:
-            for folder in folders:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()  # refuses unless it is empty
-
-
-def require_space(place: str, stores: Iterable[str], estimate: int) -> None:
-    """Raise DiskError unless what is still to be written of the stores, `estimate` bytes in all, fits on the disk."""
-    if is_url(place):
-        return
-    there = sum(p.stat().st_size for path in stores for p in Path(path).rglob("*") if p.is_file())
-    require_free(Path(place), max(0, estimate - there), "the store")
 
 
 def prepare_stores(plan: Plan, repair: bool) -> None:

@@ -1,7 +1,7 @@
 """What two stages need, or what defines bytes on disk. Stages meet only here and on disk; this package imports no stage.
 
 Importing it loads nothing, so that a report needs no torch. What a notebook calls is fetched when it is first asked for:
-`pipeline.load`, `pipeline.attach`, and the edits `pipeline.steer`, `pipeline.ablate`, `pipeline.clamp`.
+`pipeline.load`, `pipeline.attach`, the edits `pipeline.steer`, `pipeline.ablate`, `pipeline.clamp`, and `pipeline.write_store`.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ NOTEBOOK = {
     "steer": "pipeline.live.edits",
     "ablate": "pipeline.live.edits",
     "clamp": "pipeline.live.edits",
+    "write_store": "pipeline.imports.write",
 }
 
 

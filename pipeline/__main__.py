@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from pipeline.base.cli import COUNT, OUT_FILE, OUT_FOLDER, main, print_json
-from pipeline.base.errors import DamagedError
+from pipeline.base.errors import DamagedError, UsageError
 from pipeline.base.progress import say
 from pipeline.experiment import experiment as experiments
 from pipeline.experiment import stages
@@ -114,6 +114,67 @@ def verify(path: str, as_json: bool) -> None:
         raise DamagedError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)} found")
     if not as_json:
         click.echo(f"{path}: whole")
+
+
+@cli.command("import")
+@click.argument(
+    "kind", metavar="FORMAT", type=click.Choice(["npy", "safetensors", "saelens", "saev", "dictionary-learning"])
+)
+@click.argument("path", type=PATH)
+@click.option("--store", required=True, help="Where to write the store.")
+@click.option("--rows", type=COUNT, help="Rows to take, the first ones.  [default: all]")
+@click.option(
+    "--eval-rows",
+    type=COUNT,
+    help="Of these, to hold out for evaluation, whole sequences spread evenly.  [default: 1 in 21]",
+)
+@click.option("--context", type=COUNT, help="Rows called a sequence, where the source has none.  [default: 128]")
+@click.option("--key", help="Tensor or column, where there are several.")
+@click.option(
+    "--layer", type=int, help="Layer they were taken at; of a saev folder: the one to take.  [default: what it says]"
+)
+@click.option("--hook", help="Where in the layer: resid_post, mlp_out, …  [default: what it says]")
+@click.option("--model", help="Model they were taken from, for the record and checks.  [default: what it says]")
+@click.option("--special-ids", default="", help="Of saelens: tokens whose rows are not trained on, like 0,50256.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bf16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="What is stored. auto: bf16 of bf16, float32 of all else, so that nothing but float64 is rounded.",
+)
+@click.option("--chunk-rows", type=COUNT, help="Rows read at once.  [default: about 1024, whole sequences]")
+@click.option("--shard-rows", type=COUNT, help="Rows of a file, a multiple of --chunk-rows.  [default: 64 chunks]")
+@click.option(
+    "--codec", type=click.Choice(["none", "lz4", "zstd"]), default="none", show_default=True, help="Compression."
+)
+@click.option("--dry-run", is_flag=True, help="Check every header and say what would be written, and stop.")
+def import_rows(
+    kind: str, path: Path, key: str | None, special_ids: str, dry_run: bool, layer: int | None, **options: Any
+) -> None:
+    """Write a store of activations that others saved, of any model: vision, proteins, or one that harvest cannot run.
+
+    \b
+    npy, safetensors     files of [row, d_model] or [sequence, position, d_model]
+    saelens              what its CacheActivationsRunner saved
+    saev                 a folder of its shards (metadata.json, shards.json, acts*.bin), one layer
+    dictionary-learning  torch files of a buffer: a tensor each, or {"states": a tensor}; read as weights only
+
+    The store has no tokens: it can be described, verified, trained on, and scored by all that needs no language model. Every
+    row must be finite. Stopped at any moment, the same command goes on. From Python: pipeline.write_store(rows, path).
+
+    \b
+    Example: python -m pipeline import saev shards/07aed612 --layer 23 --store acts.zarr
+    """
+    from pipeline.imports.sources import Asked
+    from pipeline.imports.write import Import, import_files
+
+    words = [word.strip() for word in special_ids.split(",") if word.strip()]
+    if not all(word.isdecimal() for word in words):
+        raise UsageError(f"--special-ids {special_ids!r}: give token ids with commas between, like 0,50256")
+    asked = Asked(key, layer, tuple(map(int, words)))
+    if import_files(kind, path, Import(layer=layer, **options), asked, dry_run=dry_run) is not None:
+        click.echo(options["store"])
 
 
 @cli.command()

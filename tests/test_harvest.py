@@ -361,7 +361,7 @@ def test_concurrent_harvests_are_refused(config: HarvestConfig) -> None:
     folder.mkdir()
     lock = lock_folder(folder, "testing")
     try:
-        with pytest.raises(DiskError, match=r"acts.zarr: another process is harvesting into this store; wait for it"):
+        with pytest.raises(DiskError, match=r"acts.zarr: another process is writing this store; wait for it"):
             run(config, quiet=True)
     finally:
         os.close(lock)

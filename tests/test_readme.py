@@ -21,6 +21,7 @@ from harvest.__main__ import command as harvest
 from pipeline.__main__ import cli
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.nested import NestedSAE, SAEConfig
+from support.saved_rows import saelens_folder, saev_folder
 from train.__main__ import command as train
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +132,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "eval.jsonl").write_text("".join(documents[8:12]))
     (tmp_path / "grid.toml").write_text("width = [64, 128]\nk = 8\nsteps = 4\nbatch-size = 64\n")
     (tmp_path / "data").symlink_to(ROOT / "data")
+    saelens_folder(tmp_path / "cached")
+    (tmp_path / "shards").mkdir()
+    saev_folder(tmp_path / "shards" / "07aed612")
     write_experiment("paper", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(TOY, "s3://bucket/acts.zarr", f"memory://{tmp_path.name}/acts.zarr")

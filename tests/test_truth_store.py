@@ -154,7 +154,7 @@ def test_the_plan_tells_the_size(store: Store) -> None:
 def test_an_unknown_kind_is_refused() -> None:
     """A store of a kind that a later release made."""
     sizes = {"d_model": 4, "context": 2, "dtype": "bf16", "shard_rows": 4, "chunk_rows": 4, "codec": "none"}
-    with pytest.raises(UsageError, match="kind model or truth, not 'dream'"):
+    with pytest.raises(UsageError, match="kind model or truth or rows, not 'dream'"):
         Layout.from_config({**sizes, "kind": "dream"})
 
 

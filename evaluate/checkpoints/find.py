@@ -164,9 +164,9 @@ def require_fit(
 ) -> None:
     """Raise CheckpointError, naming both sides, unless the checkpoint was trained on rows like the store's.
 
-    Checked are width of the rows, hook, layer and, unless they are allowed to differ, model, weights and the store itself:
-    another store may have trained it on what is this one's evaluation split. What an SAE made elsewhere does not say is not
-    checked; its model's name is compared without its owner.
+    Checked are width of the rows, hook and layer (unless nobody named the store's), and, unless they are allowed to differ,
+    model, weights and the store itself: another store may have trained it on what is this one's evaluation split. What an SAE
+    made elsewhere does not say is not checked; its model's name is compared without its owner.
     """
     where, trained = f"{checkpoint.path}", checkpoint.provenance.get("store") or {}
     if checkpoint.sae.d_model != store.d_model:
@@ -175,6 +175,8 @@ def require_fit(
             "use the store it was trained on"
         )
     here = {"hook": store.config.get("hook", "resid_post"), "layer": store.config["layer"]}
+    if here["hook"] is None:  # rows that others made, of a place that nobody named
+        here = {}
     if not allow_other_model and "weights_sha256" in trained:
         here |= {"weights_sha256": store.config["weights_sha256"]}
     elif not allow_other_model:

@@ -33,13 +33,15 @@ SCORES = ("kl", "ev", "l0", "coding", "features", "truth", "structure", "absorpt
 against known features; meta-dictionary and hierarchy; absorption of letters and classes of characters."""
 OF_A_MODEL = ("kl", "ev", "l0", "coding", "features")
 """Those computed unless others are asked for."""
+OF_ROWS = ("ev", "l0", "coding", "features", "structure")
+"""The same where rows are of no language model."""
 OF_A_TRUTH = ("ev", "l0", "coding", "features", "truth", "structure")
 """The same where rows are sums of known features."""
 
 
 def default_scores(store: Store) -> tuple[str, ...]:
     """The families computed unless others are asked for."""
-    return OF_A_TRUTH if store.layout.kind == "truth" else OF_A_MODEL
+    return {"truth": OF_A_TRUTH, "rows": OF_ROWS}.get(store.layout.kind, OF_A_MODEL)
 
 
 def unfit_scores(scores: Sequence[str], store: Store) -> dict[str, PipelineError]:

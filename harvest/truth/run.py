@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harvest.announce import finished
-from harvest.config import CHUNK_ROWS, EVAL_SHARE, SHARD_CHUNKS
-from harvest.run import locked, require_space, workers
+from harvest.run import workers
 from harvest.truth.forest import make_directions
 from harvest.truth.rows import BLOCK, Rows
 from harvest.truth.spec import Spec, load_spec
@@ -25,8 +24,8 @@ from pipeline.base.errors import DamagedError, StoreError, UsageError
 from pipeline.base.files import hash_config, human_bytes
 from pipeline.base.progress import Progress, format_seconds, say, silenced
 from pipeline.base.runtime import rank, versions, world_size
-from pipeline.store.layout import estimate_bytes
-from pipeline.store.prepare import SplitTokens, prepare, resume
+from pipeline.store.layout import CHUNK_ROWS, EVAL_SHARE, SHARD_CHUNKS, estimate_bytes
+from pipeline.store.prepare import SplitTokens, locked, prepare, require_space, resume
 from pipeline.store.reader import Store
 from pipeline.store.writer import StoreWriter
 

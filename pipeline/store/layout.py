@@ -22,8 +22,12 @@ from pipeline.base.files import hash_config, sha256
 from pipeline.store.shards import CODECS, chunk_bound, codec_json, index_nbytes
 
 SPLITS = ("train", "eval")
-KINDS = ("model", "truth")
-"""What rows are: a language model's residual stream over tokens, or sums of known features (no tokens)."""
+KINDS = ("model", "truth", "rows")
+"""What rows are: a language model's residual stream over tokens, sums of known features, or what others made (no tokens)."""
+CHUNK_ROWS, SHARD_CHUNKS = 1024, 64
+"""Rows of an inner chunk, rounded down to whole sequences, and chunks of a shard: 4.7 MB and 302 MB at d_model 2304."""
+EVAL_SHARE = 20
+"""Unless told, evaluation gets one row for so many training rows."""
 COMMITTED = ("resid", "norm", "moments")
 """The arrays whose shard files a commit record vouches for, in its order."""
 
@@ -158,7 +162,7 @@ class Layout:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether rows stand for tokens; those of a truth do not."""
+        """Whether rows stand for tokens; those of a truth, or made by others, do not."""
         return self.kind == "model"
 
     @property

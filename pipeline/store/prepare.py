@@ -6,8 +6,10 @@ is ours from the first byte on, and one whose preparation was killed cannot be t
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.base.errors import DamagedError, DiskError, MismatchError, StoreError, UsageError
-from pipeline.base.files import PARTIAL, hash_config, hash_parts, require_same, sha256
-from pipeline.store.backend import Files
+from pipeline.base.files import (
+    PARTIAL,
+    disk_errors,
+    hash_config,
+    hash_parts,
+    lock_folder,
+    require_free,
+    require_same,
+    sha256,
+)
+from pipeline.store.backend import Files, is_url, make_folder
 from pipeline.store.layout import OUR_KEY, SPLITS, Extra, Layout, SplitLayout, little_endian, metadata_files, pad_rows
 from pipeline.store.objects import open_files
 from pipeline.store.reader import FORMAT, ROOT_KEY, Store, read_root, write_root
@@ -338,3 +349,31 @@ def prepared_files(
             for k in range(array.n_files):
                 part = data[k * array.chunk[0] : (k + 1) * array.chunk[0]].astype(array.numpy_dtype)
                 yield array.key(k), with_crc(pad_rows(part, array.chunk[0], array.padding))
+
+
+@contextlib.contextmanager
+def locked(stores: Iterable[str]) -> Iterator[None]:
+    """Hold local stores against a second writer. Raises DiskError when another process has one.
+
+    A store's folder is made for this, and taken away again where nothing came into it.
+    """
+    folders = [Path(path) for path in stores if not is_url(path)]
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            with disk_errors(folder):
+                make_folder(folder)
+                stack.callback(os.close, lock_folder(folder, "writing this store"))
+        try:
+            yield
+        finally:
+            for folder in folders:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # refuses unless it is empty
+
+
+def require_space(place: str, stores: Iterable[str], estimate: int) -> None:
+    """Raise DiskError unless what is still to be written of the stores, `estimate` bytes in all, fits on the disk."""
+    if is_url(place):
+        return
+    there = sum(p.stat().st_size for path in stores for p in Path(path).rglob("*") if p.is_file())
+    require_free(Path(place), max(0, estimate - there), "the store")
