@@ -79,7 +79,9 @@ def model_sizes(lm: SplitLM, context: int) -> tuple[int, int, int]:
     weights = sum({t.data_ptr(): t.nbytes for t in held}.values())
     text, item = lm.config.get_text_config(), lm.dtype.itemsize
     hidden = getattr(text, "intermediate_size", None) or 4 * lm.d_model
-    attention = text.num_attention_heads * context * (2 * item + 8)  # eager: scores, float32 softmax, copies
+    attention = (
+        (getattr(text, "num_attention_heads", None) or 0) * context * (2 * item + 8)
+    )  # eager: scores, float32 softmax, copies
     return weights, item * (10 * lm.d_model + 4 * hidden) + attention, lm.vocab * (item + 8)
 
 

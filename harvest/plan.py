@@ -54,7 +54,7 @@ class Corpora:
 @dataclass(frozen=True)
 class Plan:
     """A harvest with nothing left open. `stores`: layer → path; `configs`: layer → the config its store records;
-    `segments`: cumulative training sequences, this harvest's last."""
+    `segments`: cumulative training sequences, this harvest's last; `is_new`: no store of it is there yet."""
 
     config: HarvestConfig
     info: ModelInfo
@@ -67,6 +67,7 @@ class Plan:
     n_eval: int
     stores: Mapping[int, str]
     configs: Mapping[int, dict[str, Any]]
+    is_new: bool
 
     @property
     def reader(self) -> Reader:
@@ -110,6 +111,7 @@ def make_plan(config: HarvestConfig, *, repair: bool = False) -> Plan:
         n_eval=n_eval(config, recorded),
         stores=stores,
         configs={layer: shared | {"layer": layer} for layer in config.layers},
+        is_new=recorded is None,
     )
 
 

@@ -19,6 +19,7 @@ from pipeline.base.errors import MismatchError
 from pipeline.base.progress import Progress, say, silenced
 from pipeline.base.runtime import rank, versions, world_size
 from pipeline.model.split_lm import SplitLM
+from pipeline.model.trial import try_model
 from pipeline.store.prepare import locked, prepare, require_space, resume
 from pipeline.store.writer import StoreWriter
 
@@ -37,6 +38,7 @@ def run(config: HarvestConfig, *, repair: bool = False, quiet: bool = False) -> 
         with locked(plan.stores.values()) if rank() == 0 else contextlib.nullcontext():
             if rank() == 0:
                 require_space(plan.config.store, plan.stores.values(), plan.estimate)
+                try_cuts(plan)
                 prepare_stores(plan, repair)
             barrier()
             make_shards(plan)
@@ -69,6 +71,15 @@ def workers() -> Iterator[Barrier]:
         yield lambda: dist.barrier() and None
     finally:
         dist.destroy_process_group()
+
+
+def try_cuts(plan: Plan) -> None:
+    """Before a new store is begun: the model, cut at its layers, must compute what it computes whole. Raises ModelError."""
+    c = plan.config
+    if plan.is_new and not try_model(
+        plan.info, c.layers, c.dtype, plan.device, c.attention, trust_remote_code=c.trust_remote_code
+    ):
+        say("note     the model does not fit here whole: that it can be scored from these layers was not tried")
 
 
 def prepare_stores(plan: Plan, repair: bool) -> None:

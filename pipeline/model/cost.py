@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import transformers
 
+from pipeline.base.errors import ModelError
 from pipeline.base.runtime import DTYPES, measured_seconds, product_rate
+from pipeline.model.anatomy import forward, one_line
 from pipeline.model.files import hub_errors
 from pipeline.model.split_lm import ModelInfo, find_layers, quiet, truncated
 
@@ -60,8 +62,13 @@ def measure_forward(
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data.zero_()
     tokens = torch.zeros(batch_size, context, dtype=torch.long, device=device)
-    with torch.inference_mode():
-        seconds = measured_seconds(lambda: model(input_ids=tokens, use_cache=False), device)
+    try:
+        with torch.inference_mode():
+            seconds = measured_seconds(lambda: forward(model, tokens), device)
+    except Exception as error:  # whatever an architecture's own code raises
+        raise ModelError(
+            f"{info.name}: its time cannot be measured, {n_measured} of its layers fail ({one_line(error)})"
+        ) from error
     head_flop = 2.0 * info.vocab * info.d_model
     rate = product_rate(DTYPES[dtype], device, min(batch_size * context, 512), info.d_model, min(info.vocab, 16384))
     each = seconds / n_measured / (batch_size * context)

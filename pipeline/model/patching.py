@@ -1,19 +1,12 @@
-"""Borrowing a module for a while: its hooks, its forward, the arguments of a layer. Everything is put back."""
+"""Borrowing a module for a while: its hooks, its forward. Everything is put back."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
-
-
-def with_hidden_states(
-    args: tuple[Any, ...], kwargs: dict[str, Any], residual: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A layer's arguments with the hidden states, its first argument, replaced."""
-    return ((residual, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": residual})
+from torch import nn
 
 
 @contextlib.contextmanager
@@ -26,15 +19,15 @@ def removed(handle: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def overridden(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Let the modules' forward be another function for a while; their attributes stay as the model expects them."""
-    own = [vars(module).get("forward") for module in modules]
+def overridden(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let each module's forward be another function for a while; their attributes stay as the model expects them."""
+    own = {module: vars(module).get("forward") for module in forwards}
     try:
-        for module in modules:
+        for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
-        for module, before in zip(modules, own, strict=True):
+        for module, before in own.items():
             del module.forward
             if before is not None:
                 module.forward = before

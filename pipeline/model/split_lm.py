@@ -1,14 +1,17 @@
 """A Hugging Face causal language model cut at a layer: prefix (tokens to residual) and suffix (residual to logits).
 
-Nothing here knows an architecture by name. The decoder layers are the one ModuleList as long as the config says; their
-outputs are read by hooks, and the suffix runs the model's own forward with the layers before it skipped, so masks,
-rotary embeddings, norms and soft caps are Hugging Face's own code. "Layer L" is the residual stream after layers[L].
+Nothing here knows an architecture by name. Every part runs the whole model's own forward: the prefix is stopped by an
+exception at the layer asked for; in the suffix the layers before the cut hand on the residual instead of computing, and
+it is stopped where the head begins; the head computes the rows that it is handed. So embeddings, masks, rotary embeddings,
+norms and soft caps are Hugging Face's own code. What a layer returns and which module is the head is seen on two tokens
+when a model is loaded (`anatomy.py`). "Layer L" is the residual stream after layers[L].
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,18 +22,14 @@ import torch
 import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as WholeOutput
 
 from pipeline.base.errors import ModelError
 from pipeline.base.runtime import DTYPES, resolve_device, resolve_dtype
+from pipeline.model.anatomy import Anatomy, Reached, forward, logits_of, own_parameters, residual_of
 from pipeline.model.files import hub_errors, model_folder, weights_sha256
-from pipeline.model.patching import overridden, removed, with_hidden_states
+from pipeline.model.patching import overridden, removed
 
 Part = Literal["prefix", "suffix", "whole"]
-
-
-class _Reached(Exception):
-    """Raised out of the forward pass when the last layer asked for has run."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,26 @@ class ModelInfo:
 
     @property
     def n_layers(self) -> int:
-        """Decoder layers."""
-        return int(self.text.num_hidden_layers)
+        """Decoder layers. Raises ModelError where the config does not say."""
+        return self._number("num_hidden_layers")
 
     @property
     def d_model(self) -> int:
-        """Width of the residual stream."""
-        return int(self.text.hidden_size)
+        """Width of the residual stream. Raises ModelError where the config does not say."""
+        return self._number("hidden_size")
 
     @property
     def vocab(self) -> int:
-        """Token ids are below this."""
-        return int(self.text.vocab_size)
+        """Token ids are below this. Raises ModelError where the config does not say."""
+        return self._number("vocab_size")
+
+    def _number(self, name: str) -> int:
+        value = getattr(self.text, name, None)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(
+                f"{self.name}: its config has no {name} (a {self.config.model_type} model); it cannot be cut"
+            )
+        return value
 
     @property
     def context_limit(self) -> int | None:
@@ -109,7 +116,8 @@ class SplitLM:
             info.vocab,
             info.context_limit,
         )
-        self._blocks = find_layers(model, max(layers) + 1 if part == "prefix" else info.n_layers)
+        self._blocks = find_layers(model, info.n_layers)
+        self._anatomy = None if part == "prefix" else Anatomy.of(model, info.name, list(self._blocks), info.d_model)
 
     @staticmethod
     def load(
@@ -133,10 +141,14 @@ class SplitLM:
         info.require_layers(layers)
         device = resolve_device(str(device))
         auto: Any = transformers.AutoModelForCausalLM
-        with hub_errors(model), quiet():
+        with hub_errors(model), quiet(), contextlib.ExitStack() as stack:
+            if part == "prefix":
+                with torch.device("meta"):
+                    kind = type(auto.from_config(copy.deepcopy(info.config), trust_remote_code=trust_remote_code))
+                stack.enter_context(without_layers(kind, info.n_layers, max(layers) + 1))
             loaded, report = auto.from_pretrained(
                 info.folder,
-                config=truncated(info.config, max(layers) + 1) if part == "prefix" else info.config,
+                config=info.config,
                 dtype=DTYPES[resolve_dtype(dtype, device)],
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
@@ -153,17 +165,13 @@ class SplitLM:
 
     def _drop_unused(self) -> None:
         """Free what this part never runs: an untied head in a prefix, the layers before the cut in a suffix."""
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if self.part == "prefix" and head is not None and head.weight is not embedding.weight:
-            head.to("meta")
+        unused: list[nn.Module] = []
+        if self.part == "prefix":
+            unused = [head] if (head := self.model.get_output_embeddings()) is not None else []
         if self.part == "suffix":
-            for block in self._blocks[: self._first_run]:
-                block.to("meta")
-
-    @property
-    def _first_run(self) -> int:
-        """The first layer that runs in a suffix: the one after the cut, or the last one when the cut is after it."""
-        return min(self.layer + 1, self.n_layers - 1)
+            unused = list(self._blocks[: self.layer + 1])
+        for module, name in own_parameters(self.model, unused):
+            module._parameters[name] = nn.Parameter(module._parameters[name].to("meta"), requires_grad=False)  # type: ignore[union-attr]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,7 +182,8 @@ class SplitLM:
     @property
     def device(self) -> torch.device:
         """Where tokens and residuals are expected."""
-        return self._blocks[-1 if self.part == "suffix" else 0].parameters().__next__().device
+        found: Iterator[torch.device] = (tensor.device for tensor in self.model.parameters() if not tensor.is_meta)
+        return next(found)
 
     @property
     def weights_sha256(self) -> str:
@@ -182,22 +191,30 @@ class SplitLM:
         return self.info.weights_sha256
 
     @property
-    def unembedding(self) -> Float[Tensor, "vocab d_model"]:
-        """W_U: before it comes the final norm (`readout` folds its gain), after it any soft cap."""
-        weight: Tensor = self.model.get_output_embeddings().weight
-        return weight
+    def unembedding(self) -> Float[Tensor, "vocab d_head"] | None:
+        """W_U: before it comes the final norm (`readout` folds its gain), after it any soft cap. None without a head."""
+        assert self._anatomy is not None, "a prefix has no head"
+        return None if self._anatomy.head is None else self._anatomy.head.weight
 
     @torch.no_grad()
-    def readout(self) -> Float[Tensor, "vocab d_model"]:
+    def readout(self) -> Float[Tensor, "vocab d_model"] | None:
         """W_U with the final norm's gain folded in (and its centring, where it is a LayerNorm), float32: a logit lens.
 
         The gain is what the norm makes of a stream u of entries ±1, whose mean is 0 and mean square 1: (n(u) − n(−u)) / 2u.
-        The row's own norm, which differs by position, and any soft cap are left out.
+        The row's own norm, which differs by position, and any soft cap are left out. None where what stands before the
+        head is not such a norm alone (a projection, another layer), so that no lens is exact.
         """
-        last = SplitLM(self.model, self.info, "suffix", [self.n_layers - 1])
+        weight = self.unembedding
+        if weight is None or weight.shape[1] != self.d_model:
+            return None
         u = 1.0 - 2.0 * (torch.arange(self.d_model, device=self.device) % 2)
-        plus, minus, moved = last.suffix(torch.stack([u, -u, u + 1])[None])[0].float()
-        folded: Tensor = self.unembedding.float() * ((plus - minus) / 2 * u)
+        v = 1.0 - 2.0 * (torch.arange(self.d_model, device=self.device) // 2 % 2)
+        residual = torch.stack([u, -u, u + 1, v, -v])[None]
+        plus, minus, moved, other, opposite = self._from_layer(self.n_layers - 1, residual, None)[0].float()
+        gain = (plus - minus) / 2 * u
+        if not torch.allclose(gain, (other - opposite) / 2 * v, rtol=0.02, atol=0.02):
+            return None
+        folded: Tensor = weight.float() * gain
         centres = torch.allclose(plus, moved, rtol=0.02, atol=0.02)
         return folded - folded.mean(1, keepdim=True) if centres else folded
 
@@ -218,58 +235,117 @@ class SplitLM:
 
         def capture(layer: int) -> Callable[[nn.Module, Any, Any], None]:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                captured[layer] = output if isinstance(output, Tensor) else output[0]
+                captured[layer] = residual_of(output, (*tokens.shape, self.d_model), self.info.name)
                 if layer == max(self.layers):
-                    raise _Reached
+                    raise Reached
 
             return hook
 
         with contextlib.ExitStack() as hooks:
             for layer in self.layers:
                 hooks.enter_context(removed(self._blocks[layer].register_forward_hook(capture(layer))))
-            with contextlib.suppress(_Reached):
-                self._base(input_ids=tokens, use_cache=False)
+            with contextlib.suppress(Reached):
+                forward(self.model, tokens)
         return captured
 
-    @torch.no_grad()
     def suffix(
         self, residual: Float[Tensor, "seq pos d_model"], tokens: Int[Tensor, "seq pos"] | None = None
-    ) -> Float[Tensor, "seq pos d_model"]:
+    ) -> Float[Tensor, "seq pos d_head"]:
         """The layers after `layer` and the final norm, from a residual stream after `layer`: what `unembed` takes.
 
         `tokens` are for models whose later layers look at them again; others do not need them.
         """
-        assert self.part != "prefix", "a prefix has no layers after the cut"
-        residual = residual.to(self.dtype)
-        entry = self._blocks[self._first_run]
-        if self.layer + 1 < self.n_layers:
-            inject = entry.register_forward_pre_hook(
-                lambda _m, args, kwargs: with_hidden_states(args, kwargs, residual), with_kwargs=True
-            )
-        else:
-            inject = entry.register_forward_hook(
-                lambda _m, _args, out: residual if isinstance(out, Tensor) else (residual, *out[1:])
-            )
-        start = {"inputs_embeds": residual} if tokens is None else {"input_ids": tokens}
-        with removed(inject), overridden(list(self._blocks)[: self._first_run], lambda *_args, **_kw: residual):
-            hidden: Tensor = self._base(**start, use_cache=False)[0]
+        return self._from_layer(self.layer, residual, tokens)
+
+    @torch.no_grad()
+    def _from_layer(self, layer: int, residual: Tensor, tokens: Tensor | None) -> Tensor:
+        """The model's forward from a residual stream after `layer` to its head, or to its logits where it has no head."""
+        assert self._anatomy is not None, "a prefix has no layers after the cut"
+        if tokens is None:
+            tokens = torch.full(residual.shape[:2], plain_token(self.config, self.vocab), device=residual.device)
+        head, found = self._anatomy.head, []
+
+        def stop(_module: nn.Module, args: Any) -> None:
+            found.append(args[0])
+            raise Reached
+
+        with self._handing_on(layer, residual), contextlib.ExitStack() as hooks:
+            if head is not None:
+                hooks.enter_context(removed(head.register_forward_pre_hook(stop)))
+                hooks.enter_context(contextlib.suppress(Reached))
+            found.append(logits_of(forward(self.model, tokens)))
+        hidden: Tensor = found[0]
         return hidden
 
     @torch.no_grad()
-    def unembed(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
-        """Logits of normed hidden states, soft cap and the like included, in the model's dtype. Any leading shape."""
-        flat = hidden.reshape(1, -1, self.d_model)
-        output = WholeOutput(last_hidden_state=flat)
-        anything = torch.zeros((1, flat.shape[1]), dtype=torch.long, device=flat.device)
-        with overridden([self._base], lambda *_args, **_kw: output):
-            logits: Tensor = self.model(input_ids=anything, use_cache=False).logits
+    def unembed(self, hidden: Float[Tensor, "*rows d_head"]) -> Float[Tensor, "*rows vocab"]:
+        """Logits of what `suffix` gives, soft cap and the like included, in the model's dtype. Any leading shape.
+
+        The model's own forward on one token computes them: its layers compute nothing, its head gets these rows.
+        """
+        assert self._anatomy is not None, "a prefix has no head"
+        head = self._anatomy.head
+        if head is None:
+            return hidden
+        flat = hidden.reshape(1, -1, hidden.shape[-1])
+        one = torch.full((1, 1), plain_token(self.config, self.vocab), device=hidden.device)
+        nothing = torch.zeros(1, 1, self.d_model, device=hidden.device)
+        with (
+            self._handing_on(self.n_layers - 1, nothing),
+            removed(head.register_forward_pre_hook(lambda _m, args: (flat, *args[1:]))),
+        ):
+            logits = logits_of(forward(self.model, one))
         return logits.reshape(*hidden.shape[:-1], -1)
 
-    @property
-    def _base(self) -> nn.Module:
-        """The model without its head."""
-        base: nn.Module = self.model.base_model
-        return base
+    def _handing_on(self, layer: int, residual: Tensor) -> contextlib.AbstractContextManager[None]:
+        """For a while the layers up to and including `layer` compute nothing and return this residual stream."""
+        assert self._anatomy is not None
+        blocks = list(self._blocks[: layer + 1])
+        return overridden({block: self._anatomy.returning(n, residual) for n, block in enumerate(blocks)})
+
+
+def plain_token(config: Any, vocab: int) -> int:
+    """The smallest token id that the config does not name."""
+    named = named_tokens(config)
+    return next(id for id in range(vocab) if id not in named)
+
+
+def named_tokens(config: Any) -> set[int]:
+    """Token ids that a config names: padding, beginning, end, image and other special tokens."""
+    named: set[int] = set()
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if name.endswith(("token_id", "token_index")):
+                named |= set(value) if isinstance(value, list | tuple) else {value}
+    return named
+
+
+@contextlib.contextmanager
+def without_layers(kind: type, n_layers: int, n_kept: int) -> Iterator[None]:
+    """For a while, models of this class are made whole from their config, then lose the weights after their first layers.
+
+    Unlike a config with fewer layers, this leaves what a model derives from their number as it is.
+    """
+    before: Any = kind.__init__  # type: ignore[misc]
+    own = "__init__" in vars(kind)
+
+    @functools.wraps(before)
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        before(self, *args, **kwargs)
+        blocks = find_layers(self, n_layers)
+        for module in (inner for block in blocks[n_kept:] for inner in block.modules()):
+            module._parameters.update(dict.fromkeys(module._parameters))
+            module._buffers.update(dict.fromkeys(module._buffers))
+            vars(module)["_is_hf_initialized"] = True  # nothing is left of it that transformers could initialise
+
+    kind.__init__ = make  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        if own:
+            kind.__init__ = before  # type: ignore[misc]
+        else:
+            del kind.__init__  # type: ignore[misc]
 
 
 def find_layers(model: Any, n_layers: int) -> nn.ModuleList:

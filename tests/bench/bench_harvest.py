@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -73,14 +72,15 @@ def bare_rows_per_s(lm: SplitLM, tokens: torch.Tensor, batch_size: int) -> float
 
 def harvest_rows_per_s(config: HarvestConfig, lm: SplitLM) -> float:
     """Rows/s of a whole harvest with a model that is loaded already: text, tokens, forward passes, shards, statistics."""
-    patched: Any = SplitLM
-    original, patched.load = patched.load, staticmethod(lambda *_args, **_options: lm)
+    patched, run = SplitLM, harvest.run
+    original, patched.load = patched.load, staticmethod(lambda *_args, **_options: lm)  # type: ignore[method-assign]
+    tried, run.try_model = run.try_model, lambda *_args, **_options: True
     try:
         start = time.perf_counter()
         harvest.run.run(config, quiet=True)
         seconds = time.perf_counter() - start
     finally:
-        patched.load = original
+        patched.load, run.try_model = original, tried  # type: ignore[method-assign]
     store = Store.open(config.store)
     return (store.train.n_rows + store.eval.n_rows) / seconds
 
