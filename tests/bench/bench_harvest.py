@@ -29,7 +29,7 @@ import harvest.plan
 import harvest.run
 from harvest.config import HarvestConfig
 from pipeline.base.cli import COUNT
-from pipeline.base.runtime import resolve_device
+from pipeline.base.runtime import resolve_device, resolve_dtype
 from pipeline.model.split_lm import SplitLM
 from pipeline.store.reader import Store
 from support import tiny_models
@@ -92,7 +92,7 @@ def harvest_rows_per_s(config: HarvestConfig, lm: SplitLM) -> float:
 @click.option("--tokens", type=COUNT, default=60_000, help="Training tokens of each harvest.")
 @click.option("--context", default=128)
 @click.option("--batch-size", type=int, help="Sequences a forward pass. [default: as harvest chooses]")
-@click.option("--dtype", default="bf16")
+@click.option("--dtype", default="auto", help="auto: bf16 where the hardware multiplies it, else float32.")
 @click.option("--device", default="auto")
 @click.option("--rounds", default=3, help="How often each is measured, in turn.")
 @click.option(
@@ -103,6 +103,7 @@ def main(
     rounds: int, folder: Path | None,
 ) -> None:  # fmt: skip
     """Measure harvest over the bare forward pass with a randomly initialised model."""
+    dtype = resolve_dtype(dtype, resolve_device(device))
     with tempfile.TemporaryDirectory(dir=folder) as place:
         shape = {"hidden_size": d_model, "intermediate_size": 4 * d_model, "num_hidden_layers": layers}
         shape |= {"num_attention_heads": d_model // 64, "num_key_value_heads": d_model // 128, "head_dim": 64}

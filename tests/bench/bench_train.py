@@ -5,8 +5,9 @@
     python tests/bench/bench_train.py --count-bytes --shape 2304x16384  # no clock: what a step on a GPU launches and moves
 
 The floor is the five large products of a step alone: torch.mm in bf16 on contiguous [row, d], [d, latent], [latent, d]
-(DECISIONS 18). Everything is timed in turn, round after round in one run; figures are medians. Peers (their own
-environment, optional) step on a batch of the same shape in a process that only works when asked.
+(DECISIONS 18), or in float32 where that is what steps run in. Everything is timed in turn, round after round in one run; figures
+are medians. Peers (their own environment, optional) step on a batch of the same shape, on the same device in the same dtype, in a
+process that only works when asked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,12 +28,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import click
 import torch
 
-from pipeline.base.runtime import resolve_dtype
-from train.config import TrainConfig, batchtopk, paper
+from pipeline.base.runtime import resolve_device, resolve_dtype
+from train.config import TrainConfig, batchtopk, jumprelu, paper, topk
+from train.step.fused import fuses, make_member
 from train.step.member import Batch, Member, normalise_batch
 from train.step.scratch import Scratch
 
-CPU = torch.device("cpu")
+LIMIT = 120
+"""Seconds that a peer's step may take."""
+
 FIVE = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 OURS: dict[str, Callable[..., TrainConfig]] = {
     "paper, α 0": lambda **c: paper(alpha=0.0, layernorm="none", **c),
@@ -42,13 +47,18 @@ OURS: dict[str, Callable[..., TrainConfig]] = {
     "batchtopk, 2 levels": lambda **c: batchtopk(alpha=0.2, **c),
     "batchtopk, 5 levels": lambda **c: batchtopk(levels=FIVE, **c),
     "batchtopk, 2 levels, auxiliary loss": lambda **c: batchtopk(alpha=0.2, **c),
+    "topk, 2 levels": lambda **c: topk(alpha=0.2, **c),
+    "jumprelu, 2 levels": lambda **c: jumprelu(alpha=0.2, **c),
 }
 
 
-def floor_step(d_model: int, width: int, rows: int, dtype: torch.dtype) -> Callable[[], None]:
+def floor_step(d_model: int, width: int, rows: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
     """Encode, decode, both weight gradients and the latents' gradient, nothing else, into buffers that exist."""
-    x, z = torch.randn(rows, d_model).to(dtype), torch.randn(rows, width).to(dtype)
-    w_enc, w_dec = torch.randn(d_model, width).to(dtype), torch.randn(width, d_model).to(dtype)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    x, z, w_enc, w_dec = random(rows, d_model), random(rows, width), random(d_model, width), random(width, d_model)
     latents, rows_out = torch.empty_like(z), torch.empty_like(x)
     w_enc_out, w_dec_out = torch.empty_like(w_enc), torch.empty_like(w_dec)
 
@@ -62,11 +72,11 @@ def floor_step(d_model: int, width: int, rows: int, dtype: torch.dtype) -> Calla
     return step
 
 
-def random_batch(d_model: int, rows: int) -> Batch:
+def random_batch(d_model: int, rows: int, device: torch.device) -> Batch:
     """Sparse mixtures of directions, so that the trainers have something to find."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(4 * d_model, d_model, generator=generator)
-    x = (torch.rand(rows, 4 * d_model, generator=generator) < 0.01).float() @ directions
+    x = ((torch.rand(rows, 4 * d_model, generator=generator) < 0.01).float() @ directions).to(device)
     center = x.mean(0)
     return normalise_batch(x, center, float((x - center).square().sum(1).mean() ** -0.5))
 
@@ -79,29 +89,29 @@ def one_step(name: str, member: Member, batch: Batch) -> None:
     member.step(batch)
 
 
-def make_member(config: TrainConfig, d_model: int, scratch: Scratch) -> Member:
-    return Member(config, d_model, torch.zeros(d_model), 1.0, CPU, scratch)
+def member_of(kind: Callable[..., Member], config: TrainConfig, d_model: int, scratch: Scratch) -> Member:
+    device = scratch.device
+    return kind(config, d_model, torch.zeros(d_model, device=device), 1.0, device, scratch)
 
 
 class Peers:
-    """The process of bench_peers.py: `names`, and one timed step of each when asked."""
+    """The process of bench_peers.py: `names`, and one timed step of each when asked. A peer whose step takes longer than
+    LIMIT ends with its process, and so do all."""
 
-    def __init__(self, python: str, d_model: int, width: int, rows: int) -> None:
-        arguments = [
-            python,
-            str(Path(__file__).parents[1] / "peers" / "bench_peers.py"),
-            str(d_model),
-            str(width),
-            str(rows),
-        ]
+    def __init__(self, python: str, shape: tuple[int, int, int], dtype: str, device: torch.device) -> None:
+        script = str(Path(__file__).parents[1] / "peers" / "bench_peers.py")
+        arguments = [python, script, *map(str, shape), dtype, str(device)]
         self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.names: list[str] = json.loads(self._line())
 
     def _line(self) -> str:
         assert self.process.stdout is not None
+        limit = threading.Timer(LIMIT, self.process.kill)
+        limit.start()
         line = self.process.stdout.readline()
+        limit.cancel()
         if not line:
-            raise click.ClickException("the peers' process ended; see its message above")
+            raise click.ClickException(f"the peers' process ended, or took more than {LIMIT} s; see its message above")
         return line
 
     def step(self, name: str) -> float:
@@ -115,27 +125,42 @@ class Peers:
         self.process.wait()
 
 
-def seconds(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(step: Callable[[], object], device: torch.device) -> float:
+    """Of one step: by events on a GPU, which counts no launch that runs ahead."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
     step()
-    return time.perf_counter() - start
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def measure_shape(
-    d_model: int, width: int, rows: int, rounds: int, dtype: str, peer_python: str | None
+    shape: tuple[int, int, int], rounds: int, dtype: str, device: torch.device, peer_python: str | None
 ) -> dict[str, float]:
-    """Median seconds of a step by name; the first round warms up and is dropped."""
-    scratch, batch = Scratch(CPU), random_batch(d_model, rows)
-    members = {name: make_member(make(width=width, dtype=dtype), d_model, scratch) for name, make in OURS.items()}
-    peers = Peers(peer_python, d_model, width, rows) if peer_python else None
-    floor = floor_step(d_model, width, rows, torch.bfloat16 if dtype == "bf16" else torch.float32)
-    times: dict[str, list[float]] = {"floor": []} | {name: [] for name in (*members, *(peers.names if peers else ()))}
+    """Median seconds of a step by name; the first round warms up and is dropped. Where steps are fused, the plain one too."""
+    d_model, width, rows = shape
+    scratch, batch = Scratch(device), random_batch(d_model, rows, device)
+    configs = {name: make(width=width, dtype=dtype, batch_size=rows) for name, make in OURS.items()}
+    steps: dict[str, Callable[[], object]] = {
+        "floor": floor_step(*shape, torch.bfloat16 if dtype == "bf16" else torch.float32, device)
+    }
+    for name, config in configs.items():
+        kinds = {"": make_member} | ({", plain": Member} if fuses(config, device) else {})
+        for way, kind in kinds.items():
+            member = member_of(kind, config, d_model, scratch)
+            steps[name + way] = lambda name=name, member=member: one_step(name, member, batch)
+    peers = Peers(peer_python, shape, dtype, device) if peer_python else None
+    times: dict[str, list[float]] = {name: [] for name in (*steps, *(peers.names if peers else ()))}
     for _ in range(rounds + 1):
         for name, taken in times.items():
-            if name == "floor":
-                taken.append(seconds(floor))
-            elif name in members:
-                taken.append(seconds(lambda name=name: one_step(name, members[name], batch)))
+            if name in steps:
+                taken.append(seconds(steps[name], device))
             elif peers is not None:
                 taken.append(peers.step(name))
     if peers is not None:
@@ -143,18 +168,26 @@ def measure_shape(
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
-def measure_members(d_model: int, width: int, rows: int, counts: list[int], dtype: str, steps: int) -> dict[int, float]:
+def measure_members(
+    shape: tuple[int, int, int], counts: list[int], dtype: str, device: torch.device, steps: int
+) -> dict[int, float]:
     """Rows a second summed over so many members on one batch."""
-    batch, rates = random_batch(d_model, rows), {}
+    d_model, width, rows = shape
+    batch, rates = random_batch(d_model, rows, device), {}
     for n in counts:
-        scratch = Scratch(CPU)
+        scratch = Scratch(device)
         members = [
-            make_member(paper(width=width, dtype=dtype, layernorm="none", seed=seed), d_model, scratch)
+            member_of(
+                make_member,
+                paper(width=width, dtype=dtype, batch_size=rows, layernorm="none", seed=seed),
+                d_model,
+                scratch,
+            )
             for seed in range(n)
         ]
         for member in members:
             member.step(batch)
-        taken = statistics.median(seconds(lambda ms=members: [m.step(batch) for m in ms]) for _ in range(steps))
+        taken = statistics.median(seconds(lambda ms=members: [m.step(batch) for m in ms], device) for _ in range(steps))
         rates[n] = n * rows / taken
     return rates
 
@@ -162,11 +195,13 @@ def measure_members(d_model: int, width: int, rows: int, counts: list[int], dtyp
 def summary(medians: dict[str, float], dtype: str) -> dict[str, Any]:
     """Ratios of medians. peer_over_ours: each peer to our step with its kind of sparsifier, 2 levels where it has 2."""
     flat = medians["paper, α 0"]
-    peers = {name: value for name, value in medians.items() if name != "floor" and name not in OURS}
+    known = {"floor", *OURS, *(f"{name}, plain" for name in OURS)}
+    peers = {name: value for name, value in medians.items() if name not in known}
     ours = {name: "batchtopk, 2 levels" if "BatchTopK" in name else "paper, α 0" for name in peers}
     return {
         "dtype": dtype,
-        "step_over_floor": {name: medians[name] / medians["floor"] for name in OURS},
+        "milliseconds": {name: 1e3 * value for name, value in medians.items()},
+        "step_over_floor": {name: value / medians["floor"] for name, value in medians.items() if name in known},
         "nested_over_flat": {"2": medians["paper, α 0.2"] / flat, "5": medians["paper, 5 levels"] / flat},
         "peer_over_ours": {f"{name} / {ours[name]}": value / medians[ours[name]] for name, value in peers.items()},
     }
@@ -210,6 +245,8 @@ def print_table(title: str, medians: dict[str, float]) -> None:
 @click.option("--peer-python", default=None, help="interpreter of an environment with sae-lens and dictionary-learning")
 @click.option("--members", default="1,5,25", show_default=True, help="numbers of members on one batch; empty: none")
 @click.option("--member-shape", default="256x1024", show_default=True)
+@click.option("--device", "device_name", default="auto", show_default=True)
+@click.option("--dtype", default="auto", show_default=True, help="of our products, the floor's and the peers'")
 @click.option(
     "--count-bytes", "counts_bytes", is_flag=True, help="count operations and bytes of a step on a GPU; no clock"
 )
@@ -220,21 +257,25 @@ def main(
     peer_python: str | None,
     members: str,
     member_shape: str,
+    device_name: str,
+    dtype: str,
     counts_bytes: bool,
 ) -> None:
     if counts_bytes:
         print(json.dumps(count_bytes(shapes, rows), ensure_ascii=False))
         return
-    dtype = resolve_dtype("auto", CPU)
+    device = resolve_device(device_name)
+    dtype = resolve_dtype(dtype, device)
     results: dict[str, Any] = {}
     for shape in shapes:
         d_model, width = (int(number) for number in shape.split("x"))
-        medians = measure_shape(d_model, width, rows, rounds, dtype, peer_python)
-        print_table(f"d_model x width {shape}, {rows} rows, {dtype}, {torch.get_num_threads()} threads", medians)
+        medians = measure_shape((d_model, width, rows), rounds, dtype, device, peer_python)
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        print_table(f"d_model x width {shape}, {rows} rows, {dtype}, {where}", medians)
         results[shape] = summary(medians, dtype)
     counts = [int(n) for n in members.split(",") if n]
     d_model, width = (int(number) for number in member_shape.split("x"))
-    rates = measure_members(d_model, width, rows, counts, dtype, steps=max(3, rounds // 3))
+    rates = measure_members((d_model, width, rows), counts, dtype, device, steps=max(3, rounds // 3))
     for n, rate in rates.items():
         print(f"{n} members of {member_shape}: {rate:,.0f} rows/s in all")
     last = results[shapes[-1]]
