@@ -44,7 +44,8 @@ def demo(out: Path, seed: tuple[int, ...]) -> None:
     """
     experiment = experiments.Experiment.read(Path("demo.toml"))
     if seed:
-        experiment.train[0]["seed"] = list(seed)
+        for grid in (grid for one in (experiment, *experiment.parts) for grid in one.train):
+            grid["seed"] = list(seed)
     experiments.run(experiment, out)
 
 

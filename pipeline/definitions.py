@@ -333,6 +333,28 @@ METRICS: dict[str, Metric] = {
             "share of the same rows on which a latent of the label fires, mean over labels",
         ),
         Metric(
+            "structure_meta",
+            "meta-dictionary",
+            "fraction",
+            "lower",
+            "variance of the unit decoder rows that a dictionary of a quarter as many latents, four a row, explains",
+        ),
+        Metric(
+            "structure_excess",
+            "containment over chance",
+            "fraction",
+            "neither",
+            "mean over specialised latents of the largest share of their tokens on which one shared latent fires, less the same "
+            "with their firings taken from another sequence",
+        ),
+        Metric(
+            "structure_control",
+            "the same, densest latents",
+            "fraction",
+            "neither",
+            "likewise with as many of the densest latents as the shared level has in its place (a fifth where there is none)",
+        ),
+        Metric(
             "jaccard",
             "co-activation (Jaccard)",
             "fraction",

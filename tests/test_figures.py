@@ -217,7 +217,7 @@ def test_missing_figure_gives_its_reason(tmp_path: Path, drop: list[str], missin
     write_results(tmp_path, alphas=(0.0, 0.2), seeds=(0, 1), steps=(400,), drop=drop)
     made = make_figures(read_results([tmp_path]))
     left_out = [f for f in made if isinstance(f, Missing)]
-    assert {f.title for f in left_out} == missing | {"Ablations"}
+    assert {f.title for f in left_out} == missing | {"Ablations", "What nesting buys and costs"}
     assert all(f.reason for f in left_out)
 
 

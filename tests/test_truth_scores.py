@@ -77,6 +77,22 @@ def test_absorption_is_told_from_misses() -> None:
     assert (score.about()["n_parent_and_child"], score.about()["n_parent_alone"]) == (3, 3)
 
 
+def test_trees_show_latents_of_each_level() -> None:
+    """The tree of the likelier root comes first; latents, cosines and recalls are those of each level alone."""
+    truth = truth_of([[0, 2], [0], [1, 4]])
+    truth.probability[1] = 0.3
+    z = torch.zeros(3, 5)
+    z[0, 0] = 1.0
+    trees = scored(torch.eye(6)[:5], z, truth, levels=(2, 5)).about()["trees"]
+    assert [[node["feature"] for node in tree] for tree in trees] == [[1, 4], [0, 2, 3]]
+    root, child = trees[1][0], trees[1][1]
+    assert (root["parent"], child["parent"], child["depth"]) == (-1, 0, 1)
+    assert root["levels"] == [{"latent": 0, "cosine": 1.0, "recall": 0.5}] * 2
+    assert child["levels"][0]["cosine"] == 0.0
+    assert child["levels"][1] == {"latent": 2, "cosine": 1.0, "recall": 0.0}
+    assert trees[1][2]["levels"][1]["recall"] is None  # it never fired
+
+
 def test_precision_and_recall_by_hand() -> None:
     """One feature on rows 0–3; its latent on rows 2–4: precision 2/3, recall 1/2, F1 4/7. Others never fire."""
     z = torch.zeros(5, 5)

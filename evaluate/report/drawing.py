@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from evaluate.report.runs import Results, Row, sharing_label
-from evaluate.report.scored import Histogram, Run, Sharing
-from evaluate.report.svg import BLOCK_COLOURS, INK, N_SERIES, SERIES
+from evaluate.report.scored import Histogram, Node, Run, Sharing
+from evaluate.report.svg import BLOCK_COLOURS, INK, N_SERIES, PAPER, RULE, SERIES
 from evaluate.statistics import Estimate, estimate
 
 MARKERS, MARK_NAMES = "os^DvP*X", "●■▲◆▼✚★✖"
@@ -159,6 +160,110 @@ def scatter(results: Results, points: Sequence[Point], lines: Sequence[FrontLine
             logarithmic(axes, x=True)
 
     return draw
+
+
+@dataclass(frozen=True)
+class Cross:
+    """A row's mean with an interval along both axes, and its dictionaries as points; `group` says which mark."""
+
+    sharing: Sharing
+    group: int
+    x: Estimate
+    y: Estimate
+    points: Sequence[tuple[float, float]]
+
+
+def crosses(results: Results, rows: Sequence[Cross]) -> Draw:
+    """A small mark a dictionary, named p0, p1 … in order so that each can be pointed at, and a large one a row with bars."""
+
+    def draw(axes: Axes) -> None:
+        n = 0
+        for row in rows:
+            shade, marker = colour(results, row.sharing), MARKERS[row.group % len(MARKERS)]
+            for x, y in row.points:
+                axes.plot([x], [y], marker, color=shade, ms=4, alpha=0.5, mew=0, gid=f"p{n}")
+                n += 1
+            axes.errorbar(
+                [row.x.mean],
+                [row.y.mean],
+                [row.y.half or 0.0],
+                [row.x.half or 0.0],
+                fmt=marker,
+                color=shade,
+                ms=7,
+                mew=0,
+                elinewidth=1.1,
+                label=sharing_label(row.sharing),
+            )
+        axes.margins(0.12)
+
+    return draw
+
+
+def trees(shown: Sequence[Sequence[Node]], level: int, sizes: Sequence[int]) -> Draw:
+    """Trees side by side, roots on top: each feature a circle in the colour of the level that its latent in `level` is of.
+
+    `sizes` are the cumulative sizes of a nested dictionary; empty draws in ink. Paler where |cosine| is smaller; roots and
+    their children carry the latent's number; a thick line joins a feature and a parent of one latent.
+    """
+
+    def shade(node: Node) -> str:
+        if not sizes:
+            return INK
+        return BLOCK_COLOURS["shared" if node.levels[level].latent < sizes[0] else "specialised"]
+
+    def draw(axes: Axes) -> None:
+        left, deepest = 0.0, max(node.depth for tree in shown for node in tree)
+        for tree in shown:
+            at, width = placed(tree, left)
+            for node in tree:
+                x, y = at[node.feature]
+                held = node.levels[level]
+                if node.parent in at:
+                    up = next(other.levels[level].latent for other in tree if other.feature == node.parent)
+                    axes.plot(
+                        [x, at[node.parent][0]],
+                        [y, at[node.parent][1]],
+                        color=INK if up == held.latent else RULE,
+                        lw=3 if up == held.latent else 0.8,
+                        zorder=1,
+                    )
+                size = 4 if node.depth == deepest > 1 else 7
+                axes.plot([x], [y], "o", color=PAPER, ms=size, mew=0, zorder=2)
+                axes.plot(
+                    [x], [y], "o", color=shade(node), alpha=min(1.0, held.cosine**2 + 0.08), ms=size, mew=0, zorder=3
+                )
+                axes.plot([x], [y], "o", mfc="none", mec=shade(node), ms=size, mew=0.6, zorder=4)
+                if node.depth < max(deepest, 2):
+                    axes.annotate(
+                        f"{held.latent}", (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=7, color=INK
+                    )
+            left += width + 1
+        axes.set_xlim(-0.8, left - 1.2)
+        axes.set_ylim(-deepest - 0.35, 0.5)
+        axes.set_axis_off()
+
+    return draw
+
+
+def placed(tree: Sequence[Node], left: float) -> tuple[dict[int, tuple[float, float]], float]:
+    """Where each feature of a tree stands, leaves side by side from `left` on and parents over their children; its width."""
+    children: dict[int, list[int]] = {}
+    for node in tree[1:]:
+        children.setdefault(node.parent, []).append(node.feature)
+    x: dict[int, float] = {}
+    waiting, n_leaves = [tree[0].feature], 0
+    while waiting:
+        feature = waiting.pop()
+        if feature in children:
+            waiting += reversed(children[feature])
+        else:
+            x[feature] = left + n_leaves
+            n_leaves += 1
+    for node in reversed(tree):
+        if node.feature in children:
+            x[node.feature] = sum(x[child] for child in children[node.feature]) / len(children[node.feature])
+    return {node.feature: (x[node.feature], -float(node.depth)) for node in tree}, float(n_leaves)
 
 
 def histograms(blocks: Mapping[str, Histogram]) -> Draw:

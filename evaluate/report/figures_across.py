@@ -9,6 +9,7 @@ import numpy as np
 
 from evaluate.report.drawing import MARK_NAMES, Band, FrontLine, Point, bars, colour, histograms, legend, scatter
 from evaluate.report.figures import Figure, Missing, Numbers, across_n, by_level, loss
+from evaluate.report.nesting import nesting
 from evaluate.report.runs import Group, Results, Row, sharing_label
 from evaluate.report.scored import BLOCKS, Histogram, Run, Sharing
 from evaluate.report.svg import Panel
@@ -17,8 +18,10 @@ from evaluate.statistics import Estimate, estimate
 
 
 def make_figures(results: Results) -> list[Figure | Missing]:
-    """All figures in reading order; the first answers the report's question."""
-    return [builder(results) for builder in (fronts, loss, across_n, by_level, density, ablation)]
+    """All figures in reading order: the first answers the report's question, with what nesting buys where that is known."""
+    bought = nesting(results)
+    others = [builder(results) for builder in (fronts, loss, across_n, by_level, density, ablation)]
+    return [bought, *others] if isinstance(bought, Figure) else [*others, bought]
 
 
 def fronts(results: Results) -> Figure | Missing:

@@ -18,6 +18,7 @@ from evaluate.report import svg, wording
 from evaluate.report.figures import Figure, Missing
 from evaluate.report.found import what_was_found
 from evaluate.report.latents import LatentPages, Summary
+from evaluate.report.nesting import NestingTable, nesting_found
 from evaluate.report.published import published_rows
 from evaluate.report.runs import Group, Results, Row, sharing_label, short_name
 from evaluate.report.scored import Run
@@ -100,6 +101,7 @@ def report_page(
     title: str,
     results: Results,
     table: Table,
+    nesting: NestingTable,
     usage: list[UsageLine],
     figures: Sequence[Figure | Missing],
     latents: Latents,
@@ -114,6 +116,7 @@ def report_page(
         title=title,
         results=results,
         last=last,
+        opening=nesting_found(table, results),
         found=what_was_found(table, results),
         models=distinct(sorted(short_name(run.store.model) for run in last)),
         layers=sorted({run.store.layer for run in last if run.store.layer is not None}),
@@ -124,6 +127,8 @@ def report_page(
         published=published_rows([metric.id for metric in table.metrics]),
         sample_note=sample_note(last),
         with_massive=with_massive(results, table),
+        nesting=nesting,
+        nesting_decimals=nesting.decimals,
         usage=usage,
         usage_heads=usage_heads(usage),
         usage_decimals=usage_decimals(usage),
@@ -133,7 +138,7 @@ def report_page(
         latents=latents,
         folder=folder,
         repeated=any(run.at("scr") for run in results.runs),
-        definitions=definitions(results, usage),
+        definitions=definitions(results, nesting, usage),
         facts=provenance(results),
     )
 
@@ -210,11 +215,11 @@ def caveat(results: Results) -> str:
     )
 
 
-def definitions(results: Results, usage: Sequence[UsageLine]) -> list[Metric]:
+def definitions(results: Results, nesting: NestingTable, usage: Sequence[UsageLine]) -> list[Metric]:
     """Every metric that these results hold: unit, direction, definition."""
     held = {id for run in results.runs for level in run.levels for id, x in level.scores.items() if x is not None}
     held |= {name for run in results.runs for name in run.series}
-    held |= {id for line in usage for id in line.found}
+    held |= {id for line in usage for id in line.found} | nesting.heads.keys()
     order = [id for id in METRICS if id in held] + sorted(held - METRICS.keys())
     return [results.metric(id) for id in order]
 

@@ -26,6 +26,8 @@ Sharing = tuple[float, ...]
 """Cumulative shares of the width: () is flat, (0.2,) the paper's two levels at α = 0.2."""
 AUTO: Sharing = (1.0,)
 """A sharing ratio that adapted in training, to another one in every run: a share that no fixed α can be, behind them all."""
+MOST_NODES = 256
+"""Features of a tree that a page draws, at most."""
 Histogram = tuple[list[float], list[float]]
 """Edges and counts."""
 
@@ -43,6 +45,34 @@ class Level:
         """A score; its average leaves massive rows out unless they are asked for, or it has no such average."""
         lead = self.scores if massive or metric not in self.without_massive else self.without_massive
         return lead.get(metric)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A known feature's latent in one level: |cosine| of directions, share of the feature's rows on which it is on."""
+
+    latent: int
+    cosine: float
+    recall: float | None
+
+
+@dataclass(frozen=True)
+class Node:
+    """A known feature in its tree (parent −1: the root), and its latent in every level alone."""
+
+    feature: int
+    parent: int
+    depth: int
+    levels: tuple[Held, ...]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What absorption was measured on: labels with a probe, those left out, and rows with a label that its probe finds."""
+
+    n_labels: int
+    n_left_out: int
+    n_rows: int
 
 
 @dataclass(frozen=True)
@@ -101,6 +131,9 @@ class Run:
     definitions: Mapping[str, Metric]
     versions: Mapping[str, str]
     git: str
+    trees: tuple[tuple[Node, ...], ...] = ()
+    labels: Labels | None = None
+    structure: Mapping[str, float] = field(default_factory=dict)
     scored_with: Mapping[str, str] = field(default_factory=dict)
     """Settings of scores that are not those of all runs it stands beside (`runs.told_apart`)."""
 
@@ -238,6 +271,9 @@ def merged(one: Run, other: Run) -> Run:
         density={**less.density, **more.density},
         curve={**less.curve, **more.curve},
         definitions={**less.definitions, **more.definitions},
+        trees=more.trees or less.trees,
+        labels=more.labels or less.labels,
+        structure={**less.structure, **more.structure},
     )
 
 
@@ -268,7 +304,58 @@ def make_run(path: Path, data: Mapping[str, Any]) -> Run:
         {id: definition_of(fields.inner("definitions").inner(id), id) for id in fields.inner("definitions").data},
         fields.texts("versions"),
         fields.text("git", ""),
+        trees_of(fields.inner("truth")),
+        labels_of(fields.inner("absorption")) if fields.data.get("absorption") else None,
+        structure_of(fields.inner("structure")),
     )
+
+
+def structure_of(fields: Fields) -> dict[str, float]:
+    """Of the whole dictionary: variance that a meta-dictionary explains, and containment over its null, in the shared level
+    and, as the control, in as many of the densest latents."""
+    hierarchy, meta = fields.inner("hierarchy"), fields.objects("meta")
+    found = {
+        "structure_meta": meta[-1].some_number("value") if meta else None,
+        "structure_excess": hierarchy.inner("level").some_number("excess"),
+        "structure_control": hierarchy.inner("densest").some_number("excess"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def trees_of(fields: Fields) -> tuple[tuple[Node, ...], ...]:
+    """The trees that are shown feature by feature; each feature has its latent in equally many levels."""
+    trees = [tree_of(fields, i, tree) for i, tree in enumerate(fields.items("trees"))]
+    if len({len(node.levels) for tree in trees for node in tree}) > 1:
+        raise fields.wrong("trees", "features with a latent in every level", "more levels of some than of others")
+    return tuple(trees)
+
+
+def tree_of(fields: Fields, number: int, tree: Any) -> tuple[Node, ...]:
+    """One tree of at most MOST_NODES features: its root, then every other one once, after its parent."""
+    inner = Fields(fields.path, {"nodes": tree}, f"{fields.name}.trees.{number}")
+    nodes: dict[int, Node] = {}
+    for one in inner.objects("nodes"):
+        held = tuple(
+            Held(level.whole("latent"), level.number("cosine", least=0), level.some_number("recall"))
+            for level in one.objects("levels")
+        )
+        node = Node(one.whole("feature"), one.whole("parent", least=-1), one.whole("depth"), held)
+        above = nodes[node.parent].depth + 1 if node.parent in nodes else 0 if not nodes else -1
+        if node.depth != above or not held or node.feature in nodes or len(nodes) >= MOST_NODES:
+            raise inner.wrong(
+                "nodes", "a root, then features a level under their parents, with their latents", one.data
+            )
+        nodes[node.feature] = node
+    if not nodes:
+        raise inner.wrong("nodes", "a list of features", tree)
+    return tuple(nodes.values())
+
+
+def labels_of(fields: Fields) -> Labels:
+    """What absorption in the whole dictionary was measured on."""
+    levels = fields.objects("levels")
+    every = levels[-1].inner("all") if levels else Fields(fields.path, {}, fields.name)
+    return Labels(every.whole("n_labels", 0), len(fields.inner("left_out").data), every.whole("n", 0))
 
 
 def checkpoint_of(fields: Fields) -> Checkpoint:

@@ -19,12 +19,15 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-INK, RULE = "#010203", "#010204"
+INK, RULE, PAPER = "#010203", "#010204", "#010205"
 N_SERIES = 12
 SERIES = [f"#0102{16 + i:02x}" for i in range(N_SERIES)]
 """Stand-in colours while drawing: the page and the saved file each put in their own."""
 BLOCK_COLOURS = {"shared": "#01023a", "specialised": "#01023b"}
-LIGHT = {INK: "#222222", RULE: "#dddddd", BLOCK_COLOURS["shared"]: "#0072b2", BLOCK_COLOURS["specialised"]: "#d55e00"}
+LIGHT = {INK: "#222222", RULE: "#dddddd", PAPER: "#ffffff"} | {
+    BLOCK_COLOURS["shared"]: "#0072b2",
+    BLOCK_COLOURS["specialised"]: "#d55e00",
+}
 RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -118,7 +121,7 @@ def inline(panel: Panel) -> Markup:
         opening = f'<g id="{panel.id}-{gid}">'
         assert opening in drawn, f"no artist {gid} in panel {panel.id}"
         drawn = drawn.replace(opening, f'<g class="tip" tabindex="0"><title>{escape(tip)}</title>')
-    variables = {INK: "currentColor", RULE: "var(--rule)"}
+    variables = {INK: "currentColor", RULE: "var(--rule)", PAPER: "var(--paper)"}
     variables |= {colour: f"var(--{name})" for name, colour in BLOCK_COLOURS.items()}
     variables |= {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
     drawn = recolour(drawn, variables).replace("'DejaVu Sans'", "var(--sans)")

@@ -16,6 +16,7 @@ from evaluate.report import svg
 from evaluate.report.figures import Figure, Missing
 from evaluate.report.figures_across import make_figures
 from evaluate.report.latents import read_latents
+from evaluate.report.nesting import NestingTable, nesting_rows, nesting_table
 from evaluate.report.pages import Latents, latents_page, report_page
 from evaluate.report.runs import Results, read_results
 from evaluate.report.table import PRIMARY, Table, make_table, table_rows
@@ -35,18 +36,26 @@ def write_report(
     """
     results = read_results(paths)
     table, usage, figures = make_table(results, primary), usage_lines(results), make_figures(results)
+    bought = nesting_table(results)
     folder = out.with_name(f"{out.stem}_files")
-    write_numbers(folder, results, table, usage, figures)
+    write_numbers(folder, results, table, bought, usage, figures)
     latents = write_latents(folder, results)
-    write_bytes(out, report_page(title, results, table, usage, figures, latents, folder.name).encode())
+    write_bytes(out, report_page(title, results, table, bought, usage, figures, latents, folder.name).encode())
     return out
 
 
 def write_numbers(
-    folder: Path, results: Results, table: Table, usage: list[UsageLine], figures: Sequence[Figure | Missing]
+    folder: Path,
+    results: Results,
+    table: Table,
+    bought: NestingTable,
+    usage: list[UsageLine],
+    figures: Sequence[Figure | Missing],
 ) -> None:
     """Every figure as SVG files, and the numbers of figures and table as CSV."""
     write_csv(folder / "table1.csv", table_rows(table))
+    if bought.lines:
+        write_csv(folder / "nesting_levels.csv", nesting_rows(bought))
     if usage:
         write_csv(folder / "table2.csv", usage_rows(usage))
     for figure in figures:

@@ -28,6 +28,8 @@ FOUND = 0.9
 """|cosine| above which a feature counts as found."""
 N_STRATA = 10
 """Groups of equal size, by firing probability, in which the depths of held features are compared."""
+N_TREES, N_CHILDREN = 3, 3
+"""Trees that are shown feature by feature, and children shown of each feature."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,22 @@ class TruthScore:
             "n_parent_and_child": int(self.with_child[1, 0]),
             "n_parent_alone": int(self.without_child[1, 0]),
             "depths": depths(self.truth, self.best[-1], self.best_cosine[-1], self.sae.config.levels),
+            "trees": [[self.node(feature) for feature in tree] for tree in shown_trees(self.truth)],
         }
+
+    def node(self, feature: int) -> dict[str, Any]:
+        """One feature and, in every level alone, its latent: |cosine|, and the share of the feature's rows it is on."""
+        on = max(float(self.feature_on[feature]), 1)
+        levels = [
+            {
+                "latent": int(self.best[level, feature]),
+                "cosine": float(self.best_cosine[level, feature]),
+                "recall": float(self.both_on[level, feature]) / on if self.feature_on[feature] else None,
+            }
+            for level in range(len(self.best))
+        ]
+        parent = int(self.truth.parent[feature])
+        return {"feature": feature, "parent": parent, "depth": int(self.truth.depth[feature]), "levels": levels}
 
 
 def mean(values: Float[Tensor, " n"]) -> float | None:
@@ -182,6 +199,24 @@ def hedging(W_dec: Float[Tensor, "latent d_model"], best: Int[Tensor, " feature"
         total = weights.abs().sum()
         parts += (weights[1:] * weights[0].sign() / total.clamp(min=1e-300)).tolist()
     return sum(parts) / len(parts) if parts else None
+
+
+def shown_trees(truth: Truth) -> list[list[int]]:
+    """Features of the N_TREES trees with children whose roots fire most: root first, N_CHILDREN of each, depth by depth.
+
+    They are chosen by the truth alone, so that every dictionary shows the same ones.
+    """
+    parent = truth.parent.cpu().numpy()
+    roots = ((truth.parent < 0) & truth.is_parent).nonzero()[:, 0].cpu().numpy()
+    probability = truth.probability.cpu().numpy()
+    trees = []
+    for root in roots[np.argsort(-probability[roots], kind="stable")][:N_TREES]:
+        tree, level = [int(root)], [int(root)]
+        while level:
+            level = [int(child) for one in level for child in np.flatnonzero(parent == one)[:N_CHILDREN]]
+            tree += level
+        trees.append(tree)
+    return trees
 
 
 def depths(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from evaluate.latents.files import begin, latents_folder, write_index, write_page
-from pipeline.base.files import canonical_json, sha256, write_json
+from pipeline.base.files import canonical_json, read_json, sha256, write_json
 from pipeline.base.runtime import numpy_rng
 from pipeline.definitions import METRICS
 
@@ -210,6 +210,30 @@ def drop_metric(data: dict[str, Any], name: str) -> None:
     for level in data.get("levels", []):
         for scores in ("scores", "scores_without_massive"):
             level[scores].pop(name, None)
+
+
+def add_nesting(path: Path, **scores: float) -> None:
+    """Give a results file scores of its whole dictionary (by metric id), three known trees and labels."""
+    data = read_json(path)
+    data["levels"][-1]["scores"] |= scores
+    data["levels"][-1]["scores_without_massive"] |= {id: x for id, x in scores.items() if id in ("ev", "l0")}
+    n = len(data["levels"])
+    trees = [[node(3 * tree, -1, 0, n), *(node(3 * tree + i, 3 * tree, 1, n) for i in (1, 2))] for tree in range(3)]
+    data["truth"] = {"n_features": 9, "trees": trees}
+    every = {"n_labels": 5, "n": 1234}
+    data["absorption"] = {"left_out": {"a": "too few"}, "levels": [{"level": i, "all": every} for i in range(n)]}
+    data["structure"] = {
+        "meta": [{"level": i, "value": 0.5 + 0.1 * i} for i in range(n)],
+        "hierarchy": {"densest": {"excess": 0.2}, **({"level": {"excess": 0.3}} if n > 1 else {})},
+    }
+    write_json(path, data)
+
+
+def node(feature: int, parent: int, depth: int, n_levels: int) -> dict[str, Any]:
+    """A known feature whose latent has its own number, but for every second child, which has its parent's."""
+    latent = parent if parent >= 0 and feature % 3 == 2 else feature
+    levels = [{"latent": latent, "cosine": 0.9, "recall": 0.8} for _ in range(n_levels)]
+    return {"feature": feature, "parent": parent, "depth": depth, "levels": levels}
 
 
 def write_latent_pages(results: Path, tokens: list[str]) -> Path:

@@ -1,0 +1,347 @@
+"""What nesting buys and costs: absorption against explained variance, three known trees, and sentences true of the data.
+
+Where features are known, absorption is a parent's latent that is silent under its child, beside how often it is missed
+alone; on real rows it is the part of a label's projection that other latents carry, beside the F1 of the label's best
+latent and its recall, since a dictionary in which nothing fires scores falsely low.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evaluate.report.drawing import MARK_NAMES, Cross, crosses, legend, trees
+from evaluate.report.equal import NEAR, mean_of
+from evaluate.report.figures import Figure, Missing, Numbers
+from evaluate.report.runs import Group, Results, Row
+from evaluate.report.scored import Run
+from evaluate.report.svg import Panel
+from evaluate.report.table import Table
+from evaluate.report.wording import column_decimals, count, number, plus_minus, signed_plus_minus
+from evaluate.statistics import Comparison, Estimate, compare, estimate
+
+TITLE = "What nesting buys and costs"
+SILENT, MISSED, FRACTION = "truth_parent_silent", "truth_parent_missed", "absorption_fraction"
+MEASURES = (SILENT, FRACTION)
+"""What absorption is where features are known, and where they are not."""
+COLUMNS = (
+    *("l0", "ev", SILENT, MISSED, "truth_f1", "truth_mcc", "truth_found", "truth_unique", "truth_hedging"),
+    *(FRACTION, "absorption_full", "absorption_n_latents", "absorption_f1", "absorption_recall"),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A nested row to speak of and the flat one it is compared with, in one group."""
+
+    group: Group
+    flat: Row
+    nested: Row
+
+    def difference(self, metric: str) -> Comparison | None:
+        """Nested minus flat; None where there is nothing to take an interval from."""
+        return compare(self.nested.values(metric), self.flat.values(metric))
+
+    def both(self, metric: str) -> str:
+        """The nested row's estimate against the flat one's."""
+        texts = [
+            plus_minus(e) for row in (self.nested, self.flat) if (e := estimate(list(row.values(metric).values())))
+        ]
+        return " against ".join(texts)
+
+
+def measured(row: Row, metric: str) -> bool:
+    """Whether a row has values of a metric and of explained variance."""
+    return bool(row.values(metric)) and bool(row.values("ev"))
+
+
+def pair_of(results: Results, metric: str) -> Pair | None:
+    """Of rows that have the metric beside a flat one, that nearest the paper's α = 0.2 in the largest group."""
+    pairs = [
+        Pair(group, group.baseline, row)
+        for group in results.groups
+        for row in group.rows
+        if group.baseline and row.sharing and measured(row, metric) and measured(group.baseline, metric)
+    ]
+    return min(pairs, key=lambda p: (len(p.nested.sharing) != 1, abs(p.nested.sharing[0] - 0.2)), default=None)
+
+
+def nesting(results: Results) -> Figure | Missing:
+    """Absorption against explained variance, a mark a dictionary; and the latents of three trees of known features."""
+    panels: list[Panel] = []
+    numbers: Numbers = []
+    rows: list[Row] = []
+    for metric in MEASURES:
+        held = [(g, row) for g, group in enumerate(results.groups) for row in group.rows if measured(row, metric)]
+        marks = [(g, row, run) for g, row in held for run in row.runs if has(run, metric)]
+        if marks:
+            rows += [row for _, row in held]
+            panels.append(absorption_panel(results, metric, held, marks))
+            numbers += [
+                {
+                    "score": metric,
+                    "group": results.groups[g].label,
+                    "row": row.label,
+                    "seed": run.seed,
+                    "ev": run.score("ev"),
+                    "value": run.score(metric),
+                }
+                for g, row, run in marks
+            ]
+    if not panels:
+        return Missing(TITLE, "neither absorption nor known features are among these results")
+    drawn = tree_panels(results)
+    caption = absorption_caption(results, rows) + (TREES if drawn else "")
+    names = [("shared", "shared level"), ("specialised", "specialised level")] if len(drawn) > 1 else []
+    return Figure("nesting", TITLE, caption, [*panels, *drawn], [*legend(results, rows), *names], numbers)
+
+
+def has(run: Run, metric: str) -> bool:
+    """Whether a run has a metric and explained variance."""
+    return run.score(metric) is not None and run.score("ev") is not None
+
+
+def absorption_panel(
+    results: Results, metric: str, held: Sequence[tuple[int, Row]], marks: Sequence[tuple[int, Row, Run]]
+) -> Panel:
+    """One measure of absorption against explained variance."""
+    label = results.metric(metric).label
+    found = []
+    for g, row in held:
+        x, y = (estimate(list(row.values(id).values())) for id in ("ev", metric))
+        if x and y:
+            points = [(run.score("ev"), run.score(metric)) for _, r, run in marks if r is row]
+            found.append(Cross(row.sharing, g, x, y, [(a, b) for a, b in points if a is not None and b is not None]))
+    tips = {
+        f"p{i}": f"{run.name}: explained variance {number(run.score('ev') or 0)}, {label} {number(run.score(metric) or 0)}"
+        for i, (_, _, run) in enumerate(marks)
+    }
+    name = "Known features" if metric == SILENT else "Real rows"
+    draw = crosses(results, found)
+    return Panel(
+        f"nesting-{metric}", f"{name}: {label}", "explained variance", f"{label} (lower is better)", draw, tips
+    )
+
+
+def absorption_caption(results: Results, rows: Sequence[Row]) -> str:
+    """What marks and bars are."""
+    said = "Small marks are dictionaries, large ones means over seeds with 95 % intervals; right and down is better."
+    groups = [g for g, group in enumerate(results.groups) if any(row in group.rows for row in rows)]
+    if len(groups) > 1:
+        marks = [f"{MARK_NAMES[g % len(MARK_NAMES)]} {results.groups[g].label}" for g in groups]
+        said += f" Marks: {', '.join(marks)}."
+    return said
+
+
+TREES = (
+    " Trees: circles are true features, the three trees whose roots fire most, children under their parents; the number and "
+    "the colour are those of the latent nearest in direction and of its level, paler where its cosine is smaller. A thick "
+    "line joins two features whose nearest latent is one and the same."
+)
+
+
+def tree_panels(results: Results) -> list[Panel]:
+    """The latents of three known trees, of the flat and of the nested dictionary that are spoken of, in every level."""
+    pair = pair_of(results, SILENT)
+    rows = [pair.flat, pair.nested] if pair else [row for group in results.groups for row in group.rows][:1]
+    panels: list[Panel] = []
+    for row in rows:
+        run = next((run for run in row.runs if run.trees), None)
+        if run is None:
+            continue
+        n_levels = len(run.trees[0][0].levels)
+        for level in reversed(range(n_levels)):
+            what = f"{'nested' if row.sharing else 'flat'}, {row.label}"
+            part = "" if level == n_levels - 1 else f", {'shared' if level == 0 else f'level {level + 1}'} alone"
+            draw = trees(run.trees, level, list(run.checkpoint.sizes) if row.sharing else [])
+            name = f"Three trees: {what}{part}"
+            panels.append(Panel(f"trees-{len(panels)}", name, f"seed {run.seed}", "", draw, height=2.3))
+    return panels
+
+
+def nesting_found(table: Table, results: Results) -> tuple[str, ...]:
+    """What nesting buys and costs, in sentences: first where features are known, then on real rows."""
+    pairs = [(metric, pair) for metric in MEASURES if (pair := pair_of(results, metric))]
+    return tuple(sentence for metric, pair in pairs for sentence in sentences(table, metric, pair) if sentence)
+
+
+def sentences(table: Table, metric: str, pair: Pair) -> list[str]:
+    """What one measure of absorption says of the pair: the finding, then what stands beside it."""
+    where = "Where the features are known" if metric == SILENT else "On real rows"
+    what = (
+        "a parent’s latent is silent under its child"
+        if metric == SILENT
+        else "others carry what a label’s latent should"
+    )
+    own, flat = (mean_of(row.values("l0")) for row in (pair.nested, pair.flat))
+    name = f"nested ({pair.nested.label})"
+    values = f"{pair.both(metric)} flat"
+    if not own or not flat or not 1 / (1 + NEAR) <= own / flat <= 1 + NEAR:
+        sparsity = f"L0 {own:.3g} against {flat:.3g}" if own and flat else "L0 was not scored"
+        return [
+            f"{where}, {name} and flat dictionaries are not equally sparse ({sparsity}), so absorption is not compared."
+        ]
+    at = f"at {'equal' if f'{own:.3g}' == f'{flat:.3g}' else 'nearly equal'} L0 ({own:.3g} against {flat:.3g})"
+    difference = pair.difference(metric)
+    if difference is None:
+        return [
+            f"{where}, {at}, {what}: {name} {values}; without an interval, which takes two seeds, no more is claimed."
+        ]
+    cost = cost_of(table, pair)
+    change = direction(difference)
+    shown = f"{name} {values}, {signed_plus_minus(difference.difference, difference.half)}"
+    finding = {
+        "less": f"{where}, {at}, {what} less often with nesting: {shown}.",
+        "more": f"{where}, {at}, {what} more often with nesting: {shown}.",
+        "": f"{where}, {at}, that {what} more or less often with nesting is not shown: {shown}.",
+    }[change]
+    if metric == FRACTION:
+        finding = (
+            finding.replace("less often", "less")
+            .replace("more often", "more")
+            .replace("more or less often", "more or less")
+        )
+    return [finding, verdict(change, cost), beside(metric, pair), cost_sentence(table, pair)]
+
+
+def direction(difference: Comparison) -> str:
+    """less or more where the 95 % interval leaves 0 out, else nothing."""
+    if abs(difference.difference) <= difference.half:
+        return ""
+    return "less" if difference.difference < 0 else "more"
+
+
+def cost_of(table: Table, pair: Pair) -> str:
+    """worse, better or nothing: what is said of explained variance, by the corrected test where one was made."""
+    cell = table.line(pair.group, pair.nested).cells.get("ev")
+    if cell is not None and (cell.test is not None or cell.apart is not None):
+        return cell.verdict if cell.verdict in ("better", "worse") else ""
+    difference = pair.difference("ev")
+    return {"less": "worse", "more": "better", "": ""}[direction(difference)] if difference else ""
+
+
+VERDICTS = {
+    ("less", "worse"): "So nesting buys less absorption here, and pays for it in explained variance.",
+    ("less", ""): "So nesting buys less absorption here, at no cost in explained variance that is shown.",
+    ("less", "better"): "So nesting buys less absorption here, and more explained variance with it.",
+    ("more", "worse"): "So nesting buys nothing here: there is more absorption, and less explained variance.",
+    ("more", ""): "So nesting costs absorption here, and no difference in explained variance is shown.",
+    ("more", "better"): "So nesting costs absorption here, and buys explained variance.",
+    ("", "worse"): "So nesting costs explained variance here, and what it would buy is not shown.",
+    ("", ""): "So neither what nesting buys nor what it costs is shown here.",
+    ("", "better"): "So nesting buys explained variance here, and no difference in absorption is shown.",
+}
+
+
+def verdict(change: str, cost: str) -> str:
+    """What was bought and what was paid."""
+    return VERDICTS[change, cost]
+
+
+def beside(metric: str, pair: Pair) -> str:
+    """What must be known to read absorption: mere misses; or whether the label's latents are any good, and on what."""
+    if metric == SILENT:
+        beyond = [
+            {r: values[r] - missed[r] for r in values.keys() & missed.keys()}
+            for row in (pair.nested, pair.flat)
+            for values, missed in [(row.values(SILENT), row.values(MISSED))]
+        ]
+        own, flat = (estimate(list(values.values())) for values in beyond)
+        if not own or not flat:
+            return ""
+        return (
+            f"With no child on, the parent is missed on {pair.both(MISSED)} flat; silence beyond mere misses is "
+            f"{plus_minus(own)} against {plus_minus(flat)} flat{interval_text(compare(*beyond))}."
+        )
+    on = [run.labels for run in pair.nested.runs if run.labels]
+    n = f"{count(on[0].n_labels, 'label')} ({on[0].n_left_out} left out), {count(on[0].n_rows, 'row')}; " if on else ""
+    return (
+        f"Read with it ({n}an undertrained dictionary scores falsely low): best-latent F1 {pair.both('absorption_f1')} flat, "
+        f"recall {pair.both('absorption_recall')} flat."
+    )
+
+
+def interval_text(difference: Comparison | None) -> str:
+    """A difference with its interval in brackets, and whether it leaves 0 out."""
+    if difference is None:
+        return ""
+    said = "" if direction(difference) else "; not shown to differ"
+    return f" ({signed_plus_minus(difference.difference, difference.half)}{said})"
+
+
+def cost_sentence(table: Table, pair: Pair) -> str:
+    """Explained variance of both, and its difference: at equal L0 where it was tested."""
+    cell = table.line(pair.group, pair.nested).cells.get("ev")
+    difference = (cell.test if cell else None) or pair.difference("ev")
+    return f"Explained variance is {pair.both('ev')} flat{interval_text(difference)}."
+
+
+@dataclass(frozen=True)
+class NestingTable:
+    """A row of numbers for each level of each way of sharing; `heads` are the columns that any has, by id."""
+
+    heads: dict[str, str]
+    lines: Sequence[NestingLine]
+
+    @property
+    def decimals(self) -> dict[str, int]:
+        """Decimals by column id, alike down a column."""
+        return {id: column_decimals([line.found[id] for line in self.lines if id in line.found]) for id in self.heads}
+
+
+@dataclass(frozen=True)
+class NestingLine:
+    """One level of a row: estimates by column id."""
+
+    group: Group
+    row: Row
+    level: str
+    found: dict[str, Estimate]
+
+
+OF_STRUCTURE = ("structure_meta", "structure_excess", "structure_control")
+
+
+def nesting_table(results: Results) -> NestingTable:
+    """Every measure of what nesting buys, for each level alone, and of the whole what its structure is."""
+    lines = []
+    for group in results.groups:
+        for row in group.rows:
+            last = len(row.runs[0].levels) - 1
+            for level in range(last + 1):
+                found = {id: e for id in COLUMNS if (e := estimate(list(row.values(id, level).values())))}
+                if level == last:
+                    found |= structure(row)
+                if found.keys() - {"l0", "ev"}:
+                    name = "whole" if level == last else "shared alone" if level == 0 else f"level {level + 1} alone"
+                    lines.append(NestingLine(group, row, name, found))
+    ids = [id for id in (*COLUMNS, *OF_STRUCTURE) if any(id in line.found for line in lines)]
+    return NestingTable({id: results.metric(id).label for id in ids}, lines)
+
+
+def structure(row: Row) -> dict[str, Estimate]:
+    """Estimates of the meta-dictionary, and of containment over its null, in the level and in as many densest latents."""
+    return {
+        id: e
+        for id in OF_STRUCTURE
+        if (e := estimate([value for run in row.runs if (value := run.structure.get(id)) is not None]))
+    }
+
+
+def nesting_rows(table: NestingTable) -> list[dict[str, Any]]:
+    """The table as CSV rows."""
+    return [
+        {
+            "group": line.group.label,
+            "row": line.row.label,
+            "level": line.level,
+            "metric": id,
+            "mean": e.mean,
+            "low": e.low,
+            "high": e.high,
+            "seeds": e.n,
+        }
+        for line in table.lines
+        for id, e in line.found.items()
+    ]

@@ -1,0 +1,168 @@
+"""What nesting buys and costs: the sentence is true of made-up data whichever way it comes out; the figure and the table."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from evaluate.report import svg
+from evaluate.report.figures import Figure, Missing
+from evaluate.report.nesting import VERDICTS, nesting, nesting_found, nesting_table
+from evaluate.report.runs import Results, read_results
+from evaluate.report.scored import read_run
+from evaluate.report.table import make_table
+from evaluate.report.write import write_report
+from pipeline.base.errors import DamagedError
+from pipeline.base.files import read_json, write_json
+from support.results_files import add_nesting, write_results
+
+NOISE = {0: -0.002, 1: 0.0, 2: 0.003}
+"""What a seed adds, flat; nested half of it, so that differences vary."""
+
+
+def made_up(
+    folder: Path,
+    silent: float = 0.0,
+    ev: float = 0.0,
+    *,
+    l0: float = 40.0,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    id: str = "truth_parent_silent",
+) -> Results:
+    """Flat dictionaries, and nested ones that differ from them by so much."""
+    for path in write_results(folder, alphas=(0.0, 0.2), seeds=seeds, steps=(400,)):
+        train = read_json(path)["checkpoint"]["provenance"]["train"]
+        nested, noise = train["alpha"] > 0, NOISE[train["seed"]] * (0.5 if train["alpha"] else 1)
+        scores = {id: 0.3 + noise + silent * nested, "ev": 0.8 + noise + ev * nested, "l0": l0 if nested else 40.0}
+        beside = {"truth_parent_missed": 0.1, "absorption_f1": 0.7 + noise, "absorption_recall": 0.9 + noise}
+        add_nesting(path, **scores, **beside)
+    return read_results([folder])
+
+
+def said(results: Results) -> str:
+    return " ".join(nesting_found(make_table(results), results))
+
+
+@pytest.mark.parametrize("silent", [-0.1, 0.0, 0.1])
+@pytest.mark.parametrize("ev", [-0.1, 0.0, 0.1])
+def test_sentence_follows_the_data(tmp_path: Path, silent: float, ev: float) -> None:
+    """Less, more or no shown absorption, with explained variance lost, kept or won: each has its own true sentence."""
+    text = said(made_up(tmp_path, silent, ev))
+    change = {-0.1: "less", 0.0: "", 0.1: "more"}[silent]
+    cost = {-0.1: "worse", 0.0: "", 0.1: "better"}[ev]
+    assert VERDICTS[change, cost] in text
+    assert not any(other in text for key, other in VERDICTS.items() if key != (change, cost))
+    assert ("is not shown: nested" in text) == (not change)
+    assert ("silent under its child less often" in text) == (change == "less")
+    assert ("silent under its child more often" in text) == (change == "more")
+
+
+def test_numbers_in_sentences_are_those_of_the_data(tmp_path: Path) -> None:
+    """Means, the difference, mere misses and what is beyond them."""
+    text = said(made_up(tmp_path, -0.1, -0.05))
+    assert re.search(r"nested \(α = 0\.2\) 0\.200\d* ± [\d.]+ against 0\.300\d* ± [\d.]+ flat, −0\.100\d* ± ", text), (
+        text
+    )
+    assert "missed on 0.1 ± 0" in text or "missed on 0.1" in text
+    assert re.search(r"beyond mere misses is 0\.100\d* ± [\d.]+ against 0\.200\d* ± [\d.]+ flat \(−0\.100", text), text
+    assert re.search(r"Explained variance is 0\.750\d* ± [\d.]+ against 0\.800\d*", text), text
+
+
+def test_real_rows_name_what_stands_beside(tmp_path: Path) -> None:
+    """Absorption on real rows is said with labels, rows, best-latent F1 and recall."""
+    text = said(made_up(tmp_path, -0.1, id="absorption_fraction"))
+    assert (
+        "On real rows, at equal L0 (40 against 40), others carry what a label’s latent should less with nesting" in text
+    )
+    assert "5 labels (1 left out), 1,234 rows; an undertrained dictionary scores falsely low" in text
+    assert "best-latent F1 0.70" in text
+    assert "recall 0.90" in text
+
+
+def test_unequal_sparsity_claims_nothing(tmp_path: Path) -> None:
+    """Dictionaries that are not equally sparse are not compared."""
+    text = said(made_up(tmp_path, -0.1, l0=60.0))
+    assert "not equally sparse (L0 60 against 40), so absorption is not compared" in text
+    assert not any(verdict in text for verdict in VERDICTS.values())
+
+
+def test_single_seed_claims_nothing(tmp_path: Path) -> None:
+    """One seed gives numbers and no claim."""
+    text = said(made_up(tmp_path, -0.1, seeds=(0,)))
+    assert "without an interval, which takes two seeds, no more is claimed" in text
+    assert not any(verdict in text for verdict in VERDICTS.values())
+
+
+def test_results_without_absorption_open_as_before(tmp_path: Path) -> None:
+    """Where nothing of it was scored there is no sentence, and the figure says why it is missing."""
+    write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,))
+    results = read_results([tmp_path])
+    assert said(results) == ""
+    assert isinstance(nesting(results), Missing)
+    assert not nesting_table(results).lines
+
+
+def test_figure_has_a_mark_a_dictionary(tmp_path: Path) -> None:
+    """Six dictionaries, six marks that can be pointed at, three trees in every level of the flat and the nested one."""
+    found = nesting(made_up(tmp_path, -0.1))
+    assert isinstance(found, Figure)
+    assert [panel.id for panel in found.panels] == ["nesting-truth_parent_silent", "trees-0", "trees-1", "trees-2"]
+    assert len(found.panels[0].tips) == len(found.numbers) == 6
+    assert {row["row"] for row in found.numbers} == {"α = 0", "α = 0.2"}
+    drawn = [svg.inline(panel) for panel in found.panels]
+    assert drawn[0].count('class="tip"') == 6
+    assert "var(--shared)" not in drawn[1]  # flat: ink
+    assert "var(--shared)" in drawn[2]
+
+
+def test_trees_join_features_of_one_latent(tmp_path: Path) -> None:
+    """Every second child has its parent's latent: one thick line of two in each tree, its number twice."""
+    found = nesting(made_up(tmp_path, -0.1))
+    assert isinstance(found, Figure)
+    drawn = found.panels[1].drawn
+    assert drawn.count("stroke-width: 3;") == 3
+    assert len(re.findall(r">3</text>", drawn)) == 2
+
+
+def test_table_holds_every_level(tmp_path: Path) -> None:
+    """A line a level of each row; structure stands with the whole."""
+    table = nesting_table(made_up(tmp_path, -0.1))
+    assert [(line.row.label, line.level) for line in table.lines] == [("α = 0", "whole"), ("α = 0.2", "whole")]
+    assert table.lines[1].found["structure_excess"].mean == pytest.approx(0.3)
+    assert table.lines[1].found["structure_meta"].mean == pytest.approx(0.6)
+    assert "structure_excess" not in table.lines[0].found
+    assert table.heads["absorption_f1"] == "best-latent F1"
+
+
+def test_report_opens_with_what_nesting_buys(tmp_path: Path) -> None:
+    """The sentence comes first, then the figure, before all other figures."""
+    made_up(tmp_path / "results", -0.1)
+    page = write_report([tmp_path / "results"], tmp_path / "r.html").read_text()
+    first = page.index("What was found")
+    order = [
+        page.index(part, first)
+        for part in ("silent under its child", "Figure 1. What nesting buys", "Table 1", "Figure 2.")
+    ]
+    assert order == sorted(order)
+    assert (tmp_path / "r_files" / "nesting_levels.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [],
+        [{"feature": 0, "parent": -1, "depth": 0, "levels": []}],
+        [{"feature": 0, "parent": -1, "depth": 3, "levels": [{"latent": 1, "cosine": 1}]}],
+        [{"feature": 0, "parent": -1, "depth": 0, "levels": [{"latent": "x", "cosine": 1}]}],
+        [{"feature": 0, "parent": -1, "depth": 0, "levels": [{"latent": 1, "cosine": 1}]}] * 2,
+        "roots",
+    ],
+)
+def test_odd_trees_are_refused(tmp_path: Path, nodes: object) -> None:
+    """Trees that are none are named by field when results are read."""
+    path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]
+    write_json(path, read_json(path) | {"truth": {"trees": [nodes]}})
+    with pytest.raises(DamagedError, match=r"truth\.trees\.0"):
+        read_run(path)
