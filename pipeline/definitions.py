@@ -349,10 +349,10 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             "structure_control",
-            "the same, densest latents",
+            "the same, flat",
             "fraction",
             "neither",
-            "likewise with as many of the densest latents as the shared level has in its place (a fifth where there is none)",
+            "likewise in flat dictionaries, with a set of latents as large and as dense as the shared level in its place",
         ),
         Metric(
             "jaccard",

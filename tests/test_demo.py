@@ -76,6 +76,6 @@ def test_demo_survives_kills_in_each_stage(tmp_path: Path) -> None:
     assert start(killed).wait() == 0
     assert snapshot(killed) == snapshot(whole)
     assert scores(killed) == scores(whole)
-    assert len(scores(whole)) == 15
+    assert len(scores(whole)) == 24
     pages = [(out / "report.html").read_text().replace(str(out), "OUT") for out in (whole, killed)]
     assert pages[0] == pages[1]

@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from evaluate.latents import collect as latents_module
-from evaluate.latents.collect import N_CONTEXTS, RADIUS, TopContexts, choose_chunks, write_latents
+from evaluate.latents.collect import N_CONTEXTS, RADIUS, PairCounts, TopContexts, choose_chunks, write_latents
 from evaluate.latents.files import begin, latents_folder, read_summary, script_json, write_index
-from evaluate.latents.hierarchy import Counts, both_ways, relate
+from evaluate.latents.hierarchy import Blocks, Counts, both_ways, relate
+from evaluate.scores.sample import Batch
+from evaluate.scores.structure import Hierarchy
 from pipeline.base.errors import DamagedError
 from pipeline.base.runtime import torch_rng
 from pipeline.base.token_text import TokenText, visible
@@ -132,34 +135,55 @@ def test_index_describes_each_latent(written: Path, activations: np.ndarray) -> 
     assert read_summary(written)["dead"] == int((activations.max((0, 1)) == 0).sum())
 
 
-def test_relatives_fire_together_beyond_chance(written: Path, activations: np.ndarray) -> None:
-    """Relatives are the pairs that fire together far more than chance."""
-    fires = (activations > 0).reshape(-1, WIDTH).astype(np.float64)
-    n_tokens = read_summary(written)["n_tokens"]
-    count, together = fires.sum(0), fires.T @ fires
-    n_pairs = N_SHARED * (WIDTH - N_SHARED)
+def test_relatives_fire_inside_beyond_chance(written: Path, activations: np.ndarray) -> None:
+    """Relatives are the pairs whose containment exceeds its null significantly, by falling excess: against a slow count."""
+    fires = (activations > 0).astype(np.float64)
+    moved = np.roll(fires, 1, axis=0).reshape(-1, WIDTH)
+    fires = fires.reshape(-1, WIDTH)
+    count, together, null = fires.sum(0), fires.T @ fires, fires.T @ moved
+    often = count[N_SHARED:] >= 20
+    bound = scipy.stats.norm.isf(0.01 / (N_SHARED * often.sum()))
     latents, listed = read_latents(written), 0
     for s in range(N_SHARED):
         far = {}
-        for f in range(N_SHARED, WIDTH):
-            c, e = together[s, f], count[s] * count[f] / n_tokens
-            if c >= 10 and c / e >= 2 and c * math.log(c / e) - c + e >= math.log(n_pairs / 0.01):
-                far[f] = c / e
+        for f in np.flatnonzero(often) + N_SHARED:
+            p, q = together[s, f] / count[f], null[s, f] / count[f]
+            if p - q > bound * math.sqrt((p + q) * (1 - (p + q) / 2) / count[f]):
+                far[f] = p - q
         links = latents[s]["related"]
         assert len(links) == min(12, len(far))
-        assert [link[2] for link in links] == pytest.approx(sorted(far.values(), reverse=True)[: len(links)], rel=6e-3)
-        for f, c, _, share, cosine in links:
+        excesses = [share - chance for _, _, share, chance, _ in links]
+        assert excesses == pytest.approx(sorted(far.values(), reverse=True)[: len(links)], abs=6e-3)
+        for f, c, share, chance, cosine in links:
             assert (c, share) == (together[s, f], pytest.approx(together[s, f] / count[f], rel=6e-3))
+            assert chance == pytest.approx(null[s, f] / count[f], rel=6e-3, abs=1e-9)
             assert -1 <= cosine <= 1
         listed += len(links)
     assert listed > 20
+
+
+def test_summary_is_what_structure_reports(written: Path, activations: np.ndarray) -> None:
+    """Containment, null and excess over all specialised latents are those of `--scores structure` on the same rows."""
+    context = activations.shape[1]
+    hierarchy = Hierarchy(SAEConfig(d_model=1, width=WIDTH, levels=(N_SHARED, WIDTH)), context, 0)
+    z = torch.from_numpy(activations).float()
+    kept = torch.ones(z.shape[:2], dtype=torch.bool)
+    rows = z.flatten(0, 1)
+    nothing = torch.zeros(len(rows), dtype=torch.int64)
+    hierarchy.update(
+        rows, Batch(0, z[..., :1], nothing.view_as(kept), kept, rows[:, :1], torch.ones(2, len(rows)), nothing, nothing)
+    )
+    expected, found = hierarchy.features()["level"], read_summary(written)["containment"]
+    assert found["n"] == expected["n"] > 20
+    for name in ("containment", "null", "excess", "low", "high"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
 
 
 def test_pair_batches_change_no_count(
     written: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The counts do not depend on how many pairs are held at once."""
-    monkeypatch.setattr(latents_module, "PAIR_VALUES", 17 * (WIDTH - N_SHARED))
+    monkeypatch.setattr(latents_module, "PAIR_VALUES", 2 * 17 * (WIDTH - N_SHARED))
     monkeypatch.setattr(latents_module, "BATCH_VALUES", 7 * store.context * WIDTH)
     write_latents(make_sae(store), store, Words(), tmp_path, quiet=True)
     for one, other in zip(read_latents(written), read_latents(tmp_path)):
@@ -174,24 +198,33 @@ def test_flat_dictionary_has_no_relatives(store: Store, tmp_path: Path) -> None:
     assert all(latent["related"] == [] and "up" not in latent for latent in read_latents(tmp_path))
 
 
-def test_relative_cosines_are_of_decoder_rows() -> None:
-    """Cosines of relatives are those of decoder rows."""
-    firing = Counts(torch.tensor([50.0, 50.0, 40.0], dtype=torch.float64), n_shared=1, n_tokens=1000)
+def test_relatives_carry_both_shares_and_cosine() -> None:
+    """By hand: tokens together, containment, its null and the cosine of decoder rows; the larger excess comes first."""
+    firing = Counts(torch.tensor([500.0, 50.0, 40.0], dtype=torch.float64), n_shared=1, n_tokens=1000)
     decoder = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0]])
-    pairs = relate(torch.tensor([[45.0, 40.0]]), firing, decoder, 0)
+    pairs = relate(Blocks(torch.tensor([[45.0, 40.0]]), torch.tensor([[25.0, 10.0]])), firing, decoder, 0)
     assert [(s, f, c) for s, f, c, *_ in pairs] == [(0, 1, 45), (0, 2, 40)]
-    assert [round(pair[3], 3) for pair in pairs] == [18.0, 20.0]  # 45 / (50·50/1000), 40 / (50·40/1000)
-    assert [round(pair[4], 3) for pair in pairs] == [0.9, 1.0]
+    assert [round(pair[3], 3) for pair in pairs] == [0.9, 1.0]
+    assert [round(pair[4], 3) for pair in pairs] == [0.5, 0.25]
     assert [round(pair[5], 6) for pair in pairs] == [0.6, 0.0]
     assert [link[0] for link in both_ways(pairs, 3)[0]] == [2, 1]
     assert [link[0] for link in both_ways(pairs, 3)[1]] == [0]
 
 
+def test_a_frequent_container_is_not_hidden() -> None:
+    """Wholly inside a latent that fires on 60 % of tokens, where lift is at most 1.7: the pair is listed."""
+    firing = Counts(torch.tensor([600.0, 100.0], dtype=torch.float64), n_shared=1, n_tokens=1000)
+    assert len(relate(Blocks(torch.tensor([[100.0]]), torch.tensor([[60.0]])), firing, torch.eye(2), 0)) == 1
+
+
 def test_independent_latents_are_not_related() -> None:
     """Independent latents are not related."""
-    fires = (torch.rand(4000, 60, generator=torch_rng("independent")) < 0.1).float()
-    firing = Counts(fires.double().sum(0), n_shared=20, n_tokens=4000)
-    assert relate(fires[:, :20].T @ fires[:, 20:], firing, torch.eye(60), 0) == []
+    fires = (torch.rand(400, 10, 60, generator=torch_rng("independent")) < 0.1).float()
+    firing = Counts(fires.double().sum((0, 1)), n_shared=20, n_tokens=4000)
+    counted = PairCounts(20, 40, torch.device("cpu"))
+    for part in fires.split(7):
+        counted.update(part[..., :20], part[..., 20:])
+    assert relate(counted.blocks(), firing, torch.eye(60), 0) == []
 
 
 def test_logit_lens_is_decoder_times_unembedding(written: Path, store: Store, unembedding: Tensor) -> None:
@@ -267,8 +300,8 @@ def test_interrupted_folder_looks_incomplete(written: Path, tmp_path: Path) -> N
 
 def test_bad_index_is_refused(written: Path, tmp_path: Path) -> None:
     """An index of another version or cut short is refused."""
-    write_index(tmp_path, read_summary(written) | {"version": 2}, {"level": [0]})
-    with pytest.raises(DamagedError, match="version 1"):
+    write_index(tmp_path, read_summary(written) | {"version": 1}, {"level": [0]})
+    with pytest.raises(DamagedError, match="version 2"):
         read_summary(tmp_path)
     text = (written / "index.js").read_bytes()
     (tmp_path / "index.js").write_bytes(text[: len(text) // 2])

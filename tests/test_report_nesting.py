@@ -9,9 +9,9 @@ import pytest
 
 from evaluate.report import svg
 from evaluate.report.figures import Figure, Missing
-from evaluate.report.nesting import VERDICTS, nesting, nesting_found, nesting_table
+from evaluate.report.nesting import VERDICTS, control, nesting, nesting_found, nesting_table
 from evaluate.report.runs import Results, read_results
-from evaluate.report.scored import read_run
+from evaluate.report.scored import Container, read_run
 from evaluate.report.table import make_table
 from evaluate.report.write import write_report
 from pipeline.base.errors import DamagedError
@@ -50,13 +50,16 @@ def said(results: Results) -> str:
 def test_sentence_follows_the_data(tmp_path: Path, silent: float, ev: float) -> None:
     """Less, more or no shown absorption, with explained variance lost, kept or won: each has its own true sentence."""
     text = said(made_up(tmp_path, silent, ev))
-    change = {-0.1: "less", 0.0: "", 0.1: "more"}[silent]
+    change = {-0.1: "lower", 0.0: "", 0.1: "higher"}[silent]
     cost = {-0.1: "worse", 0.0: "", 0.1: "better"}[ev]
     assert VERDICTS[change, cost] in text
     assert not any(other in text for key, other in VERDICTS.items() if key != (change, cost))
-    assert ("is not shown: nested" in text) == (not change)
-    assert ("silent under its child less often" in text) == (change == "less")
-    assert ("silent under its child more often" in text) == (change == "more")
+    said_so = {
+        "lower": "latent is silent is lower with nesting: nested",
+        "": "a difference in the share of its rows with a child on which a parent’s latent is silent is not shown: nested",
+        "higher": "latent is silent is higher with nesting: nested",
+    }
+    assert [key for key, part in said_so.items() if part in text] == [change]
 
 
 def test_numbers_in_sentences_are_those_of_the_data(tmp_path: Path) -> None:
@@ -65,7 +68,8 @@ def test_numbers_in_sentences_are_those_of_the_data(tmp_path: Path) -> None:
     assert re.search(r"nested \(α = 0\.2\) 0\.200\d* ± [\d.]+ against 0\.300\d* ± [\d.]+ flat, −0\.100\d* ± ", text), (
         text
     )
-    assert "missed on 0.1 ± 0" in text or "missed on 0.1" in text
+    assert "the parent is missed on 0.1" in text
+    assert "flat (300 cases, and 200 with a child); silence" in text
     assert re.search(r"beyond mere misses is 0\.100\d* ± [\d.]+ against 0\.200\d* ± [\d.]+ flat \(−0\.100", text), text
     assert re.search(r"Explained variance is 0\.750\d* ± [\d.]+ against 0\.800\d*", text), text
 
@@ -73,9 +77,8 @@ def test_numbers_in_sentences_are_those_of_the_data(tmp_path: Path) -> None:
 def test_real_rows_name_what_stands_beside(tmp_path: Path) -> None:
     """Absorption on real rows is said with labels, rows, best-latent F1 and recall."""
     text = said(made_up(tmp_path, -0.1, id="absorption_fraction"))
-    assert (
-        "On real rows, at equal L0 (40 against 40), others carry what a label’s latent should less with nesting" in text
-    )
+    assert "On real rows, at equal L0 (40 against 40), absorption, the part of a label" in text
+    assert "carry, is lower with nesting: nested" in text
     assert "5 labels (1 left out), 1,234 rows; an undertrained dictionary scores falsely low" in text
     assert "best-latent F1 0.70" in text
     assert "recall 0.90" in text
@@ -127,13 +130,31 @@ def test_trees_join_features_of_one_latent(tmp_path: Path) -> None:
 
 
 def test_table_holds_every_level(tmp_path: Path) -> None:
-    """A line a level of each row; structure stands with the whole."""
+    """A line a level that has such scores; structure stands with the whole, the flat control at the level's size and density."""
     table = nesting_table(made_up(tmp_path, -0.1))
     assert [(line.row.label, line.level) for line in table.lines] == [("α = 0", "whole"), ("α = 0.2", "whole")]
     assert table.lines[1].found["structure_excess"].mean == pytest.approx(0.3)
     assert table.lines[1].found["structure_meta"].mean == pytest.approx(0.6)
-    assert "structure_excess" not in table.lines[0].found
+    assert table.lines[1].found["structure_control"].mean == pytest.approx((0.12 + 0.42) / 2)  # .2 is half way, in log
+    assert table.lines[0].found.keys().isdisjoint({"structure_excess", "structure_control"})
     assert table.heads["absorption_f1"] == "best-latent F1"
+
+
+@pytest.mark.parametrize(
+    ("level", "value"),
+    [
+        ((0.2, 0.1), 0.1),
+        ((0.21, 0.1), 0.1),
+        ((0.3, 0.1), None),
+        ((0.2, 0.41), 0.4),
+        ((0.2, 0.5), None),
+        ((0.2, 0.05), None),
+    ],
+)
+def test_control_has_the_level_s_size_and_density(level: tuple[float, float], value: float | None) -> None:
+    """Flat sets of another size, or nowhere near as dense, are no control."""
+    sets = [Container(0.2, 0.1, 0.1), Container(0.2, 0.4, 0.4), Container(0.5, 0.1, 0.9)]
+    assert control(Container(*level, 0.7), sets) == (None if value is None else pytest.approx(value))
 
 
 def test_report_opens_with_what_nesting_buys(tmp_path: Path) -> None:
@@ -143,7 +164,7 @@ def test_report_opens_with_what_nesting_buys(tmp_path: Path) -> None:
     first = page.index("What was found")
     order = [
         page.index(part, first)
-        for part in ("silent under its child", "Figure 1. What nesting buys", "Table 1", "Figure 2.")
+        for part in ("latent is silent is lower", "Figure 1. What nesting buys", "Table 1", "Figure 2.")
     ]
     assert order == sorted(order)
     assert (tmp_path / "r_files" / "nesting_levels.csv").exists()

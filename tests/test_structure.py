@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evaluate.scores import structure
 from evaluate.scores.sample import Batch
-from evaluate.scores.structure import Hierarchy, batch_top_k, meta_dictionary
+from evaluate.scores.structure import Hierarchy, adam, batch_top_k, meta_dictionary
 from pipeline.sae.nested import SAEConfig
 
 CONTEXT = 8
@@ -64,13 +64,28 @@ def test_the_null_is_the_sequence_before() -> None:
     assert found["null"] == pytest.approx(np.mean(slow))
 
 
-def test_a_flat_dictionary_s_densest_stand_for_shared() -> None:
-    """Without levels only the control is there: its densest fifth."""
-    z = firing(0.05, 0.5, 0.1, 0.1, 0.1)
-    found = hierarchy(z, (5,)).features()
+def test_flat_controls_are_sets_by_density() -> None:
+    """Without levels only controls are there: sets of each size, from the densest on, with their mean density."""
+    z = firing(0.05, 0.5, *[0.1] * 8)
+    found = hierarchy(z, (10,)).features()
     assert "level" not in found
-    assert (found["densest"]["n_shared"], found["densest"]["n"]) == (1, 4)
-    assert found["densest"]["containment"] == pytest.approx(0.5, abs=0.05)
+    first, second = (row for row in found["controls"][:2])
+    assert (first["share"], first["rank"], first["n_shared"], first["n"]) == (0.1, 0, 1, 9)
+    assert first["containment"] == pytest.approx(0.5, abs=0.05)
+    assert first["density"] == pytest.approx(0.5, abs=0.05)
+    assert second["rank"] == 1
+    assert second["density"] == pytest.approx(0.1, abs=0.02)
+    assert {row["n_shared"] for row in found["controls"]} == {1, 2, 3, 5}
+
+
+def test_controls_of_a_level_are_as_large() -> None:
+    """A nested dictionary's controls have the size of its level; the set that is the level says the same as the level."""
+    z = firing(0.5, 0.4, *[0.1] * 18)
+    found = hierarchy(z, (2, 20)).features()
+    assert {row["n_shared"] for row in found["controls"]} == {2}
+    assert found["controls"][0] == {"share": 0.1, "rank": 0} | found["level"]
+    density = z.mean(0)[:2].double().log().mean().exp()
+    assert found["level"]["density"] == pytest.approx(float(density))
 
 
 def test_silent_latents_are_left_out() -> None:
@@ -119,3 +134,18 @@ def test_a_meta_dictionary_ignores_length_of_rows() -> None:
 def test_too_small_for_a_meta_dictionary_is_undefined() -> None:
     """Seven latents leave one meta-latent: no figure."""
     assert meta_dictionary(torch.randn(7, 6), 0)["value"] is None
+
+
+def test_adam_is_torch_s() -> None:
+    """Five steps from the same weights with the same gradients."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 4, generator=g, dtype=torch.float64)
+    theirs = weight.clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([theirs], 0.01)
+    moments = (torch.zeros_like(weight), torch.zeros_like(weight))
+    for step in range(1, 6):
+        gradient = torch.randn(3, 4, generator=g, dtype=torch.float64)
+        adam(weight, gradient, moments, 0.01, step)
+        theirs.grad = gradient
+        optimiser.step()
+    assert torch.allclose(weight, theirs.detach(), rtol=1e-12, atol=0)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from evaluate.latents import files as latent_files
 from evaluate.latents.files import PAGE_SIZE, Strings
-from evaluate.latents.hierarchy import CHANCE, MIN_COUNT, MIN_LIFT, Counts, Link, Pair, Related, both_ways, relate
+from evaluate.latents.hierarchy import CHANCE, Blocks, Containment, Counts, Link, Pair, Related, both_ways, relate
+from evaluate.scores.structure import MIN_COUNT
 from pipeline.base.progress import Progress
 from pipeline.base.runtime import numpy_rng
 from pipeline.base.token_text import Tokenizer, TokenText
@@ -33,7 +34,8 @@ N_CONTEXTS, RADIUS, N_TOKENS = 12, 10, 10
 BATCH_VALUES = 32_000_000
 """Latent values held at once: rows a batch × width."""
 PAIR_VALUES = 200_000_000
-"""Co-firing counts held at once (float32); more shared latents than fit take another pass over the rows."""
+"""Co-firing counts held at once, those of the null among them (float32); more shared latents than fit take another pass over
+the rows."""
 
 
 def write_latents(
@@ -57,7 +59,7 @@ def write_latents(
     """
     part: Split = getattr(store, split)
     chunks = choose_chunks(part, rows, seed)
-    contexts, firing, related = collect(sae, part, store.context, chunks, quiet)
+    contexts, firing, related, containment = collect(sae, part, store.context, chunks, quiet)
     lens = logit_lens(sae, unembedding) if unembedding is not None else None
     summary = {
         "format": latent_files.FORMAT,
@@ -72,7 +74,8 @@ def write_latents(
         "radius": RADIUS,
         "dead": int((firing.count == 0).sum()),
         "related_latents": sum(bool(links) for links in related[: sae.config.n_shared]),
-        "criterion": {"count": MIN_COUNT, "lift": MIN_LIFT, "chance": CHANCE},
+        "criterion": {"count": MIN_COUNT, "chance": CHANCE},
+        "containment": containment.summary(firing),
         "logit_lens": lens is not None,
     }
     write_files(out_folder, part, TokenText(tokenizer), contexts, firing, related, lens, summary)
@@ -136,31 +139,65 @@ def windows(
 
 def collect(
     sae: NestedSAE, split: Split, context: int, chunks: list[tuple[int, int]], quiet: bool
-) -> tuple[TopContexts, Counts, Related]:
+) -> tuple[TopContexts, Counts, Related, Containment]:
     """Stream the rows once for contexts and counts; once more for each further block of shared latents."""
     config, device = sae.config, sae.center.device
-    contexts, firing = (
+    n_shared, n_special = config.n_shared, config.width - config.n_shared
+    contexts, firing, containment = (
         TopContexts(config.width, device),
-        Counts(torch.zeros(config.width, dtype=torch.float64), config.n_shared),
+        Counts(torch.zeros(config.width, dtype=torch.float64), n_shared),
+        Containment(n_special),
     )
     kept = split.kept()
     firing.n_tokens = int(sum(kept[a:b].sum() for a, b in chunks))
-    size = max(1, PAIR_VALUES // max(config.width - config.n_shared, 1))
-    blocks = [(s, min(s + size, config.n_shared)) for s in range(0, config.n_shared, size)] or [(0, 0)]
-    together: list[Pair] = []
+    size = max(1, PAIR_VALUES // 2 // max(n_special, 1))
+    blocks = [(s, min(s + size, n_shared)) for s in range(0, n_shared, size)] or [(0, 0)]
+    pairs: list[Pair] = []
     total = len(blocks) * sum(b - a for a, b in chunks)
     with Progress(total, "latents", "row", quiet=quiet) as bar:
         for number, (a, b) in enumerate(blocks):
-            pairs = torch.zeros(b - a, config.width - config.n_shared, device=device)
+            counted = PairCounts(b - a, n_special, device)
             for z, first in stream(sae, split, context, chunks):
-                fires = (z != 0).flatten(0, 1).float()  # [row, latent]
-                pairs += fires[:, a:b].T @ fires[:, config.n_shared :]
+                fires = (z != 0).float()  # [seq, pos, latent]
+                counted.update(fires[..., a:b], fires[..., n_shared:])
                 if number == 0:
                     contexts.update(z, first)
-                    firing.count += fires.sum(0).double().cpu()
-                bar.advance(len(fires))
-            together += relate(pairs.cpu(), firing, sae.W_dec.detach(), a)
-    return contexts, firing, both_ways(together, config.width)
+                    firing.count += fires.sum((0, 1)).double().cpu()
+                bar.advance(fires.shape[0] * fires.shape[1])
+            found = counted.blocks()
+            containment.update(found)
+            pairs += relate(found, firing, sae.W_dec.detach(), a)
+    return contexts, firing, both_ways(pairs, config.width), containment
+
+
+class PairCounts:
+    """Counts of tokens on which a block of shared latents fires with specialised ones, and the null's, streamed.
+
+    The null takes the specialised latents' firings from the sequence before, the first sequence's from the last.
+    """
+
+    def __init__(self, n_shared: int, n_special: int, device: torch.device) -> None:
+        self.together, self.moved = torch.zeros(2, n_shared, n_special, device=device)
+        self.first: Float[Tensor, "pos shared"] | None = None
+        self.last: Float[Tensor, "pos special"] | None = None
+
+    def update(self, shared: Float[Tensor, "seq pos shared"], special: Float[Tensor, "seq pos special"]) -> None:
+        """Add the firings, 0 or 1, of some sequences."""
+        flat = shared.flatten(0, 1)
+        self.together += flat.T @ special.flatten(0, 1)
+        self.moved += shared[1:].flatten(0, 1).T @ special[:-1].flatten(0, 1)
+        if self.last is None:
+            self.first = shared[0].clone()
+        else:
+            self.moved += shared[0].T @ self.last
+        self.last = special[-1].clone()
+
+    def blocks(self) -> Blocks:
+        """The counts, once all sequences have been seen."""
+        if self.first is not None and self.last is not None:
+            self.moved += self.first.T @ self.last
+            self.first = None
+        return Blocks(self.together.cpu(), self.moved.cpu())
 
 
 Lens = tuple[
@@ -244,8 +281,8 @@ def token_scores(lens: Lens, k: int, latent: int, text: TokenText, strings: Stri
 
 def rounded_link(link: Link) -> list[float]:
     """A relative as the page stores it."""
-    other, count, lift, share, cosine = link
-    return [other, count, short(lift), short(share), round(cosine, 3)]
+    other, count, share, null, cosine = link
+    return [other, count, short(share), short(null), round(cosine, 3)]
 
 
 def short(value: float) -> float:

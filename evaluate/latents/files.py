@@ -19,7 +19,7 @@ from pipeline.base.errors import DamagedError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import write_bytes
 
-FORMAT, VERSION = "nested-sae-latents", 1
+FORMAT, VERSION = "nested-sae-latents", 2
 PAGE_SIZE = 256
 INDEX_HEAD = "nestedLatents.index("
 

@@ -235,9 +235,7 @@ def trees(shown: Sequence[Sequence[Node]], level: int, sizes: Sequence[int]) -> 
                 )
                 axes.plot([x], [y], "o", mfc="none", mec=shade(node), ms=size, mew=0.6, zorder=4)
                 if node.depth < max(deepest, 2):
-                    axes.annotate(
-                        f"{held.latent}", (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=7, color=INK
-                    )
+                    axes.annotate(f"{held.latent}", (x, y), (4, 2), textcoords="offset points", fontsize=7, color=INK)
             left += width + 1
         axes.set_xlim(-0.8, left - 1.2)
         axes.set_ylim(-deepest - 0.35, 0.5)

@@ -32,8 +32,12 @@ class Summary:
     page_size: int
     dead: int
     related_latents: int
-    lift: float
-    together: int
+    chance: float
+    least: int
+    containment: float | None
+    null: float | None
+    excess: float | None
+    half: float | None
 
     def as_json(self) -> dict[str, Any]:
         """What the page's script reads."""
@@ -42,7 +46,7 @@ class Summary:
             "levels": self.sizes,
             "n_shared": self.n_shared,
             "page_size": self.page_size,
-            "criterion": {"lift": self.lift, "count": self.together},
+            "criterion": {"chance": self.chance, "count": self.least},
         }
 
 
@@ -93,7 +97,8 @@ def summary_of(fields: Fields) -> Summary:
     sizes, n_latents = tuple(fields.list_of_wholes("levels")), fields.whole("n_latents", least=1)
     if not sizes or sizes[-1] != n_latents or list(sizes) != sorted(sizes) or n_latents > MOST_LATENTS:
         raise fields.wrong("levels", f"sizes that grow to n_latents, {n_latents}", list(sizes))
-    criterion = fields.inner("criterion")
+    criterion, told = fields.inner("criterion"), fields.inner("containment")
+    excess, low = told.some_number("excess"), told.some_number("low")
     return Summary(
         split=fields.text("split", ""),
         n_tokens=fields.whole("n_tokens"),
@@ -103,8 +108,12 @@ def summary_of(fields: Fields) -> Summary:
         page_size=fields.whole("page_size", least=1),
         dead=fields.whole("dead", 0),
         related_latents=fields.whole("related_latents", 0),
-        lift=criterion.some_number("lift") or 0.0,
-        together=criterion.whole("count", 0),
+        chance=criterion.some_number("chance") or 0.0,
+        least=criterion.whole("count", 0),
+        containment=told.some_number("containment"),
+        null=told.some_number("null"),
+        excess=excess,
+        half=None if excess is None or low is None else excess - low,
     )
 
 
@@ -131,7 +140,7 @@ def latent_of(fields: Fields, n_strings: int, n_latents: int) -> dict[str, Any]:
 
 
 def related_of(fields: Fields, link: Any, n_latents: int) -> Any:
-    """Another latent, tokens together, lift, share, decoder cosine."""
+    """Another latent, tokens together, containment, its null, decoder cosine."""
     if not is_numbers(link, 5) or not is_index(link[0], n_latents):
         raise fields.wrong("related", "five numbers, the first a latent", link)
     return link

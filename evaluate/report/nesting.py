@@ -15,15 +15,19 @@ from evaluate.report.drawing import MARK_NAMES, Cross, crosses, legend, trees
 from evaluate.report.equal import NEAR, mean_of
 from evaluate.report.figures import Figure, Missing, Numbers
 from evaluate.report.runs import Group, Results, Row
-from evaluate.report.scored import Run
+from evaluate.report.scored import Container, Run
 from evaluate.report.svg import Panel
 from evaluate.report.table import Table
 from evaluate.report.wording import column_decimals, count, number, plus_minus, signed_plus_minus
-from evaluate.statistics import Comparison, Estimate, compare, estimate
+from evaluate.statistics import Comparison, Estimate, compare, estimate, interpolated
 
 TITLE = "What nesting buys and costs"
 SILENT, MISSED, FRACTION = "truth_parent_silent", "truth_parent_missed", "absorption_fraction"
-MEASURES = (SILENT, FRACTION)
+NAMES = {
+    SILENT: "the share of its rows with a child on which a parent’s latent is silent",
+    FRACTION: "absorption, the part of a label that others than its own latents carry,",
+}
+MEASURES = tuple(NAMES)
 """What absorption is where features are known, and where they are not."""
 COLUMNS = (
     *("l0", "ev", SILENT, MISSED, "truth_f1", "truth_mcc", "truth_found", "truth_unique", "truth_hedging"),
@@ -169,11 +173,7 @@ def nesting_found(table: Table, results: Results) -> tuple[str, ...]:
 def sentences(table: Table, metric: str, pair: Pair) -> list[str]:
     """What one measure of absorption says of the pair: the finding, then what stands beside it."""
     where = "Where the features are known" if metric == SILENT else "On real rows"
-    what = (
-        "a parent’s latent is silent under its child"
-        if metric == SILENT
-        else "others carry what a label’s latent should"
-    )
+    what = NAMES[metric]
     own, flat = (mean_of(row.values("l0")) for row in (pair.nested, pair.flat))
     name = f"nested ({pair.nested.label})"
     values = f"{pair.both(metric)} flat"
@@ -188,28 +188,17 @@ def sentences(table: Table, metric: str, pair: Pair) -> list[str]:
         return [
             f"{where}, {at}, {what}: {name} {values}; without an interval, which takes two seeds, no more is claimed."
         ]
-    cost = cost_of(table, pair)
-    change = direction(difference)
+    cost, change = cost_of(table, pair), direction(difference)
     shown = f"{name} {values}, {signed_plus_minus(difference.difference, difference.half)}"
-    finding = {
-        "less": f"{where}, {at}, {what} less often with nesting: {shown}.",
-        "more": f"{where}, {at}, {what} more often with nesting: {shown}.",
-        "": f"{where}, {at}, that {what} more or less often with nesting is not shown: {shown}.",
-    }[change]
-    if metric == FRACTION:
-        finding = (
-            finding.replace("less often", "less")
-            .replace("more often", "more")
-            .replace("more or less often", "more or less")
-        )
-    return [finding, verdict(change, cost), beside(metric, pair), cost_sentence(table, pair)]
+    said = f"{what} is {change} with nesting" if change else f"a difference in {what} is not shown"
+    return [f"{where}, {at}, {said}: {shown}.", verdict(change, cost), beside(metric, pair), cost_sentence(table, pair)]
 
 
 def direction(difference: Comparison) -> str:
-    """less or more where the 95 % interval leaves 0 out, else nothing."""
+    """lower or higher where the 95 % interval leaves 0 out, else nothing."""
     if abs(difference.difference) <= difference.half:
         return ""
-    return "less" if difference.difference < 0 else "more"
+    return "lower" if difference.difference < 0 else "higher"
 
 
 def cost_of(table: Table, pair: Pair) -> str:
@@ -218,16 +207,16 @@ def cost_of(table: Table, pair: Pair) -> str:
     if cell is not None and (cell.test is not None or cell.apart is not None):
         return cell.verdict if cell.verdict in ("better", "worse") else ""
     difference = pair.difference("ev")
-    return {"less": "worse", "more": "better", "": ""}[direction(difference)] if difference else ""
+    return {"lower": "worse", "higher": "better", "": ""}[direction(difference)] if difference else ""
 
 
 VERDICTS = {
-    ("less", "worse"): "So nesting buys less absorption here, and pays for it in explained variance.",
-    ("less", ""): "So nesting buys less absorption here, at no cost in explained variance that is shown.",
-    ("less", "better"): "So nesting buys less absorption here, and more explained variance with it.",
-    ("more", "worse"): "So nesting buys nothing here: there is more absorption, and less explained variance.",
-    ("more", ""): "So nesting costs absorption here, and no difference in explained variance is shown.",
-    ("more", "better"): "So nesting costs absorption here, and buys explained variance.",
+    ("lower", "worse"): "So nesting buys less absorption here, and pays for it in explained variance.",
+    ("lower", ""): "So nesting buys less absorption here, at no cost in explained variance that is shown.",
+    ("lower", "better"): "So nesting buys less absorption here, and more explained variance with it.",
+    ("higher", "worse"): "So nesting buys nothing here: there is more absorption, and less explained variance.",
+    ("higher", ""): "So nesting costs absorption here, and no difference in explained variance is shown.",
+    ("higher", "better"): "So nesting costs absorption here, and buys explained variance.",
     ("", "worse"): "So nesting costs explained variance here, and what it would buy is not shown.",
     ("", ""): "So neither what nesting buys nor what it costs is shown here.",
     ("", "better"): "So nesting buys explained variance here, and no difference in absorption is shown.",
@@ -250,8 +239,10 @@ def beside(metric: str, pair: Pair) -> str:
         own, flat = (estimate(list(values.values())) for values in beyond)
         if not own or not flat:
             return ""
+        n = next((run.parents for run in pair.nested.runs if run.parents), None)
+        rows = f" ({n[1]:,} cases, and {n[0]:,} with a child)" if n else ""
         return (
-            f"With no child on, the parent is missed on {pair.both(MISSED)} flat; silence beyond mere misses is "
+            f"With no child on, the parent is missed on {pair.both(MISSED)} flat{rows}; silence beyond mere misses is "
             f"{plus_minus(own)} against {plus_minus(flat)} flat{interval_text(compare(*beyond))}."
         )
     on = [run.labels for run in pair.nested.runs if run.labels]
@@ -300,6 +291,8 @@ class NestingLine:
     found: dict[str, Estimate]
 
 
+SIZE = 0.1
+"""How much a flat control may differ from a shared level, as a share, in size and beyond the densities there are."""
 OF_STRUCTURE = ("structure_meta", "structure_excess", "structure_control")
 
 
@@ -312,7 +305,7 @@ def nesting_table(results: Results) -> NestingTable:
             for level in range(last + 1):
                 found = {id: e for id in COLUMNS if (e := estimate(list(row.values(id, level).values())))}
                 if level == last:
-                    found |= structure(row)
+                    found |= structure(group, row)
                 if found.keys() - {"l0", "ev"}:
                     name = "whole" if level == last else "shared alone" if level == 0 else f"level {level + 1} alone"
                     lines.append(NestingLine(group, row, name, found))
@@ -320,13 +313,34 @@ def nesting_table(results: Results) -> NestingTable:
     return NestingTable({id: results.metric(id).label for id in ids}, lines)
 
 
-def structure(row: Row) -> dict[str, Estimate]:
-    """Estimates of the meta-dictionary, and of containment over its null, in the level and in as many densest latents."""
-    return {
-        id: e
-        for id in OF_STRUCTURE
-        if (e := estimate([value for run in row.runs if (value := run.structure.get(id)) is not None]))
+def structure(group: Group, row: Row) -> dict[str, Estimate]:
+    """Estimates of the meta-dictionary, of containment over chance in the shared level, and of the same in flat
+    dictionaries, in sets as large and as dense as the level."""
+    flat = {run.replicate: run for run in group.baseline.runs} if group.baseline else {}
+    values = {
+        "structure_meta": [run.structure.meta for run in row.runs],
+        "structure_excess": [run.structure.level.excess if run.structure.level else None for run in row.runs],
+        "structure_control": [
+            control(run.structure.level, flat[run.replicate].structure.controls) if run.replicate in flat else None
+            for run in row.runs
+        ],
     }
+    found = {id: estimate([value for value in some if value is not None]) for id, some in values.items()}
+    return {id: e for id, e in found.items() if e}
+
+
+def control(level: Container | None, controls: Sequence[Container]) -> float | None:
+    """Containment over chance at the level's density, straight over log density between sets of the level's size.
+
+    None where no set is as large within SIZE, or none as dense within SIZE of the densest and the sparsest.
+    """
+    same = [one for one in controls if level and abs(one.share / level.share - 1) <= SIZE]
+    if not level or not same:
+        return None
+    densities = [one.density for one in same]
+    if not min(densities) / (1 + SIZE) <= level.density <= max(densities) * (1 + SIZE):
+        return None
+    return interpolated(level.density, [(one.density, one.excess) for one in same])
 
 
 def nesting_rows(table: NestingTable) -> list[dict[str, Any]]:

@@ -119,7 +119,7 @@ def report_page(
         opening=nesting_found(table, results),
         found=what_was_found(table, results),
         models=distinct(sorted(short_name(run.store.model) for run in last)),
-        layers=sorted({run.store.layer for run in last if run.store.layer is not None}),
+        layers=sorted({layer for run in last if (layer := run.store.layer) is not None and not run.is_known}),
         seeds=sorted({run.seed for run in last}),
         widths=[f"{width:,}" for width in sorted({run.checkpoint.width for run in last})],
         table=table,

@@ -124,7 +124,9 @@ class Results:
 
 
 def short_name(model: str) -> str:
-    """A model's name without the folder or the organisation before it."""
+    """A model's name without the folder or the organisation before it; rows of known features have none."""
+    if model.startswith("truth:"):
+        return f"known features {model.removeprefix('truth:')}"
     return model.rstrip("/").rpartition("/")[2] or model
 
 

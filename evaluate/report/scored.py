@@ -76,6 +76,24 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class Container:
+    """Latents that others are contained in: their share of the dictionary, (geometric) mean density, containment over chance."""
+
+    share: float
+    density: float
+    excess: float
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Of the whole dictionary: variance that a meta-dictionary explains; its shared level, and sets as large by density."""
+
+    meta: float | None = None
+    level: Container | None = None
+    controls: tuple[Container, ...] = ()
+
+
+@dataclass(frozen=True)
 class Point:
     """A score of one level at n latents."""
 
@@ -132,8 +150,10 @@ class Run:
     versions: Mapping[str, str]
     git: str
     trees: tuple[tuple[Node, ...], ...] = ()
+    parents: tuple[int, int] | None = None
+    """Cases, over rows and features, of a parent with a child of it on, and of a parent on alone."""
     labels: Labels | None = None
-    structure: Mapping[str, float] = field(default_factory=dict)
+    structure: Structure = Structure()
     scored_with: Mapping[str, str] = field(default_factory=dict)
     """Settings of scores that are not those of all runs it stands beside (`runs.told_apart`)."""
 
@@ -151,6 +171,11 @@ class Run:
     def train(self) -> Mapping[str, Any]:
         """The training config; empty for an SAE made elsewhere."""
         return self.checkpoint.train
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its rows are sums of known features, of no model and no layer."""
+        return self.store.model.startswith("truth:")
 
     @property
     def step(self) -> int:
@@ -272,8 +297,9 @@ def merged(one: Run, other: Run) -> Run:
         curve={**less.curve, **more.curve},
         definitions={**less.definitions, **more.definitions},
         trees=more.trees or less.trees,
+        parents=more.parents or less.parents,
         labels=more.labels or less.labels,
-        structure={**less.structure, **more.structure},
+        structure=more.structure if more.structure != Structure() else less.structure,
     )
 
 
@@ -288,7 +314,7 @@ def make_run(path: Path, data: Mapping[str, Any]) -> Run:
     if missing:
         raise DamagedError(f"{path}: results without {', '.join(missing)}; evaluate this checkpoint again")
     fields = Fields(path, data)
-    store, features = fields.inner("store"), fields.inner("features")
+    store, features, truth = (fields.inner(name) for name in ("store", "features", "truth"))
     return Run(
         path,
         checkpoint_of(fields.inner("checkpoint")),
@@ -304,22 +330,29 @@ def make_run(path: Path, data: Mapping[str, Any]) -> Run:
         {id: definition_of(fields.inner("definitions").inner(id), id) for id in fields.inner("definitions").data},
         fields.texts("versions"),
         fields.text("git", ""),
-        trees_of(fields.inner("truth")),
+        trees_of(truth),
+        (truth.whole("n_parent_and_child"), truth.whole("n_parent_alone")) if "n_parent_alone" in truth.data else None,
         labels_of(fields.inner("absorption")) if fields.data.get("absorption") else None,
         structure_of(fields.inner("structure")),
     )
 
 
-def structure_of(fields: Fields) -> dict[str, float]:
-    """Of the whole dictionary: variance that a meta-dictionary explains, and containment over its null, in the shared level
-    and, as the control, in as many of the densest latents."""
+def structure_of(fields: Fields) -> Structure:
+    """The meta-dictionary's figure, and what contains specialised latents."""
     hierarchy, meta = fields.inner("hierarchy"), fields.objects("meta")
-    found = {
-        "structure_meta": meta[-1].some_number("value") if meta else None,
-        "structure_excess": hierarchy.inner("level").some_number("excess"),
-        "structure_control": hierarchy.inner("densest").some_number("excess"),
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    controls = [container_of(one, one.some_number("share")) for one in hierarchy.objects("controls")]
+    level, shares = hierarchy.inner("level"), [one.share for one in controls if one]
+    return Structure(
+        meta[-1].some_number("value") if meta else None,
+        container_of(level, shares[0] if shares else None),
+        tuple(one for one in controls if one),
+    )
+
+
+def container_of(fields: Fields, share: float | None) -> Container | None:
+    """One set of latents; None where nothing was asked of it."""
+    density, excess = fields.some_number("density"), fields.some_number("excess")
+    return None if share is None or not density or density < 0 or excess is None else Container(share, density, excess)
 
 
 def trees_of(fields: Fields) -> tuple[tuple[Node, ...], ...]:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.optimize import minimize
 from torch import Tensor
 
 from pipeline.base.runtime import numpy_rng
@@ -165,27 +166,31 @@ def train_probes(x: Float[Tensor, "row d_model"], rows: Labelled) -> Probes:
 def fit_logistic(
     x: Float[Tensor, "row d_model"], label: Int[Tensor, "row label"]
 ) -> tuple[Float[Tensor, "label d_model"], Float[Tensor, " label"]]:
-    """Weights and biases of logistic regressions of every label at once (L-BFGS, L2); labels of −1 do not count."""
+    """Weights and biases of logistic regressions of every label at once (L-BFGS, L2); labels of −1 do not count.
+
+    The gradient is written out, and scipy's optimiser taken: torch's loads its compiler first, which takes seconds.
+    """
     scale = x.square().mean().sqrt().clamp(min=1e-12)
-    with torch.inference_mode(False), torch.enable_grad():
-        rows, target = (x / scale).clone(), label.clamp(min=0).float().clone()
-        asked = (label >= 0).float().clone()
-        asked = asked / asked.sum(0).clamp(min=1)
-        weight = torch.zeros(label.shape[1], x.shape[1], device=x.device, requires_grad=True)
-        bias = torch.zeros(label.shape[1], device=x.device, requires_grad=True)
-        optimiser = torch.optim.LBFGS([weight, bias], max_iter=STEPS, history_size=10, line_search_fn="strong_wolfe")
+    rows, target = x / scale, label.clamp(min=0).float()
+    asked = (label >= 0).float()
+    asked = asked / asked.sum(0).clamp(min=1)
+    n_labels, d_model = label.shape[1], x.shape[1]
 
-        def closure() -> Tensor:
-            optimiser.zero_grad()
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(
-                rows @ weight.T + bias, target, weight=asked, reduction="sum"
-            )
-            loss = loss + PENALTY * weight.square().sum() / 2
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
+    def loss(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        """The summed loss of all labels and its gradient, at weights [label, d_model + 1] whose last column is the bias."""
+        at = torch.from_numpy(flat).to(x.device, x.dtype).view(n_labels, d_model + 1)
+        weight, bias = at[:, :-1], at[:, -1]
+        logit = rows @ weight.T + bias
+        value = (torch.nn.functional.softplus(logit) - target * logit).mul(asked).sum(dtype=torch.float64)
+        wrong = (logit.sigmoid() - target) * asked
+        gradient = torch.cat([wrong.T @ rows + PENALTY * weight, wrong.sum(0)[:, None]], 1)
+        total = float(value) + PENALTY * float(weight.double().square().sum()) / 2
+        return total, gradient.flatten().double().cpu().numpy()
 
-        optimiser.step(closure)  # type: ignore[no-untyped-call]
-    return weight.detach() / scale, bias.detach()
+    start = np.zeros(n_labels * (d_model + 1))
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": STEPS}).x
+    best = torch.from_numpy(found).to(x.device, x.dtype).view(n_labels, d_model + 1)
+    return best[:, :-1] / scale, best[:, -1].clone()
 
 
 def best_threshold(logit: Float[Tensor, " row"], is_one: Bool[Tensor, " row"]) -> float:

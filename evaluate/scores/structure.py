@@ -26,13 +26,14 @@ META_POLISH = 100
 """Last steps, over which the learning rate falls to zero."""
 
 N_PARTS = 1024
-"""Specialised latents whose relatives are looked for, drawn by seed where there are more."""
+"""Latents whose containment is asked about, drawn by seed where there are more."""
 MIN_COUNT = 20
-"""Rows on which a specialised latent must fire to count."""
+"""Rows on which a latent must fire to be asked about."""
 MAX_FIRINGS = 16_000_000
 """Firings kept (16 bytes each); rows beyond are left out, and the number of rows says so."""
-CONTROL_SHARE = 0.2
-"""Of a flat dictionary, the share of its latents, the densest, that stand for a shared level."""
+CONTROL_SHARES, CONTROL_OFFSETS = (0.1, 0.2, 0.3, 0.5), (0.0, 0.25, 0.5, 1.0, 2.0)
+"""Of a flat dictionary, shares of its latents that stand for a shared level; and the ranks by density at which such a set
+begins, in sizes of the set: 0 takes the densest, so that a level of any density finds sets as large on either side."""
 
 
 def meta_dictionary(W_dec: Float[Tensor, "latent d_model"], seed: int) -> dict[str, float | int | None]:
@@ -57,15 +58,15 @@ def fit_meta(W_dec: Float[Tensor, "latent d_model"], n: int, rng: torch.Generato
         decoder = torch.nn.functional.normalize(start, dim=1).requires_grad_(True)
         encoder = decoder.detach().T.clone().requires_grad_(True)
         bias = torch.zeros(n, device=x.device, requires_grad=True)
-        optimiser = torch.optim.Adam([encoder, bias, decoder], META_LR)
+        weights = [encoder, bias, decoder]
+        moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
         for step in range(META_STEPS):
-            optimiser.param_groups[0]["lr"] = META_LR * min(1.0, (META_STEPS - step) / META_POLISH)
             rows = x[torch.randint(len(x), (META_BATCH,), generator=rng).to(x.device)] if len(x) > META_BATCH else x
             error = (rows - batch_top_k(rows @ encoder + bias, META_K) @ decoder).square().sum(1).mean()
-            optimiser.zero_grad()
-            error.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+            gradients = torch.autograd.grad(error, weights)
             with torch.no_grad():
+                for weight, gradient, moment in zip(weights, gradients, moments):
+                    adam(weight, gradient, moment, META_LR * min(1.0, (META_STEPS - step) / META_POLISH), step + 1)
                 decoder.copy_(torch.nn.functional.normalize(decoder, dim=1))
     rest = 0.0
     with torch.no_grad():
@@ -73,6 +74,14 @@ def fit_meta(W_dec: Float[Tensor, "latent d_model"], n: int, rng: torch.Generato
             rows = x[first : first + META_BATCH]
             rest += float((rows - batch_top_k(rows @ encoder + bias, META_K) @ decoder).square().sum())
     return 1 - rest / float(x.square().sum())
+
+
+def adam(weight: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], lr: float, step: int) -> None:
+    """One step of Adam, in place (β .9 and .999, ε 1e-8): torch's own loads its compiler first, which takes seconds."""
+    mean, square = moments
+    mean.lerp_(gradient, 0.1)
+    square.lerp_(gradient.square(), 0.001)
+    weight.sub_(lr / (1 - 0.9**step) * mean / ((square / (1 - 0.999**step)).sqrt() + 1e-8))
 
 
 def batch_top_k(a: Float[Tensor, "row latent"], k: int) -> Float[Tensor, "row latent"]:
@@ -104,65 +113,75 @@ class Hierarchy:
         self.n_positions = (batch.first + len(batch.kept)) * self.context
 
     def features(self) -> dict[str, Any]:
-        """Containment of specialised latents in shared ones, over its null, for the levels and for the densest latents."""
+        """Containment over its null in the shared level, and in controls: sets of latents as large, by rank of density."""
         rows = np.concatenate([np.empty(0, np.int64), *self.rows])
         latents = np.concatenate([np.empty(0, np.int64), *self.latents])
         width, m = self.config.width, self.config.n_shared
         count = np.bincount(latents, minlength=width)
-        order = np.argsort(-count, kind="stable")
-        n_dense = m or max(1, round(CONTROL_SHARE * width))
-        splits = {"densest": (order[:n_dense], order[n_dense:])}
-        if m:
-            splits["level"] = (np.arange(m), np.arange(m, width))
-        found = {name: self.containment(rows, latents, count, *split) for name, split in splits.items()}
-        return found | {"n_rows": self.n_rows, "min_count": MIN_COUNT}
-
-    def containment(
-        self,
-        rows: npt.NDArray[np.int64],
-        latents: npt.NDArray[np.int64],
-        count: npt.NDArray[np.int64],
-        shared: npt.NDArray[np.int64],
-        special: npt.NDArray[np.int64],
-    ) -> dict[str, Any]:
-        """For specialised latents that fired on MIN_COUNT rows: the mean of max over shared s of P(s on | it on).
-
-        The null takes their firings from the sequence before, position by position: what densities alone give. `excess`
-        is the mean of the difference, a latent each, with its 95 % interval (normal, over latents). `lift` is the median
-        of P(s | c) / P(s) at the latent's best s.
-        """
-        often = special[count[special] >= MIN_COUNT]
+        often = np.flatnonzero(count >= MIN_COUNT)
         some = np.sort(numpy_rng("hierarchy", self.seed).permutation(often)[:N_PARTS])
-        about = {"n_shared": len(shared), "n": len(some), "n_special": len(special)}
-        if not len(some) or not len(shared):
-            return about | dict.fromkeys(("containment", "null", "excess", "low", "high", "inside", "lift"))
+        together = self.together(rows, latents, some)
+        order = np.argsort(-count, kind="stable")
+        found: dict[str, Any] = {"n_rows": self.n_rows, "min_count": MIN_COUNT}
+        if m:
+            found["level"] = self.containment(together, some, count, np.arange(m))
+        found["controls"] = [
+            {
+                "share": size / width,
+                "rank": first,
+                **self.containment(together, some, count, order[first : first + size]),
+            }
+            for size in ([m] if m else sorted({max(1, round(share * width)) for share in CONTROL_SHARES}))
+            for first in sorted({round(offset * size) for offset in CONTROL_OFFSETS})
+            if first + size <= width
+        ]
+        return found
+
+    def together(
+        self, rows: npt.NDArray[np.int64], latents: npt.NDArray[np.int64], some: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Rows on which each of `some` latents fires with each latent, and likewise with their firings taken from the
+        sequence before, position by position: float32 [some, latent], exact below 2^24."""
         fires = csr_matrix(
             (np.ones(len(rows), np.float32), (rows, latents)), shape=(self.n_positions, self.config.width)
         )
-        parts, whole = fires[:, some], fires[:, shared]
-        real = best_container(whole, parts)
-        shifted = parts[np.roll(np.arange(self.n_positions), self.context)]
-        null = best_container(whole, shifted)
-        gain = real[0] - null[0]
+        parts = fires[:, some]
+        moved = parts[np.roll(np.arange(self.n_positions), self.context)]
+        return (parts.T @ fires).toarray(), (moved.T @ fires).toarray()
+
+    def containment(
+        self,
+        together: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]],
+        some: npt.NDArray[np.int64],
+        count: npt.NDArray[np.int64],
+        shared: npt.NDArray[np.int64],
+    ) -> dict[str, Any]:
+        """For the other latents among `some`: the mean of max over shared s of P(s on | it on).
+
+        The null takes their firings from the sequence before: what densities alone give. `excess` is the mean of the
+        difference, a latent each, with its 95 % interval (normal, over latents). `lift` is the median of P(s | c) / P(s) at
+        the latent's best s; `density` the geometric mean of the shared latents'.
+        """
+        others = np.flatnonzero(~np.isin(some, shared))
+        density = np.maximum(count[shared], 1) / max(self.n_rows, 1)
+        about = {"n_shared": len(shared), "n": len(others), "density": float(np.exp(np.log(density).mean()))}
+        if not len(others):
+            return about | dict.fromkeys(("containment", "null", "excess", "low", "high", "inside", "lift"))
+        n = count[some[others]]
+        counts, moved = (part[others][:, shared] for part in together)
+        best = counts.argmax(1)
+        real, null = counts.max(1) / n, moved.max(1) / n
+        gain = (real - null).astype(np.float64)
         half = 1.96 * float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) > 1 else None
-        density = count[shared[real[1]]] / max(self.n_rows, 1)
         return about | {
-            "containment": float(real[0].mean()),
-            "null": float(null[0].mean()),
+            "containment": float(real.mean()),
+            "null": float(null.mean()),
             "excess": float(gain.mean()),
             "low": None if half is None else float(gain.mean()) - half,
             "high": None if half is None else float(gain.mean()) + half,
-            "inside": float(((real[0] >= 0.9) & (null[0] < 0.5)).mean()),
-            "lift": float(np.median(real[0] / np.maximum(density, 1e-12))),
+            "inside": float(((real >= 0.9) & (null < 0.5)).mean()),
+            "lift": float(np.median(real / density[best])),
         }
-
-
-def best_container(whole: csr_matrix, parts: csr_matrix) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """For every column of `parts`, the largest share of its rows on which a column of `whole` is on too, and which."""
-    together = np.asarray((parts.T @ whole).todense(), np.float64)  # [part, whole]
-    best = together.argmax(1)
-    n = np.maximum(np.asarray(parts.sum(0), np.float64)[0], 1)
-    return together[np.arange(len(best)), best] / n, best
 
 
 def t_interval(values: npt.NDArray[np.float64]) -> tuple[float, float] | tuple[None, None]:

@@ -1,25 +1,34 @@
-"""Check a finished demo: every member scored, the numbers those of SAEs that work, the report whole. Used by .ci/run."""
+"""Check a finished demo: every member scored, the numbers those of SAEs that work, the report whole and opening with what
+nesting buys, in words that its own numbers bear out. Used by .ci/run."""
 
+import csv
 import json
 import math
 import sys
 from pathlib import Path
+from statistics import mean
 
 ALPHAS, SEEDS = {0.0, 0.1, 0.2, 0.3, 0.5}, {0, 1, 2}
 WANTED = {("batchtopk", alpha, seed) for alpha in ALPHAS for seed in SEEDS} | {("paper", 0.2, seed) for seed in SEEDS}
-L0 = 32
+KNOWN = {("batchtopk", alpha, seed) for alpha in (0.0, 0.2) for seed in SEEDS}
+L0, KNOWN_L0 = 32, 7
+SILENT, MISSED = "truth_parent_silent", "truth_parent_missed"
 
 
 def main(out: Path) -> None:
     results = [json.loads(path.read_text()) for path in sorted((out / "results").rglob("*.json"))]
-    trained = [r["checkpoint"]["provenance"]["train"] for r in results]
-    members = {(config["recipe"], config["alpha"], config["seed"]) for config in trained}
-    assert members == WANTED, members
-    for result in results:
+    known = [result for result in results if result["store"]["model"].startswith("truth:")]
+    real = [result for result in results if result not in known]
+    assert {member(result) for result in real} == WANTED
+    assert {member(result) for result in known} == KNOWN
+    for result in real:
         check_result(result)
+    for result in known:
+        check_known(result)
     page = (out / "report.html").read_text()
     assert "Table 1" in page
     assert page.count("<svg") >= 3
+    check_opening(out, page, known)
     assert "http://" not in page.replace("http://www.w3.org", ""), "the report must need no network"
     print(f"demo: {len(results)} checkpoints scored, report of {len(page) // 1000} kB")
 
@@ -35,6 +44,52 @@ def check_result(result: dict) -> None:
     assert any(row["value"] is not None for row in result["series"]["scr"])
     shared = result["levels"][0]["scores"]
     assert len(result["levels"]) == 1 or shared["ev"] < whole["ev"]
+    every = result["absorption"]["levels"][-1]["all"]
+    assert every["n_labels"] >= 3
+    assert every["n"] > 500
+    assert 0 <= whole["absorption_full"] <= 1
+    assert 0 <= whole["absorption_fraction"] <= 1
+    assert whole["absorption_f1"] > 0.2
+    assert whole["absorption_recall"] > 0.2
+
+
+def check_known(result: dict) -> None:
+    """A dictionary of known features: it works, and each rate of silence is over rows enough."""
+    whole, truth = result["levels"][-1]["scores"], result["truth"]
+    assert 0.5 < whole["ev"] < 1, whole["ev"]
+    assert abs(whole["l0"] - KNOWN_L0) < 0.1 * KNOWN_L0, whole["l0"]
+    assert 0 < whole[SILENT] < 1
+    assert whole["truth_mcc"] > 0.4
+    assert min(truth["n_parent_and_child"], truth["n_parent_alone"]) > 1000
+    assert len(truth["trees"]) == 3
+    assert all(len(tree) == 13 for tree in truth["trees"])  # three children of each of a root's three children
+
+
+def check_opening(out: Path, page: str, known: list[dict]) -> None:
+    """The report opens with the sentence and the figure of what nesting buys, and both say what the results hold."""
+    opening = page[page.index("What was found") : page.index("Table 1")]
+    assert "Where the features are known" in opening
+    assert "On real rows" in opening
+    assert "Figure 1. What nesting buys and costs" in opening
+    assert opening.count("Three trees: ") >= 3
+    with open(out / "report_files" / "nesting.csv") as file:
+        drawn = [row for row in csv.DictReader(file) if row["score"] == SILENT]
+    assert len(drawn) == len(KNOWN)
+    silent = {
+        alpha: [r["levels"][-1]["scores"][SILENT] for r in known if member(r)[1] == alpha] for alpha in (0.0, 0.2)
+    }
+    for alpha, values in silent.items():
+        found = [float(row["value"]) for row in drawn if row["row"] == f"α = {alpha:g}"]
+        assert sorted(found) == sorted(values), (alpha, found, values)
+    lower = mean(silent[0.2]) < mean(silent[0.0])
+    assert ("latent is silent is lower with nesting" not in opening) or lower
+    assert ("latent is silent is higher with nesting" not in opening) or not lower
+
+
+def member(result: dict) -> tuple[str, float, int]:
+    """What tells a member from others of its store."""
+    config = result["checkpoint"]["provenance"]["train"]
+    return config["recipe"], config["alpha"], config["seed"]
 
 
 if __name__ == "__main__":

@@ -219,12 +219,19 @@ def add_nesting(path: Path, **scores: float) -> None:
     data["levels"][-1]["scores_without_massive"] |= {id: x for id, x in scores.items() if id in ("ev", "l0")}
     n = len(data["levels"])
     trees = [[node(3 * tree, -1, 0, n), *(node(3 * tree + i, 3 * tree, 1, n) for i in (1, 2))] for tree in range(3)]
-    data["truth"] = {"n_features": 9, "trees": trees}
+    data["truth"] = {"n_features": 9, "n_parent_and_child": 200, "n_parent_alone": 300, "trees": trees}
     every = {"n_labels": 5, "n": 1234}
     data["absorption"] = {"left_out": {"a": "too few"}, "levels": [{"level": i, "all": every} for i in range(n)]}
     data["structure"] = {
         "meta": [{"level": i, "value": 0.5 + 0.1 * i} for i in range(n)],
-        "hierarchy": {"densest": {"excess": 0.2}, **({"level": {"excess": 0.3}} if n > 1 else {})},
+        "hierarchy": {
+            "controls": [
+                {"share": share, "density": density, "excess": density + share / 10}
+                for share in ([0.2] if n > 1 else [0.2, 0.5])
+                for density in (0.1, 0.4)
+            ],
+            **({"level": {"density": 0.2, "excess": 0.3}} if n > 1 else {}),
+        },
     }
     write_json(path, data)
 
@@ -245,13 +252,13 @@ def write_latent_pages(results: Path, tokens: list[str]) -> Path:
     ]
     summary: dict[str, Any] = {
         "format": "nested-sae-latents",
-        "version": 1,
+        "version": 2,
         "store": "s",
         "split": "eval",
         "n_tokens": 1000,
     }
     summary |= {"n_latents": 4, "levels": [2, 4], "n_shared": 2, "page_size": 256, "radius": 10, "dead": 0}
-    summary |= {"related_latents": 0, "criterion": {"count": 10, "lift": 2.0, "chance": 0.01}, "logit_lens": False}
+    summary |= {"related_latents": 0, "criterion": {"count": 20, "chance": 0.01}, "logit_lens": False}
     begin(folder, 1)
     write_page(folder, 0, tokens, latents)
     columns = {

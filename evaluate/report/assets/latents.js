@@ -143,18 +143,19 @@ function relatives(id, links) {
     section.append(make("p", none, { class: "quiet" }));
     return section;
   }
-  const head = ["Latent", "Peaks on", "Lift", "Tokens together", shared ? "Share of its firing" : "Share of this one’s firing", "Decoder cosine"];
-  const rows = links.map(([to, count, lift, share, cosine]) => make("tr", null, {},
+  const head = ["Latent", "Peaks on", shared ? "Inside this one" : "This one inside it", "By chance", "Tokens together", "Decoder cosine"];
+  const rows = links.map(([to, count, share, chance, cosine]) => make("tr", null, {},
     make("th", null, { scope: "row" }, make("a", String(to), { href: address({ latent: to }) })),
     make("td", null, {}, make("bdi", index.label[to])),
-    ...[lift.toLocaleString("en"), count.toLocaleString("en"), percent(share), cosine.toFixed(2).replace("-", "−")].map((text) => make("td", text))));
+    ...[percent(share), percent(chance), count.toLocaleString("en"), cosine.toFixed(2).replace("-", "−")].map((text) => make("td", text))));
   const table = make("table", null, {},
     make("thead", null, {}, make("tr", null, {}, ...head.map((text) => make("th", text, { scope: "col" })))),
     make("tbody", null, {}, ...rows));
   const { criterion } = index.summary;
   section.append(make("div", null, { class: "scroll" }, table), make("p",
-    `Lift: how many times more often the two fire together than independent ones would. Listed are pairs with a lift of at least ${criterion.lift}, ` +
-    `at least ${criterion.count} tokens together, and a count that chance would hardly give among all pairs.`, { class: "note" }));
+    "The share of the specialised latent’s tokens on which the shared one fires too, and the same with the specialised one’s firings " +
+    "taken from the sequence before: what densities alone give. Listed are pairs whose first share is larger beyond what chance would " +
+    `give among all pairs (expected: ${criterion.chance}), of specialised latents that fire on at least ${criterion.count} tokens.`, { class: "note" }));
   return section;
 }
 
