@@ -239,8 +239,8 @@ def beside(metric: str, pair: Pair) -> str:
         own, flat = (estimate(list(values.values())) for values in beyond)
         if not own or not flat:
             return ""
-        n = next((run.parents for run in pair.nested.runs if run.parents), None)
-        rows = f" ({n[1]:,} cases, and {n[0]:,} with a child)" if n else ""
+        cases = next((run.parents for run in pair.nested.runs if run.parents), None)
+        rows = f" ({cases[1]:,} cases, and {cases[0]:,} with a child)" if cases else ""
         return (
             f"With no child on, the parent is missed on {pair.both(MISSED)} flat{rows}; silence beyond mere misses is "
             f"{plus_minus(own)} against {plus_minus(flat)} flat{interval_text(compare(*beyond))}."
