@@ -8,6 +8,7 @@ if __name__ == "__main__":
     startup.begin()
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,31 @@ def verify(path: str, as_json: bool) -> None:
         raise DamagedError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)} found")
     if not as_json:
         click.echo(f"{path}: whole")
+
+
+@cli.command()
+@click.argument("runs", type=PATH)
+@click.option("--page", type=OUT_FILE, help="Write an HTML page that renews itself instead; open it in a browser.")
+@click.option("--every", type=click.FloatRange(min=0.5), default=5.0, show_default=True, help="Seconds between looks.")
+@click.option("--once", is_flag=True, help="Look once and stop.")
+def watch(runs: Path, page: Path | None, every: float, once: bool) -> None:
+    """Show how trainings do while they run: loss, explained variance, L0 and dead latents, and held-out rows, of all members.
+
+    RUNS is --out of python -m train, or one member in it. Looks again until all are finished; Ctrl-C stops looking, not
+    training. Runs beside a training, on any machine that sees its folder.
+
+    \b
+    Example: python -m pipeline watch runs/l19 --page watch.html
+    """
+    from pipeline.watch import looks, screen, table, write_page
+
+    for number, members in enumerate(looks(runs, every, once)):
+        if page is None:
+            click.echo(screen(table(members), sys.stdout.isatty(), number > 0))
+            continue
+        write_page(page, members, runs, every)
+        if number == 0:
+            click.echo(page)
 
 
 @cli.command("import")

@@ -111,7 +111,7 @@ def test_crowded_members_take_further_passes(
     tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Members that do not fit side by side are trained in further passes."""
-    monkeypatch.setattr("train.plan.free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr("train.plan.free_memory", lambda device: 5_700_000)
     outcomes = train(tiny_store, tmp_path / "out", *GRID)
     assert "5 members, 0 finished, 1 passes" not in capsys.readouterr().err
     for a, b in zip(outcomes, alone):

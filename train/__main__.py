@@ -118,7 +118,7 @@ def command(
     Example: three seeds of a flat and of a nested SAE
         python -m train --store acts.zarr --out sae --width 4096 --alpha 0 --alpha 0.2 --seed 0 --seed 1 --seed 2
     """
-    members = make_grid(given)
+    members = make_grid(given, None if planned is not None else lambda max_norm: kept_rows(store, max_norm))
     job = RunConfig(
         store, out, members, device, mode, window_rows, threads, keep, log, verify_first, data_parallel, cuda_graphs
     )
@@ -131,6 +131,12 @@ def command(
         raise DivergedError(
             f"{len(failed)} of {len(outcomes)} members diverged: {', '.join(outcome.folder.name for outcome in failed)}"
         )
+
+
+def kept_rows(path: Path, max_norm: float | None) -> int:
+    """Rows of one epoch of a store."""
+    store = Store.open(path, check=False)
+    return int(store.train.kept(plan.multiple_of(store, max_norm)).sum())
 
 
 def as_data(outcome: Outcome) -> dict[str, Any]:

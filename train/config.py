@@ -136,6 +136,11 @@ class TrainConfig:
         "auto", "of matrix products; auto is bf16 where the hardware multiplies it, weights are float32 always"
     )
     log_every: int = option(10, "steps between lines of metrics.jsonl")
+    eval_every: int = option(
+        500,
+        "steps between scores of held-out rows in metrics.jsonl, by the rule of inference: eval_ev and eval_l0 of every level; "
+        "the last step always; 0: never",
+    )
     checkpoint_every: int = option(100, "steps between checkpoints")
     init_from: str = option("", "checkpoint of an SAE of the same shape to start from")
 
@@ -159,7 +164,14 @@ class TrainConfig:
             require(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "above 0")
         for name in ("beta1", "beta2"):
             require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
-        at_least_0 = ("lambda_shared", "lambda_specialised", "sparsity_warmup_steps", "target_l0", "aux_k")
+        at_least_0 = (
+            "lambda_shared",
+            "lambda_specialised",
+            "sparsity_warmup_steps",
+            "target_l0",
+            "aux_k",
+            "eval_every",
+        )
         for name in (*at_least_0, "aux_coefficient", "lr_warmup_steps", "lr_decay_steps", "clip_norm", "encoder_scale"):
             require(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "at least 0")
         require("layernorm_bias", self.layernorm_bias, abs(self.layernorm_bias) <= 4, "between -4 and 4")

@@ -68,7 +68,8 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run a member, of the member's name. Offline unless WANDB_MODE says otherwise; `wandb sync OUT/wandb/*` uploads."""
+    """A run a member, of its name; the id names the store too. Offline unless WANDB_MODE says otherwise; `wandb sync
+    OUT/wandb/*` uploads."""
 
     def __init__(self, folder: Folder, step: int) -> None:
         try:
@@ -81,7 +82,7 @@ class WeightsAndBiases:
                 project=os.environ.get("WANDB_PROJECT", "nested-sae"),
                 mode=os.environ.get("WANDB_MODE", "offline"),
                 dir=str(folder.out),
-                id=folder.name,
+                id=f"{folder.name}-{str(folder.store['id'])[:10]}",
                 name=folder.name,
                 config=plain(folder.config),
                 resume="allow",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -105,37 +106,65 @@ def field_options(command: Callable[..., Any]) -> Callable[..., Any]:
         else:
             decorate = click.option(flag, field.name, type=option_type(field.name), multiple=True, help=text)
         command = decorate(command)
+        if field.name == "steps":
+            epochs = "instead of --steps: times that every row is used, as 1 or 2.5"
+            command = click.option("--epochs", type=click.FLOAT, multiple=True, help=epochs)(command)
+            tokens = "instead of --steps: rows to train on, over all steps, as 10M"
+            command = click.option("--tokens", type=COUNT, multiple=True, help=tokens)(command)
         if field.name == "lambda_shared":
             both = "weight of the penalty on all latents: --lambda-shared and --lambda-specialised at once"
             command = click.option("--lambda", "lambda_", type=click.FLOAT, multiple=True, help=both)(command)
     return command
 
 
-def make_grid(given: Mapping[str, Sequence[Any]]) -> tuple[TrainConfig, ...]:
+def make_grid(
+    given: Mapping[str, Sequence[Any]], kept_rows: Callable[[float | None], int] | None = None
+) -> tuple[TrainConfig, ...]:
     """The product of all options that were given, each a sequence of values; duplicates are removed, order is kept.
 
-    `given` maps names of fields, and `lambda_`, to values; those not given, or given no value, are the recipe's own.
+    `given` maps names of fields, and `lambda_`, `tokens` and `epochs`, to values; those not given, or given no value, are the
+    recipe's own. `kept_rows`: rows of an epoch for a member's max_norm; None: of a store that is not there yet.
     Raises UsageError when values contradict each other.
     """
-    order = [*FIELDS, "lambda_"]
+    order = [*FIELDS, "lambda_", "tokens", "epochs"]
     axes = {name: list(given[name]) for name in sorted(given, key=order.index) if given[name]}
     if "lambda_" in axes and axes.keys() & {"lambda_shared", "lambda_specialised"}:
         raise UsageError("--lambda sets both --lambda-shared and --lambda-specialised; give it or them")
+    if len(lengths := [name for name in ("steps", "tokens", "epochs") if name in axes]) > 1:
+        raise UsageError(f"--{lengths[0]} and --{lengths[1]} both say how long to train; give one of them")
     recipes = axes.pop("recipe", [DEFAULT])
     members: dict[TrainConfig, None] = {}
     for recipe in recipes:
         own = {name: values for name, values in axes.items() if takes(recipe, recipes, name, axes)}
         for values in itertools.product(*own.values()):
-            members[RECIPES[recipe](**spread_lambda(dict(zip(own, values))))] = None
+            changes = with_steps(recipe, spread_lambda(dict(zip(own, values))), kept_rows)
+            members[RECIPES[recipe](**changes)] = None
     return tuple(members)
 
 
 def takes(recipe: str, recipes: Sequence[str], name: str, axes: Mapping[str, Sequence[Any]]) -> bool:
     """Whether an option goes to the members of a recipe: unless it means nothing there and another recipe takes it."""
+    if name in ("tokens", "epochs"):
+        return True
     applies = FIELDS["lambda_shared" if name == "lambda_" else name].metadata["only"]
     if applies is None or axes.keys() & {"activation", "penalty"}:
         return True
     return applies(RECIPES[recipe]()) or not any(applies(RECIPES[one]()) for one in recipes)
+
+
+def with_steps(recipe: str, changes: dict[str, Any], kept_rows: Callable[[float | None], int] | None) -> dict[str, Any]:
+    """Changes with `tokens` or `epochs` written out as whole steps: no row more, but one step at least."""
+    rows = changes.pop("tokens", None)
+    if (epochs := changes.pop("epochs", None)) is not None:
+        if kept_rows is None:
+            raise UsageError("--epochs needs a store that is there; give --tokens or --steps")
+        if not 0 < epochs < math.inf:
+            raise UsageError(f"--epochs {epochs}: must be above 0")
+        rows = epochs * kept_rows(changes.get("max_norm"))
+    if rows is None:
+        return changes
+    batch_size = changes.get("batch_size", RECIPES[recipe]().batch_size)
+    return changes | {"steps": max(1, int(rows // max(batch_size, 1)))}
 
 
 def spread_lambda(changes: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pipeline.base.files import human_bytes
 from pipeline.base.runtime import available_memory, measured_seconds, world_size
 from pipeline.store.layout import SplitLayout
 from pipeline.store.reader import Store
+from train import held_out
 from train.config import TrainConfig
 from train.feed.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
 from train.feed.order import Order
@@ -96,7 +97,12 @@ class Task:
 
 def max_norm_of(store: Store, config: TrainConfig) -> float | None:
     """The multiple of the median norm beyond which rows are left out; None: none is."""
-    return store.statistics.massive_multiple if config.max_norm is None else config.max_norm or None
+    return multiple_of(store, config.max_norm)
+
+
+def multiple_of(store: Store, max_norm: float | None) -> float | None:
+    """The same of the option alone: None is the store's own, 0 leaves none out."""
+    return store.statistics.massive_multiple if max_norm is None else max_norm or None
 
 
 def store_identity(store: Store, config: TrainConfig) -> dict[str, Any]:
@@ -185,13 +191,14 @@ def memory_bytes(config: TrainConfig, d_model: int, device: torch.device) -> dic
 def member_memory(rows: SplitLayout, task: Task, device: torch.device) -> dict[str, int]:
     """Bytes by part, with the snapshots from which its checkpoints are written."""
     parts = memory_bytes(task.config, rows.layout.d_model, device)
-    return parts | {"snapshot": 2 * parts["optimiser"] + parts["counters"]}  # weights and both moments; the SAE
+    snapshot = 2 * parts["optimiser"] + parts["counters"]  # weights and both moments; the SAE
+    return parts | {"snapshot": snapshot, "held out": held_out.memory_bytes(task.config, rows.layout.d_model)}
 
 
 def pass_memory(rows: SplitLayout, tasks: Sequence[Task], device: torch.device) -> dict[str, int]:
     """Bytes by part that members side by side take."""
     parts = [member_memory(rows, task, device) for task in tasks]
-    shared = (*SHARED_PARTS, "snapshot")
+    shared = (*SHARED_PARTS, "snapshot", "held out")
     total = {name: (max if name in shared else sum)(part[name] for part in parts) for name in parts[0]}
     total["snapshot"] = max(total["snapshot"], min(sum(part["snapshot"] for part in parts), PENDING_BYTES))
     return total | {"feed": stream_memory(rows, tasks[0])}

@@ -26,6 +26,7 @@ from train.config import TrainConfig
 from train.feed.bodies import BodyCheck
 from train.feed.loader import Loader
 from train.folder import Keep, check_out
+from train.held_out import HeldOut
 from train.parallel import Processes, join
 from train.plan import RunConfig, Task
 from train.step.fused import make_member, make_normalise
@@ -102,6 +103,7 @@ class Pass:
         self.batch_size = tasks[0].config.batch_size
         self.center, self.scale = self.space(tasks[0].config)
         self.scratch = Scratch(self.device)
+        self.held_out = self.read_held_out()
         self.normalise = make_normalise(tasks[0].config, self.device, self.scratch)
         self.capture = cuda_capture() if job.cuda_graphs and self.device.type == "cuda" else None
 
@@ -110,6 +112,12 @@ class Pass:
         center, scale = self.store.mean_and_scale(plan.max_norm_of(self.store, config))
         wide = torch.float64 if config.dtype == "float64" else torch.float32
         return center.to(self.device, wide), scale
+
+    def read_held_out(self) -> HeldOut | None:
+        """Rows of the evaluation split, where a member is to be scored on them."""
+        if not self.processes.writes or not any(task.config.eval_every for task in self.tasks):
+            return None
+        return HeldOut.read(self.store.eval, plan.max_norm_of(self.store, self.tasks[0].config), self.device)
 
     def run(self) -> dict[str, Outcome]:
         """Train to the end; outcomes by member's name. Raises KeyboardInterrupt when stopped, states written."""
@@ -136,7 +144,7 @@ class Pass:
         member = make_member(
             task.config, self.store.d_model, self.center, self.scale, self.device, self.scratch, group, self.capture
         )
-        return Trainee(self.job, task, member, writer, self.order.n_kept, self.processes.writes)
+        return Trainee(self.job, task, member, writer, self.order.n_kept, self.processes.writes, self.held_out)
 
     def stream(self, trainees: Sequence[Trainee]) -> None:
         """Deliver batches until every member is done or has failed. Raises Stopped."""

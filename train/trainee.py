@@ -19,6 +19,7 @@ from pipeline.base.runtime import git_state, versions
 from pipeline.sae.foreign import load_sae
 from train.feed.loader import Loader
 from train.folder import Keep
+from train.held_out import HeldOut, merged
 from train.log import Log, open_logs
 from train.plan import RunConfig, Task
 from train.step.member import Batch, Member
@@ -39,7 +40,16 @@ class Outcome:
 class Trainee:
     """A member with its folder: advances, logs, is checkpointed, fails."""
 
-    def __init__(self, job: RunConfig, task: Task, member: Member, writer: Writer, n_kept: int, writes: bool) -> None:
+    def __init__(
+        self,
+        job: RunConfig,
+        task: Task,
+        member: Member,
+        writer: Writer,
+        n_kept: int,
+        writes: bool,
+        held_out: HeldOut | None,
+    ) -> None:
         self.job = job
         self.task = task
         self.folder = task.folder
@@ -48,6 +58,7 @@ class Trainee:
         self.n_kept = n_kept
         self.keep = Keep.parse(job.keep)
         self.writes = writes
+        self.held_out = held_out if writes else None
         self.problem = ""
         self.logged = task.step  # the last step that was logged
         self.saved = task.step  # the last step whose state was handed to the writer
@@ -127,6 +138,8 @@ class Trainee:
         """One line of metrics, a function of the config, and one of timings, a function of the machine. Raises DivergedError."""
         metrics = self.member.metrics()
         self.require_finite(all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")))
+        metrics = merged(metrics, self.held_out, self.task.config, self.member.sae)
+        self.require_finite(all(map(math.isfinite, metrics.get("eval_ev", ()))))
         self.metrics = metrics | {"epoch": self.member.n_rows / self.n_kept}
         self.logged = self.member.n_steps
         if not self.writes:

@@ -1,0 +1,81 @@
+"""How a member does on rows that it is not trained on, by the rule of inference: a fixed sample of the store's eval split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipeline.sae.nested import NestedSAE
+from pipeline.store.split import Split
+from train.config import TrainConfig
+
+ROWS, CHUNKS = 4096, 8
+"""Rows to hold, evenly spread over those of so many chunks, which are evenly spread over the split."""
+BLOCK = 1024
+"""Rows encoded at a time."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Raw rows [row, d_model] on the device, and Σ‖x − mean‖² over them."""
+
+    x: Tensor
+    variance: float
+
+    @staticmethod
+    def read(split: Split, max_norm: float | None, device: torch.device) -> HeldOut | None:
+        """The sample of a split; None where its rows do not vary, so that nothing can be explained. Raises DamagedError."""
+        kept = split.kept(max_norm)
+        chunks = np.unique(np.linspace(0, split.n_chunks - 1, CHUNKS).round().astype(int))
+        blocks = []
+        for first, stop in (split.chunk_rows_range(int(chunk)) for chunk in chunks):
+            blocks.append(split.read(first, stop)[torch.from_numpy(kept[first:stop])])
+        x = torch.cat(blocks)
+        x = x[np.unique(np.linspace(0, max(len(x) - 1, 0), min(ROWS, len(x))).round().astype(int))]
+        wide = x.double()
+        variance = float((wide - wide.mean(0)).square().sum()) if len(x) else 0.0
+        return HeldOut(x.to(device), variance) if variance > 0 else None
+
+    @torch.inference_mode()
+    def scores(self, sae: NestedSAE) -> dict[str, list[float]]:
+        """eval_ev, 1 − Σ‖x − x̂‖² / Σ‖x − mean‖², and eval_l0, mean latents a row, of every level, innermost first."""
+        sae = sae.to(self.x.device)
+        levels = sae.config.levels
+        errors, fired = (torch.zeros(len(levels), dtype=torch.float64, device=self.x.device) for _ in range(2))
+        for x in torch.split(self.x, BLOCK):
+            z = sae.encode(x)
+            fired += torch.stack([(z[:, :m] != 0).sum() for m in levels])
+            errors += torch.stack([squared(x.float() - x_hat) for x_hat in sae.decode_levels(z)])
+        ev, l0 = 1 - errors / self.variance, fired / len(self.x)
+        return {"eval_ev": ev.tolist(), "eval_l0": l0.tolist()}
+
+
+def squared(difference: Float[Tensor, "row d_model"]) -> Float[Tensor, ""]:
+    """Sum of squares, in float64."""
+    return difference.double().square().sum()
+
+
+def is_due(config: TrainConfig, step: int) -> bool:
+    """Whether the line of metrics of a step has held-out scores: the first after every `eval_every` steps, and the last."""
+    if not config.eval_every:
+        return False
+    return step == config.steps or step // config.eval_every > (step - config.log_every) // config.eval_every
+
+
+def memory_bytes(config: TrainConfig, d_model: int) -> int:
+    """Bytes that scoring takes where the member lives: the rows, a copy of the SAE, latents of a block."""
+    if not config.eval_every:
+        return 0
+    return 4 * (ROWS * d_model + (2 * d_model + 6) * config.width + 4 * BLOCK * (config.width + d_model))
+
+
+def merged(metrics: dict[str, Any], held_out: HeldOut | None, config: TrainConfig, sae: Any) -> dict[str, Any]:
+    """A line of metrics with the held-out scores of the SAE that `sae()` makes, where they are due."""
+    if held_out is None or not is_due(config, metrics["step"]):
+        return metrics
+    return metrics | held_out.scores(sae())
