@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,9 @@ from pipeline.base.errors import DamagedError, StoreError, UsageError
 from pipeline.store.reader import Split, Store
 from support.stores import make_store
 from train.feed.bodies import BodyCheck
-from train.feed.loader import Loader, resolve_mode
+from train.feed.loader import Loader, idle_seconds, resolve_mode
 from train.feed.order import Order, share_of
+from train.feed.resident import DeviceRows, Place, place_for
 
 
 @st.composite
@@ -250,3 +253,118 @@ def test_gathering_keeps_torch_threads(tiny_store: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+# ---- rows on the device: the class that CUDA uses, with a CPU for the device ----
+
+
+def on_device(split: Split, order: Order, size: int, n: int, position: int = 0, free: int = 1 << 40) -> list[Tensor]:
+    """Batches of `DeviceRows` that has so many bytes for rows."""
+    place = place_for(split, order, free)
+    assert place is not None
+    with DeviceRows(split, order, size, place, position=position) as feed:
+        return [feed.next().clone() for _ in range(n)]
+
+
+def two_windows(split: Split, order: Order) -> int:
+    """Bytes of two windows, which is less than the store's."""
+    n_bytes = 2 * order.most_chunks * split.shape.layout.chunk_nbytes
+    assert n_bytes < split.n_chunks * split.shape.layout.chunk_nbytes
+    return n_bytes
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(1, 300), position=st.integers(0, 9000), how=st.sampled_from(["exact", "windows", "all"]))
+def test_device_rows_are_the_loaders(tiny_store: Path, size: int, position: int, how: str) -> None:
+    """Rows on the device come in the batches of the loader, bit for bit, over windows and epochs, from any position."""
+    split = Store.open(tiny_store).train
+    order = make_order(split, how == "exact")
+    n = 2 + 3000 // size
+    free = two_windows(split, order) if how == "windows" else 1 << 40
+    expected = take(split, order, size, n, position)
+    for found, batch in zip(on_device(split, order, size, n, position, free), expected, strict=True):
+        assert torch.equal(found.view(torch.int16), batch.view(torch.int16))
+
+
+def test_device_rows_share_batches(tiny_store: Path) -> None:
+    """Processes that train together get their parts of a batch."""
+    split = Store.open(tiny_store).train
+    order = make_order(split, False)
+    place = place_for(split, order, two_windows(split, order))
+    assert place is not None
+    parts = []
+    for part in range(2):
+        with DeviceRows(split, order, 100, place, share=(part, 2)) as feed:
+            parts.append([feed.next().clone() for _ in range(40)])
+    whole = take(split, order, 100, 40)
+    for first, second, batch in zip(*parts, whole, strict=True):
+        assert sorted(bits(torch.cat([first, second]))) == sorted(bits(batch))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_device_rows_are_checked_first(damaged_store: Path, whole: bool) -> None:
+    """A flipped byte is found before a row of its chunk is delivered."""
+    split = Store.open(damaged_store).train
+    order = make_order(split, whole)
+    with pytest.raises(DamagedError, match="crc32c"):
+        on_device(split, order, 64, 60, free=1 << 40 if whole else two_windows(split, order))
+
+
+def test_place_follows_free_memory(tiny_store: Path) -> None:
+    """The store where it fits, else two windows, else nothing; an exact order needs the store."""
+    split = Store.open(tiny_store).train
+    order, chunk = make_order(split, False), split.shape.layout.chunk_nbytes
+    assert place_for(split, order, split.n_chunks * chunk) == Place(split.n_chunks, True)
+    assert place_for(split, order, split.n_chunks * chunk - 1) == Place(2 * order.most_chunks, False)
+    assert place_for(split, order, 2 * order.most_chunks * chunk - 1) is None
+    assert place_for(split, make_order(split, True), split.n_chunks * chunk - 1) is None
+
+
+def test_buffers_hold_windows_of_later_epochs(compressed_store: Path) -> None:
+    """The first epoch's first window comes in two, later ones do not: buffers are as large as those."""
+    split = Store.open(compressed_store).train
+    order = make_order(split, False, window_rows=1 << 20)
+    assert order.n_windows == 1
+    epochs = take(split, order, order.n_kept, 2)
+    assert sorted(bits(epochs[0])) == sorted(bits(epochs[1]))
+
+
+def test_closed_device_rows_leave_no_thread(tiny_store: Path) -> None:
+    """No thread is left behind, whatever was being loaded."""
+    before = threading.active_count()
+    on_device(Store.open(tiny_store).train, make_order(Store.open(tiny_store).train, False), 64, 2)
+    assert threading.active_count() == before
+
+
+class BusyDevice:
+    """Stands in for an event on a GPU that is busy for so many looks."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def record(self, stream: object) -> None:
+        """Nothing."""
+
+    def query(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+@pytest.mark.parametrize(("looks", "idle"), [(1000, False), (2, True)])
+def test_wait_is_what_the_device_idles(looks: int, idle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time in which a GPU still works is no waiting for data; what comes after that is."""
+    monkeypatch.setattr(torch.cuda, "Event", lambda: BusyDevice(looks))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    coming: queue.SimpleQueue[str] = queue.SimpleQueue()
+    timer = threading.Timer(0.05, coming.put, ("rows",))
+    timer.start()
+
+    def get(limit: float | None) -> str | None:
+        try:
+            return coming.get(timeout=limit)
+        except queue.Empty:
+            return None
+
+    found, seconds = idle_seconds(get, torch.device("cuda"))
+    assert found == "rows"
+    assert (seconds > 0) == idle

@@ -40,9 +40,11 @@ from support.train_crasher import small
 from train.config import TrainConfig
 from train.feed.bodies import BodyCheck
 from train.feed.order import Order
+from train.feed.resident import Place, place_for
 from train.folder import Folder, Keep, member_name
 from train.log import scalars
-from train.plan import RunConfig
+from train.parallel import current
+from train.plan import RunConfig, make_order
 from train.run import run
 from train.trainee import Outcome, Trainee
 
@@ -254,6 +256,57 @@ def test_window_training_stops_before_damage(tiny_store: Path, tmp_path: Path) -
         train(store, tmp_path / "out", config, mode="window", window_rows=10**6)
     steps = [int(path.stem.removeprefix("step_")) for path in tmp_path.glob("out/*/checkpoints/*")]
     assert max(steps, default=0) * config.batch_size <= good
+
+
+@pytest.mark.parametrize("room", ["all", "two windows"])
+def test_rows_on_the_device_train_alike(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, room: str
+) -> None:
+    """Members fed from the device's memory, a CPU's here, end with the bits of those that the loader feeds."""
+    options: dict[str, Any] = {"mode": "window", "window_rows": 512}
+    expected = train(tiny_store, tmp_path / "loader", *GRID[:3], **options)
+
+    def place(store: Store, tasks: list[Any], *_: Any) -> Place | None:
+        order = make_order(store, tasks[0])
+        layout = store.train.shape.layout
+        return place_for(store.train, order, 1 << 40 if room == "all" else 2 * order.most_chunks * layout.chunk_nbytes)
+
+    monkeypatch.setattr("train.plan.place_on_device", place)
+    found = train(tiny_store, tmp_path / "device", *GRID[:3], **options)
+    for a, b in zip(expected, found, strict=True):
+        assert_same(a, b)
+    assert "lie in the memory of cpu" in capsys.readouterr().err
+
+
+def test_rows_on_the_device_are_checked(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exact order on the device needs no check beside the training: a flipped byte is found before its first step."""
+    damaged = tmp_path / "s.zarr"
+    shutil.copytree(tiny_store, damaged)
+    shard = Store.open(damaged).train.shard_path(1)
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    monkeypatch.setattr(
+        "train.plan.place_on_device",
+        lambda store, tasks, *_: place_for(store.train, make_order(store, tasks[0]), 1 << 40),
+    )
+    with pytest.raises(DamagedError, match="harvest --repair"):
+        train(damaged, tmp_path / "out", GRID[0], mode="global")
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert all(not path.read_text() for path in (tmp_path / "out").rglob("metrics.jsonl"))
+
+
+def test_device_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every way to a training on CUDA its device is numbered and made the current one; without a number, by the rank."""
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [current(torch.device(name)) for name in ("cuda", "cuda:1", "cpu")] == [
+        torch.device("cuda:3"),
+        torch.device("cuda:1"),
+        torch.device("cpu"),
+    ]
+    assert made == [torch.device("cuda:3"), torch.device("cuda:1")]
 
 
 def test_unusable_store_is_refused(tmp_path: Path) -> None:

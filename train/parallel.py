@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.base.errors import UsageError
-from pipeline.base.runtime import rank, world_size
+from pipeline.base.runtime import local_rank, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,14 @@ class Processes:
         """Until all processes of the group are here."""
         if self.group is not None:
             self.any(False)
+
+    def least(self, number: int) -> int:
+        """The smallest of the processes' numbers."""
+        if self.group is None:
+            return number
+        numbers = torch.tensor(number, dtype=torch.int64, device=self.device)
+        dist.all_reduce(numbers, dist.ReduceOp.MIN, group=self.group)
+        return int(numbers)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process of the group."""
@@ -64,15 +72,23 @@ def is_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def current(device: torch.device) -> torch.device:
+    """The device, by its number on CUDA, and made the current one there: streams, graphs and kernels go to the current one."""
+    if device.type != "cuda":
+        return device
+    numbered = torch.device("cuda", local_rank() if device.index is None else device.index)
+    torch.cuda.set_device(numbered)
+    return numbered
+
+
 @contextlib.contextmanager
 def join(data_parallel: bool, device: torch.device) -> Iterator[Processes]:
     """The processes of this torchrun; just this one outside of it. Raises UsageError when the environment names none."""
     require_launched(data_parallel)
+    device = current(device)
     if not data_parallel or world_size() == 1:
         yield Processes(rank(), world_size(), device, None)
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes(rank(), world_size(), device, dist.group.WORLD)

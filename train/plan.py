@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from train import held_out
 from train.config import TrainConfig
 from train.feed.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
 from train.feed.order import Order
+from train.feed.resident import Place, place_for
 from train.folder import Folder, Keep
 from train.step.fused import make_member, make_normalise
 from train.step.member import product_dtype
@@ -119,9 +120,12 @@ def make_order(store: Store, task: Task) -> Order:
     return Order(kept, store.train.chunk_rows, task.config.data_seed, task.order.get("window_rows"))
 
 
-def make_tasks(job: RunConfig, store: Store, members: Sequence[TrainConfig]) -> list[Task]:
-    """Where every member stands. `members` have their dtype resolved. Raises MismatchError for a folder of another config."""
-    new = new_order(job, store.train.shape)
+def make_tasks(
+    job: RunConfig, store: Store, members: Sequence[TrainConfig], least: Callable[[int], int] = int
+) -> list[Task]:
+    """Where every member stands. `members` have their dtype resolved; `least` is the smallest of the numbers of all processes
+    that train a member together and have to agree on its order. Raises MismatchError for a folder of another config."""
+    new = new_order(job, store.train.shape, least)
     return [make_task(job, Folder(job.out, config, store_identity(store, config)), new) for config in members]
 
 
@@ -136,9 +140,9 @@ def planned_tasks(job: RunConfig, rows: SplitLayout, members: Sequence[TrainConf
     return tasks
 
 
-def new_order(job: RunConfig, rows: SplitLayout) -> dict[str, Any]:
-    """The order of rows of a member that is new (`order.py`)."""
-    mode = resolve_mode(job.mode, rows)
+def new_order(job: RunConfig, rows: SplitLayout, least: Callable[[int], int] = int) -> dict[str, Any]:
+    """The order of rows of a member that is new (`order.py`); `least` as in `make_tasks`."""
+    mode = "global" if least(resolve_mode(job.mode, rows) == "global") else "window"
     return {"mode": mode} | ({"window_rows": job.window_rows or WINDOW_ROWS} if mode == "window" else {})
 
 
@@ -210,6 +214,19 @@ def free_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return available_memory() // n_processes
+
+
+RESERVE = 0.1
+"""Share of a device's free memory that rows leave alone: what kernels and libraries take beside what is planned."""
+
+
+def place_on_device(store: Store, tasks: Sequence[Task], device: torch.device, free: int) -> Place | None:
+    """Where the rows of a pass lie on the device when its members are accounted for: all of the store, two windows of it, or
+    (None) not there. `free`: bytes of device memory before there are members. On a CPU they stay where they are."""
+    if device.type != "cuda":
+        return None
+    members = sum(on_device(pass_memory(store.train.shape, tasks, device), device).values())
+    return place_for(store.train, make_order(store, tasks[0]), int(free * (1 - RESERVE)) - members)
 
 
 def make_passes(rows: SplitLayout, tasks: Sequence[Task], device: torch.device, free: int) -> list[list[Task]]:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.base.files import require_free
+from pipeline.base.files import human_bytes, require_free
 from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import rank, resolve_device, resolve_dtype
 from pipeline.store.reader import Store
@@ -24,7 +25,8 @@ from train import plan
 from train.announce import announce, say_second_epoch, say_share
 from train.config import TrainConfig
 from train.feed.bodies import BodyCheck
-from train.feed.loader import Loader
+from train.feed.loader import Feed, Loader
+from train.feed.resident import DeviceRows
 from train.folder import Keep, check_out
 from train.held_out import HeldOut
 from train.parallel import Processes, join
@@ -48,10 +50,14 @@ def run(job: RunConfig) -> list[Outcome]:
     """
     check_out(job.out)
     store = Store.open(job.store)
-    device = resolve_device(job.device)
-    with join(job.data_parallel, device) as processes, BodyCheck(store.train) as check, stop_on_signals() as stop:
-        tasks = plan.make_tasks(job, store, own_members(job, processes))
-        passes = plan.make_passes(store.train.shape, tasks, device, plan.free_memory(device))
+    with (
+        join(job.data_parallel, resolve_device(job.device)) as processes,
+        BodyCheck(store.train) as check,
+        stop_on_signals() as stop,
+    ):
+        device = processes.device
+        tasks = plan.make_tasks(job, store, own_members(job, processes), processes.least)
+        passes = plan.make_passes(store.train.shape, tasks, device, processes.least(plan.free_memory(device)))
         require_free(job.out, plan.disk_bytes(store.train.shape, tasks, Keep.parse(job.keep)), "training")
         say_share(job, tasks, processes)
         if processes.writes:
@@ -99,13 +105,14 @@ class Pass:
         self.tasks = tasks
         self.device = processes.device
         self.order = plan.make_order(store, tasks[0])
-        self.check = check if self.order.exact and processes.writes else None
+        self.place = plan.place_on_device(store, tasks, self.device, processes.least(plan.free_memory(self.device)))
+        self.check = check if self.order.exact and processes.writes and self.place is None else None
         self.batch_size = tasks[0].config.batch_size
         self.center, self.scale = self.space(tasks[0].config)
         self.scratch = Scratch(self.device)
         self.held_out = self.read_held_out()
         self.normalise = make_normalise(tasks[0].config, self.device, self.scratch)
-        self.capture = cuda_capture() if job.cuda_graphs and self.device.type == "cuda" else None
+        self.capture = cuda_capture(self.device) if job.cuda_graphs and self.device.type == "cuda" else None
 
     def space(self, config: TrainConfig) -> tuple[Tensor, float]:
         """Centre and scale of the training space on the device."""
@@ -168,17 +175,19 @@ class Pass:
                 self.poll(trainees[0].writer)
             clock.say_if_starved()
 
-    def loader(self, first: int) -> Loader:
-        """The stream of batches from that of step `first` on."""
-        return Loader(
-            self.store.train,
-            self.order,
-            self.batch_size,
-            position=first * self.batch_size,
-            share=self.processes.share,
-            device=self.device,
-            threads=self.job.threads,
-        )
+    def loader(self, first: int) -> Feed:
+        """The stream of batches from that of step `first` on: on CUDA from the device's memory where rows fit beside members."""
+        options: dict[str, Any] = {
+            "position": first * self.batch_size,
+            "share": self.processes.share,
+            "device": self.device,
+            "threads": self.job.threads,
+        }
+        if self.place is None:
+            return Loader(self.store.train, self.order, self.batch_size, **options)
+        part = "all rows" if self.place.whole else "two windows of rows"
+        say(f"{part}, {human_bytes(self.place.n_bytes(self.store.train))}, lie in the memory of {self.device}")
+        return DeviceRows(self.store.train, self.order, self.batch_size, self.place, **options)
 
     def progress(self, first: int, last: int, n_members: int) -> Progress:
         """The bar, in rows."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -110,8 +110,7 @@ class BufferedRows:
         self.split = split
         self.readers = readers
         self.turn = 0
-        n_chunks = max(map(len, order.chunks(0)))
-        shape = (n_chunks, split.chunk_rows, split.shape.layout.d_model)
+        shape = (order.most_chunks, split.chunk_rows, split.shape.layout.d_model)
         self.buffers = [torch.empty(shape, dtype=split.shape.layout.torch_dtype) for _ in range(2)]
 
     def load(self, window: Window) -> Gather:
@@ -155,8 +154,8 @@ class Slot:
 class Loader:
     """Batches of exactly `batch_size` rows of the split in its own dtype, from stream position `position` on, no end.
 
-    `with Loader(...) as loader: x = loader.next()`. `waited` counts the seconds that `next` was kept waiting,
-    `n_delivered` the batches. share: (part, number of parts) of every batch that this process takes.
+    `with Loader(...) as loader: x = loader.next()`. `waited` counts the seconds in which the device had nothing to do for want
+    of rows, `n_delivered` the batches. share: (part, number of parts) of every batch that this process takes.
     """
 
     def __init__(
@@ -197,9 +196,9 @@ class Loader:
     def next(self) -> Shaped[Tensor, "row d_model"]:
         """The next batch on the device, contiguous; its memory is written again after the next call. Raises DamagedError."""
         self._give_back()
-        start = time.perf_counter()
-        slot = self.ready.get()
-        self.waited += time.perf_counter() - start
+        found: tuple[Slot | BaseException, float] = idle_seconds(self._ready_within, self.device)
+        slot, seconds = found
+        self.waited += seconds
         if isinstance(slot, BaseException):
             raise slot
         self.in_use = slot
@@ -207,6 +206,13 @@ class Loader:
         if slot.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(slot.copied)
         return slot.device
+
+    def _ready_within(self, limit: float | None) -> Slot | BaseException | None:
+        """A batch that is ready within some seconds, else None."""
+        try:
+            return self.ready.get(timeout=limit)
+        except queue.Empty:
+            return None
 
     def close(self) -> None:
         """Stop the threads; what was gathered ahead is dropped."""
@@ -301,6 +307,46 @@ class Loaded:
     index: int
     window: Window
     gather: Gather
+
+
+POLL = 5e-4
+"""Seconds between two looks at whether a device is still busy."""
+
+Item = TypeVar("Item")
+
+
+def idle_seconds(get: Callable[[float | None], Item | None], device: torch.device) -> tuple[Item, float]:
+    """Something that is waited for, and for how long the device had nothing to do meanwhile: a CPU all the time, a GPU from
+    when it had done what it was given. `get` takes the most seconds to wait (None: any); None is that it has not come."""
+    busy = None
+    if device.type == "cuda":
+        busy = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        busy.record(torch.cuda.current_stream(device))
+    while busy is not None and not busy.query():  # type: ignore[no-untyped-call]
+        found = get(POLL)
+        if found is not None:
+            return found, 0.0
+    start = time.perf_counter()
+    found = get(None)
+    assert found is not None
+    return found, time.perf_counter() - start
+
+
+@runtime_checkable
+class Feed(Protocol):
+    """What delivers batches to a training: `Loader`, or rows that lie on the device (`resident.py`)."""
+
+    waited: float
+    n_delivered: int
+
+    def next(self) -> Tensor:
+        """The next batch on the device."""
+
+    def __enter__(self) -> Feed: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 def one_torch_thread() -> None:

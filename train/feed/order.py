@@ -78,6 +78,11 @@ class Order:
         first = len(windows[0]) // 8
         return np.split(windows[0], [first]) + windows[1:] if epoch == 0 and first else windows
 
+    @property
+    def most_chunks(self) -> int:
+        """Chunks of the largest window of any epoch; the first epoch's are in parts smaller."""
+        return max(map(len, self.chunks(1)))
+
     def window_sizes(self, epoch: int) -> list[int]:
         """Kept rows of every window of an epoch; a window may have none."""
         return [int(self.kept_in_chunk[chunks].sum()) for chunks in self.chunks(epoch)]

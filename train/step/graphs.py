@@ -42,16 +42,14 @@ class Recorded:
         self.replay()
 
 
-def cuda_capture() -> Capture:
-    """Captures CUDA graphs that share one pool of memory: they are replayed one after another, never two at once."""
+def cuda_capture(device: torch.device) -> Capture:
+    """Captures CUDA graphs on a device that share one pool of memory: they are replayed one after another, never two at once."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(step: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=pool, capture_error_mode="thread_local"
-        ):  # the feed's thread goes on meanwhile
-            step()
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            step()  # the feed's threads go on meanwhile
         return graph.replay
 
     return capture

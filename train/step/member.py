@@ -175,6 +175,8 @@ class Member:
         """What a step depends on beside the contents of tensors; None where that is new at every step."""
         if self.config.level_weighting == "random" or self.group is not None:
             return None
+        if self.config.k and not self._controls:
+            return None  # a warm-up keeps another number of latents at nearly every step
         places = (batch.x.data_ptr(), self.scratch.generation)
         return (*places, self.shape.levels, self._kept, self._may_have_dead, self.n_steps == 0, self._controls)
 
