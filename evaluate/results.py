@@ -13,30 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.base.digests import DIGESTS, sealed
 from pipeline.base.errors import CheckpointError, DamagedError
-from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import disk_errors, read_json, safe_name, sweep_partials, write_csv, write_json
+from pipeline.base.fields import Fields
+from pipeline.base.files import disk_errors, sweep_partials, write_csv, write_json
+from pipeline.base.results import FORMAT, VERSION, read_result, result_name
 from pipeline.definitions import METRICS
 
-FORMAT, VERSION = "nested-sae-results", 1
 CSV_NAME = "results.csv"
 
 
 def result_path(folder: Path, member: str, step: int, key: str) -> Path:
     """Where the results of a checkpoint are, or will be."""
-    return folder / f"{safe_name(member)}-step_{step:06d}-{key[:10]}.json"
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """Read one results file. Raises DamagedError when it is not one, of another version, or holds what JSON of ours cannot."""
-    data = read_json(path)
-    require_plain(path, data)
-    found = (data.get("format"), data.get("version")) if isinstance(data, dict) else (None, None)
-    if found != (FORMAT, VERSION):
-        raise DamagedError(
-            f"{path}: expected {FORMAT} of version {VERSION}, found {str(found[0])[:40]!r} {str(found[1])[:40]}; move it away"
-        )
-    return dict(data)
+    return folder / result_name(member, step, key)
 
 
 def families_done(path: Path, key: str) -> dict[str, Any]:
@@ -69,6 +58,7 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
     A family in both is that of `new`: nothing of the old one stays, though it was scored on other texts.
     """
+    old = {name: value for name, value in old.items() if name != "seal"}
     families = new["evaluation"]["families"]
     tasks: dict[str, dict[str, Any]] = {}
     for name, rows in old["features"].get("probing", {}).items():
@@ -122,7 +112,7 @@ def write_result(path: Path, data: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{data['checkpoint']['path']}: {bad} is not a finite number; its weights or latents overflow"
         )
-    write_json(path, {"format": FORMAT, "version": VERSION, **data})
+    write_json(path, sealed({"format": FORMAT, "version": VERSION, **data}))
 
 
 def not_finite(data: Any, name: str = "") -> Iterator[str]:
@@ -165,7 +155,7 @@ def sweep(folder: Path) -> None:
     sweep_partials(folder)
     for pages in folder.glob("*-step_*.latents"):
         if pages.is_dir() and not pages.is_symlink() and not pages.with_suffix(".json").exists():
-            for path in (*pages.glob("page_*.js"), *pages.glob("index.js")):
+            for path in (*pages.glob("page_*.js"), *pages.glob("index.js"), *pages.glob(DIGESTS)):
                 path.unlink()
             with contextlib.suppress(OSError):  # what is not ours stays
                 pages.rmdir()

@@ -6,9 +6,11 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.__main__ import cli
+from pipeline.base.digests import sealed
 from pipeline.base.errors import PipelineError
-from pipeline.base.files import hash_file, write_json
-from pipeline.experiment.describe import describe, verify
+from pipeline.base.files import hash_config, hash_file, write_json
+from pipeline.experiment.describe import describe
+from pipeline.experiment.verify import verify
 from pipeline.sae.checkpoint import save_checkpoint
 from test_checkpoint import KINDS, random_sae
 
@@ -16,6 +18,9 @@ from test_checkpoint import KINDS, random_sae
 @pytest.fixture
 def store(tiny_store: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_store, tmp_path / "acts.zarr"))
+
+
+MEMBER = f"alpha0.2-seed0-{hash_config({'alpha': 0.2})[:10]}"
 
 
 def flip(path: Path) -> None:
@@ -50,50 +55,53 @@ def test_verify_finds_a_flipped_byte(store: Path) -> None:
 def test_damaged_root_is_no_crash(store: Path) -> None:
     """A damaged root is a problem and not a crash."""
     flip(store / "zarr.json")
-    assert len(verify(str(store))) == 1
+    assert len(verify(str(store)).problems) == 1
 
 
 def member(folder: Path) -> Path:
     path = folder / "checkpoints" / "step_000005.safetensors"
     path.parent.mkdir(parents=True)
     save_checkpoint(path, random_sae(KINDS["relu"]), 5, {"member": folder.name, "train": {"alpha": 0.2}})
-    write_json(folder / "config.json", {"format": "nested-sae-member", "version": 1, "config": {}, "store": {}})
+    config = {"alpha": 0.2}
+    write_json(
+        folder / "config.json", sealed({"format": "nested-sae-member", "version": 1, "config": config, "store": {}})
+    )
     write_json(folder / "complete.json", {"final": "checkpoints/step_000005.safetensors", "sha256": hash_file(path)})
     return path
 
 
 def test_checkpoints_and_members_are_described(tmp_path: Path) -> None:
     """Checkpoints, members and training folders are described."""
-    path = member(tmp_path / "runs" / "alpha0.2-seed0-0123456789")
+    path = member(tmp_path / "runs" / MEMBER)
     about = describe(str(path))
     assert (about["step"], about["levels"], about["shared"], about["train"]) == (5, [16, 64], 16, {"alpha": 0.2})
     assert describe(str(path.parents[1]))["checkpoints"] == [path.name]
-    assert "alpha0.2-seed0-0123456789" in describe(str(tmp_path / "runs"))
+    assert MEMBER in describe(str(tmp_path / "runs"))
 
 
 def test_member_without_checkpoint_is_a_problem(tmp_path: Path) -> None:
     """A member whose final checkpoint was changed or lost is a problem."""
-    path = member(tmp_path / "runs" / "alpha0.2-seed0-0123456789")
-    assert verify(str(tmp_path / "runs")) == []
+    path = member(tmp_path / "runs" / MEMBER)
+    assert verify(str(tmp_path / "runs")).problems == []
     flip(path)
-    assert any("bytes changed" in problem for problem in verify(str(tmp_path / "runs")))
+    assert any("bytes changed" in problem for problem in verify(str(tmp_path / "runs")).problems)
     path.unlink()
-    assert any("gone" in problem for problem in verify(str(tmp_path / "runs")))
+    assert any("gone" in problem for problem in verify(str(tmp_path / "runs")).problems)
 
 
 def test_changed_metrics_are_a_problem(tmp_path: Path) -> None:
     """Metrics that are not those of the finished training are a problem."""
-    folder = tmp_path / "runs" / "alpha0.2-seed0-0123456789"
+    folder = tmp_path / "runs" / MEMBER
     final = member(folder)
     metrics = folder / "metrics.jsonl"
     metrics.write_text('{"step":5}\n')
     record = {"final": str(final.relative_to(folder)), "sha256": hash_file(final), "metrics_sha256": hash_file(metrics)}
     write_json(folder / "complete.json", record)
-    assert verify(str(folder)) == []
+    assert verify(str(folder)).problems == []
     metrics.write_text('{"step":6}\n')
-    assert ["metrics.jsonl: not the lines" in problem for problem in verify(str(folder))] == [True]
+    assert ["metrics.jsonl: not the lines" in problem for problem in verify(str(folder)).problems] == [True]
     metrics.unlink()
-    assert len(verify(str(folder))) == 1
+    assert len(verify(str(folder)).problems) == 1
 
 
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("x")])

@@ -17,9 +17,9 @@ import torch
 from evaluate import plan as planning
 from evaluate.checkpoints.find import find_checkpoints, loss_curve, open_checkpoint, require_fit, resolve_levels
 from evaluate.config import source_identity
-from evaluate.results import read_result
 from evaluate.run import EvaluateConfig, run
 from pipeline.base.errors import CheckpointError, DamagedError, ModelError, StoreError, UsageError
+from pipeline.base.results import read_result
 from pipeline.sae.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.store.reader import Store
 from support import lm_stores, tiny_models

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 
 import pipeline
 from evaluate.checkpoints.find import find_checkpoints, open_checkpoint, require_fit
-from evaluate.results import read_result
 from evaluate.run import EvaluateConfig, run
 from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
-from pipeline.experiment.describe import describe, verify
+from pipeline.base.results import read_result
+from pipeline.experiment.describe import describe
+from pipeline.experiment.verify import verify
 from pipeline.sae.export import export
 from pipeline.sae.foreign import load_foreign
 from pipeline.store.reader import Store
@@ -274,13 +275,13 @@ def test_foreign_saes_work_wherever_ours_do(tmp_path: Path) -> None:
     folder = saelens(tmp_path / "s", w)
     torch.testing.assert_close(pipeline.load(folder).encode(rows()), centred(w).relu(), rtol=1e-4, atol=1e-5)
     assert describe(str(folder))["width"] == F
-    assert verify(str(folder)) == []
+    assert verify(str(folder)).problems == []
     (exported,) = export(folder, "dictionary-learning", tmp_path / "e")
     same(exported, centred(w).relu(), w)
     assert load_foreign(exported)[1]["store"] == {"hook": "resid_post", "layer": 1, "model": "tiny"}
     assert path_of(named_by_content(str(folder))) == folder
     (folder / "sae_weights.safetensors").write_bytes(b"no")
-    assert "cannot be read" in verify(str(folder))[0]
+    assert "cannot be read" in verify(str(folder)).problems[0]
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:

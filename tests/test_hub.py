@@ -180,7 +180,9 @@ def test_load_takes_file_member_or_folder(tmp_path: Path) -> None:
     checkpoint = a_checkpoint(member / "checkpoints")
     with pytest.raises(CheckpointError, match="not finished"):
         pipeline.load(member)
-    write_json(member / "complete.json", {"final": "checkpoints/step_000005.safetensors"})
+    write_json(
+        member / "complete.json", {"final": "checkpoints/step_000005.safetensors", "sha256": hash_file(checkpoint)}
+    )
     for source in (checkpoint, str(checkpoint), member, member / "checkpoints"):
         assert pipeline.load(source).config.width == 64
     with pytest.raises(CheckpointError, match="found nothing"):

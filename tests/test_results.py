@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from evaluate.results import families_done, merged, not_finite, read_result, result_path, tabulate, write_result
+from evaluate.results import families_done, merged, not_finite, result_path, tabulate, write_result
 from pipeline.base.errors import CheckpointError, DamagedError
+from pipeline.base.results import read_result
 from pipeline.definitions import METRICS
 from support.results_files import write_results
 

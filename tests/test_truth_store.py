@@ -16,7 +16,8 @@ from harvest.truth.rows import Rows
 from harvest.truth.run import TruthConfig, planned_truth, run_truth
 from harvest.truth.spec import Spec, load_spec
 from pipeline.base.errors import DamagedError, MismatchError, StoreError, UsageError
-from pipeline.experiment.describe import describe, verify
+from pipeline.experiment.describe import describe
+from pipeline.experiment.verify import verify
 from pipeline.store.layout import Layout
 from pipeline.store.reader import Store
 from pipeline.store.staging import stage
@@ -122,7 +123,7 @@ def test_a_flipped_byte_of_the_truth_is_found(tmp_path: Path, key: str) -> None:
     (path / key).write_bytes(data)
     with pytest.raises(DamagedError, match=key.rpartition("/c")[0] or key):
         Store.open(path)
-    assert any("truth" in problem for problem in verify(str(path)))
+    assert any("truth" in problem for problem in verify(str(path)).problems)
     run_truth(TruthConfig(truth="tree", store=str(path), **SIZES), quiet=True, repair=True)
     assert contents(path) == whole
 
@@ -134,7 +135,7 @@ def test_describe_and_verify_know_the_truth(store: Store) -> None:
     assert said["config"]["kind"] == "truth"
     assert said["config"]["truth"]["n_features"] == 20
     assert set(said["extras"]) == set(store.extras)
-    assert verify(str(store.path)) == []
+    assert verify(str(store.path)).problems == []
 
 
 def test_staging_takes_the_truth_along(store: Store, tmp_path: Path) -> None:

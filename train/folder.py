@@ -7,7 +7,6 @@ command goes on from there to the same bytes.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -18,26 +17,35 @@ from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 
+from pipeline.base.digests import sealed
 from pipeline.base.errors import DamagedError, DiskError, MismatchError, UsageError
-from pipeline.base.fields import Fields, require_plain
+from pipeline.base.fields import Fields
 from pipeline.base.files import (
     canonical_json,
     disk_errors,
     hash_config,
     hash_file,
     lock_folder,
-    read_json,
     require_same,
     sweep_partials,
     write_bytes,
     write_json,
 )
-from pipeline.sae.checkpoint import load_tensors, save_checkpoint, save_tensors
+from pipeline.sae.checkpoint import save_checkpoint, save_tensors
+from pipeline.sae.member import (
+    FORMAT,
+    STATE_FORMAT,
+    STATE_VERSION,
+    VERSION,
+    State,
+    line_step,
+    read_completion,
+    read_config,
+    read_state,
+)
 from pipeline.sae.nested import NestedSAE
 from train.config import TrainConfig
 
-FORMAT, VERSION = "nested-sae-member", 1
-STATE_FORMAT, STATE_VERSION = "nested-sae-training-state", 2
 NAME = re.compile(r"(alpha([0-9.e-]+|auto)|levels\d+)-seed\d+-[0-9a-f]{10}")
 OTHERS = {"tensorboard", "wandb"}
 """Folders beside the members' that `--log` makes."""
@@ -84,23 +92,6 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class State:
-    """A rolling training state: of which member, after how many steps, and the hash of the metrics up to there."""
-
-    member: str
-    step: int
-    metrics_sha256: str
-    tensors: dict[str, Tensor]
-
-
-def read_state(path: Path) -> State:
-    """The rolling state in a file. Raises CheckpointError or DamagedError."""
-    tensors, header = load_tensors(path, STATE_FORMAT, STATE_VERSION)
-    header.only("format", "version", "step", "member", "metrics_sha256", "crc32c")
-    return State(header.text("member"), header.whole("step"), header.text("metrics_sha256"), tensors)
-
-
-@dataclass(frozen=True)
 class Folder:
     """One member's folder. `store` and `order` are what its config leaves out and its bytes depend on."""
 
@@ -135,11 +126,7 @@ class Folder:
         path = self.path / "config.json"
         if not path.exists():
             return None
-        found = read_json(path)
-        require_plain(path, found)
-        fields = Fields(path, found)
-        if (fields.data.get("format"), fields.data.get("version")) != (FORMAT, VERSION):
-            raise DamagedError(f"{path}: not a {FORMAT} of version {VERSION}; choose another --out")
+        fields = read_config(self.path)
         order = fields.inner("order")
         order.one_of("mode", ("global", "window"))
         order.some_whole("window_rows")
@@ -148,13 +135,8 @@ class Folder:
 
     def description(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """What config.json holds."""
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "config": plain(self.config),
-            "store": dict(self.store),
-            "order": dict(order),
-        }
+        config, store = plain(self.config), dict(self.store)
+        return sealed({"format": FORMAT, "version": VERSION, "config": config, "store": store, "order": dict(order)})
 
     def prepare(self, order: Mapping[str, Any]) -> int:
         """Make the folder, or sweep what a killed process left; returns a descriptor that holds its lock until closed.
@@ -171,13 +153,13 @@ class Folder:
 
     def final(self) -> Path | None:
         """The final checkpoint of a finished member, else None. Raises DamagedError when it is gone."""
-        path = self.path / "complete.json"
-        if not path.exists():
-            return None
-        final = self.path / "checkpoints" / Path(Fields(path, read_json(path)).text("final")).name
-        if not final.exists():
-            raise DamagedError(f"{final}: gone, though {path} names it; delete {path} to train the end again")
-        return final
+        completion = read_completion(self.path)
+        if completion is not None and not completion.final.exists():
+            path = self.path / "complete.json"
+            raise DamagedError(
+                f"{completion.final}: gone, though {path} names it; delete {path} to train the end again"
+            )
+        return None if completion is None else completion.final
 
     def step(self) -> int:
         """Steps that are on disk: what a run would go on from."""
@@ -264,14 +246,6 @@ class Folder:
             kept = [line for line in lines if line_step(line) <= step]
             if not path.exists() or len(kept) < len(lines):
                 write_bytes(path, "".join(line + "\n" for line in kept).encode())
-
-
-def line_step(line: str) -> float:
-    """The step of a line of metrics; infinity for a torn one."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
 
 
 def sync_file(path: Path) -> None:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import hash_file, read_json
+from pipeline.base.files import hash_file
 from pipeline.sae.foreign import foreign_sha256, is_foreign, load_sae, read_sae
+from pipeline.sae.member import final_checkpoint, read_completion, read_config
 from pipeline.sae.nested import NestedSAE, SAEConfig
 
 if TYPE_CHECKING:
     from pipeline.store.reader import Store
 
-MEMBER_FORMAT = ("nested-sae-member", 1)
 MAX_CURVE = 500
 Failure = tuple[Path, PipelineError]
 """A checkpoint or member that cannot be evaluated, and why."""
@@ -73,7 +73,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
     fields.whole("step")
     fields.inner("provenance").text("member", "")
     fields.inner("provenance").inner("store")
+    require_own(found)
     return found
+
+
+def require_own(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a checkpoint that lies in the folder of another member, as its config tells."""
+    folder = checkpoint.path.parent.parent
+    if checkpoint.path.parent.name != "checkpoints" or not (folder / "config.json").is_file():
+        return
+    own, trained = read_config(folder).inner("config").data, checkpoint.provenance.get("train")
+    if trained is not None and dict(own) != trained:
+        raise CheckpointError(
+            f"{checkpoint.path}: is of member {checkpoint.member[:100]!a}, lies in the folder of {folder.name}; put it back"
+        )
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
@@ -135,28 +148,17 @@ def holds_sae(folder: Path) -> bool:
 
 def member_checkpoints(folder: Path, all_steps: bool) -> list[Path]:
     """The final checkpoint of a training member, or all its steps. Raises CheckpointError when there is none."""
-    config = read_json(folder / "config.json")
-    found = (config.get("format"), config.get("version")) if isinstance(config, dict) else (None, None)
-    if found != MEMBER_FORMAT:
-        raise CheckpointError(
-            f"{folder}: expected a {MEMBER_FORMAT[0]} of version 1 in config.json, found {found[0]!r}"
-        )
+    read_config(folder)
     if all_steps:
         steps = sorted((folder / "checkpoints").glob("step_*.safetensors"))
         if not steps:
             raise CheckpointError(f"{folder}: has no checkpoint yet; train it further")
         return steps
-    if not (folder / "complete.json").exists():
+    if (completion := read_completion(folder)) is None:
         raise CheckpointError(
             f"{folder}: its training is not complete; finish it, or use --all-steps or name a checkpoint"
         )
-    complete = Fields(folder / "complete.json", read_json(folder / "complete.json"))
-    final = folder / "checkpoints" / Path(complete.text("final")).name
-    if not final.is_file():
-        raise DamagedError(f"{final}: the final checkpoint that complete.json names is gone; train the member again")
-    if (found_hash := hash_file(final)) != (written := complete.text("sha256")):
-        raise DamagedError(f"{final}: SHA-256 {found_hash[:10]}…, complete.json says {written[:10]}…; train it again")
-    return [final]
+    return [final_checkpoint(folder, completion)]
 
 
 def require_fit(

@@ -2,6 +2,7 @@
 
     FOLDER/                    beside a results file: NAME.json has NAME.latents/
       page_0000.js ...         nestedLatents.page(0, {"strings": [...], "latents": [...]}), PAGE_SIZE latents each
+      digests.json             the SHA-256 of each of these files
       index.js                 nestedLatents.index({"summary": {...}, "level": [...], ...}), written last: marks completion
 
 Nothing ever runs these files: the report parses them and writes what they hold anew. Corpus text in them is data: every
@@ -15,9 +16,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.base.digests import DIGESTS, write_digests
 from pipeline.base.errors import DamagedError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import write_bytes
+from pipeline.base.files import hash_file, sha256, write_bytes
 
 FORMAT, VERSION = "nested-sae-latents", 2
 PAGE_SIZE = 256
@@ -68,15 +70,22 @@ def write_page(folder: Path, number: int, strings: Sequence[str], latents: Seque
 def begin(folder: Path, n_pages: int) -> None:
     """Empty a folder of older latent pages: its completion marker first, then pages that no one will overwrite."""
     (folder / "index.js").unlink(missing_ok=True)
+    (folder / DIGESTS).unlink(missing_ok=True)
     for path in folder.glob("page_*.js"):
         if int(path.stem.removeprefix("page_")) >= n_pages:
             path.unlink()
 
 
 def write_index(folder: Path, summary: dict[str, Any], columns: dict[str, Iterable[Any]]) -> None:
-    """Write the index of all latents: one list a column (level, density, max, token), in the order of their ids."""
+    """Write the index of all latents: one list a column (level, density, max, token), in the order of their ids.
+
+    Before it the digests of all files, its own included, so that it still marks completion.
+    """
     data = {"summary": summary} | {name: list(values) for name, values in columns.items()}
-    write_bytes(folder / "index.js", f"{INDEX_HEAD}{script_json(data)});\n".encode())
+    index = f"{INDEX_HEAD}{script_json(data)});\n".encode()
+    pages = {path.name: hash_file(path) for path in sorted(folder.glob("page_*.js"))}
+    write_digests(folder / DIGESTS, folder.name, pages | {"index.js": sha256(index)})
+    write_bytes(folder / "index.js", index)
 
 
 def read_script(path: Path, call: str) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.latents.files import read_index, read_page, script_json
+from pipeline.base.digests import DIGESTS, require_digests
 from pipeline.base.fields import Fields
 
 MOST_LATENTS = 1 << 22
@@ -84,6 +85,7 @@ def read_latents(folder: Path) -> LatentPages:
         "related": whole(index.full_list("related", n, least=0)),
     }
     pages = tuple(page_of(read_page(folder, i), i, summary) for i in range(-(-n // summary.page_size)))
+    require_digests(folder / DIGESTS, folder, folder.name)
     return LatentPages(summary, columns, pages, opens(columns, pages, summary.page_size))
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.latents.files import has_pages
-from evaluate.results import read_result
 from evaluate.statistics import Replicate
 from pipeline.base.errors import DamagedError
 from pipeline.base.fields import Fields
 from pipeline.base.files import canonical_json, sha256
+from pipeline.base.results import read_result
 from pipeline.definitions import Better, Metric
 
 NOT_SETTINGS = frozenset({"alpha", "levels", "seed", "data_seed"})

@@ -22,8 +22,9 @@ from evaluate.report.runs import Results, read_results
 from evaluate.report.table import PRIMARY, Table, make_table, table_rows
 from evaluate.report.usage import UsageLine, usage_lines, usage_rows
 from pipeline.base.cli import OUT_FILE
+from pipeline.base.digests import DIGESTS, write_digests
 from pipeline.base.errors import UsageError
-from pipeline.base.files import write_bytes, write_csv
+from pipeline.base.files import hash_file, sha256, write_bytes, write_csv
 from pipeline.base.progress import say
 
 
@@ -40,8 +41,16 @@ def write_report(
     folder = out.with_name(f"{out.stem}_files")
     write_numbers(folder, results, table, bought, usage, figures)
     latents = write_latents(folder, results)
-    write_bytes(out, report_page(title, results, table, bought, usage, figures, latents, folder.name).encode())
+    page = report_page(title, results, table, bought, usage, figures, latents, folder.name).encode()
+    beside = {f"{folder.name}/{path.relative_to(folder).as_posix()}": hash_file(path) for path in files_in(folder)}
+    write_digests(folder / DIGESTS, out.name, beside | {out.name: sha256(page)})
+    write_bytes(out, page)
     return out
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Every file of a report's folder but its digests."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / DIGESTS)
 
 
 def write_numbers(

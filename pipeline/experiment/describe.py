@@ -1,4 +1,5 @@
-"""What an artefact on disk is, and whether it is whole: stores, checkpoints, members, training folders, results."""
+"""What an artefact on disk says about itself: stores, checkpoints, members, training folders, results. Whether it is whole:
+`verify.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import PipelineError
-from pipeline.base.files import hash_file, read_json
+from pipeline.base.files import read_json
 from pipeline.sae import foreign
 from pipeline.store.backend import is_url
 from pipeline.store.reader import Store, describe_store
@@ -79,64 +80,3 @@ DESCRIBERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "training": describe_many("*/config.json", describe_member),
     "results": read_json,
 }
-
-
-def verify(place: str) -> list[str]:
-    """Every problem found in an artefact, one line each; empty when it is whole. `place` as for `describe`."""
-    return verify_store(place) if is_url(place) else verify_path(Path(place))
-
-
-def verify_store(place: str | Path) -> list[str]:
-    """Every problem of a store, a damaged root included."""
-    try:
-        return Store.open(place, complete=False, check=False).verify(quiet=False)
-    except PipelineError as error:
-        return [str(error)]
-
-
-def verify_path(path: Path) -> list[str]:
-    """Every problem of a local artefact."""
-    kind = kind_of(path)
-    try:
-        if kind == "store":
-            return verify_store(path)
-        if kind == "stores":
-            return [problem for store in sorted(path.glob("*.zarr")) for problem in verify_store(store)]
-        if kind in ("checkpoint", "foreign"):  # of a folder made elsewhere: that it can be read, whole and exactly
-            foreign.load_sae(path)
-        if kind == "member":
-            return verify_member(path)
-        if kind == "training":
-            return [problem for config in sorted(path.glob("*/config.json")) for problem in verify_path(config.parent)]
-        if kind == "results":
-            return verify_results(path)
-    except PipelineError as error:
-        return [str(error)]
-    return []
-
-
-def verify_member(path: Path) -> list[str]:
-    """Every checkpoint whole; the final one is what complete.json recorded."""
-    problems = [problem for p in sorted((path / "checkpoints").glob("*.safetensors")) for problem in verify_path(p)]
-    if not (path / "complete.json").exists():
-        return [*problems, f"{path}: training is not finished (no complete.json); run the same train command to go on"]
-    complete = read_json(path / "complete.json")
-    final = path / complete["final"]
-    if not final.exists():
-        return [*problems, f"{final}: gone, though complete.json names it; train this member again"]
-    if hash_file(final) != complete["sha256"]:
-        problems.append(f"{final}: is not the file that complete.json recorded; train this member again")
-    metrics = path / "metrics.jsonl"
-    if complete.get("metrics_sha256") not in (None, hash_file(metrics) if metrics.exists() else ""):
-        problems.append(
-            f"{metrics}: not the lines that complete.json recorded; put them back, or train this member again"
-        )
-    return problems
-
-
-def verify_results(path: Path) -> list[str]:
-    """The file is JSON of a known format and version."""
-    data = read_json(path)
-    if data.get("format") != "nested-sae-results" or data.get("version") != 1:
-        return [f"{path}: expected nested-sae-results version 1, found {data.get('format')!r} {data.get('version')!r}"]
-    return []

@@ -12,6 +12,7 @@ Formats: SAELens 6 (cfg.json, sae_weights.safetensors), dictionary_learning 0.1 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,9 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from pipeline.base.digests import DIGESTS, write_digests
 from pipeline.base.errors import DiskError, UsageError
-from pipeline.base.files import atomic, write_bytes, write_json
+from pipeline.base.files import PARTIAL, atomic, hash_file, lock_folder, sweep_partials, write_bytes, write_json
 from pipeline.sae.checkpoint import Header
 from pipeline.sae.foreign import load_sae
 from pipeline.sae.nested import NestedSAE
@@ -49,16 +51,28 @@ def export(checkpoint: Path, kind: Format, out: Path, level: int | None = None) 
 
 
 def export_one(sae: NestedSAE, header: Header, kind: Format, folder: Path) -> Path:
-    """Write one SAE as one folder of a format."""
-    known = {"cfg.json", "sae_weights.safetensors", "config.json", "ae.pt"}
-    if folder.exists() and (other := sorted(p.name for p in folder.iterdir() if p.name not in known)):
-        raise DiskError(f"{folder}: holds something else ({', '.join(other[:3])}); choose an empty folder")
+    """Write one SAE as one folder of a format, its digests last; what a killed export left is swept."""
     folder.mkdir(parents=True, exist_ok=True)
-    if kind == "saelens":
-        write_saelens(sae, header, folder)
-    else:
-        write_dictionary_learning(sae, header, folder)
+    lock = lock_folder(folder, "exporting into this folder")
+    try:
+        if other := sorted(path.name for path in folder.iterdir() if not is_ours(path.name)):
+            raise DiskError(f"{folder}: holds something else ({', '.join(other[:3])}); choose an empty folder")
+        (folder / DIGESTS).unlink(missing_ok=True)
+        sweep_partials(folder)
+        (write_saelens if kind == "saelens" else write_dictionary_learning)(sae, header, folder)
+        written = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
+        write_digests(folder / DIGESTS, f"{kind} of {header.provenance.get('member')}, step {header.step}", written)
+    finally:
+        os.close(lock)
     return folder
+
+
+def is_ours(name: str) -> bool:
+    """Whether a name is one that an export writes, or what a killed one left of it."""
+    return any(
+        name == own or (name.startswith(f"{own}.") and name.endswith(PARTIAL))
+        for own in ("cfg.json", "sae_weights.safetensors", "config.json", "ae.pt", DIGESTS)
+    )
 
 
 def folded(sae: NestedSAE) -> dict[str, Tensor]:

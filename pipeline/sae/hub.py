@@ -15,6 +15,7 @@ from pipeline.base.errors import CheckpointError
 from pipeline.base.files import hash_file, read_json, write_bytes
 from pipeline.sae.checkpoint import load_checkpoint, read_header
 from pipeline.sae.foreign import is_foreign, load_sae
+from pipeline.sae.member import final_checkpoint, read_completion
 from pipeline.sae.nested import NestedSAE
 
 WEIGHTS, RESULTS = "sae.safetensors", "results.json"
@@ -49,8 +50,8 @@ def checkpoint_in(folder: Path) -> Path:
     """
     if is_foreign(folder):
         return folder
-    if (folder / "complete.json").exists():
-        return folder / str(read_json(folder / "complete.json")["final"])
+    if (completion := read_completion(folder)) is not None:
+        return final_checkpoint(folder, completion)
     if (folder / "checkpoints").is_dir():
         raise CheckpointError(f"{folder}: training is not finished; name one of its checkpoints, or finish it")
     found = sorted(folder.glob("*.safetensors"))

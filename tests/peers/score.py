@@ -27,8 +27,8 @@ from torch import Tensor
 
 from evaluate.checkpoints.find import member_checkpoints
 from evaluate.config import EvaluateConfig
-from evaluate.results import read_result
 from evaluate.run import run
+from pipeline.base.results import read_result
 from pipeline.sae.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.sae.foreign import load_foreign
 from pipeline.sae.nested import NestedSAE

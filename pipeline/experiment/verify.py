@@ -1,0 +1,307 @@
+"""Whether what lies at a path is whole: any path that this project writes, up to the folder of a whole experiment.
+
+Every artefact carries a digest of what it says: a store its seal, commit records and checksums, a checkpoint and a state a
+crc32c, config.json and results a seal, metrics a hash in complete.json or the state, latent pages, reports and exports a
+file of digests. Names are compared with what lies under them. What carries none is listed, never called whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.base.digests import DIGESTS, digest_problems
+from pipeline.base.errors import DamagedError, PipelineError, explain
+from pipeline.base.fields import Fields
+from pipeline.base.files import PARTIAL, hash_config, hash_file, read_json
+from pipeline.base.results import FORMAT as RESULTS
+from pipeline.base.results import read_result
+from pipeline.sae import foreign, member
+from pipeline.sae.checkpoint import FORMAT, NAME, VERSION, read_header, verify_tensors
+from pipeline.store.backend import is_url
+from pipeline.store.reader import Store
+
+TENSORS = {member.STATE_FORMAT: member.STATE_VERSION, "nested-sae-probes": 1, FORMAT: VERSION}
+"""Formats of files of tensors, checkpoints last: what is none of them is told that it is no checkpoint."""
+IGNORED = (".jobs", ".lock")
+"""Files of evaluate that say nothing."""
+
+
+@dataclass
+class Findings:
+    """What is wrong, and what nobody can vouch for, a line each; hashes of checkpoints and stores that were seen, and of those
+    that results and members name."""
+
+    problems: list[str] = field(default_factory=list)
+    unvouched: list[str] = field(default_factory=list)
+    checkpoints: set[str] = field(default_factory=set)
+    named: dict[Path, str] = field(default_factory=dict)
+
+    def unseal(self, path: Path, what: str = "carries no digest") -> None:
+        """Note what cannot be vouched for, and why."""
+        self.unvouched.append(f"{path}: {what}")
+
+
+def verify(place: str) -> Findings:
+    """Every problem found at a path, or the URL of a store. Raises PipelineError for what this project does not write."""
+    found = Findings()
+    if is_url(place):
+        found.problems += store_problems(place)
+        return found
+    path = Path(place)
+    if not (check := checker_of(path)):
+        there = "nothing" if not path.exists() else "an empty folder" if is_empty(path) else "none of these"
+        raise PipelineError(
+            f"{path}: expected a store, a checkpoint, a member, metrics, results, latent pages, a report, an export or a folder "
+            f"of them, found {there}; check the path"
+        )
+    careful(check, path, found)
+    for result, sha256 in found.named.items():
+        if found.checkpoints and sha256 not in found.checkpoints:
+            found.unseal(result, "results of a checkpoint that is not here")
+    return found
+
+
+Check = Callable[[Path, Findings], None]
+
+
+def careful(check: Check, path: Path, found: Findings) -> None:
+    """Check one artefact; what is wrong with it ends it alone."""
+    try:
+        check(path, found)
+    except (PipelineError, OSError) as error:
+        found.problems.append(explain(error) or str(error))
+
+
+def checker_of(path: Path) -> Check | None:
+    """How an artefact is checked; None for what is none."""
+    if path.is_dir():
+        return folder_checker(path)
+    if not path.is_file():
+        return None
+    if path.suffix == ".safetensors" and not foreign.is_foreign(path.parent):
+        return check_tensors
+    if path.name in ("config.json", "complete.json", "metrics.jsonl", "timings.jsonl") and is_member(path.parent):
+        return check_part
+    if path.suffix in (".html", ".htm") and report_digests(path).is_file():
+        return check_report
+    if (path.parent / DIGESTS).is_file():
+        return check_listed
+    if path.suffix == ".json" and file_format(path) == RESULTS:
+        return check_results
+    return None
+
+
+def folder_checker(path: Path) -> Check | None:
+    """How a folder is checked."""
+    if (path / "zarr.json").exists():
+        return check_store
+    if is_member(path):
+        return check_member
+    if foreign.is_foreign(path):
+        return check_foreign
+    if path.suffix == ".latents":
+        return check_latents
+    if path.name.endswith("_files") and (path / DIGESTS).is_file():
+        return check_report_files
+    return check_folder if any(checker_of(child) for child in children(path)) else None
+
+
+def children(path: Path) -> Iterator[Path]:
+    """What lies in a folder, in order; links to folders lead elsewhere and are left out."""
+    return (child for child in sorted(path.iterdir()) if not (child.is_symlink() and child.is_dir()))
+
+
+def is_member(path: Path) -> bool:
+    """Whether a folder is a training member's."""
+    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a path is an empty folder."""
+    return path.is_dir() and not any(path.iterdir())
+
+
+def file_format(path: Path) -> str:
+    """What a JSON file says it is; nothing where it says nothing, and RESULTS for what cannot be read, so that this is said."""
+    try:
+        data = read_json(path)
+    except DamagedError:
+        return RESULTS
+    return str(data.get("format", "")) if isinstance(data, dict) else ""
+
+
+def check_folder(path: Path, found: Findings) -> None:
+    """A folder of artefacts: an experiment, a training's --out, results, stores."""
+    for child in children(path):
+        if child.name in IGNORED:
+            continue
+        if child.name.endswith(PARTIAL):
+            found.unseal(child, "left by a killed process; the next run sweeps it")
+        elif check := checker_of(child):
+            careful(check, child, found)
+        elif child.name == "results.csv":
+            found.unseal(child, "made from the results files beside it, which are checked; evaluate makes it again")
+        elif not is_empty(child):
+            found.unseal(child)
+
+
+def check_store(path: Path, found: Findings) -> None:
+    """A store: every byte."""
+    found.problems += store_problems(path)
+
+
+def store_problems(place: str | Path) -> list[str]:
+    """Every problem of a store, a damaged root included."""
+    try:
+        return Store.open(place, complete=False, check=False).verify(quiet=False)
+    except PipelineError as error:
+        return [str(error)]
+
+
+def check_tensors(path: Path, found: Findings) -> None:
+    """A checkpoint, a rolling state or kept probes: their bytes, and that a checkpoint is its folder's."""
+    kind = verify_tensors(path, TENSORS)
+    if kind == member.STATE_FORMAT and (state := member.read_state(path)).member != path.parent.name:
+        found.problems.append(
+            f"{path}: the state of {state.member[:100]!a}, not of {path.parent.name}; put the right one back"
+        )
+    if kind == FORMAT:
+        found.checkpoints.add(hash_file(path))
+        if path.parent.name == "checkpoints" and is_member(path.parent.parent):
+            check_own(path, found)
+
+
+def check_own(path: Path, found: Findings) -> None:
+    """A checkpoint in a member's folder is that member's, under its own step's name."""
+    name, trained = path.parent.parent.name, read_header(path).provenance.get("member")
+    if trained != name:
+        found.problems.append(f"{path}: a checkpoint of {str(trained)[:100]!a}, not of {name}; put the right one back")
+    if not NAME.fullmatch(path.name):
+        found.problems.append(f"{path}: expected step_N.safetensors as its name; rename it or move it away")
+
+
+def check_foreign(path: Path, found: Findings) -> None:
+    """An export: its digests. An SAE made elsewhere: that it can be read, whole and exactly."""
+    if (path / DIGESTS).is_file():
+        found.problems += digest_problems(path / DIGESTS, path)
+        return
+    foreign.load_sae(path)
+    found.unseal(path, "made elsewhere, or exported by an older version: it can be read, and carries no digest")
+
+
+def check_member(path: Path, found: Findings) -> None:
+    """A member: config, every checkpoint, state, metrics, and what complete.json recorded."""
+    for checkpoint in sorted((path / "checkpoints").iterdir()):
+        if checkpoint.name.endswith(PARTIAL):
+            found.unseal(checkpoint, "left by a killed process; the next run sweeps it")
+        else:
+            careful(check_tensors, checkpoint, found)
+    careful(check_config, path, found)
+    careful(check_completion, path, found)
+    known = {"config.json", "complete.json", "metrics.jsonl", "checkpoints", "state.safetensors"}
+    for child in children(path):
+        if child.name not in known:
+            found.unseal(child, "a function of the machine" if child.name == "timings.jsonl" else "carries no digest")
+
+
+def check_part(path: Path, found: Findings) -> None:
+    """One file of a member."""
+    if path.name == "config.json":
+        check_config(path.parent, found)
+    elif path.name == "timings.jsonl":
+        found.unseal(path, "a function of the machine")
+    else:
+        check_completion(path.parent, found)
+
+
+def check_config(path: Path, found: Findings) -> None:
+    """A member's config.json says what it said, and the folder's name is that of its config."""
+    fields = member.read_config(path)
+    if "seal" not in fields.data:
+        found.unseal(fields.path, "store and order carry no digest (written by an older version)")
+    if not path.name.endswith(f"-{hash_config(fields.inner('config').data)[:10]}"):
+        found.problems.append(
+            f"{path}: its name is not that of its config (last ten digits); give it its own name back"
+        )
+
+
+def check_completion(path: Path, found: Findings) -> None:
+    """A finished member's final checkpoint and metrics are those recorded; an unfinished one's metrics those of its state."""
+    metrics, completion = path / "metrics.jsonl", member.read_completion(path)
+    if completion is None:
+        found.problems.append(
+            f"{path}: training is not finished (no complete.json); run the same train command to go on"
+        )
+        if (state := path / "state.safetensors").exists():
+            careful(check_tensors, state, found)
+            held = member.read_state(state)
+            require_metrics(metrics, member.hash_lines(member.lines_until(metrics, held.step)), held.metrics_sha256)
+        return
+    member.final_checkpoint(path, completion)
+    if completion.metrics_sha256 is None:
+        found.unseal(metrics, "complete.json holds no digest of it (written by an older version)")
+    else:
+        require_metrics(metrics, hash_file(metrics) if metrics.exists() else "", completion.metrics_sha256)
+
+
+def require_metrics(path: Path, found: str, recorded: str) -> None:
+    """Raise DamagedError unless metrics are those that were recorded."""
+    if found != recorded:
+        raise DamagedError(f"{path}: not the lines that were recorded; put them back, or train this member again")
+
+
+def check_results(path: Path, found: Findings) -> None:
+    """A results file: what it says, and its name."""
+    data = read_result(path)
+    if "seal" not in data:
+        found.unseal(path, "its numbers carry no digest (written by an older version)")
+    found.named[path] = Fields(path, data).inner("checkpoint").text("sha256", "")
+
+
+def check_latents(path: Path, found: Findings) -> None:
+    """Latent pages: their digests, under their own name, beside their results."""
+    if not (path / "index.js").is_file():
+        found.problems.append(f"{path}: latent pages without their index; evaluate again")
+    elif not (path / DIGESTS).is_file():
+        found.unseal(path, "carries no digest (written by an older version)")
+    else:
+        found.problems += digest_problems(path / DIGESTS, path, path.name)
+    if not path.with_suffix(".json").is_file():
+        found.problems.append(f"{path}: latent pages without their results; evaluate again, or delete them")
+
+
+def check_report(path: Path, found: Findings) -> None:
+    """A report and the folder beside it."""
+    found.problems += digest_problems(report_digests(path), path.parent, path.name)
+
+
+def check_report_files(path: Path, found: Findings) -> None:
+    """The folder beside a report, where the report is checked itself: nothing twice; else it too."""
+    if not any(report_digests(page) == path / DIGESTS for page in path.parent.glob("*.htm*")):
+        found.problems.append(f"{path}: the files of a report that is gone; write it again")
+
+
+def report_digests(path: Path) -> Path:
+    """The digests of a report."""
+    return path.with_name(f"{path.stem}_files") / DIGESTS
+
+
+def check_listed(path: Path, found: Findings) -> None:
+    """A file that the digests beside it name."""
+    root = path.parent.parent if path.parent.name.endswith("_files") else path.parent
+    problems = digest_problems(path.parent / DIGESTS, root)
+    found.problems += [problem for problem in problems if problem.startswith((f"{path}:", f"{path.parent / DIGESTS}:"))]
+
+
+def describe_unvouched(found: Findings) -> list[str]:
+    """What cannot be vouched for, a line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for line in found.unvouched:
+        path, _, reason = line.partition(": ")
+        reasons.setdefault(reason, []).append(path)
+    return [
+        f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {reason}"
+        for reason, paths in reasons.items()
+    ]

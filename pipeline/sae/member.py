@@ -1,0 +1,104 @@
+"""A training member's folder as anyone may read it: config, what completes it, metrics, rolling state. `train` writes it.
+
+Layout: FORMAT.md, "Training folder".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.base.digests import is_sealed
+from pipeline.base.errors import CheckpointError, DamagedError
+from pipeline.base.fields import Fields, require_plain
+from pipeline.base.files import hash_file, read_json
+from pipeline.sae.checkpoint import load_tensors
+
+FORMAT, VERSION = "nested-sae-member", 1
+STATE_FORMAT, STATE_VERSION = "nested-sae-training-state", 2
+
+
+@dataclass(frozen=True)
+class State:
+    """A rolling training state: of which member, after how many steps, and the hash of the metrics up to there."""
+
+    member: str
+    step: int
+    metrics_sha256: str
+    tensors: dict[str, Tensor]
+
+
+def read_state(path: Path) -> State:
+    """The rolling state in a file. Raises CheckpointError or DamagedError."""
+    tensors, header = load_tensors(path, STATE_FORMAT, STATE_VERSION)
+    header.only("format", "version", "step", "member", "metrics_sha256", "crc32c")
+    return State(header.text("member"), header.whole("step"), header.text("metrics_sha256"), tensors)
+
+
+def read_config(folder: Path) -> Fields:
+    """A member's config.json: `config`, `store`, `order`. Raises CheckpointError when it is none of ours, DamagedError when
+    it changed since it was written."""
+    path = folder / "config.json"
+    data = read_json(path)
+    require_plain(path, data)
+    found = (data.get("format"), data.get("version")) if isinstance(data, dict) else (None, None)
+    if found != (FORMAT, VERSION):
+        raise CheckpointError(
+            f"{folder}: expected a {FORMAT} of version {VERSION} in config.json, found {str(found[0])[:40]!r}"
+        )
+    is_sealed(path, data)
+    return Fields(path, data)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What complete.json says: the final checkpoint, its hash, and that of metrics.jsonl where it was kept."""
+
+    final: Path
+    sha256: str
+    metrics_sha256: str | None
+
+
+def read_completion(folder: Path) -> Completion | None:
+    """What completed a member; None while it is trained. Raises DamagedError."""
+    path = folder / "complete.json"
+    if not path.exists():
+        return None
+    fields = Fields(path, read_json(path))
+    final = folder / "checkpoints" / Path(fields.text("final")).name
+    return Completion(final, fields.text("sha256"), fields.some_text("metrics_sha256"))
+
+
+def final_checkpoint(folder: Path, completion: Completion) -> Path:
+    """The final checkpoint of a finished member. Raises DamagedError when it is gone or another one."""
+    final = completion.final
+    if not final.is_file():
+        raise DamagedError(f"{final}: the final checkpoint that complete.json names is gone; train the member again")
+    if (found := hash_file(final)) != completion.sha256:
+        raise DamagedError(
+            f"{final}: SHA-256 {found[:10]}…, complete.json says {completion.sha256[:10]}…; train it again"
+        )
+    return final
+
+
+def lines_until(path: Path, step: float) -> list[str]:
+    """The lines of a metrics.jsonl up to a step, in order, without a torn one; none where there is no file."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return [line for line in lines if line_step(line) <= step]
+
+
+def line_step(line: str) -> float:
+    """The step of a line of metrics; infinity for a torn one."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return float("inf")
+
+
+def hash_lines(lines: list[str]) -> str:
+    """SHA-256 of lines as the file holds them."""
+    return hashlib.sha256("".join(line + "\n" for line in lines).encode()).hexdigest()

@@ -1,0 +1,282 @@
+"""Every kind of damage to every artefact of an experiment is found by `verify`, whatever path it is given, and named."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from evaluate.report.write import write_report
+from evaluate.run import EvaluateConfig
+from evaluate.run import run as evaluate
+from pipeline.base.digests import sealed, write_digests
+from pipeline.base.errors import DamagedError, PipelineError
+from pipeline.base.files import write_json
+from pipeline.experiment.verify import verify
+from pipeline.sae.checkpoint import save_checkpoint
+from pipeline.sae.export import export
+from pipeline.sae.foreign import load_sae
+from support import lm_stores
+from support.train_crasher import small
+from train.plan import RunConfig
+from train.run import run as train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole experiment: store, two members, their results with latent pages, a report, an export. Read-only."""
+    out = tmp_path_factory.mktemp("verify") / "out"
+    store = lm_stores.make_lm_store(out.parent, eval_sequences=8)
+    shutil.copytree(store.path, out / "stores" / "acts.zarr")
+    members = (small(alpha=0.25), small(alpha=0.25, seed=1))
+    train(RunConfig(store.path, out / "runs", members, device="cpu", threads=1))
+    config = EvaluateConfig(store=store.path, out=out / "results", scores=("ev",), latents="all", device="cpu")
+    assert not evaluate(config, [out / "runs"]).failed
+    write_report([out / "results"], out / "report.html")
+    export(first(out, "runs/*/checkpoints/*.safetensors"), "saelens", out / "exported")
+    return out
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def first(root: Path, pattern: str, n: int = 0) -> Path:
+    """The n-th path of a pattern."""
+    return sorted(root.glob(pattern))[n]
+
+
+def replace(path: Path, pattern: str, text: str) -> None:
+    """Change one place of a text file."""
+    changed, n = re.subn(pattern, text, path.read_text(), count=1)
+    assert n == 1
+    path.write_text(changed)
+
+
+def flip(path: Path) -> None:
+    """Flip a bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def swap(one: Path, other: Path) -> None:
+    """Exchange two paths."""
+    one.rename(one.with_name("between"))
+    other.rename(one)
+    one.with_name("between").rename(other)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a flipped byte of the store": (lambda r: flip(first(r, "stores/*/train/resid/c/0/0")), "resid"),
+    "an EV of results": (lambda r: replace(first(r, "results/*.json"), r'"ev": 0\.', '"ev": 9.'), "what it says changed"),
+    "results under another's name": (
+        lambda r: swap(first(r, "results/*.json"), first(r, "results/*.json", 1)),
+        "holds the results of",
+    ),
+    "results that are no JSON": (lambda r: first(r, "results/*.json").write_text("{"), "not readable as JSON"),
+    "a lost line of metrics": (
+        lambda r: replace(first(r, "runs/*/metrics.jsonl"), r"\A.*\n", ""),
+        "not the lines that were recorded",
+    ),
+    "a changed loss of metrics": (
+        lambda r: replace(first(r, "runs/*/metrics.jsonl"), r'"loss":\d', '"loss":7'),
+        "not the lines that were recorded",
+    ),
+    "metrics that are gone": (lambda r: first(r, "runs/*/metrics.jsonl").unlink(), "not the lines that were recorded"),
+    "a store's name in config.json": (
+        lambda r: replace(first(r, "runs/*/config.json"), r'"revision": "local"', '"revision": "locol"'),
+        "config.json: what it says changed",
+    ),
+    "a member's folder renamed": (
+        lambda r: first(r, "runs/*").rename(r / "runs" / "alpha0.25-seed0-0123456789"),
+        "its name is not that of its config",
+    ),
+    "another member's final checkpoint": (
+        lambda r: swap(*(first(r, "runs/*/checkpoints/*", n) for n in (0, 3))),
+        "a checkpoint of 'alpha0.25-seed1",
+    ),
+    "a checkpoint under another step": (
+        lambda r: shutil.copy(
+            first(r, "runs/*/checkpoints/*"), first(r, "runs/*/checkpoints") / "step_000007.safetensors"
+        ),
+        "its name says step 7",
+    ),
+    "a flipped byte of a checkpoint": (lambda r: flip(first(r, "runs/*/checkpoints/*")), "bytes changed"),
+    "a final checkpoint that is gone": (lambda r: first(r, "runs/*/checkpoints/*", -1).unlink(), "is gone"),
+    "no complete.json": (lambda r: first(r, "runs/*/complete.json").unlink(), "training is not finished"),
+    "a number of latent pages": (
+        lambda r: replace(first(r, "results/*.latents/page_0000.js"), r'"id":3\b', '"id":4'),
+        "page_0000.js: SHA-256",
+    ),
+    "the index of latent pages": (
+        lambda r: replace(first(r, "results/*.latents/index.js"), r'"density":\[\d', '"density":[1'),
+        "index.js: SHA-256",
+    ),
+    "a latent page that is gone": (lambda r: first(r, "results/*.latents/page_0000.js").unlink(), "page_0000.js: gone"),
+    "another dictionary's latent pages": (
+        lambda r: swap(first(r, "results/*.latents"), first(r, "results/*.latents", 1)),
+        "digests of 'alpha0.25-seed",
+    ),
+    "a number in a report": (lambda r: replace(r / "report.html", r"0\.\d", "0.0!"), "report.html: SHA-256"),
+    "a figure of a report": (lambda r: flip(first(r, "report_files/*.svg")), r"svg: SHA-256"),
+    "a report's numbers": (lambda r: flip(r / "report_files" / "table1.csv"), r"table1.csv: SHA-256"),
+    "a report that is gone": (lambda r: (r / "report.html").unlink(), "the files of a report that is gone"),
+    "a byte of exported weights": (lambda r: flip(r / "exported" / "sae_weights.safetensors"), "weights.safetensors: SHA-256"),
+    "a field of an export": (
+        lambda r: replace(r / "exported" / "cfg.json", r'"context_size": \d+', '"context_size": 7'),
+        "cfg.json: SHA-256",
+    ),
+    "the digests themselves": (
+        lambda r: replace(r / "exported" / "digests.json", r'"cfg.json": "..', '"cfg.json": "xx'),
+        "digests.json: what it says changed",
+    ),
+}  # fmt: skip
+
+
+def test_whole_experiment_is_whole(made: Path) -> None:
+    """Nothing is found in what nobody touched, and what carries no digest is listed."""
+    found = verify(str(made))
+    assert found.problems == []
+    assert {Path(line.partition(": ")[0]).name for line in found.unvouched} == {"timings.jsonl", "results.csv"}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_in_an_experiment(root: Path, kind: str) -> None:
+    """Each kind of damage is found from the experiment's folder, in lines that name a file of it."""
+    harm, says = DAMAGE[kind]
+    harm(root)
+    problems = verify(str(root)).problems
+    assert any(re.search(says, problem) for problem in problems), problems
+    assert all(str(root) in problem and "\n" not in problem for problem in problems)
+
+
+PLACES = {
+    "stores": None,
+    "stores/acts.zarr": ("stores/*/train/resid/c/0/0", flip),
+    "runs": ("runs/*/checkpoints/*", flip),
+    "runs/*": ("runs/*/metrics.jsonl", flip),
+    "runs/*/checkpoints/*": ("runs/*/checkpoints/*", flip),
+    "runs/*/metrics.jsonl": ("runs/*/metrics.jsonl", flip),
+    "runs/*/config.json": ("runs/*/config.json", lambda path: replace(path, r'"seed": 0', '"seed": 2')),
+    "runs/*/complete.json": ("runs/*/complete.json", lambda path: replace(path, r'"sha256": ".', '"sha256": "x')),
+    "results": ("results/*.json", lambda path: replace(path, r'"ev": 0\.', '"ev": 9.')),
+    "results/*.json": ("results/*.json", lambda path: replace(path, r'"ev": 0\.', '"ev": 9.')),
+    "results/*.latents": ("results/*.latents/page_0000.js", flip),
+    "results/*.latents/page_0000.js": ("results/*.latents/page_0000.js", flip),
+    "report.html": ("report.html", flip),
+    "report_files/table1.csv": ("report_files/table1.csv", flip),
+    "exported": ("exported/cfg.json", flip),
+    "exported/cfg.json": ("exported/cfg.json", flip),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_any_path_can_be_verified(root: Path, place: str) -> None:
+    """Any path that the project writes is whole, and no longer when what it stands for is changed."""
+    assert verify(str(first(root, place))).problems == []
+    if (damage := PLACES[place]) is not None:
+        pattern, harm = damage
+        harm(first(root, pattern))
+        assert verify(str(first(root, place))).problems
+
+
+def test_state_of_an_unfinished_member_is_checked(root: Path) -> None:
+    """A rolling state that is another member's, and metrics that it does not speak of, are found."""
+    from pipeline.sae.checkpoint import save_tensors
+    from pipeline.sae.member import hash_lines, lines_until
+
+    member = first(root, "runs/*")
+    (member / "complete.json").unlink()
+    lines = lines_until(member / "metrics.jsonl", 8)
+    header = {"format": "nested-sae-training-state", "version": 2, "step": 8, "member": member.name}
+    save_tensors(member / "state.safetensors", {}, header | {"metrics_sha256": hash_lines(lines)})
+    assert ["not finished" in problem for problem in verify(str(member)).problems] == [True]
+    save_tensors(member / "state.safetensors", {}, header | {"metrics_sha256": hash_lines(lines[:-1])})
+    assert any("metrics.jsonl: not the lines" in problem for problem in verify(str(member)).problems)
+    save_tensors(member / "state.safetensors", {}, header | {"member": "x", "metrics_sha256": hash_lines(lines)})
+    assert any("the state of 'x', not of" in problem for problem in verify(str(member)).problems)
+
+
+def test_what_is_not_ours_is_told_so(tmp_path: Path) -> None:
+    """A path that this project does not write is an error, not whole."""
+    (tmp_path / "thesis.tex").write_text("x")
+    for path in (tmp_path, tmp_path / "thesis.tex", tmp_path / "nothing"):
+        with pytest.raises(PipelineError, match="expected a store"):
+            verify(str(path))
+
+
+def test_older_artefacts_are_not_vouched_for(root: Path) -> None:
+    """Results and configs of before there were seals are read, and listed as what nobody can vouch for."""
+    for path in (first(root, "results/*.json"), first(root, "runs/*/config.json")):
+        write_json(path, {name: value for name, value in json.loads(path.read_text()).items() if name != "seal"})
+    found = verify(str(root))
+    assert found.problems == []
+    assert sum("older version" in line for line in found.unvouched) == 2
+
+
+def test_digests_lead_nowhere_else(tmp_path: Path) -> None:
+    """Digests that name a path outside their folder are damage, and nothing there is read."""
+    for name in ("../secret", "/etc/passwd", "a/../../b"):
+        write_digests(tmp_path / "digests.json", "x", {name: "0" * 64})
+        (tmp_path / "index.js").write_text("")
+        folder = tmp_path.rename(tmp_path.with_suffix(".latents"))
+        assert any("lies elsewhere" in problem for problem in verify(str(folder)).problems)
+        folder.rename(tmp_path)
+
+
+def test_report_and_evaluation_refuse_changed_results(root: Path) -> None:
+    """Results whose numbers changed, that lie under another's name, and latent pages of others are no report."""
+    result = first(root, "results/*.json")
+    whole = result.read_text()
+    replace(result, r'"ev": 0\.', '"ev": 9.')
+    with pytest.raises(DamagedError, match="what it says changed"):
+        write_report([root / "results"], root / "again.html")
+    result.write_text(whole)
+    swap(first(root, "results/*.json"), first(root, "results/*.json", 1))
+    with pytest.raises(DamagedError, match="holds the results of"):
+        write_report([root / "results"], root / "again.html")
+    swap(first(root, "results/*.json"), first(root, "results/*.json", 1))
+    swap(first(root, "results/*.latents"), first(root, "results/*.latents", 1))
+    with pytest.raises(DamagedError, match="digests of"):
+        write_report([root / "results"], root / "again.html")
+
+
+def test_checkpoint_of_another_member_is_not_scored(root: Path, tmp_path: Path) -> None:
+    """A checkpoint that was put into another member's folder, under its own step's name, is refused before scoring."""
+    here, there = (first(root, "runs/*/checkpoints/step_000015.safetensors", n) for n in (0, 1))
+    shutil.copy(there, here)
+    config = EvaluateConfig(store=first(root, "stores/*"), out=tmp_path / "r", scores=("ev",), device="cpu")
+    outcome = evaluate(config, [here])
+    assert "lies in the folder of" in str(outcome.failed[0][1])
+
+
+def test_results_of_checkpoints_elsewhere_are_said(root: Path) -> None:
+    """Results of a checkpoint that is not in the experiment are listed as what cannot be vouched for."""
+    result = first(root, "results/*.json")
+    data = json.loads(result.read_text())
+    data["checkpoint"]["sha256"] = "0" * 64
+    write_json(result, sealed(data))
+    assert f"{result}: results of a checkpoint that is not here" in verify(str(root)).unvouched
+
+
+def test_seals_do_not_depend_on_how_data_were_held(tmp_path: Path) -> None:
+    """Numbers as keys and tuples, which JSON holds otherwise, seal like what is read back."""
+    data = sealed({"by": {10: 1, 9: (1, 2.5)}})
+    write_json(tmp_path / "a.json", data)
+    assert sealed(json.loads((tmp_path / "a.json").read_text()))["seal"] == data["seal"]
+
+
+def test_checkpoint_alone_needs_no_folder(root: Path, tmp_path: Path) -> None:
+    """A checkpoint copied out of its member is whole by itself."""
+    sae, header = load_sae(first(root, "runs/*/checkpoints/*"))
+    save_checkpoint(tmp_path / "mine.safetensors", sae, header.step, header.provenance)
+    assert verify(str(tmp_path / "mine.safetensors")).problems == []
