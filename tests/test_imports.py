@@ -19,7 +19,8 @@ from evaluate.run import run as evaluate
 from evaluate.scores.scorer import default_scores
 from pipeline.__main__ import cli
 from pipeline.base.errors import DamagedError, DiskError, MismatchError, PipelineError, UsageError
-from pipeline.experiment.describe import describe, verify
+from pipeline.experiment.describe import describe
+from pipeline.experiment.verify import verify
 from pipeline.imports.sources import Asked
 from pipeline.imports.write import Import, import_files
 from pipeline.store.reader import Store
@@ -69,7 +70,7 @@ def test_rows_of_every_format_arrive(kind: str, tmp_path: Path) -> None:
     assert store.context == context
     assert store.config["dtype"] == dtype
     assert torch.equal(all_rows(store), rows.to(store.dtype))
-    assert verify(str(store.path)) == []
+    assert verify(str(store.path)).problems == []
     said = describe(str(store.path))
     assert said["config"]["source"]["format"] == kind
     assert said["tokens_sha256"] == {}
