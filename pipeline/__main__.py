@@ -244,26 +244,38 @@ def report(words: tuple[str, ...]) -> None:
     stages.pass_on("evaluate.report", words)
 
 
-@cli.command()
+@cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("checkpoint", type=PATH)
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["saelens", "dictionary-learning"]),
+    type=click.Choice(["saelens", "dictionary-learning", "neuronpedia"]),
     required=True,
     help="Whose folder to write.",
 )
 @click.option("--out", type=OUT_FOLDER, required=True, help="Folder to write.")
 @click.option("--level", default=None, help="A level of the dictionary, 0 the innermost, or `all`: a folder each.")
-def export(checkpoint: Path, kind: str, out: Path, level: str | None) -> None:
+@click.option("--store", help="neuronpedia: whose rows and tokens are shown. Further options of it come behind.")
+@click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="")
+def export(checkpoint: Path, kind: str, out: Path, level: str | None, store: str | None, more: tuple[str, ...]) -> None:
     """Write a checkpoint as a folder that SAELens or dictionary_learning loads; centre and scale are folded in.
 
     The exported SAE takes raw residuals; its latents are in units of the residual. A LayerNorm SAE loads in SAELens
-    after `import pipeline.sae.saelens`.
+    after `import pipeline.sae.saelens`. For Neuronpedia it is latents that are written, with examples from a store:
+    python -m evaluate.latents.neuronpedia --help lists what else can be said of them.
 
     \b
-    Example: python -m pipeline export runs/a/checkpoints/step_004882.safetensors --format saelens --out exported
+    Examples:
+      python -m pipeline export runs/a/checkpoints/step_004882.safetensors --format saelens --out exported
+      python -m pipeline export runs/a --format neuronpedia --store acts.zarr --out shown --creator "Our group"
     """
+    if kind == "neuronpedia":
+        if store is None:
+            raise UsageError("--format neuronpedia needs --store, whose rows and tokens it shows")
+        words = ["--out", str(out), "--store", store, *(["--level", level] if level else [])]
+        stages.pass_on("evaluate.latents.neuronpedia", [str(checkpoint), *words, *more])
+    elif store or more:
+        raise UsageError(f"{'--store' if store else more[0]}: belongs to --format neuronpedia")
     from pipeline.sae.export import export as export_checkpoint
     from pipeline.sae.hub import find_checkpoint
 

@@ -46,10 +46,14 @@ class TokenText:
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def plain(self, token: int) -> str:
+        """Text of a token id as the tokenizer decodes it within a text."""
+        text = self._decode([*self._anchor, token])
+        return text[len(self._head) :] if text.startswith(self._head) else self._decode([token])
+
     def __call__(self, token: int) -> str:
         """Visible text of a token id."""
         if token not in self._known:
-            text = self._decode([*self._anchor, token])
-            text = text[len(self._head) :] if text.startswith(self._head) else self._decode([token])
+            text = self.plain(token)
             self._known[token] = visible(text if len(text) <= LONGEST else text[:LONGEST] + "…")
         return self._known[token]

@@ -1,0 +1,489 @@
+"""An SAE's latents as Neuronpedia imports them, from a store's rows and tokens: no language model runs.
+
+    OUT/MODEL/LAYER-SET/         what Neuronpedia's bulk import reads, from a bucket or a folder
+      features/batch-0.jsonl.gz      a latent a line: density, histograms, logit lens, nearest decoder rows
+      activations/batch-0.jsonl.gz   an example a line: a whole sequence, with the latent's value on each of its tokens
+      release, model, sourceset, source .jsonl
+    OUT/sae_dashboard/batch-0.json   the same latents as SAEDashboard's NeuronpediaRunner writes them
+
+Meanings are those of sae-dashboard 0.8: a latent is taken along its unit decoder row in raw units, z · ‖w‖ / scale; position 0
+of a sequence is not shown, and special and massive rows do not fire; examples are the N_TOP largest activations, then up to
+N_RANDOM positions drawn from each of N_INTERVALS equal parts of 0 to the maximum, the highest part first. Three things differ:
+the logit lens is less its mean over the vocabulary for every model, random examples of the lowest part are drawn from rows that
+count, and correlations, which need all pairs of latents, are left empty.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from evaluate.checkpoints.find import open_checkpoint, require_fit
+from evaluate.latents.collect import choose_chunks, stream
+from pipeline.base.cli import COUNT, OUT_FOLDER, main
+from pipeline.base.errors import DiskError, ModelError, UsageError
+from pipeline.base.files import safe_name, write_bytes
+from pipeline.base.progress import Progress
+from pipeline.base.runtime import numpy_rng, resolve_device
+from pipeline.base.token_text import TokenText
+from pipeline.sae.nested import NestedSAE
+
+if TYPE_CHECKING:
+    from pipeline.store.reader import Split, Store
+
+BATCH = 128
+"""Latents a file."""
+N_TOP, N_INTERVALS, N_RANDOM = 20, 5, 5
+N_BINS, N_LOGITS, N_ALIGNED, N_NEAREST = 50, 10, 3, 26
+"""Bars of a histogram; tokens raised and lowered; entries of a decoder row; nearest decoder rows, itself the first."""
+N_DRAWN = 64
+"""Rows drawn for the lowest part's examples, of which those in higher parts are left out."""
+MOST_FIRINGS = 50_000_000
+"""Firings held at once (12 bytes each); more latents than fit take another pass over the rows."""
+DEFAULT_CREATOR = "clkht01d40000jv08hvalcvly"
+"""The user that a fresh installation of Neuronpedia imports as."""
+
+Values = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What Neuronpedia calls the SAE: model, layer, set, and what is said about it."""
+
+    model: str
+    layer: int
+    set_name: str
+    creator: str
+    creator_id: str
+    dataset: str
+    n_sequences: int
+    context: int
+    hook: str
+    n_layers: int
+    d_model: int
+    created: str
+
+    @property
+    def id(self) -> str:
+        """LAYER-SET, as in Neuronpedia's addresses."""
+        return f"{self.layer}-{self.set_name}"
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The four descriptions, by the name of their file."""
+        common = {"visibility": "PUBLIC", "creatorId": self.creator_id, "createdAt": self.created}
+        named = {
+            "creatorName": self.creator,
+            "description": f"{self.hook} of layer {self.layer}, nested SAE",
+            "urls": [],
+        }
+        return {
+            "release": {"name": self.set_name, "descriptionShort": self.set_name} | named | common,
+            "model": {
+                "id": self.model,
+                "displayName": self.model,
+                "displayNameShort": self.model,
+                "owner": "",
+                "instruct": False,
+                "inferenceEnabled": False,
+                "layers": self.n_layers,
+                "dimension": self.d_model,
+                "neuronsPerLayer": 0,
+                "updatedAt": self.created,
+            }
+            | common,
+            "sourceset": {
+                "modelId": self.model,
+                "name": self.set_name,
+                "type": "",
+                "releaseName": self.set_name,
+                "hasDashboards": True,
+            }
+            | named
+            | common,
+            "source": {
+                "id": self.id,
+                "modelId": self.model,
+                "setName": self.set_name,
+                "dataset": self.dataset,
+                "num_prompts": self.n_sequences,
+                "num_tokens_in_prompt": self.context,
+                "hasDashboards": True,
+                "inferenceEnabled": False,
+            }
+            | common,
+        }
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The rows that are looked at: whole sequences of a split, and which of their rows count."""
+
+    split: Split
+    context: int
+    chunks: list[tuple[int, int]]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows, whether they count or not."""
+        return sum(stop - start for start, stop in self.chunks)
+
+    def counted(self) -> Rows:
+        """Numbers of the rows that count, in order."""
+        kept = self.split.kept()
+        return np.concatenate([np.flatnonzero(kept[start:stop]) + start for start, stop in self.chunks])
+
+
+def export_neuronpedia(
+    sae: NestedSAE, store: Store, unembedding: Float[Tensor, "vocab d_model"], text: TokenText, sample: Sample,
+    source: Source, out: Path, *, seed: int = 0, quiet: bool = False,
+) -> Path:  # fmt: skip
+    """Write every latent of an SAE to `out`; return the folder that Neuronpedia imports. See the top of this file.
+
+    unembedding: `SplitLM.readout`. Put the SAE on its device first. `source.jsonl` is written last. Raises DiskError when the
+    folder holds something else, DamagedError when the store's bytes changed.
+    """
+    folder, dashboards = out / safe_name(source.model) / safe_name(source.id), out / "sae_dashboard"
+    begin(out, folder, dashboards, math.ceil(sae.config.width / BATCH))
+    tokens, counted = sample.split.tokens, sample.counted()
+    lens = Lens(sae, unembedding)
+    readable = lru_cache(maxsize=None)(text.plain)
+    for first, found in gather(sae, sample, quiet):
+        features, lines, examples = [], [], []
+        for latent, (rows, values) in enumerate(found, first):
+            about = lens.about(latent, readable) | histogram(values, "freq_hist_data") | {
+                "feature_index": latent, "frac_nonzero": len(values) / sample.n_rows,
+            }  # fmt: skip
+            rng = numpy_rng(seed, "neuronpedia", latent)
+            shown = [show(e, rows, values, tokens, readable) for e in choose(rows, values, counted, sample.n_rows, rng)]
+            features.append(dashboard_feature(about, shown, source))
+            lines.append(feature_line(about, shown, lens, latent, source))
+            examples += [activation_line(one, latent, number, source) for number, one in enumerate(shown)]
+        name = f"batch-{first // BATCH}"
+        batch = {"model_id": source.model, "layer": source.layer, "sae_set": source.set_name, "sae_id_suffix": None}
+        write_bytes(dashboards / f"{name}.json", json.dumps(batch | {"features": features}).encode())
+        write_lines(folder / "features" / f"{name}.jsonl.gz", lines)
+        write_lines(folder / "activations" / f"{name}.jsonl.gz", examples)
+    for name, record in source.records().items():
+        write_bytes(folder / f"{name}.jsonl", (json.dumps(record) + "\n").encode())
+    return folder
+
+
+def begin(out: Path, folder: Path, dashboards: Path, n_batches: int) -> None:
+    """Take the completion marker of an older export away, and batches that none will overwrite.
+
+    Raises DiskError when `out` holds something else.
+    """
+    if out.is_dir() and (other := sorted({p.name for p in out.iterdir()} - {folder.parent.name, dashboards.name})):
+        raise DiskError(f"{out}: holds something else ({', '.join(other[:3])}); choose an empty folder")
+    (folder / "source.jsonl").unlink(missing_ok=True)
+    for path in [*folder.glob("*/batch-*.jsonl.gz"), *dashboards.glob("batch-*.json")]:
+        if not (number := path.name.removeprefix("batch-").partition(".")[0]).isdecimal() or int(number) >= n_batches:
+            path.unlink()
+
+
+def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Records as compressed JSON lines; the same bytes every time."""
+    data = "".join(json.dumps(record) + "\n" for record in records).encode()
+    write_bytes(path, gzip.compress(data, compresslevel=5, mtime=0))
+
+
+Firing = tuple[Rows, Values]
+"""A latent's rows, ascending, and its values there, in raw units."""
+
+
+def gather(sae: NestedSAE, sample: Sample, quiet: bool) -> Iterator[tuple[int, list[Firing]]]:
+    """Where and how strongly latents fire, BATCH latents at a time: the first one's number, and all of theirs.
+
+    One pass over the rows counts; each further one takes as many latents as fit into MOST_FIRINGS.
+    """
+    width, unit = sae.config.width, (sae.W_dec.detach().float().norm(dim=1) / sae.scale.float()).cpu()
+    counts = torch.zeros(width, dtype=torch.int64)
+    with Progress(sample.n_rows, "latents, counting", "row", quiet=quiet) as bar:
+        for z, _ in stream(sae, sample.split, sample.context, sample.chunks):
+            counts += (z != 0).sum((0, 1)).cpu()
+            bar.advance(z.shape[0] * z.shape[1])
+    for start, stop in groups(counts.tolist()):
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        with Progress(sample.n_rows, f"latents {start} to {stop - 1}", "row", quiet=quiet) as bar:
+            for z, first in stream(sae, sample.split, sample.context, sample.chunks):
+                block = z[..., start:stop].flatten(0, 1)
+                row, latent = block.nonzero(as_tuple=True)
+                part = (latent.int(), row + first * sample.context, block[row, latent])
+                parts.append(tuple(one.cpu() for one in part))  # type: ignore[arg-type]
+                bar.advance(len(block))
+        latents, rows, values = (torch.cat(column) for column in zip(*parts))
+        order = latents.argsort(stable=True)
+        bounds = counts[start:stop].cumsum(0).tolist()
+        rows, values = rows[order], (values * unit[start + latents.long()])[order]
+        cut = [(a, b) for a, b in zip((0, *bounds), bounds)]
+        found = [(rows[a:b].numpy(), values[a:b].numpy()) for a, b in cut]
+        for first in range(0, stop - start, BATCH):
+            yield start + first, found[first : first + BATCH]
+
+
+def groups(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of latents, of whole batches, whose firings together stay within MOST_FIRINGS where one batch alone does."""
+    start, held = 0, 0
+    for first in range(0, len(counts), BATCH):
+        more = sum(counts[first : first + BATCH])
+        if held and held + more > MOST_FIRINGS:
+            yield start, first
+            start, held = first, 0
+        held += more
+    yield start, len(counts)
+
+
+def histogram(values: npt.NDArray[np.floating[Any]], name: str) -> dict[str, list[float]]:
+    """N_BINS bars between the smallest and the largest value: their heights and middles; none without values."""
+    if not len(values):
+        return {f"{name}_bar_values": [], f"{name}_bar_heights": []}
+    heights, edges = np.histogram(values, bins=N_BINS)
+    middles = (edges[:-1] + edges[1:]) / 2
+    return {f"{name}_bar_values": [short(x) for x in middles.tolist()], f"{name}_bar_heights": heights.tolist()}
+
+
+class Lens:
+    """What lies in decoder rows alone: logits raised and lowered, largest entries, nearest other rows."""
+
+    def __init__(self, sae: NestedSAE, unembedding: Float[Tensor, "vocab d_model"]) -> None:
+        self.unit = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=1)
+        self.weights = unembedding.float().cpu()
+
+    def about(self, latent: int, text: Callable[[int], str]) -> dict[str, Any]:
+        """Fields of one latent that both formats have."""
+        row = self.unit[latent]
+        logits = self.weights @ row
+        logits = logits - logits.mean()
+        n = min(N_LOGITS, len(logits))
+        up, down = logits.topk(n), logits.topk(n, largest=False)
+        aligned = row.topk(min(N_ALIGNED, len(row)))
+        return {
+            "neuron_alignment_indices": aligned.indices.tolist(),
+            "neuron_alignment_values": [short(x) for x in aligned.values.tolist()],
+            "neuron_alignment_l1": [short(x) for x in (aligned.values.abs() / row.abs().sum()).tolist()],
+            "pos_str": [text(id) for id in up.indices.tolist()],
+            "pos_values": [short(x) for x in up.values.tolist()],
+            "neg_str": [text(id) for id in down.indices.tolist()],
+            "neg_values": [short(x) for x in down.values.tolist()],
+            **histogram(logits.numpy(), "logits_hist_data"),
+        }
+
+    def nearest(self, latent: int) -> tuple[list[int], list[float]]:
+        """Latents by the cosine of their decoder rows with this one's, itself the first, and the cosines."""
+        cosines = self.unit @ self.unit[latent]
+        cosines[latent] = torch.inf
+        found = cosines.topk(min(N_NEAREST, len(cosines))).indices
+        cosines[latent] = 1.0
+        return found.tolist(), [round(x, 4) for x in cosines[found].tolist()]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row to show, and the part of the range it stands for: limits, and the share of all rows within (−1 for the top)."""
+
+    row: int
+    low: float
+    high: float
+    share: float
+
+
+def choose(rows: Rows, values: Values, counted: Rows, n_rows: int, rng: np.random.Generator) -> Iterator[Example]:
+    """The largest activations, then random ones of equal parts of the range, the highest part first; none of a dead latent."""
+    if not len(values):
+        return
+    peak = float(values.max())
+    for at in np.argsort(-values, kind="stable")[:N_TOP]:
+        yield Example(int(rows[at]), -1.0, peak, -1.0)
+    limits = np.linspace(0, peak, N_INTERVALS + 1)
+    for low, high in reversed(list(zip(limits[:-1], limits[1:]))):
+        inside = rows[(values >= low) & (values <= high)]
+        share = (len(inside) + (n_rows - len(values)) * (low == 0)) / n_rows
+        if low == 0:  # rows on which it is silent are in the lowest part too
+            drawn = rng.choice(counted, min(len(counted), N_DRAWN), replace=False)
+            inside = drawn[~np.isin(drawn, rows[values > high])]
+        for row in rng.choice(inside, min(N_RANDOM, len(inside)), replace=False):
+            yield Example(int(row), float(low), float(high), share)
+
+
+def show(example: Example, rows: Rows, values: Values, tokens: Tokens, text: Callable[[int], str]) -> dict[str, Any]:
+    """An example as SAEDashboard has it: tokens of its sequence but the first, and the latent's value on each."""
+    sequence, position = divmod(example.row, tokens.shape[1])
+    ids, start = tokens[sequence].tolist(), sequence * tokens.shape[1]
+    a, b = np.searchsorted(rows, [start, start + len(ids)])
+    acts = [0.0] * len(ids)
+    for row, value in zip(rows[a:b], values[a:b]):
+        acts[int(row) - start] = short(float(value))
+    return {
+        "bin_min": short(example.low),
+        "bin_max": short(example.high),
+        "bin_contains": short(example.share),
+        "tokens": [text(id) for id in ids[1:]],
+        "values": acts[1:],
+        "qualifying_token_index": position - 1,
+    }
+
+
+def dashboard_feature(about: dict[str, Any], shown: list[dict[str, Any]], source: Source) -> dict[str, Any]:
+    """A latent as SAEDashboard writes it; correlations, which need all pairs of latents, are empty."""
+    kinds = ("correlated_neurons", "correlated_features")
+    empty: dict[str, Any] = {f"{kind}_{what}": [] for kind in kinds for what in ("indices", "l1", "pearson")}
+    rows = {"n_prompts_total": source.n_sequences, "n_tokens_in_prompt": source.context, "dataset": source.dataset}
+    return about | empty | rows | {"decoder_weights_dist": [], "activations": shown, "vector": []}
+
+
+def feature_line(
+    about: dict[str, Any], shown: list[dict[str, Any]], lens: Lens, latent: int, source: Source
+) -> dict[str, Any]:
+    """A latent as a line of features/*.jsonl.gz."""
+    near, cosines = lens.nearest(latent)
+    peak = max((max(one["values"]) for one in shown), default=0.0)
+    return {
+        "modelId": source.model,
+        "layer": source.id,
+        "index": str(latent),
+        "creatorId": source.creator_id,
+        "createdAt": source.created,
+        "maxActApprox": peak,
+        "hasVector": False,
+        "vector": [],
+        "vectorDefaultSteerStrength": peak,
+        "hookName": f"blocks.{source.layer}.{source.hook}",
+        "topkCosSimIndices": near,
+        "topkCosSimValues": cosines,
+    } | {name: value for name, value in dashboard_feature(about, [], source).items() if name in NEURON_FIELDS}
+
+
+NEURON_FIELDS = frozenset(
+    [f"neuron_alignment_{what}" for what in ("indices", "values", "l1")]
+    + [f"correlated_{kind}_{what}" for kind in ("neurons", "features") for what in ("indices", "pearson", "l1")]
+    + [f"{kind}_hist_data_bar_{what}" for kind in ("freq", "logits") for what in ("heights", "values")]
+    + ["neg_str", "neg_values", "pos_str", "pos_values", "frac_nonzero", "decoder_weights_dist"]
+)
+"""Columns of Neuronpedia's table of latents that carry SAEDashboard's names."""
+
+
+def activation_line(shown: dict[str, Any], latent: int, number: int, source: Source) -> dict[str, Any]:
+    """An example as a line of activations/*.jsonl.gz."""
+    values = shown["values"]
+    name = hashlib.sha256(f"{source.model} {source.id} {latent} {number}".encode()).hexdigest()
+    return {
+        "id": f"c{name[:24]}",
+        "modelId": source.model,
+        "layer": source.id,
+        "index": str(latent),
+        "creatorId": source.creator_id,
+        "createdAt": source.created,
+        "tokens": shown["tokens"],
+        "values": values,
+        "maxValue": max(values),
+        "maxValueTokenIndex": values.index(max(values)),
+        "minValue": min(values),
+        "binMin": shown["bin_min"],
+        "binMax": shown["bin_max"],
+        "binContains": shown["bin_contains"],
+        "qualifyingTokenIndex": shown["qualifying_token_index"],
+        "dfaValues": [],
+        "lossValues": [],
+    }
+
+
+def short(value: float) -> float:
+    """Five significant digits."""
+    return float(f"{value:.5g}")
+
+
+def load_readout(store: Store, model: str | None) -> tuple[Tensor, TokenText, int]:
+    """Unembedding with the final norm folded in, text of tokens, and the model's number of layers; the model is dropped.
+
+    Raises ModelError when its weights are not those that made the store.
+    """
+    from pipeline.model.split_lm import ModelInfo, SplitLM, load_tokenizer
+
+    made = store.config
+    name = model or str(made["model"])
+    revision = made.get("revision") if name == made["model"] and made.get("revision") != "local" else None
+    info = ModelInfo.read(name, revision)
+    if info.weights_sha256 != made["weights_sha256"]:
+        raise ModelError(
+            f"{name}: its weights are not those that made store {store.path} ({made['model']}); give that model"
+        )
+    lm = SplitLM.load(name, revision=revision, dtype="float32", part="suffix", layers=[info.n_layers - 1])
+    return lm.readout().cpu(), TokenText(load_tokenizer(name, revision)), info.n_layers
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--store", "store_path", type=click.Path(path_type=Path), required=True, help="Its rows and tokens.")
+@click.option("--out", type=OUT_FOLDER, required=True, help="Folder to write.")
+@click.option("--model", help="Folder or Hub id of the model.  [default: the store's]")
+@click.option("--model-id", help="What Neuronpedia calls it.  [default: the last part of the model's name]")
+@click.option("--set", "set_name", help="Name of the source set.  [default: nested-res-WIDTH]")
+@click.option("--creator", default="", help="Who made the SAE, as shown.")
+@click.option("--creator-id", default=DEFAULT_CREATOR, show_default=True, help="The Neuronpedia user that owns it.")
+@click.option("--rows", type=COUNT, default=131_072, show_default=True, help="Rows to read, in whole chunks.")
+@click.option("--split", type=click.Choice(["eval", "train"]), default="eval", show_default=True, help="Whose rows.")
+@click.option("--level", type=COUNT, help="A level of the dictionary, 0 the innermost.  [default: the whole]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of which rows and which random examples.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto.")
+def command(
+    checkpoint: Path, store_path: Path, out: Path, model: str | None, model_id: str | None, set_name: str | None,
+    creator: str, creator_id: str, rows: int, split: str, level: int | None, seed: int, device: str,
+) -> None:  # fmt: skip
+    """Write an SAE's latents as Neuronpedia imports them, and as SAEDashboard writes them, from a store's rows."""
+    from pipeline.sae.hub import find_checkpoint
+    from pipeline.store.reader import Store
+
+    found, store = open_checkpoint(find_checkpoint(str(checkpoint))), Store.open(store_path)
+    require_fit(found, store, allow_other_store=True)
+    sae = found.load()
+    if level is not None and level >= sae.config.n_levels:
+        raise UsageError(f"{checkpoint}: has levels 0 to {sae.config.n_levels - 1}, asked for {level}")
+    sae = (sae if level is None else sae.prefix(level)).to(resolve_device(device))
+    part = getattr(store, split)
+    sample = Sample(part, store.context, choose_chunks(part, rows, seed))
+    unembedding, text, n_layers = load_readout(store, model)
+    inner = "" if level is None else f"-level{level}"
+    name = set_name or f"nested-res-{found.sae.width}{inner}"
+    named = model_id or str(store.config["model"]).rstrip("/").rpartition("/")[2]
+    for what, value in (("--set", name), ("--model-id", named)):
+        if safe_name(value) != value:
+            raise UsageError(f"{what} {value!r}: letters, digits and . _ - only, since it names a folder; give another")
+    created = datetime.fromtimestamp(newest(found.path), UTC).isoformat()
+    source = Source(
+        named, int(store.config["layer"]), name, creator, creator_id, corpus_name(store, split),
+        sample.n_rows // store.context, store.context, f"hook_{store.config.get('hook', 'resid_post')}",
+        n_layers, store.d_model, created,
+    )  # fmt: skip
+    click.echo(export_neuronpedia(sae, store, unembedding, text, sample, source, out, seed=seed))
+
+
+def newest(path: Path) -> float:
+    """When a checkpoint's file, or the newest file of its folder, was written (seconds since 1970)."""
+    return max(one.stat().st_mtime for one in (path.iterdir() if path.is_dir() else [path]))
+
+
+def corpus_name(store: Store, split: str) -> str:
+    """The corpus of a split, as the store's config names it; "" where it does not."""
+    corpus = store.config.get("eval_corpus" if split == "eval" else "corpus") or store.config.get("corpus") or {}
+    return str(corpus.get("id", "")) if isinstance(corpus, dict) else str(corpus)
+
+
+if __name__ == "__main__":
+    main(command, "pipeline export --format neuronpedia")
