@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import pipeline
 from evaluate.checkpoints.find import find_checkpoints, open_checkpoint, require_fit
@@ -171,7 +173,8 @@ def test_jumprelu_without_b_dec_subtraction(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        ({"architecture": "gated"}, "architecture 'gated' cannot be read"),
+        ({"architecture": "temporal"}, "architecture 'temporal' cannot be read"),
+        ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm 'relu' cannot be read"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm' cannot be read"),
         ({"metadata": {"hook_name": "blocks.1.attn.hook_q"}}, "made for 'blocks.1.attn.hook_q'"),
         ({"activation_fn_str": "tanh-relu"}, "activation_fn_str 'tanh-relu' cannot be read"),
@@ -186,6 +189,144 @@ def test_what_cannot_be_expressed_is_refused(tmp_path: Path, cfg: dict[str, Any]
     """What cannot be expressed is refused."""
     with pytest.raises(CheckpointError, match=message):
         load_foreign(saelens(tmp_path / "s", weights(), **cfg))
+
+
+def test_gated_sae_is_a_jumprelu(tmp_path: Path) -> None:
+    """A gated SAE fires where its gate opens, with its own magnitude, of either library."""
+    w = weights()
+    gate, magnitude, gain = (0.3 * torch.randn(F, generator=torch.Generator().manual_seed(i)) for i in (5, 6, 7))
+    u = (rows() - w["b_dec"]) @ w["W_enc"]
+    z = (u * gain.exp() + magnitude).relu() * (u + gate > 0)
+    plain = {name: w[name] for name in ("W_enc", "W_dec", "b_dec")}
+    parts = {"b_gate": gate, "b_mag": magnitude, "r_mag": gain}
+    same(saelens(tmp_path / "s", plain | parts, architecture="gated"), z, w)
+    state = {"encoder.weight": w["W_enc"].T.clone(), "decoder.weight": w["W_dec"].T.clone(), "decoder_bias": w["b_dec"]}
+    state |= {"r_mag": gain, "gate_bias": gate, "mag_bias": magnitude}
+    same(dictionary(tmp_path / "d", "GatedAutoEncoder", state), z, w)
+
+
+def test_saelens_training_folder_keeps_its_levels(tmp_path: Path) -> None:
+    """A SAELens trainer's Matryoshka folder has levels, its threshold, and latents times the norms of decoder rows."""
+    w, threshold = weights(), torch.tensor(0.4, dtype=torch.double)
+    norm = w["W_dec"].norm(dim=1)
+    options = {"k": 7.5, "matryoshka_widths": [32, F], "rescale_acts_by_decoder_norm": True}
+    folder = saelens(tmp_path / "s", w | {"topk_threshold": threshold}, architecture="matryoshka_batchtopk", **options)
+    z = centred(w).relu() * norm
+    same(folder, torch.where(z > 0.4, z, 0.0), w | {"W_dec": w["W_dec"] / norm[:, None]})
+    assert load_foreign(folder)[0].config.levels == (32, F)
+
+
+def gemma_scope_2(folder: Path, w: dict[str, torch.Tensor], **cfg: Any) -> Path:
+    """A folder as Gemma Scope 2 has them; without a config where none is given."""
+    folder.mkdir(parents=True)
+    lower = {name.lower(): tensor for name, tensor in w.items()}
+    save_file(lower | {"threshold": torch.linspace(0, 1, F)}, folder / "params.safetensors")
+    if cfg:
+        (folder / "config.json").write_text(
+            json.dumps({"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt"} | cfg)
+        )
+    return folder
+
+
+def test_gemma_scope_2_sae(tmp_path: Path) -> None:
+    """A Gemma Scope 2 SAE is a jumprelu that does not subtract b_dec; config or path say where it sits."""
+    w = weights()
+    a = rows() @ w["W_enc"] + w["b_enc"]
+    z = a.relu() * (a > torch.linspace(0, 1, F))
+    told = gemma_scope_2(tmp_path / "told", w, hf_hook_point_in="model.layers.7.output", hf_hook_point_out=None)
+    same(told, z, w)
+    assert load_foreign(told)[1]["store"] == {"model": "gemma-3-1b-pt", "hook": "resid_post", "layer": 7}
+    named = gemma_scope_2(tmp_path / "resid_post" / "layer_22_width_16k_l0_small", w)
+    same(named, z, w)
+    assert load_foreign(named)[1]["store"] == {"hook": "resid_post", "layer": 22}
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"hf_hook_point_in": "a", "hf_hook_point_out": "b"}, r"hf_hook_point_out .a transcoder's. 'b'"),
+        ({"affine_connection": True}, "affine_connection 'True'"),
+        ({"architecture": "topk"}, "architecture 'topk'"),
+        ({"hf_hook_point_in": "model.layers.3.self_attn.o_proj.input"}, "cannot be placed"),
+    ],
+)
+def test_transcoders_of_gemma_scope_2_are_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
+    """What is no residual SAE of one place is refused by name."""
+    with pytest.raises(CheckpointError, match=message):
+        load_foreign(gemma_scope_2(tmp_path / "g", weights(), **cfg))
+
+
+def openai(folder: Path, w: dict[str, torch.Tensor], **settings: Any) -> Path:
+    """A state dict as OpenAI's Autoencoder saves it: settings among its tensors."""
+    folder.mkdir()
+    state = {"encoder.weight": w["W_enc"].T.clone(), "decoder.weight": w["W_dec"].T.clone(), "pre_bias": w["b_dec"]}
+    state |= {"latent_bias": w["b_enc"], "stats_last_nonzero": torch.zeros(F, dtype=torch.long)}
+    torch.save(state | settings, folder / "autoencoder.pt")
+    return folder
+
+
+def test_openai_sae(tmp_path: Path) -> None:
+    """OpenAI's ReLU autoencoder is read; its TopK, which normalises each row, is refused by name."""
+    w = weights()
+    same(openai(tmp_path / "o", w, activation="ReLU", activation_state_dict={}), centred(w).relu(), w)
+    topk = openai(tmp_path / "t", w, activation="TopK", activation_state_dict={"k": 32, "postact_fn": "ReLU"})
+    with pytest.raises(CheckpointError, match="TopK decodes with each row's own mean and deviation"):
+        load_foreign(topk)
+
+
+def matryoshka_sae(folder: Path, w: dict[str, torch.Tensor], **cfg: Any) -> Path:
+    """A folder as bartbussmann's trainers save it: lists in the config are text."""
+    folder.mkdir()
+    about = {"sae_type": "global-matryoshka-topk", "group_sizes": "[32, 64]", "top_k": 9, "input_unit_norm": False}
+    about |= {"act_size": D, "hook_point": "blocks.8.hook_resid_pre", "model_name": "gpt2-small"}
+    (folder / "config.json").write_text(json.dumps(about | cfg))
+    torch.save(w | {"threshold": torch.tensor(0.5)}, folder / "sae.pt")
+    return folder
+
+
+def test_matryoshka_sae_folder(tmp_path: Path) -> None:
+    """Groups become levels, b_enc is not used but by vanilla, and the hook before layer 8 is that after layer 7."""
+    w = weights()
+    u = (rows() - w["b_dec"]) @ w["W_enc"]
+    folder = matryoshka_sae(tmp_path / "m", w)
+    same(folder, torch.where(u > 0.5, u, 0.0), w)
+    sae, provenance = load_foreign(folder)
+    assert (sae.config.levels, sae.config.k) == ((32, 96), 9)
+    assert provenance["store"] == {"model": "gpt2-small", "hook": "resid_post", "layer": 7}
+    same(matryoshka_sae(tmp_path / "t", w, sae_type="topk"), top(u, 9), w)
+    same(matryoshka_sae(tmp_path / "v", w, sae_type="vanilla"), centred(w).relu(), w)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"input_unit_norm": True}, "input_unit_norm 'True' cannot be read"),
+        ({"sae_type": "jumprelu"}, "sae_type 'jumprelu' cannot be read"),
+        ({"group_sizes": "[32, 99]"}, "levels|do not agree"),
+        ({"group_sizes": "many"}, "group_sizes"),
+        ({"act_size": 7}, "W_enc should be floats"),
+    ],
+)
+def test_other_matryoshka_saes_are_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
+    """Row normalisation, other trainers and sizes that do not add up are refused in one line."""
+    with pytest.raises(PipelineError, match=message):
+        load_foreign(matryoshka_sae(tmp_path / "m", weights(), **cfg))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PEERS_PYTHON" not in os.environ, reason="PEERS_PYTHON names no environment with the peers")
+def test_folders_of_their_own_libraries(tmp_path: Path) -> None:
+    """SAEs that SAELens, dictionary_learning and sparsify made and saved encode and decode as they do themselves."""
+    script = Path(__file__).parent / "peers" / "make_foreign.py"
+    subprocess.run([os.environ["PEERS_PYTHON"], script, tmp_path], check=True, capture_output=True)
+    made = sorted(tmp_path.glob("*/reference.safetensors"))
+    assert len(made) >= 13
+    for reference in made:
+        expected, (sae, _) = load_file(reference), load_foreign(reference.parent / "sae" / "layers.1")
+        for name, found in (("z", sae.encode(expected["x"])), ("x_hat", sae.decode(expected["z"]))):
+            error = float((found - expected[name]).norm() / expected[name].norm())
+            assert error < 1e-6, (reference.parent.name, name, error)
+        assert (expected["z"] != 0).any()
 
 
 def test_batchtopk_without_threshold_is_refused(tmp_path: Path) -> None:

@@ -1,9 +1,14 @@
 """SAEs made elsewhere, read as checkpoints. What decides what they compute is read exactly or refused by name.
 
     SAELens               cfg.json, sae_weights.safetensors
-    dictionary_learning   config.json with a trainer, ae.pt: the one pickle we read, with weights_only
+    dictionary_learning   config.json with a trainer, ae.pt
+    matryoshka_sae        config.json, sae.pt (bartbussmann's; BatchTopK's too)
     sparsify              cfg.json, sae.safetensors
     Gemma Scope           params.npz
+    Gemma Scope 2         params.safetensors, with or without config.json
+    OpenAI                autoencoder.pt
+
+A .pt is a pickle: it is read with weights_only, which runs nothing.
 
 All become a NestedSAE that computes the same latents up to float32 rounding. Rows are raw: center 0, scale 1.
 `load_sae` and `read_sae` take these folders and our own checkpoints alike.
@@ -32,12 +37,26 @@ Tensors = dict[str, Tensor]
 About = dict[str, Any]
 """What a config says of where its SAE sits: hook, layer, model; what it does not say is not there."""
 
-SAELENS_ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
+SAELENS_ACTIVATIONS = {
+    "standard": "relu",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "gated": "jumprelu",
+    "batchtopk": "batchtopk",
+    "matryoshka_batchtopk": "batchtopk",
+}
+"""The last two are a trainer's own checkpoints; what SAELens saves for inference is a jumprelu without its levels."""
+SAELENS_TENSORS = {
+    "gated": "W_enc W_dec b_gate b_mag r_mag b_dec",
+    "jumprelu": "W_enc W_dec b_enc b_dec threshold",
+    "batchtopk": "W_enc W_dec b_enc b_dec topk_threshold",
+    "matryoshka_batchtopk": "W_enc W_dec b_enc b_dec topk_threshold",
+}
 SAELENS_NEUTRAL = {
     "activation_fn": ("relu", "topk", "jumprelu"),
     "normalize_activations": ("none",),
     "reshape_activations": ("none",),
-    "rescale_acts_by_decoder_norm": (False,),
+    "rescale_acts_by_decoder_norm": (False, True),
     "finetuning_scaling_factor": (False, None),
     "hook_head_index": (None,),
 }
@@ -53,15 +72,18 @@ SAELENS_READ = frozenset(
         "hook_layer",
         "hook_name",
         "k",
+        "matryoshka_widths",
         "metadata",
         "model_name",
     }
 )
 SAELENS_HARMLESS = frozenset(
     {
+        "aux_loss_coefficient",
         "context_size",
         "dataset_path",
         "dataset_trust_remote_code",
+        "decoder_init_norm",
         "device",
         "dtype",
         "from_pretrained_path",
@@ -75,6 +97,9 @@ SAELENS_HARMLESS = frozenset(
         "sae_lens_training_version",
         "sae_lens_version",
         "seqpos_slice",
+        "topk_threshold_lr",
+        "use_matryoshka_aux_loss",
+        "use_sparse_activations",
     }
 )
 """Fields that say how it was trained or stored, not what it computes."""
@@ -84,6 +109,13 @@ DICTIONARY_ACTIVATIONS = {
     "BatchTopKSAE": "batchtopk",
     "MatryoshkaBatchTopKSAE": "batchtopk",
     "JumpReluAutoEncoder": "jumprelu",
+    "GatedAutoEncoder": "jumprelu",
+}
+MATRYOSHKA_ACTIVATIONS = {
+    "vanilla": "relu",
+    "topk": "topk",
+    "batchtopk": "batchtopk",
+    "global-matryoshka-topk": "batchtopk",
 }
 SPARSIFY_NEUTRAL = {
     "activation": ("topk",),
@@ -165,9 +197,11 @@ def load_foreign(folder: Path) -> tuple[NestedSAE, dict[str, Any]]:
     if kind.config:
         data = Fields(folder / kind.config, read_json(folder / kind.config)).data
         require_plain(folder / kind.config, data)
-    tensors = read_tensors(folder / kind.weights)
+    tensors, settings = read_weights(folder / kind.weights)
+    if settings and kind.config:
+        raise DamagedError(f"{folder / kind.weights}: not a table of tensors; get it again")
     try:
-        sae, about = kind.read(folder, data, tensors)
+        sae, about = kind.read(folder, data or settings, tensors)
     except UsageError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     except PipelineError:
@@ -189,8 +223,9 @@ def member_name(folder: Path) -> str:
     return f"{folder.parent.name}-{folder.name}" if alike else folder.name
 
 
-def read_tensors(path: Path) -> Tensors:
-    """Named tensors of a .safetensors, .npz or ae.pt, in float32 where they are floats; nothing else is unpickled."""
+def read_weights(path: Path) -> tuple[Tensors, About]:
+    """Named tensors of a .safetensors, .npz or .pt, in float32 where they are floats, and what else a .pt holds by name:
+    plain text, numbers and tables of them. Nothing is unpickled but that."""
     try:
         if path.suffix == ".safetensors":
             state: object = load_file(path)
@@ -199,9 +234,12 @@ def read_tensors(path: Path) -> Tensors:
                 state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         else:
             state = torch.load(path, "cpu", weights_only=True)
-        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        if not isinstance(state, dict):
             raise DamagedError(f"{path}: not a table of tensors; get it again")
-        return {str(name): t.float() if t.is_floating_point() else t for name, t in state.items()}
+        tensors = {str(name): one for name, one in state.items() if isinstance(one, Tensor)}
+        settings = {str(name): one for name, one in state.items() if not isinstance(one, Tensor)}
+        require_plain(path, settings)
+        return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, settings
     except PipelineError:
         raise
     except Exception as error:  # what a damaged zip, npy or pickle makes their readers raise is of any kind
@@ -217,7 +255,8 @@ def hook_point(folder: Path, name: str) -> About:
     patterns = (
         r"blocks\.(?P<layer>\d+)\.hook_(?P<hook>resid_post|resid_pre|resid_mid|mlp_out|attn_out)",
         r"(?P<hook>resid_post|resid_pre|resid_mid|mlp_out|attn_out|attention_out)_layer_(?P<layer>\d+)",
-        r"(?:(?:model|transformer|gpt_neox|language_model)\.)*(?:layers|h)\.(?P<layer>\d+)(?:\.(?P<hook>mlp))?",
+        r"(?:(?:model|transformer|gpt_neox|language_model)\.)*(?:layers|h)\.(?P<layer>\d+)(?:\.(?P<hook>mlp)|\.output)?",
+        r"model\.layers\.(?P<layer>\d+)\.(?P<hook>post_feedforward_layernorm)\.output",
     )
     match = next((m for pattern in patterns if (m := re.fullmatch(pattern, name))), None)
     if match is None:
@@ -225,11 +264,12 @@ def hook_point(folder: Path, name: str) -> About:
     layer, hook = int(match["layer"]), match["hook"] or "resid_post"
     if hook == "resid_pre":
         return {"hook": "resid_post", "layer": layer - 1} if layer else {"hook": "embed"}
-    return {"hook": {"mlp": "mlp_out", "attention_out": "attn_out"}.get(hook, hook), "layer": layer}
+    ours = {"mlp": "mlp_out", "post_feedforward_layernorm": "mlp_out", "attention_out": "attn_out"}
+    return {"hook": ours.get(hook, hook), "layer": layer}
 
 
 def from_saelens(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
-    """standard, topk or jumprelu: act((x − b_dec · apply) W_enc + b_enc), decode z W_dec + b_dec.
+    """standard, topk, jumprelu, gated, and a trainer's batchtopk: act((x − b_dec · apply) W_enc + b_enc), decode z W_dec + b_dec.
 
     In folders of older versions `activation_fn_str` says what a standard SAE applies, and its kwargs hold k.
     """
@@ -249,11 +289,21 @@ def from_saelens(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tup
         refuse_unless(folder, "architecture (with activation_fn_str 'topk')", architecture, ("standard", "topk"))
         activation = "topk"
     k = fields.whole("k", fields.inner("activation_fn_kwargs").whole("k", 0)) if activation == "topk" else 0
-    only(folder, tensors, "W_enc W_dec b_enc b_dec" + " threshold" * (activation == "jumprelu"))
+    only(folder, tensors, SAELENS_TENSORS.get(architecture, "W_enc W_dec b_enc b_dec"))
     require_size(folder, tensors, data.get("d_in"), data.get("d_sae"))
+    levels = [len(tensors["W_dec"])]
+    if architecture == "gated":
+        tensors = ungated(tensors, tensors["b_gate"], tensors["b_mag"])
+    if activation == "batchtopk":  # its k may be a fraction, and what decides at inference is the threshold
+        threshold = set_threshold(folder, tensors["topk_threshold"])
+        tensors, k = tensors | {"threshold": threshold}, max(1, round(fields.number("k")))
+        levels = fields.list_of_wholes("matryoshka_widths") if "matryoshka_widths" in data else levels
+    if data.get("rescale_acts_by_decoder_norm", False):
+        refuse_unless(folder, "activation of rescale_acts_by_decoder_norm", activation, ("topk", "batchtopk"))
+        tensors = rescaled(tensors)
     applies = data.get("apply_b_dec_to_input", True)
     refuse_unless(folder, "apply_b_dec_to_input", applies, (True, False))
-    sae = assemble(activation, k, [len(tensors["W_dec"])], tensors if applies else uncentred(tensors))
+    sae = assemble(activation, k, levels, tensors if applies else uncentred(tensors))
     metadata = fields.inner("metadata") if data.get("metadata") else fields
     refuse_unless(folder, "hook_head_index", metadata.data.get("hook_head_index"), (None,))
     about: About = {"model": metadata.text("model_name", "") or None}
@@ -261,24 +311,27 @@ def from_saelens(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tup
 
 
 def from_dictionary_learning(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
-    """AutoEncoder, TopK, BatchTopK, Matryoshka (its groups become levels) or JumpRelu, in either style of names."""
+    """AutoEncoder, TopK, BatchTopK, Matryoshka (its groups become levels), JumpRelu or Gated, in either style of names."""
     trainer = Fields(folder / "config.json", data).inner("trainer")
     kind = trainer.text("dict_class")
     refuse_unless(folder, "dict_class", kind, tuple(DICTIONARY_ACTIVATIONS))
     activation = DICTIONARY_ACTIVATIONS[kind]
     held = "encoder.weight encoder.bias decoder.weight bias W_enc W_dec b_enc b_dec threshold k group_sizes"
-    only(folder, tensors, held, needed=False)
-    if "encoder.weight" in tensors:
+    gated = "encoder.weight decoder.weight decoder_bias r_mag gate_bias mag_bias"
+    only(folder, tensors, gated if kind == "GatedAutoEncoder" else held, needed=kind == "GatedAutoEncoder")
+    if kind == "GatedAutoEncoder":
+        turned = {"W_enc": tensors["encoder.weight"].T, "W_dec": tensors["decoder.weight"].T}
+        turned |= {"b_dec": tensors["decoder_bias"], "r_mag": tensors["r_mag"]}
+        tensors = ungated(turned, tensors["gate_bias"], tensors["mag_bias"])
+    elif "encoder.weight" in tensors:
         bias = "bias" if "bias" in tensors else "b_dec"
         same = {"W_enc": tensors["encoder.weight"].T, "W_dec": tensors["decoder.weight"].T, "b_dec": tensors[bias]}
         tensors = tensors | same | {"b_enc": tensors["encoder.bias"]}
     require_size(folder, tensors, trainer.some_whole("activation_dim"), trainer.some_whole("dict_size"))
-    if activation == "jumprelu":  # does not subtract b_dec
+    if kind == "JumpReluAutoEncoder":  # does not subtract b_dec
         tensors = uncentred(tensors)
-    if activation == "batchtopk" and float(tensors["threshold"]) < 0:
-        raise CheckpointError(
-            f"{folder}: its threshold was never set (it is negative), so inference would differ from training"
-        )
+    if activation == "batchtopk":
+        set_threshold(folder, tensors["threshold"])
     sizes = tensors["group_sizes"].tolist() if "group_sizes" in tensors else [len(tensors["W_dec"])]
     levels = torch.tensor(sizes).cumsum(0).tolist()
     k = int(tensors["k"]) if "k" in tensors else trainer.whole("k", 0)
@@ -320,17 +373,108 @@ def from_gemma_scope(folder: Path, _data: Mapping[str, Any], tensors: Tensors) -
     return sae, {"layer": int(layer[-1]) if layer else None, "hook": hook}
 
 
+def from_gemma_scope_2(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
+    """The same JumpReLU under names in lower case. config.json, else the path, names layer and hook; transcoders are refused."""
+    fields = Fields(folder / "config.json", data)
+    refuse_unless(folder, "architecture", fields.text("architecture", "jump_relu"), ("jump_relu",))
+    refuse_unless(folder, "affine_connection", data.get("affine_connection", False), (False, None))
+    reads, writes = fields.text("hf_hook_point_in", ""), data.get("hf_hook_point_out")
+    refuse_unless(folder, "hf_hook_point_out (a transcoder's)", writes, (None, reads))
+    only(folder, tensors, "w_enc w_dec b_enc b_dec threshold")
+    named = {"W_enc": tensors["w_enc"], "W_dec": tensors["w_dec"]}
+    sae = assemble("jumprelu", 0, [len(tensors["w_dec"])], uncentred(tensors | named))
+    model = fields.text("model_name", "").replace("gemma-v3", "gemma-3") or None
+    if reads:
+        return sae, {"model": model} | hook_point(folder, reads)
+    place = re.findall(r"/(resid_post|mlp_out)[^/]*/layer_(\d+)", str(folder.resolve()))
+    return sae, {"hook": place[-1][0], "layer": int(place[-1][1])} if place else {}
+
+
+def from_openai(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
+    """relu((x − b_dec) W_enc + b_enc). Those with TopK take each row's own mean and deviation away, and give them back after
+    decoding: no decoder of latents alone does that."""
+    kind = data.get("activation", "ReLU")
+    if kind == "TopK":
+        raise CheckpointError(
+            f"{folder}: OpenAI's TopK decodes with each row's own mean and deviation; that cannot be read"
+        )
+    refuse_unless(folder, "activation", kind, ("ReLU",))
+    only(folder, tensors, "pre_bias latent_bias encoder.weight decoder.weight " + OPENAI_STATISTICS, needed=False)
+    names = {"b_dec": "pre_bias", "b_enc": "latent_bias"}
+    turned = {"W_enc": tensors["encoder.weight"].T, "W_dec": tensors["decoder.weight"].T}
+    return assemble("relu", 0, [turned["W_enc"].shape[1]], turned | {n: tensors[t] for n, t in names.items()}), {}
+
+
+OPENAI_STATISTICS = "stats_last_nonzero latents_activation_frequency latents_mean_square"
+
+
+def from_matryoshka_sae(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
+    """vanilla, topk, batchtopk, or global-matryoshka-topk, whose groups become levels; only vanilla uses b_enc."""
+    fields = Fields(folder / "config.json", data)
+    kind = fields.text("sae_type")
+    refuse_unless(folder, "sae_type", kind, tuple(MATRYOSHKA_ACTIVATIONS))
+    refuse_unless(folder, "input_unit_norm", data.get("input_unit_norm"), (False,))
+    activation = MATRYOSHKA_ACTIVATIONS[kind]
+    only(folder, tensors, "W_enc W_dec b_enc b_dec threshold num_batches_not_active", needed=False)
+    require_size(folder, tensors, fields.some_whole("act_size"), None)
+    levels = [len(tensors["W_dec"])]
+    if kind == "global-matryoshka-topk":  # the trainer writes the list as text
+        sizes = re.fullmatch(r"\[(\d+(?:, ?\d+)*)\]", str(data.get("group_sizes")))
+        if sizes is None:
+            raise fields.wrong("group_sizes", "a list of sizes", data.get("group_sizes"))
+        levels = torch.tensor([int(size) for size in sizes[1].split(",")]).cumsum(0).tolist()
+    if activation == "batchtopk":
+        set_threshold(folder, tensors["threshold"])
+    if activation != "relu":
+        tensors = tensors | {"b_enc": torch.zeros_like(tensors["b_enc"])}
+    k = fields.whole("top_k", least=1) if activation != "relu" else 0
+    hook = fields.text("hook_point", "")
+    about: About = {"model": fields.text("model_name", "") or None} | (hook_point(folder, hook) if hook else {})
+    return assemble(activation, k, levels, tensors), about
+
+
 FORMATS = (
     Format("SAELens", "cfg.json", "sae_weights.safetensors", from_saelens),
     Format("dictionary_learning", "config.json", "ae.pt", from_dictionary_learning),
     Format("sparsify", "cfg.json", "sae.safetensors", from_sparsify),
+    Format("matryoshka_sae", "config.json", "sae.pt", from_matryoshka_sae),
     Format("Gemma Scope", "", "params.npz", from_gemma_scope),
+    Format("Gemma Scope 2", "config.json", "params.safetensors", from_gemma_scope_2),
+    Format("Gemma Scope 2", "", "params.safetensors", from_gemma_scope_2),
+    Format("OpenAI", "", "autoencoder.pt", from_openai),
 )
 
 
 def uncentred(tensors: Tensors) -> Tensors:
     """Our tensors for an encoder that does not subtract b_dec: ours does, so its bias makes up for it."""
     return tensors | {"b_enc": tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]}
+
+
+def ungated(tensors: Tensors, b_gate: Tensor, b_mag: Tensor) -> Tensors:
+    """A gated encoder as a jumprelu: with u = x W, it is on where u + b_gate > 0, its value relu(eʳ u + b_mag); so it is the
+    pre-activation a = eʳ u + b_mag where a > b_mag − eʳ b_gate."""
+    gain = tensors["r_mag"].exp()
+    return tensors | {"W_enc": tensors["W_enc"] * gain, "b_enc": b_mag, "threshold": b_mag - gain * b_gate}
+
+
+def rescaled(tensors: Tensors) -> Tensors:
+    """Latents times the norms of their decoder rows, which become unit: the product is what selects, and no x̂ changes."""
+    norm = tensors["W_dec"].norm(dim=1)
+    scaled = {
+        "W_enc": tensors["W_enc"] * norm,
+        "b_enc": tensors["b_enc"] * norm,
+        "W_dec": tensors["W_dec"] / norm[:, None],
+    }
+    return tensors | scaled
+
+
+def set_threshold(folder: Path, threshold: Tensor) -> Tensor:
+    """A batchtopk's threshold. Raises CheckpointError when training never set it."""
+    if not float(threshold) > 0:
+        raise CheckpointError(
+            f"{folder}: its threshold was never set (it is {float(threshold):g}), so inference would differ from training"
+        )
+    return threshold
 
 
 def assemble(activation: Any, k: int, levels: list[int], tensors: Tensors) -> NestedSAE:
