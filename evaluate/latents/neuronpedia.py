@@ -425,7 +425,11 @@ def load_readout(store: Store, model: str | None) -> tuple[Tensor, TokenText, in
             f"{name}: its weights are not those that made store {store.path} ({made['model']}); give that model"
         )
     lm = SplitLM.load(name, revision=revision, dtype="float32", part="suffix", layers=[info.n_layers - 1])
-    return lm.readout().cpu(), TokenText(load_tokenizer(name, revision)), info.n_layers
+    if (readout := lm.readout()) is None:
+        raise ModelError(
+            f"{name}: its logits are no product of one matrix with the normed stream, so there is no logit lens"
+        )
+    return readout.cpu(), TokenText(load_tokenizer(name, revision)), info.n_layers
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
