@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from support.interpreter import DEVICE, put_right
@@ -492,3 +493,46 @@ def test_tests_see_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         traffic.observers.clear()
     assert kernels.backward_kernel in launched
     assert kernels.adam_rows_kernel in launched
+
+
+# ---- two processes ----
+
+
+def train_half(rank: int, folder: str) -> None:
+    """One of two processes, each on its half of every batch, in fused passes."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        put_right(patch)
+        for recipe in ("batchtopk", "paper"):
+            config = config_of(**RECIPE_FORMS[recipe])
+            group = torch.distributed.group.WORLD
+            center = torch.full((D_MODEL,), 0.1)
+            member = FusedMember(config, D_MODEL, center, 1.3, CPU, Scratch(CPU), group)
+            like = fused(config)
+            member.load_state({name: tensor.clone() for name, tensor in like.state().items()})
+            for step in range(2):
+                if step == 1 and config.aux_k:
+                    let_latents_die(member)
+                half = raw_rows(step)[rank * ROWS // 2 : (rank + 1) * ROWS // 2]
+                member.step(normalise_batch(half, center, 1.3))
+            save_file({n: t.contiguous() for n, t in member.state().items()}, f"{folder}/{recipe}{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="two processes need two GPUs")
+def test_two_fused_processes_train_as_one(tmp_path: Path) -> None:
+    """Two processes in fused passes have one another's bits, and train as one does on whole batches: the threshold is that of
+    both, found from the sum of their histograms."""
+    torch.multiprocessing.spawn(train_half, args=(str(tmp_path),), nprocs=2)
+    for recipe in ("batchtopk", "paper"):
+        first, second = (load_file(tmp_path / f"{recipe}{rank}.safetensors") for rank in range(2))
+        for name, tensor in first.items():
+            assert torch.equal(tensor, second[name]), name
+        alone = fused(config_of(**RECIPE_FORMS[recipe]))
+        for step in range(2):
+            if step == 1 and alone.config.aux_k:
+                let_latents_die(alone)
+            alone.step(batch_of(alone, raw_rows(step)))
+        for name, tensor in alone.state().items():
+            torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-6, msg=name)

@@ -20,6 +20,7 @@ from train.plan import SHARED_PARTS, memory_bytes
 from train.step.member import Batch, Member, normalise_batch, product_dtype
 from train.step.schedules import learning_rate, sparsity_ramp
 from train.step.scratch import Scratch, row_chunks
+from train.step.snapshot import Snapshot
 
 D_MODEL, WIDTH, ROWS = 16, 64, 48
 CPU = torch.device("cpu")
@@ -487,3 +488,33 @@ def test_cuda_step_fetches_nothing(recipe: str) -> None:
         member.step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_snapshot_is_of_its_moment(recipe: str) -> None:
+    """A snapshot, and the SAE that is made of it later, are those of the moment when it was taken."""
+    member = member_of(config_of(recipe, **RECIPE_CHANGES[recipe]))
+    train(member, 0, 5)
+    snapshot, make_sae = Snapshot(member.state()), member.sae_of_state()
+    state, sae = {name: tensor.clone() for name, tensor in member.state().items()}, member.sae()
+    train(member, 5, 9)
+    assert snapshot.n_bytes == sum(tensor.nbytes for tensor in state.values())
+    for name, tensor in snapshot.tensors().items():
+        assert torch.equal(tensor, state[name]), name
+    for name, tensor in make_sae(snapshot.tensors()).state_dict().items():
+        assert torch.equal(tensor, sae.state_dict()[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_snapshot_is_of_its_moment() -> None:
+    """On CUDA a snapshot is copied while later steps change the weights, which it does not see."""
+    cuda = torch.device("cuda")
+    tensors = {"a": torch.zeros(1 << 24, device=cuda), "n": torch.tensor(7)}
+    for turn in range(4):
+        tensors["a"].fill_(turn)
+        snapshot = Snapshot(tensors)
+        tensors["a"].fill_(-1)
+        found = snapshot.tensors()
+        assert bool((found["a"] == turn).all())
+        assert int(found["n"]) == 7

@@ -258,10 +258,10 @@ def memory_text(parts: Mapping[str, int]) -> str:
 
 
 def on_device(parts: Mapping[str, int], device: torch.device) -> dict[str, int]:
-    """The parts that lie where members live: on an accelerator all but the feed and the snapshots."""
+    """The parts that lie where members live: on an accelerator all but the feed; a snapshot passes through its memory."""
     if device.type == "cpu":
         return dict(parts)
-    return {name: n for name, n in parts.items() if name not in ("feed", "snapshot")}
+    return {name: n for name, n in parts.items() if name != "feed"}
 
 
 def disk_bytes(rows: SplitLayout, tasks: Sequence[Task], keep: Keep) -> int:

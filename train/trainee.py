@@ -23,6 +23,7 @@ from train.held_out import HeldOut, merged
 from train.log import Log, open_logs
 from train.plan import RunConfig, Task
 from train.step.member import Batch, Member
+from train.step.snapshot import Snapshot
 from train.step.weights import path_of
 from train.writer import Writer
 
@@ -156,18 +157,19 @@ class Trainee:
         if not self.writes:
             return
         metrics_sha256 = hash_file(folder.path / "metrics.jsonl")
-        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.member.state().items()}
-        sae, provenance = (self.member.sae(), self.provenance()) if checkpoint else (None, {})
+        snapshot = Snapshot(self.member.state())
+        make_sae, provenance = (self.member.sae_of_state(), self.provenance()) if checkpoint else (None, {})
 
         def write() -> None:
+            state = snapshot.tensors()
             with disk_errors(folder.path):
-                if sae is not None:
-                    folder.write_checkpoint(sae, step, provenance)
+                if make_sae is not None:
+                    folder.write_checkpoint(make_sae(state), step, provenance)
                 folder.write_state(state, step, metrics_sha256)
                 folder.retain(self.keep)
 
-        copies = [*state.values(), *(sae.state_dict().values() if sae is not None else ())]
-        self.writer.submit(write, sum(tensor.nbytes for tensor in copies))
+        sae_bytes = sum(4 * weight.numel() for weight in self.member.weights.values()) if checkpoint else 0
+        self.writer.submit(write, snapshot.n_bytes + sae_bytes)
 
     def provenance(self) -> dict[str, Any]:
         """FORMAT.md, "Checkpoint": where this SAE comes from."""

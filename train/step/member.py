@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -385,16 +385,25 @@ class Member:
 
     def sae(self) -> NestedSAE:
         """The SAE as it stands: a float32 copy on the CPU with center, scale and threshold filled in (syncs)."""
+        return self.sae_of_state()(self.weights)
+
+    def sae_of_state(self) -> Callable[[Mapping[str, Tensor]], NestedSAE]:
+        """What makes the SAE as it stands from a copy of `state()` of this moment, at any time and in any thread (syncs now)."""
         self._calibrate()
-        sae = NestedSAE(self.shape)
-        tensors = {name: weight for name, weight in self.weights.items() if name != "log_threshold"}
-        tensors |= {"center": self.center, "scale": torch.tensor(self.scale)}
-        if self.shape.activation == "jumprelu":
-            tensors["threshold"] = self.weights["log_threshold"].exp()
-        if self.shape.activation == "batchtopk":
-            tensors["threshold"] = self.threshold.expand(self.config.width)
-        sae.load_state_dict({name: tensor.detach().cpu().float() for name, tensor in tensors.items()})
-        return sae.eval()
+        shape, names = self.shape, tuple(self.weights)
+        tensors = {"center": self.center, "scale": torch.tensor(self.scale)}
+        if shape.activation == "batchtopk":
+            tensors["threshold"] = self.threshold.clone().expand(self.config.width)
+
+        def make(state: Mapping[str, Tensor]) -> NestedSAE:
+            sae = NestedSAE(shape)
+            filled = tensors | {name: state[name] for name in names if name != "log_threshold"}
+            if shape.activation == "jumprelu":
+                filled["threshold"] = state["log_threshold"].exp()
+            sae.load_state_dict({name: tensor.detach().cpu().float() for name, tensor in filled.items()})
+            return sae.eval()
+
+        return make
 
     def _take(self, name: str, *shape: int) -> Tensor:
         return self.scratch.take(name, shape, self.dtype)
