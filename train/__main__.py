@@ -57,7 +57,14 @@ from train.trainee import Outcome
     "--keep",
     default="last:3,every:1000",
     show_default=True,
-    help="Checkpoints that stay: the last so many, those at multiples of so many steps, or all. The final one always.",
+    help="Checkpoints that stay: the last so many, those at multiples of so many steps, or all. The final one always. With "
+    ",state behind it a finished member's training state stays too, for --extend.",
+)
+@click.option(
+    "--extend",
+    is_flag=True,
+    help="Begin with the kept state of a shorter training in OUT that is the same but for --steps: bit for bit as if these had "
+    "been asked for at first, or refused with the reason (a decay that ended with it, say).",
 )
 @click.option(
     "--log",
@@ -97,6 +104,7 @@ def command(
     threads: int,
     device: str,
     keep: str,
+    extend: bool,
     log: tuple[str, ...],
     data_parallel: bool,
     cuda_graphs: bool,
@@ -120,7 +128,19 @@ def command(
     """
     members = make_grid(given, None if planned is not None else lambda max_norm: kept_rows(store, max_norm))
     job = RunConfig(
-        store, out, members, device, mode, window_rows, threads, keep, log, verify_first, data_parallel, cuda_graphs
+        store,
+        out,
+        members,
+        device,
+        mode,
+        window_rows,
+        threads,
+        keep,
+        log,
+        verify_first,
+        data_parallel,
+        cuda_graphs,
+        extend,
     )
     if planned is not None and not dry_run:
         raise UsageError("--planned goes with --dry-run")

@@ -6,6 +6,7 @@ command goes on from there to the same bytes.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -70,19 +71,27 @@ def member_name(config: TrainConfig) -> str:
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the `last` so many, those at multiples of `every` steps (0: none), and always the final one."""
+    """Which checkpoints stay: the `last` so many, those at multiples of `every` steps (0: none), and always the final one.
+
+    state: a finished member's training state stays too, so that it can be extended.
+    """
 
     last: int
     every: int
+    state: bool = False
 
     @staticmethod
     def parse(text: str) -> Keep:
-        """Read `last:3,every:1000`, either part alone, or `all`. Raises UsageError."""
+        """Read `last:3,every:1000`, either part alone, or `all`, and `,state` behind any. Raises UsageError."""
+        if text.endswith(",state"):
+            return dataclasses.replace(Keep.parse(text.removesuffix(",state")), state=True)
         if text == "all":
             return Keep(1, 1)
         parts = dict(re.findall(r"(last|every):(\d+)", text))
         if not parts or ",".join(f"{name}:{n}" for name, n in parts.items()) != text or not int(parts.get("last", 1)):
-            raise UsageError(f"--keep {text}: write last:3,every:1000, or one of the two with last at least 1, or all")
+            raise UsageError(
+                f"--keep {text}: write last:3,every:1000, or one of the two with last at least 1, or all; ,state behind"
+            )
         return Keep(int(parts.get("last", 1)), int(parts.get("every", 0)))
 
     def kept(self, steps: Iterable[int]) -> set[int]:
@@ -208,7 +217,7 @@ class Folder:
             there[step].unlink()
 
     def finish(self, keep: Keep) -> None:
-        """Name the final checkpoint in complete.json and drop the rolling state, which nothing needs any more."""
+        """Name the final checkpoint in complete.json and drop the rolling state, unless it is to be kept."""
         self.retain(keep)  # again: a kill may have come between the last checkpoint and what it puts an end to
         final = self.checkpoint_path(self.config.steps)
         record = {
@@ -217,7 +226,8 @@ class Folder:
             "metrics_sha256": hash_file(self.path / "metrics.jsonl"),
         }
         write_json(self.path / "complete.json", record)
-        self.drop_state()
+        if not keep.state:
+            self.drop_state()
 
     def drop_state(self) -> None:
         """Delete the rolling state of a finished member, where it still is: a kill may have come just before."""

@@ -43,6 +43,7 @@ class RunConfig:
     for. threads: that gather rows. keep: which checkpoints stay (`Keep`). log: besides metrics.jsonl, which is always
     written. data_parallel: all processes of torchrun train every member together, instead of sharing members out.
     cuda_graphs: record steps and replay them, on CUDA; for small SAEs, whose kernels take longer to launch than to run.
+    extend: a new member begins with the state of a shorter one that is the same but for its steps (`extend.py`).
     """
 
     store: Path
@@ -57,6 +58,7 @@ class RunConfig:
     verify_first: bool = False
     data_parallel: bool = False
     cuda_graphs: bool = False
+    extend: bool = False
 
     def __post_init__(self) -> None:
         if not self.members:

@@ -24,6 +24,7 @@ from pipeline.store.reader import Store
 from train import plan
 from train.announce import announce, say_second_epoch, say_share
 from train.config import TrainConfig
+from train.extend import extend
 from train.feed.bodies import BodyCheck
 from train.feed.loader import Feed, Loader
 from train.feed.resident import DeviceRows
@@ -55,8 +56,11 @@ def run(job: RunConfig) -> list[Outcome]:
         BodyCheck(store.train) as check,
         stop_on_signals() as stop,
     ):
-        device = processes.device
-        tasks = plan.make_tasks(job, store, own_members(job, processes), processes.least)
+        device, members = processes.device, own_members(job, processes)
+        if job.extend and processes.writes:
+            extend(job, store, members)
+        processes.wait()
+        tasks = plan.make_tasks(job, store, members, processes.least)
         passes = plan.make_passes(store.train.shape, tasks, device, processes.least(plan.free_memory(device)))
         require_free(job.out, plan.disk_bytes(store.train.shape, tasks, Keep.parse(job.keep)), "training")
         say_share(job, tasks, processes)
@@ -65,15 +69,16 @@ def run(job: RunConfig) -> list[Outcome]:
         if job.verify_first and passes:
             say("checking every byte of the training shards")
             check.require()
-        outcomes = {task.folder.name: standing(task, processes) for task in tasks}
+        keeps_state = Keep.parse(job.keep).state
+        outcomes = {task.folder.name: standing(task, processes, keeps_state) for task in tasks}
         for group in passes:
             outcomes |= Pass(job, store, processes, group, check, stop).run()
     return list(outcomes.values())
 
 
-def standing(task: Task, processes: Processes) -> Outcome:
-    """Where a member stands before this run; what a kill left of a finished one goes."""
-    if task.finished and processes.writes:
+def standing(task: Task, processes: Processes, keeps_state: bool) -> Outcome:
+    """Where a member stands before this run; what a kill left of a finished one goes, its state unless that is to be kept."""
+    if task.finished and processes.writes and not keeps_state:
         task.folder.drop_state()
     return Outcome(task.folder.path, task.step, task.folder.final())
 

@@ -1,0 +1,109 @@
+"""A longer training from a shorter one's state: bit for bit what it would have been, or refused with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.base.errors import MismatchError, UsageError
+from pipeline.sae.checkpoint import load_checkpoint
+from support.stores import make_store
+from support.train_crasher import small
+from train.config import TrainConfig
+from train.plan import RunConfig
+from train.run import run
+from train.trainee import Outcome
+
+KEEP = "last:3,every:1000,state"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trained(store: Path, out: Path, config: TrainConfig, **options: Any) -> Outcome:
+    (outcome,) = run(RunConfig(store, out, (config,), device="cpu", threads=1, **options))
+    return outcome
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe": "batchtopk", "lr_warmup_steps": 3, "lr_decay_steps": 0, "k": 6, "aux_k": 8, "batch_size": 1024},
+        {"lr_warmup_steps": 4, "sparsity_warmup_steps": 5},
+        {"recipe": "topk", "lr_warmup_steps": 3, "lr_decay_steps": 0, "sparsity_warmup_steps": 8, "k": 4, "aux_k": 0},
+    ],
+)
+def test_an_extended_training_is_the_long_one(tiny_store: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Weights and metrics of 24 steps and then 40 are those of 40 asked for at first."""
+    changes |= {"eval_every": 10, "log_every": 4}
+    trained(tiny_store, tmp_path / "out", small(steps=24, **changes), keep=KEEP)
+    longer = trained(tiny_store, tmp_path / "out", small(steps=40, **changes), extend=True)
+    whole = trained(tiny_store, tmp_path / "whole", small(steps=40, **changes))
+    assert longer.final is not None
+    assert whole.final is not None
+    assert longer.final.read_bytes() == whole.final.read_bytes()
+    assert (longer.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
+
+
+def test_it_does_not_begin_anew(tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second run reads 16 steps of rows; the shorter member stays as it was."""
+    short = trained(tiny_store, tmp_path, small(steps=24), keep=KEEP)
+    before = {path: path.read_bytes() for path in short.folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    trained(tiny_store, tmp_path, small(steps=40), extend=True)
+    assert "goes on from step 24 of" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in short.folder.rglob("*") if path.is_file()}
+    assert load_checkpoint(tmp_path / short.folder.name / "checkpoints" / "step_000024.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "keep", "said"),
+    [
+        ({}, {}, "last:3", "its state was not kept"),
+        ({"lr_decay_steps": 8}, {"lr_decay_steps": 8}, KEEP, "from step 17 on its schedules are others"),
+        ({"lr_decay_steps": 8}, {"lr_decay_steps": 0}, KEEP, "lr_decay_steps was 8, now 0"),
+        ({"seed": 1}, {}, KEEP, "holds no shorter training"),
+        ({"steps": 26}, {}, KEEP, "its last line of metrics, of step 26"),
+        ({"target_l0": 5.0}, {"target_l0": 5.0}, KEEP, "how fast --target-l0 is followed"),
+        (
+            {"recipe": "batchtopk", "lr_decay_steps": 0, "k": 6, "aux_k": 8},
+            {"recipe": "batchtopk", "lr_decay_steps": 0, "k": 6, "aux_k": 8},
+            KEEP,
+            "too short to hold all rows",
+        ),
+    ],
+)
+def test_what_would_have_been_another_is_refused(
+    tiny_store: Path, tmp_path: Path, first: dict[str, Any], then: dict[str, Any], keep: str, said: str
+) -> None:
+    """In one line, before anything of the longer one is written."""
+    trained(tiny_store, tmp_path, small(**{"steps": 24, "log_every": 4} | first), keep=keep)
+    with pytest.raises(UsageError, match=said):
+        trained(tiny_store, tmp_path, small(**{"steps": 1000, "log_every": 4} | then), extend=True)
+    assert len(list(tmp_path.glob("*/config.json"))) == 1
+
+
+def test_another_store_s_training_is_no_beginning(tiny_store: Path, tmp_path: Path) -> None:
+    """The same config on other rows."""
+    make_store(tmp_path / "other.zarr", seed=3)
+    trained(tmp_path / "other.zarr", tmp_path / "out", small(steps=24), keep=KEEP)
+    with pytest.raises(MismatchError, match="id"):
+        trained(tiny_store, tmp_path / "out", small(steps=40), extend=True)
+
+
+def test_a_kept_state_stays_when_it_is_asked_for(tiny_store: Path, tmp_path: Path) -> None:
+    """The same command again keeps it; without `state` it goes, as nothing needs it."""
+    short = trained(tiny_store, tmp_path, small(steps=8), keep=KEEP)
+    trained(tiny_store, tmp_path, small(steps=8), keep=KEEP)
+    assert (short.folder / "state.safetensors").exists()
+    trained(tiny_store, tmp_path, small(steps=8))
+    assert not (short.folder / "state.safetensors").exists()
