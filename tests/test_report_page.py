@@ -184,11 +184,17 @@ def test_sort_and_level_order_the_list(browser: Browser, latents: Path) -> None:
 def test_click_opens_latent_and_relative(browser: Browser, latents: Path) -> None:
     """A click opens a latent and its relative opens from there."""
     open_latents(browser, latents)
-    browser.click("#list li:nth-child(3) a")
-    browser.wait("document.querySelector('#latent h2')?.textContent === 'Latent 2'")
+    for control, value in (("level", "0"), ("sort", "related")):  # shared ones, those with most relatives first
+        browser.evaluate(
+            f"(s => {{ s.value = '{value}'; s.dispatchEvent(new Event('change')); }})(document.querySelector('#{control}'))"
+        )
+    browser.click("#reverse")
+    shared = listed(browser)[0]
+    browser.click("#list li:nth-child(1) a")
+    browser.wait(f"document.querySelector('#latent h2')?.textContent === 'Latent {shared}'")
     browser.wait("document.querySelectorAll('#latent .context').length > 0")
     browser.click("#latent tbody a")
-    browser.wait("document.querySelector('#latent h2').textContent !== 'Latent 2'")
+    browser.wait(f"document.querySelector('#latent h2').textContent !== 'Latent {shared}'")
     assert int(browser.evaluate("document.querySelector('#latent h2').textContent").split()[1]) >= 120
     assert browser.problems == []
 
