@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pipeline.base.errors import UsageError
 from support.reference import reference_latents, reference_objective
 from train.config import RECIPES, TrainConfig, batchtopk
 from train.step.member import Member, normalise_batch
@@ -199,6 +200,22 @@ def test_size_weights_average_one_and_grow() -> None:
     """Size weights have mean one and grow with the level."""
     terms = reconstruction_terms(tiny(level_weighting="size", alpha=0.25), (10, 40), 0)
     assert terms.weights == (0.4, 1.6)
+
+
+def test_inner_weight_is_that_of_all_but_the_last() -> None:
+    """inner:0.75 weighs each level but the whole by so much; a flat dictionary's one term is 1."""
+    nested = tiny(level_weighting="inner:0.75", levels=(0.25, 0.5, 1.0), alpha=None)
+    assert reconstruction_terms(nested, (10, 20, 40), 0).weights == (0.75, 0.75, 1.0)
+    assert reconstruction_terms(tiny(level_weighting="inner:0.75", alpha=0.0), (40,), 0).weights == (1.0,)
+
+
+@pytest.mark.parametrize(
+    "text", ["inner", "inner:", "inner:0", "inner:-1", "inner:nan", "inner:inf", "outer:1", "sizes", ""]
+)
+def test_odd_level_weightings_are_refused(text: str) -> None:
+    """A weighting that is none, or a weight that is no weight, is refused by name."""
+    with pytest.raises(UsageError, match="level_weighting"):
+        tiny(level_weighting=text)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

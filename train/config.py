@@ -17,7 +17,6 @@ from pipeline.sae.nested import Activation, LayerNorm, SAEConfig, level_size, le
 
 Objective = Literal["nested", "additive"]
 Penalty = Literal["l1", "l0", "none"]
-LevelWeighting = Literal["equal", "size", "random"]
 Dtype = Literal["auto", "bf16", "float32", "float64"]
 FIRST_ALPHA = 0.2
 """Where an adapting sharing ratio begins."""
@@ -41,6 +40,25 @@ def selects(config: TrainConfig) -> bool:
 def is_jumprelu(config: TrainConfig) -> bool:
     """Whether each latent has a trained threshold."""
     return config.activation == "jumprelu"
+
+
+def inner_weight(weighting: str) -> float | None:
+    """What each level but the last weighs, of a weighting like inner:0.75; None of equal, size and random.
+
+    Raises UsageError for any other text, and a weight that is not above 0.
+    """
+    if weighting in ("equal", "size", "random"):
+        return None
+    name, _, text = weighting.partition(":")
+    try:
+        weight = float(text) if name == "inner" else math.nan
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise UsageError(
+            f"level_weighting {weighting!r}: use equal, size, random, or inner:W with W above 0, like inner:0.75"
+        )
+    return weight
 
 
 @dataclass(frozen=True)
@@ -88,9 +106,10 @@ class TrainConfig:
     objective: Objective = option(
         "nested", "nested: a reconstruction term a level; additive: one term, the paper's Eq. 5"
     )
-    level_weighting: LevelWeighting = option(
+    level_weighting: str = option(
         "equal",
-        "of the levels' terms: 1 each, by size (mean 1), or random: as many prefixes as levels, drawn at every step",
+        "of the levels' terms: equal, 1 each; size, by size (mean 1); random, as many prefixes as levels, drawn at every "
+        "step; inner:0.75, so much for each but the last, whose weight is 1",
     )
     penalty: Penalty = option("l1", "on latents: l1, l0 (jumprelu), none (topk, batchtopk)")
     lambda_shared: float = option(0.04, "weight of the penalty on shared latents", penalised)
@@ -182,6 +201,7 @@ class TrainConfig:
     def _check_agreement(self) -> None:
         if (self.alpha is None) == (not self.levels):
             raise UsageError(f"give either alpha or levels, got alpha {self.alpha} and levels {self.levels}")
+        inner_weight(self.level_weighting)
         if self.alpha == "auto" and self.level_weighting == "random":
             raise UsageError("alpha auto moves the shared level, random prefixes have none; choose one of the two")
         if self.lr_warmup_steps + self.lr_decay_steps > self.steps:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.base.runtime import numpy_rng
 from pipeline.sae.nested import ALIGNED_FROM, ALIGNMENT
-from train.config import TrainConfig
+from train.config import TrainConfig, inner_weight
 from train.step.latents import PoolGradient
 from train.step.scratch import Scratch, row_chunks
 from train.step.selection import row_thresholds
@@ -51,6 +51,8 @@ def reconstruction_terms(config: TrainConfig, levels: tuple[int, ...], step: int
         return Terms(levels, tuple(n * size / sum(levels) for size in levels))
     if config.level_weighting == "random" and n > 1:
         return Terms(random_prefixes(levels, config.seed, step), (1.0,) * n)
+    if (inner := inner_weight(config.level_weighting)) is not None:
+        return Terms(levels, (inner,) * (n - 1) + (1.0,))
     return Terms(levels, (1.0,) * n)
 
 
