@@ -7,6 +7,7 @@
     sequence    context · (vocab · 4 kept distributions + activations of one layer + 6 · width · 4 + 12 · d_model · 4)
     row         vocab · (itemsize + 8): logits, log-softmax, one more copy
     checkpoint  its weights in float32, counts of its latents, products of sampled latents
+    and of the scores that keep more (`kept`): known features and their cosines with one dictionary, labelled rows, firings
 
 `chunk` is rows unembedded at once, `batch` sequences, `group` checkpoints held at once. A job beyond the limit halves the
 chunk, then holds fewer checkpoints (down to MIN_GROUP), then halves the batch, then holds fewer still.
@@ -15,6 +16,7 @@ chunk, then holds fewer checkpoints (down to MIN_GROUP), then halves the batch, 
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ import torch
 
 from evaluate.checkpoints.find import Checkpoint, resolve_levels
 from evaluate.scores.features import N_SAMPLED
+from evaluate.scores.labels import LABELS, MAX_ROWS
 from evaluate.scores.sample import GROUP_SEQUENCES
+from evaluate.scores.structure import MAX_FIRINGS, N_PARTS
 from pipeline.base.errors import UsageError
 from pipeline.base.files import human_bytes
 from pipeline.base.runtime import product_rate
@@ -85,10 +89,53 @@ def model_sizes(lm: SplitLM, context: int) -> tuple[int, int, int]:
     return weights, item * (10 * lm.d_model + 4 * hidden) + attention, lm.vocab * (item + 8)
 
 
-def sizes(
-    configs: Sequence[SAEConfig], lm: SplitLM | None, d_model: int, context: int, n_sequences: int, held: int
+SHARE_FIRING = 1 / 8
+"""Of the latents of a row where nothing bounds them: more would be no sparse code."""
+
+
+def kept(
+    scores: Sequence[str], configs: Sequence[SAEConfig], d_model: int, context: int, n_rows: int, n_features: int
 ) -> Sizes:
-    """The parts of the formula for the widest of the checkpoints; `held` bytes are taken already."""
+    """Bytes that the families truth, structure and absorption keep beside what every score does.
+
+    truth: directions and what fired (8 bytes a firing, at most a tenth of the features a row), three matrices of cosines
+    while a dictionary is matched, a mask [row, feature] a batch, counts a level and feature. structure and absorption: the
+    firings of each SAE (16 and 20 bytes, and their sparse matrices), on rows up to their limits; structure counts pairs
+    of N_PARTS latents with all, twice; absorption holds the labelled rows, and once more while probes are trained.
+    """
+    width, levels = max(c.width for c in configs), max(c.n_levels for c in configs)
+    a_row = max(c.k or math.ceil(SHARE_FIRING * c.width) for c in configs)
+    fixed = sequence = checkpoint = 0
+    if "truth" in scores:
+        fixed += (
+            n_features * (d_model * 4 + 40) + n_rows * (8 + 8 * math.ceil(n_features / 10)) + 3 * width * n_features * 4
+        )
+        sequence += context * (n_features + width)
+        checkpoint += levels * n_features * 20
+    if "structure" in scores:
+        firings = min(MAX_FIRINGS, n_rows * a_row)
+        fixed += 2 * (2 * N_PARTS * width * 4) + 24 * firings
+        sequence += context * a_row * 16
+        checkpoint += 16 * firings
+    if "absorption" in scores:
+        rows = min(MAX_ROWS, n_rows)
+        fixed += rows * (3 * d_model * 4 + len(LABELS) + 17) + 24 * rows * a_row
+        sequence += context * width * 4
+        checkpoint += 20 * rows * a_row
+    return Sizes(fixed, sequence, 0, checkpoint)
+
+
+def sizes(
+    configs: Sequence[SAEConfig],
+    lm: SplitLM | None,
+    d_model: int,
+    context: int,
+    n_sequences: int,
+    held: int,
+    more: Sizes | None = None,
+) -> Sizes:
+    """The parts of the formula for the widest of the checkpoints; `held` bytes are taken already, `more` are kept beside."""
+    more = more or Sizes(0, 0, 0, 0)
     width, levels = max(c.width for c in configs), max(c.n_levels for c in configs)
     weights = 4 * (2 * d_model * width + 4 * width + 2 * d_model)
     groups = -(-n_sequences // GROUP_SEQUENCES)
@@ -99,10 +146,10 @@ def sizes(
         model, activations, row = model_sizes(lm, context)
         vocab = lm.vocab
     return Sizes(
-        fixed=held + model + 2 * context * vocab * 4 + survey + 2 * weights,
-        sequence=context * (vocab * 4 + activations + 6 * width * 4 + 12 * d_model * 4),
+        fixed=held + model + 2 * context * vocab * 4 + survey + 2 * weights + more.fixed,
+        sequence=context * (vocab * 4 + activations + 6 * width * 4 + 12 * d_model * 4) + more.sequence,
         row=row,
-        checkpoint=weights + counts,
+        checkpoint=weights + counts + more.checkpoint,
     )
 
 

@@ -43,7 +43,10 @@ def plan(job: Job, todo: Sequence[Checkpoint], held: int) -> planning.Plan:
     """Batch, chunk and group that hold the memory limit; texts hold so many bytes. Raises UsageError when nothing fits."""
     store, config, lm = job.store, job.config, job.lm
     held_here = held if job.device.type == "cpu" else 0
-    parts = planning.sizes([c.sae for c in todo], lm, store.d_model, store.context, job.n_sequences, held_here)
+    saes, n_rows = [c.sae for c in todo], job.n_sequences * store.context
+    n_features = len(store.extra("truth/parent")) if "truth" in config.scores else 0
+    more = planning.kept(config.scores, saes, store.d_model, store.context, n_rows, n_features)
+    parts = planning.sizes(saes, lm, store.d_model, store.context, job.n_sequences, held_here, more)
     share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     limit = planning.memory_limit(config.max_memory, job.device, available_memory(), share)
     batch, vocab = min(config.batch_size, job.n_sequences), lm.vocab if lm is not None else 0

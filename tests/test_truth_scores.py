@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from evaluate.plan import Sizes, kept, make_plan, sizes
 from evaluate.run import EvaluateConfig, run
 from evaluate.scores.truth import Truth, TruthScore, depths, hedging, strata
 from harvest.truth.run import TruthConfig, run_truth
@@ -276,3 +277,57 @@ def test_truth_of_a_model_store_is_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr")
     with pytest.raises(UsageError, match="does not know its features; make one with python -m harvest --truth"):
         run(EvaluateConfig(store=store.path, out=tmp_path / "out", scores=("truth",)), [tmp_path])
+
+
+def test_others_go_on_where_nothing_is_known(tmp_path: Path) -> None:
+    """--scores ev,truth on a store that does not know its features: one line about truth, and ev is scored."""
+    store = make_store(tmp_path / "acts.zarr", n_sequences=40, eval_sequences=8, context=16, d_model=24)
+    sae = NestedSAE(SAEConfig(d_model=24, width=20, levels=(20,)))
+    save_checkpoint(
+        tmp_path / "one.safetensors", sae, step=1, provenance={"member": "one", "train": {}, "store": {"id": store.id}}
+    )
+    config = EvaluateConfig(store=store.path, out=tmp_path / "out", scores=("ev", "truth"))
+    outcome = run(config, [tmp_path / "one.safetensors"])
+    assert ["does not know its features" in str(error) for _, error in outcome.failed] == [True]
+    assert "\n" not in str(outcome.failed[0][1])
+    scores = json.loads(Path(outcome.results[0]["path"]).read_text())["levels"][0]["scores"]
+    assert "ev" in scores
+    assert "truth_mcc" not in scores
+
+
+def test_absorption_needs_a_tokenizer_and_tokens(tree: Store, tmp_path: Path) -> None:
+    """A tokenizer that cannot be found, or rows of no text: refused in one line before any work, ev goes on."""
+    place = oracle(tree, tmp_path / "oracle.safetensors")
+    outcome = run(EvaluateConfig(store=tree.path, out=tmp_path / "a", scores=("ev", "absorption")), [place])
+    assert ["are of no text" in str(error) for _, error in outcome.failed] == [True]
+    assert len(outcome.results) == 1
+    store = make_store(tmp_path / "acts.zarr", n_sequences=40, eval_sequences=8, context=16, d_model=24)
+    save_checkpoint(
+        tmp_path / "one.safetensors",
+        NestedSAE(SAEConfig(d_model=24, width=20, levels=(20,))),
+        step=1,
+        provenance={"member": "one", "train": {}, "store": {"id": store.id}},
+    )
+    config = EvaluateConfig(store.path, tmp_path / "b", model=str(tmp_path / "nowhere"), scores=("ev", "absorption"))
+    outcome = run(config, [tmp_path / "one.safetensors"])
+    assert ["no tokenizer to label tokens by" in str(error) for _, error in outcome.failed] == [True]
+    assert "\n" not in str(outcome.failed[0][1])
+    assert len(outcome.results) == 1
+
+
+def test_plan_counts_what_scores_keep() -> None:
+    """By hand: each family adds its arrays; a plan with them needs more than the limit that holds without."""
+    sae = SAEConfig(d_model=24, width=1000, levels=(200, 1000), activation="batchtopk", k=10)
+    nothing = kept(("ev", "l0"), [sae], 24, 16, 1600, 0)
+    assert nothing == Sizes(0, 0, 0, 0)
+    truth = kept(("truth",), [sae], 24, 16, 1600, 50)
+    assert truth.fixed == 50 * (24 * 4 + 40) + 1600 * (8 + 8 * 5) + 3 * 1000 * 50 * 4
+    assert truth.sequence == 16 * (50 + 1000)
+    assert truth.checkpoint == 2 * 50 * 20
+    assert kept(("structure",), [sae], 24, 16, 1600, 0).checkpoint == 16 * 1600 * 10
+    assert kept(("absorption",), [sae], 24, 16, 100_000, 0).checkpoint == 20 * 40_000 * 10
+    without, with_truth = (sizes([sae], None, 24, 16, 100, 0, more) for more in (nothing, truth))
+    limit = without.peak(1, 64, 1)
+    assert make_plan(without, 1, 1, 16, 0, limit, "cpu").group == 1
+    with pytest.raises(UsageError, match="raise --max-memory"):
+        make_plan(with_truth, 1, 1, 16, 0, limit, "cpu")
