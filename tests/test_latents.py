@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evaluate.latents import collect as latents_module
-from evaluate.latents.collect import N_CONTEXTS, RADIUS, PairCounts, TopContexts, choose_chunks, write_latents
+from evaluate.latents.collect import (
+    N_BARS,
+    N_CONTEXTS,
+    N_QUANTILES,
+    RADIUS,
+    Contexts,
+    Histogram,
+    PairCounts,
+    choose_chunks,
+    lots,
+    write_latents,
+)
 from evaluate.latents.files import begin, latents_folder, read_summary, script_json, write_index
 from evaluate.latents.hierarchy import Blocks, Counts, both_ways, relate
 from evaluate.scores.sample import Batch
@@ -242,13 +253,70 @@ def test_logit_lens_is_decoder_times_unembedding(written: Path, store: Store, un
 def test_batches_change_no_peak() -> None:
     """Peaks do not depend on the batches they come in."""
     z = torch.rand(40, 9, 5, generator=torch_rng("peaks"))
-    whole, parts = TopContexts(5, torch.device("cpu")), TopContexts(5, torch.device("cpu"))
-    whole.update(z, 0)
+    whole, parts = Contexts(5, 12, torch.device("cpu")), Contexts(5, 12, torch.device("cpu"))
+    whole.update(z, z, 0)
     for start in range(0, 40, 7):
-        parts.update(z[start : start + 7], start)
+        part = z[start : start + 7]
+        parts.update(part, part, start)
     assert torch.equal(whole.value, parts.value)
     assert torch.equal(whole.row, parts.row)
     assert torch.equal(whole.window, parts.window)
+
+
+def test_batches_change_no_lot_and_no_bar() -> None:
+    """Lots and histograms do not depend on the batches that rows come in; lots are even, of firings alone, and differ by seed."""
+    z = (torch.randn(60, 9, 5, generator=torch_rng("lots")) * torch.tensor([0.1, 1, 3, 10, 0])).relu()
+    whole, parts = Histogram(5, torch.device("cpu")), Histogram(5, torch.device("cpu"))
+    whole.update(z)
+    drawn = lots(z, 0, 1)
+    for start in range(0, 60, 7):
+        parts.update(z[start : start + 7])
+        assert torch.equal(lots(z[start : start + 7], start, 1), drawn[start : start + 7])
+    assert torch.equal(whole.count, parts.count)
+    assert torch.equal(whole.top, parts.top)
+    assert torch.equal(drawn > 0, z > 0)
+    assert abs(float(drawn[drawn > 0].mean()) - 0.5) < 0.05
+    assert not torch.equal(drawn, lots(z, 0, 2))
+
+
+def test_bars_count_activations(written: Path, activations: np.ndarray) -> None:
+    """Bars are equal steps from 0, together all of a latent's firing, the last one holding its maximum."""
+    for latent in read_latents(written)[::7]:
+        z = activations[..., latent["id"]].reshape(-1)
+        steps = latent["step"] * np.arange(len(latent["bars"]) + 1)
+        assert latent["bars"] == np.histogram(z[z > 0], steps)[0].tolist()
+        assert sum(latent["bars"]) == (z > 0).sum()
+        assert len(latent["bars"]) <= N_BARS
+        assert not latent["bars"] or latent["bars"][-1] > 0
+
+
+def test_drawn_contexts_are_spread(written: Path, activations: np.ndarray) -> None:
+    """Firings drawn by lot fall in activation, and are stronger than about the share that is said."""
+    differences = []
+    for latent in read_latents(written):
+        z = activations[..., latent["id"]]
+        firing = np.sort(z[z > 0])
+        found = [(weaker, context[4][context[2]]) for weaker, *context in latent["drawn"]]
+        assert len(found) == min(N_QUANTILES, int((z.max(1) > 0).sum()))
+        assert [value for _, value in found] == sorted((value for _, value in found), reverse=True)
+        differences += [np.searchsorted(firing, value) / len(firing) - weaker for weaker, value in found]
+    assert abs(np.mean(differences)) < 0.05
+    assert np.abs(differences).mean() < 0.2
+
+
+def test_labels_are_judged_as_rules(written: Path, activations: np.ndarray, store: Store) -> None:
+    """Precision and recall of a label are those of "it fires on these tokens" over rows that count."""
+    index, kept = read_script(written / "index.js"), store.eval.kept()
+    tokens = np.char.add("t", store.eval.tokens.reshape(-1).astype(str))
+    judged = 0
+    for latent in range(WIDTH):
+        fires = activations[..., latent].reshape(-1) > 0
+        on = np.isin(tokens, index["label"][latent].split(" · ")) & kept
+        for name, total in (("precision", on.sum()), ("recall", fires.sum())):
+            expected = (on & fires).sum() / total if total else None
+            assert index[name][latent] == (None if expected is None else pytest.approx(expected, rel=6e-3, abs=1e-9))
+        judged += index["precision"][latent] is not None
+    assert judged > WIDTH / 2
 
 
 def test_rows_are_chunks_drawn_by_seed(store: Store) -> None:
@@ -301,7 +369,7 @@ def test_interrupted_folder_looks_incomplete(written: Path, tmp_path: Path) -> N
 def test_bad_index_is_refused(written: Path, tmp_path: Path) -> None:
     """An index of another version or cut short is refused."""
     write_index(tmp_path, read_summary(written) | {"version": 1}, {"level": [0]})
-    with pytest.raises(DamagedError, match="version 2"):
+    with pytest.raises(DamagedError, match="version 3"):
         read_summary(tmp_path)
     text = (written / "index.js").read_bytes()
     (tmp_path / "index.js").write_bytes(text[: len(text) // 2])

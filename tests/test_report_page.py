@@ -255,6 +255,27 @@ def test_tampered_pages_do_not_execute(browser: Browser, report: Path, latents: 
         tampered.unlink()
 
 
+def test_latent_shows_histogram_rule_and_lots(browser: Browser, latents: Path) -> None:
+    """A latent shows bars of its activations, its label as a rule, and contexts drawn by lot behind the strongest."""
+    open_latents(browser, latents, "latent=130")
+    browser.wait("document.querySelectorAll('#latent .histogram span').length > 0")
+    heights = browser.evaluate("[...document.querySelectorAll('.histogram span')].map(bar => bar.offsetHeight)")
+    assert 60 < max(heights) < 80
+    assert "of its firing" in browser.evaluate("document.querySelector('#latent dl').textContent")
+    said = browser.evaluate("[...document.querySelectorAll('#latent .where')].map(line => line.textContent)")
+    assert len([line for line in said if "stronger than" in line]) == 6
+    assert browser.problems == []
+
+
+def test_latents_open_on_the_strongest_parent(browser: Browser, report: Path, latents: Path) -> None:
+    """Without a latent in the address the page shows the shared latent with the most firing inside it beyond chance."""
+    open_latents(browser, latents)
+    opened = browser.evaluate("index.opens")
+    related = browser.evaluate("index.related")
+    assert opened < 120
+    assert related[opened] > 0
+
+
 def test_latents_open_on_a_readable_one(browser: Browser, latents: Path) -> None:
     """Without a latent in the address the page shows one, which the list marks."""
     open_latents(browser, latents)

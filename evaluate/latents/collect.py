@@ -1,15 +1,17 @@
-"""Latents one can look at: top contexts, what they promote, and which specialised latents fire with which shared one.
+"""Latents one can look at: where they fire most and where at all, what they promote, how well their label says when they fire,
+and which specialised latents fire inside which shared one.
 
-Everything is read from the store's rows and tokens in one stream (no language model runs); memory is the latents of a
-batch, a few contexts a latent, and a bounded block of the shared × specialised co-firing counts.
-Files: `latent_files.py`. The stages of `write_latents` in order: choose rows, stream, relate, logit lens, write.
+Everything is read from the store's rows and tokens in two streams (no language model runs), the second one for labels; memory
+is the latents of a batch, a few contexts a latent, and a bounded block of the shared × specialised co-firing counts.
+Files: `files.py`. The stages of `write_latents` in order: choose rows, stream, relate, judge labels, logit lens, write.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +32,11 @@ from pipeline.sae.nested import NestedSAE
 if TYPE_CHECKING:
     from pipeline.store.reader import Split, Store
 
-N_CONTEXTS, RADIUS, N_TOKENS = 12, 10, 10
+N_CONTEXTS, N_DRAWN, N_QUANTILES, N_LABEL, RADIUS, N_TOKENS = 10, 24, 6, 3, 10, 10
+"""Top contexts a latent; firings drawn by lot, and how many of them are shown, evenly by rank; tokens of a label; tokens on
+either side of a peak; tokens raised and lowered."""
+N_BARS = 32
+"""Bars of a histogram of activations, of which half or more are in use."""
 BATCH_VALUES = 32_000_000
 """Latent values held at once: rows a batch × width."""
 PAIR_VALUES = 200_000_000
@@ -59,7 +65,11 @@ def write_latents(
     """
     part: Split = getattr(store, split)
     chunks = choose_chunks(part, rows, seed)
-    contexts, firing, related, containment = collect(sae, part, store.context, chunks, quiet)
+    found = collect(sae, part, store.context, chunks, seed, quiet)
+    firing, related = found.firing, found.related
+    text = TokenText(tokenizer)
+    labels = [label_of(part.tokens, text, rows) for rows in found.top.rows()]
+    rules = judge(sae, part, store.context, chunks, labels, firing, quiet)
     lens = logit_lens(sae, unembedding) if unembedding is not None else None
     summary = {
         "format": latent_files.FORMAT,
@@ -75,10 +85,10 @@ def write_latents(
         "dead": int((firing.count == 0).sum()),
         "related_latents": sum(bool(links) for links in related[: sae.config.n_shared]),
         "criterion": {"count": MIN_COUNT, "chance": CHANCE},
-        "containment": containment.summary(firing),
+        "containment": found.containment.summary(firing),
         "logit_lens": lens is not None,
     }
-    write_files(out_folder, part, TokenText(tokenizer), contexts, firing, related, lens, summary)
+    write_files(out_folder, part, text, found, labels, rules, lens, summary)
     return summary
 
 
@@ -105,27 +115,73 @@ def stream(
             yield z.view(-1, context, sae.config.width), start // context
 
 
-class TopContexts:
-    """The sequences on which each latent fires most, one peak a sequence, with the activations around the peak."""
+class Contexts:
+    """The sequences with each latent's highest scores, one position a sequence, with the activations around it."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.value = torch.zeros(width, N_CONTEXTS, device=device)
-        self.row = torch.full((width, N_CONTEXTS), -1, dtype=torch.int64, device=device)
-        self.window = torch.zeros(width, N_CONTEXTS, 2 * RADIUS + 1, device=device)
+    def __init__(self, width: int, n: int, device: torch.device) -> None:
+        self.n = n
+        self.score = torch.zeros(width, n, device=device)
+        self.row = torch.full((width, n), -1, dtype=torch.int64, device=device)
+        self.window = torch.zeros(width, n, 2 * RADIUS + 1, device=device)
 
-    def update(self, z: Float[Tensor, "seq pos latent"], first: int) -> None:
-        """Merge the peaks of a batch whose first sequence is number `first`."""
+    def update(self, z: Float[Tensor, "seq pos latent"], score: Float[Tensor, "seq pos latent"], first: int) -> None:
+        """Merge a batch whose first sequence is number `first`; a score of 0 is none."""
         context = z.shape[1]
-        peak, at = z.max(1)  # [seq, latent]
+        best, at = score.max(1)  # [seq, latent]
         rows = (torch.arange(z.shape[0], device=z.device) + first)[:, None] * context + at
-        value, order = torch.cat([self.value, peak.T], 1).topk(N_CONTEXTS, 1)  # [latent, context]
-        old = order.clamp(max=N_CONTEXTS - 1)
+        scores, order = torch.cat([self.score, best.T], 1).topk(self.n, 1)  # [latent, context]
+        old = order.clamp(max=self.n - 1)
         self.window = self.window.gather(1, old[..., None].expand_as(self.window))
-        latent, slot = (order >= N_CONTEXTS).nonzero(as_tuple=True)
-        seq = order[latent, slot] - N_CONTEXTS
+        latent, slot = (order >= self.n).nonzero(as_tuple=True)
+        seq = order[latent, slot] - self.n
         self.window[latent, slot] = windows(z, seq, at[seq, latent], latent)
         self.row = torch.cat([self.row, rows.T], 1).gather(1, order)
-        self.value = value
+        self.score = scores
+
+    def rows(self) -> list[list[int]]:
+        """Each latent's rows, best first."""
+        return [[row for row in rows if row >= 0] for rows in self.row.where(self.score > 0, -1).tolist()]
+
+    @property
+    def value(self) -> Float[Tensor, "latent context"]:
+        """The latent's activation at each position; 0 where there is none."""
+        return self.window[..., RADIUS] * (self.score > 0)
+
+
+def lots(z: Float[Tensor, "seq pos latent"], first: int, seed: int) -> Float[Tensor, "seq pos latent"]:
+    """A lot in (0, 1] for every firing, 0 elsewhere: the same for a row and a latent on every device, in every batch."""
+    seq, pos, latent = (z > 0).nonzero(as_tuple=True)
+    number = ((seq + first) * z.shape[1] + pos) * 0x9E3779B1 + latent * 0x85EBCA77 + seed * 0x27D4EB2F
+    for factor in (0x2C1B3C6D, 0x297A2D39):  # an integer hash; 31 bits are kept at every step
+        number = ((number ^ (number >> 15)) * factor) & 0x7FFFFFFF
+    drawn = torch.zeros_like(z)
+    drawn[seq, pos, latent] = ((number & 0xFFFFFF) + 1).float() / (1 << 24)
+    return drawn
+
+
+class Histogram:
+    """Counts of positive activations in equal steps from 0 to a top of each latent, a power of two that doubles when it is too
+    small: exact, in one pass, the same for all batches."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.top = torch.zeros(width, device=device)
+        self.count = torch.zeros(width, N_BARS, dtype=torch.int64, device=device)
+
+    def update(self, z: Float[Tensor, "seq pos latent"]) -> None:
+        """Count a batch."""
+        peak = z.amax((0, 1)).clamp(min=0)
+        power = torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent)  # the first power of two above it
+        wanted = torch.where(peak > 0, power, 0.0)
+        self.top = torch.where(self.top == 0, wanted, self.top)
+        while (small := wanted > self.top).any():
+            merged = self.count[small].view(-1, N_BARS // 2, 2).sum(2)
+            self.count[small] = torch.cat([merged, torch.zeros_like(merged)], 1)
+            self.top[small] *= 2
+        rows = z.flatten(0, 1)
+        row, latent = (rows > 0).nonzero(as_tuple=True)
+        bar = (rows[row, latent] / self.top[latent] * N_BARS).ceil().long().clamp(1, N_BARS) - 1
+        flat = self.count.view(-1)
+        flat += torch.bincount(latent * N_BARS + bar, minlength=len(flat))
 
 
 def windows(
@@ -137,19 +193,31 @@ def windows(
     return z[seq[:, None], pos.clamp(0, z.shape[1] - 1), latent[:, None]] * inside
 
 
-def collect(
-    sae: NestedSAE, split: Split, context: int, chunks: list[tuple[int, int]], quiet: bool
-) -> tuple[TopContexts, Counts, Related, Containment]:
-    """Stream the rows once for contexts and counts; once more for each further block of shared latents."""
+@dataclass
+class Found:
+    """What one stream of the rows tells of every latent: its peaks, firings drawn by lot, a histogram, counts, relatives."""
+
+    top: Contexts
+    drawn: Contexts
+    histogram: Histogram
+    firing: Counts
+    containment: Containment
+    related: Related = field(default_factory=list)
+
+
+def collect(sae: NestedSAE, split: Split, context: int, chunks: list[tuple[int, int]], seed: int, quiet: bool) -> Found:
+    """Stream the rows once for all but relatives; once more for each further block of shared latents."""
     config, device = sae.config, sae.center.device
     n_shared, n_special = config.n_shared, config.width - config.n_shared
-    contexts, firing, containment = (
-        TopContexts(config.width, device),
+    found = Found(
+        Contexts(config.width, N_CONTEXTS, device),
+        Contexts(config.width, N_DRAWN, device),
+        Histogram(config.width, device),
         Counts(torch.zeros(config.width, dtype=torch.float64), n_shared),
         Containment(n_special),
     )
     kept = split.kept()
-    firing.n_tokens = int(sum(kept[a:b].sum() for a, b in chunks))
+    found.firing.n_tokens = int(sum(kept[a:b].sum() for a, b in chunks))
     size = max(1, PAIR_VALUES // 2 // max(n_special, 1))
     blocks = [(s, min(s + size, n_shared)) for s in range(0, n_shared, size)] or [(0, 0)]
     pairs: list[Pair] = []
@@ -161,13 +229,70 @@ def collect(
                 fires = (z != 0).float()  # [seq, pos, latent]
                 counted.update(fires[..., a:b], fires[..., n_shared:])
                 if number == 0:
-                    contexts.update(z, first)
-                    firing.count += fires.sum((0, 1)).double().cpu()
+                    found.top.update(z, z, first)
+                    found.drawn.update(z, lots(z, first, seed), first)
+                    found.histogram.update(z)
+                    found.firing.count += fires.sum((0, 1)).double().cpu()
                 bar.advance(fires.shape[0] * fires.shape[1])
-            found = counted.blocks()
-            containment.update(found)
-            pairs += relate(found, firing, sae.W_dec.detach(), a)
-    return contexts, firing, both_ways(pairs, config.width), containment
+            block = counted.blocks()
+            found.containment.update(block)
+            pairs += relate(block, found.firing, sae.W_dec.detach(), a)
+    found.related = both_ways(pairs, config.width)
+    return found
+
+
+@dataclass(frozen=True)
+class Label:
+    """The tokens a latent peaks on: their text, most frequent first, at most N_LABEL; and the ids that read so."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+def label_of(tokens: Int[np.ndarray, "seq pos"], text: TokenText, rows: Sequence[int]) -> Label:
+    """The label out of the rows of its top contexts; tokens that differ only in spaces around them are one."""
+    flat = tokens.reshape(-1)
+    read: dict[str, set[int]] = {}
+    for row in rows:
+        read.setdefault(text(int(flat[row])).strip() or "␣", set()).add(int(flat[row]))
+    often = Counter(text(int(flat[row])).strip() or "␣" for row in rows).most_common(N_LABEL)
+    return Label(" · ".join(word for word, _ in often), tuple(sorted(id for word, _ in often for id in read[word])))
+
+
+Rules = tuple[list[float | None], list[float | None]]
+"""For each latent, precision and recall of "fires on the tokens of its label": the share of those tokens' occurrences on which it
+fires, and the share of its firing that is on them. None where there is nothing to divide by."""
+
+
+def judge(
+    sae: NestedSAE,
+    split: Split,
+    context: int,
+    chunks: list[tuple[int, int]],
+    labels: Sequence[Label],
+    firing: Counts,
+    quiet: bool,
+) -> Rules:
+    """Stream the rows once more and count how often latents fire on the tokens of their labels."""
+    device, kept = sae.center.device, split.kept()
+    longest = max(1, *(len(one.ids) for one in labels))
+    ids = torch.tensor([[*one.ids, *[-1] * (longest - len(one.ids))] for one in labels], device=device)
+    tokens = torch.from_numpy(split.tokens.reshape(-1).astype(np.int64)).to(device)
+    hits = torch.zeros(len(labels), dtype=torch.int64, device=device)
+    with Progress(sum(b - a for a, b in chunks), "labels", "row", quiet=quiet) as bar:
+        for z, first in stream(sae, split, context, chunks):
+            row, latent = z.flatten(0, 1).nonzero(as_tuple=True)
+            on = (ids[latent] == tokens[row + first * context][:, None]).any(1)
+            hits += torch.bincount(latent[on], minlength=len(labels))
+            bar.advance(z.shape[0] * z.shape[1])
+    seen = np.zeros(int(tokens.max()) + 1, dtype=np.int64)
+    for a, b in chunks:
+        seen += np.bincount(split.tokens.reshape(-1)[a:b][kept[a:b]], minlength=len(seen))
+    occurrences = [int(seen[list(one.ids)].sum()) for one in labels]
+    return (
+        [hit / n if n else None for hit, n in zip(hits.tolist(), occurrences)],
+        [hit / n if n else None for hit, n in zip(hits.tolist(), firing.count.tolist())],
+    )
 
 
 class PairCounts:
@@ -227,33 +352,68 @@ def write_files(
     folder: Path,
     split: Split,
     text: TokenText,
-    contexts: TopContexts,
-    firing: Counts,
-    related: Related,
+    found: Found,
+    labels: Sequence[Label],
+    rules: Rules,
     lens: Lens | None,
     summary: dict[str, Any],
 ) -> None:
     """Write all pages, then the index."""
-    width, tokens = summary["n_latents"], split.tokens
+    width, tokens, related = summary["n_latents"], split.tokens, found.related
     latent_files.begin(folder, math.ceil(width / PAGE_SIZE))
-    value, row, window = (t.cpu().numpy() for t in (contexts.value, contexts.row, contexts.window))
-    labels: list[str] = []
+    top, drawn = (shown_contexts(one, tokens) for one in (found.top, found.drawn))
+    bars, tops = found.histogram.count.tolist(), found.histogram.top.tolist()
     for number, first in enumerate(range(0, width, PAGE_SIZE)):
         strings, latents = Strings(), []
+
         for j in range(first, min(first + PAGE_SIZE, width)):
-            found = [context_of(tokens, int(r), w) for v, r, w in zip(value[j], row[j], window[j]) if v > 0]
-            labels.append(label([text(ids[at]) for _, _, at, ids, _ in found]))
             entry: dict[str, Any] = {"id": j, "related": [rounded_link(link) for link in related[j]]}
-            entry["contexts"] = [[s, p, at, [strings(text(i)) for i in ids], acts] for s, p, at, ids, acts in found]
+            entry["contexts"] = stored(top[j], text, strings)
+            ranks, chosen = spread(drawn[j])
+            entry["drawn"] = [[rank, *one] for rank, one in zip(ranks, stored(chosen, text, strings))]
+            entry["bars"], entry["step"] = trimmed(bars[j]), tops[j] / N_BARS
             if lens is not None:
                 entry["up"], entry["down"] = (token_scores(lens, k, j, text, strings) for k in (0, 2))
             latents.append(entry)
         latent_files.write_page(folder, number, strings.table, latents)
-    peak = [short(v) for v in value[:, 0].tolist()]
-    density = [short(v) for v in firing.density().tolist()]
-    level = np.searchsorted(summary["levels"], np.arange(width), side="right").tolist()
-    columns = {"level": level, "density": density, "max": peak, "label": labels, "related": [len(r) for r in related]}
+    columns = {
+        "level": np.searchsorted(summary["levels"], np.arange(width), side="right").tolist(),
+        "density": [short(v) for v in found.firing.density().tolist()],
+        "max": [short(v) for v in found.top.value[:, 0].tolist()],
+        "label": [one.text for one in labels],
+        "related": [len(links) for links in related],
+        "precision": [None if v is None else short(v) for v in rules[0]],
+        "recall": [None if v is None else short(v) for v in rules[1]],
+    }
     latent_files.write_index(folder, summary, columns)
+
+
+def shown_contexts(contexts: Contexts, tokens: Int[np.ndarray, "seq pos"]) -> list[list[Context]]:
+    """Each latent's contexts by falling activation."""
+    value, row, window = (t.cpu().numpy() for t in (contexts.value, contexts.row, contexts.window))
+    order = np.argsort(-value, axis=1, kind="stable")
+    return [
+        [context_of(tokens, int(row[j, i]), window[j, i]) for i in best if value[j, i] > 0]
+        for j, best in enumerate(order)
+    ]
+
+
+def spread(drawn: Sequence[Context]) -> tuple[list[float], list[Context]]:
+    """At most N_QUANTILES of the firings drawn, evenly by rank, strongest first, and the share of all of them that is weaker
+    than each, counted from the middle of its own rank."""
+    n = min(N_QUANTILES, len(drawn))
+    chosen = [int((i + 0.5) * len(drawn) / n) for i in range(n)]
+    return [round(1 - (i + 0.5) / len(drawn), 2) for i in chosen], [drawn[i] for i in chosen]
+
+
+def stored(contexts: Sequence[Context], text: TokenText, strings: Strings) -> list[list[Any]]:
+    """Contexts as a page stores them: positions of strings instead of tokens."""
+    return [[s, p, at, [strings(text(i)) for i in ids], acts] for s, p, at, ids, acts in contexts]
+
+
+def trimmed(bars: Sequence[int]) -> list[int]:
+    """Bars up to the last that is not empty."""
+    return list(bars[: max((i + 1 for i, n in enumerate(bars) if n), default=0)])
 
 
 Context = tuple[int, int, int, list[int], list[float]]
@@ -265,12 +425,7 @@ def context_of(tokens: Int[np.ndarray, "seq pos"], row: int, window: Float[np.nd
     seq, pos = divmod(row, tokens.shape[1])
     start, stop = max(pos - RADIUS, 0), min(pos + RADIUS + 1, tokens.shape[1])
     acts = window[start - pos + RADIUS : stop - pos + RADIUS]
-    return seq, pos, pos - start, tokens[seq, start:stop].tolist(), [short(a) for a in acts.tolist()]
-
-
-def label(peaks: list[str]) -> str:
-    """The tokens a latent peaks on, most frequent first, at most three: what lists show and search finds."""
-    return " · ".join(token.strip() or "␣" for token, _ in Counter(peaks).most_common(3))
+    return seq, pos, pos - start, tokens[seq, start:stop].tolist(), [short(a) if a else 0 for a in acts.tolist()]
 
 
 def token_scores(lens: Lens, k: int, latent: int, text: TokenText, strings: Strings) -> list[list[float]]:

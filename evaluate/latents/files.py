@@ -21,7 +21,7 @@ from pipeline.base.errors import DamagedError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import hash_file, sha256, write_bytes
 
-FORMAT, VERSION = "nested-sae-latents", 2
+FORMAT, VERSION = "nested-sae-latents", 3
 PAGE_SIZE = 256
 INDEX_HEAD = "nestedLatents.index("
 

@@ -83,15 +83,25 @@ def read_latents(folder: Path) -> LatentPages:
         "max": index.full_list("max", n, least=0),
         "label": index.list_of_texts("label", n),
         "related": whole(index.full_list("related", n, least=0)),
+        "precision": shares(index, "precision", n),
+        "recall": shares(index, "recall", n),
     }
     pages = tuple(page_of(read_page(folder, i), i, summary) for i in range(-(-n // summary.page_size)))
     require_digests(folder / DIGESTS, folder, folder.name)
-    return LatentPages(summary, columns, pages, opens(columns, pages, summary.page_size))
+    return LatentPages(summary, columns, pages, opens(summary, columns, pages))
 
 
 def whole(values: Sequence[float]) -> list[int]:
     """Numbers as whole ones."""
     return [int(value) for value in values]
+
+
+def shares(fields: Fields, name: str, n: int) -> list[float | None]:
+    """n numbers from 0 to 1, or null. Raises DamagedError."""
+    values = fields.list_of_numbers(name, n)
+    if bad := [value for value in values if value is not None and not 0 <= value <= 1]:
+        raise fields.wrong(name, "numbers from 0 to 1", bad[0])
+    return values
 
 
 def summary_of(fields: Fields) -> Summary:
@@ -134,6 +144,9 @@ def latent_of(fields: Fields, n_strings: int, n_latents: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "related": [related_of(fields, link, n_latents) for link in fields.items("related")],
         "contexts": [context_of(fields, context, n_strings) for context in fields.items("contexts")],
+        "drawn": [drawn_of(fields, context, n_strings) for context in fields.items("drawn")],
+        "bars": whole(fields.full_list("bars", len(fields.items("bars")), least=0)),
+        "step": fields.number("step", least=0),
     }
     for name in ("up", "down"):
         if name in fields.data:
@@ -157,6 +170,13 @@ def context_of(fields: Fields, context: Any, n_strings: int) -> Any:
     raise fields.wrong("contexts", "sequence, position, peak, tokens and an activation each", context)
 
 
+def drawn_of(fields: Fields, context: Any, n_strings: int) -> Any:
+    """The share of a latent's firing that is weaker, and a context."""
+    if isinstance(context, list) and context and is_numbers(context[:1], 1) and 0 <= context[0] <= 1:
+        return [context[0], *context_of(fields, context[1:], n_strings)]
+    raise fields.wrong("drawn", "a share and a context", context)
+
+
 def pair_of(fields: Fields, name: str, pair: Any, n_strings: int) -> Any:
     """Position of a token's string, and its logit."""
     if not is_numbers(pair, 2) or not is_index(pair[0], n_strings):
@@ -174,9 +194,22 @@ def is_index(value: Any, n: int) -> bool:
     return type(value) is int and 0 <= value < n
 
 
-def opens(columns: Mapping[str, Sequence[Any]], pages: Sequence[Mapping[str, Any]], page_size: int) -> int:
-    """The latent to show first: one a person is likely able to name. It fires on 0.05 to 2 % of tokens, as strongly as half
-    of all, peaks on few distinct words, and then the highest activation decides; where none is so, the nearest to it."""
+def opens(summary: Summary, columns: Mapping[str, Sequence[Any]], pages: Sequence[Mapping[str, Any]]) -> int:
+    """The latent to show first: the strongest parent, the shared latent inside which specialised ones fire most beyond chance,
+    summed over them; where there is none, one that a person is likely able to name."""
+    size = summary.page_size
+
+    def strength(latent: int) -> float:
+        links = pages[latent // size]["latents"][latent % size]["related"]
+        return float(sum(share - null for _, _, share, null, _ in links))
+
+    parents = [latent for latent in range(min(summary.n_shared, summary.n_latents)) if columns["related"][latent]]
+    return max(parents, key=strength) if parents else nameable(columns, pages, size)
+
+
+def nameable(columns: Mapping[str, Sequence[Any]], pages: Sequence[Mapping[str, Any]], page_size: int) -> int:
+    """A latent one can likely name: it fires on 0.05 to 2 % of tokens, as strongly as half of all, peaks on few distinct words,
+    and then the highest activation decides; where none is so, the nearest to it."""
     middle = sorted(columns["max"])[len(columns["max"]) // 2]
 
     def unlikeliness(latent: int) -> tuple[bool, bool, bool, bool, int, float]:

@@ -248,11 +248,12 @@ def write_latent_pages(results: Path, tokens: list[str]) -> Path:
     folder = latents_folder(results)
     latents = [
         {"id": j, "related": [], "contexts": [[3, 1, len(tokens) - 1, list(range(len(tokens))), [0.5] * len(tokens)]]}
+        | {"drawn": [], "bars": [3, 0, 1], "step": 0.25}
         for j in range(4)
     ]
     summary: dict[str, Any] = {
         "format": "nested-sae-latents",
-        "version": 2,
+        "version": 3,
         "store": "s",
         "split": "eval",
         "n_tokens": 1000,
@@ -267,6 +268,8 @@ def write_latent_pages(results: Path, tokens: list[str]) -> Path:
         "max": [0.5] * 4,
         "label": tokens[:1] * 4,
         "related": [0] * 4,
+        "precision": [0.5, None, 0.0, 1.0],
+        "recall": [0.25, None, 0.0, 1.0],
     }
     write_index(folder, summary, columns)
     return folder

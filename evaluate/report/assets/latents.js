@@ -20,7 +20,7 @@ function loadPage(number) {
   return pages.get(number);
 }
 
-function make(tag, text, attributes = {}, ...children) {
+function make(tag, text = null, attributes = {}, ...children) {
   const element = document.createElement(tag);
   if (text !== null) element.textContent = text;
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
@@ -116,11 +116,15 @@ async function open(id) {
     make("h2", `Latent ${id}`),
     facts(id),
     relatives(id, data.related),
+    histogram(data.bars, data.step),
   ];
   if (data.up) parts.push(lens(strings, data));
   parts.push(make("h3", "Where it fires most"));
   if (data.contexts.length === 0) parts.push(make("p", "It never fired on the tokens that were read.", { class: "quiet" }));
   parts.push(...data.contexts.map((context) => shownContext(strings, context, index.max[id])));
+  if (data.drawn.length > 0) parts.push(make("h3", "Drawn by lot from all its firing, strongest first"));
+  parts.push(...data.drawn.map(([weaker, ...context]) =>
+    shownContext(strings, context, index.max[id], `, stronger than ${percent(weaker)} of its firing`)));
   $("latent").replaceChildren(...parts);
 }
 
@@ -128,10 +132,30 @@ function facts(id) {
   const tokens = Math.round(index.density[id] * index.summary.n_tokens).toLocaleString("en");
   const told = {
     level: levelName(index.level[id]),
+    "peaks on": index.label[id] || "nothing",
     "fires on": `${percent(index.density[id])} of tokens (about ${tokens})`,
     "highest activation": String(index.max[id]),
   };
+  const [precision, recall] = [index.precision[id], index.recall[id]];
+  if (precision !== null && recall !== null) {
+    told["as the rule “fires on these tokens”"] = `right on ${percent(precision)} of them, covers ${percent(recall)} of its firing`;
+  }
   return make("dl", null, {}, ...Object.entries(told).map(([name, value]) => make("div", null, {}, make("dt", name), make("dd", value))));
+}
+
+function histogram(bars, step) {
+  const section = make("section");
+  if (bars.length === 0) return section;
+  const most = Math.max(...bars);
+  const chart = make("div", null, { class: "histogram", role: "img", "aria-label": `Histogram of ${bars.length} equal steps of activation` });
+  bars.forEach((count, i) => {
+    const bar = make("span", null, { title: `${count.toLocaleString("en")} tokens up to ${Number((step * (i + 1)).toPrecision(3))}` });
+    bar.style.setProperty("--h", (count / most).toFixed(3));
+    chart.append(bar);
+  });
+  section.append(make("h3", "How strongly it fires"), chart,
+    make("p", `Tokens by activation, from 0 to ${Number((step * bars.length).toPrecision(3))}; the highest bar is ${most.toLocaleString("en")} tokens.`, { class: "note" }));
+  return section;
 }
 
 function relatives(id, links) {
@@ -166,7 +190,7 @@ function lens(strings, data) {
   return make("section", null, { class: "lens" }, column("Raises the logits of", data.up), column("Lowers the logits of", data.down));
 }
 
-function shownContext(strings, [sequence, position, peak, tokens, activations], highest) {
+function shownContext(strings, [sequence, position, peak, tokens, activations], highest, more = "") {
   const text = make("bdi", null, { dir: "auto" });
   tokens.forEach((token, i) => {
     const span = make("span", strings[token], { title: `activation ${activations[i]}` });
@@ -177,7 +201,7 @@ function shownContext(strings, [sequence, position, peak, tokens, activations], 
     text.append(span);
   });
   return make("div", null, { class: "context" }, make("p", null, {}, text),
-    make("p", `${activations[peak]} at position ${position} of sequence ${sequence.toLocaleString("en")}`, { class: "where" }));
+    make("p", `${activations[peak]} at position ${position} of sequence ${sequence.toLocaleString("en")}${more}`, { class: "where" }));
 }
 
 $("controls").addEventListener("submit", (event) => event.preventDefault());
