@@ -132,7 +132,7 @@ function facts(id) {
   const tokens = Math.round(index.density[id] * index.summary.n_tokens).toLocaleString("en");
   const told = {
     level: levelName(index.level[id]),
-    "peaks on": index.label[id] || "nothing",
+    "peaks on": make("bdi", index.label[id] || "nothing"),
     "fires on": `${percent(index.density[id])} of tokens (about ${tokens})`,
     "highest activation": String(index.max[id]),
   };
@@ -140,7 +140,7 @@ function facts(id) {
   if (precision !== null && recall !== null) {
     told["as the rule “fires on these tokens”"] = `right on ${percent(precision)} of them, covers ${percent(recall)} of its firing`;
   }
-  return make("dl", null, {}, ...Object.entries(told).map(([name, value]) => make("div", null, {}, make("dt", name), make("dd", value))));
+  return make("dl", null, {}, ...Object.entries(told).map(([name, value]) => make("div", null, {}, make("dt", name), make("dd", null, {}, value))));
 }
 
 function histogram(bars, step) {
