@@ -19,11 +19,11 @@ def announce_texts(job: Job, todo: Sequence[Checkpoint], texts: Sequence[Texts])
         return
     n_texts, rows = sum(len(part.texts) for part in texts), most_rows(probing, texts)
     _, both_ways = planning.sae_cost([c.sae for c in todo], job.store.d_model, job.device)
-    _, prefix = job.models.cost.prefix(job.models.layer)
+    _, prefix = job.models.cost.prefix(job.models.point.layer)
     say(
         f"texts for {', '.join(probing.scores)}: {n_texts:,} of at most {probing.context} tokens; "
         f"at most about {format_seconds(rows * prefix)} once for the layers up to "
-        f"{job.models.layer}, {format_seconds(rows * both_ways / 2)} to encode them for all checkpoints"
+        f"{job.models.point.layer}, {format_seconds(rows * both_ways / 2)} to encode them for all checkpoints"
     )
 
 
@@ -34,7 +34,7 @@ def announce(job: Job, todo: Sequence[Checkpoint], plan: planning.Plan) -> None:
     flop, seconds = planning.sae_cost([c.sae for c in todo], job.store.d_model, job.device)
     through_model = ""
     if job.lm is not None:
-        suffix_flop, suffix_seconds = job.models.cost.suffix(job.models.layer)
+        suffix_flop, suffix_seconds = job.models.cost.suffix(job.models.point.layer)
         flop, seconds = flop + passes * suffix_flop, seconds + passes * suffix_seconds
         through_model = f"{passes} passes of the layers after {job.store.config['layer']}, "
     say(

@@ -9,6 +9,7 @@ import torch
 
 from evaluate.config import EvaluateConfig
 from pipeline.base.errors import ModelError
+from pipeline.model.points import Point
 from pipeline.store.reader import Store
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Models:
         self.dtype = (
             str(store.config.get("compute_dtype", store.config["dtype"])) if config.dtype == "store" else config.dtype
         )
-        self.layer = int(store.config["layer"])
+        self.point = Point(int(store.config["layer"]), str(store.config.get("hook", "resid_post")))
 
     @property
     def revision(self) -> str | None:
@@ -72,7 +73,7 @@ class Models:
             dtype=self.dtype,
             device=self.device,
             part=part,
-            layers=[self.layer],
+            layers=[self.point],
             attention=made_by["attention"],
             trust_remote_code=self.config.trust_remote_code,
         )

@@ -62,7 +62,7 @@ def prepare_probing(job: Job, texts: Sequence[Texts]) -> Probing | None:
     model = text_model(
         job.models.load("prefix"),
         job.models.tokenizer,
-        job.models.layer,
+        job.models.point,
         job.store.config["bos"],
         parse_special=bool(job.store.config.get("parse_special")),
     )

@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from harvest.config import HarvestConfig
 from pipeline.base.cli import COUNT, OUT_STORE, main, print_json
 from pipeline.base.errors import UsageError
+from pipeline.model.points import HOOKS
 
 DEFAULTS = {name: field.default for name, field in HarvestConfig.__dataclass_fields__.items()}
 
@@ -45,7 +46,17 @@ class Names(click.ParamType[tuple[str, ...]]):
     type=int,
     multiple=True,
     default=DEFAULTS["layers"],
-    help="Residual stream after model.layers[LAYER], from 0. Give it several times for several layers in one pass.",
+    help="Decoder layer model.layers[LAYER], from 0. Give it several times for several layers in one pass.",
+)
+@click.option(
+    "--hook",
+    "hooks",
+    type=click.Choice(HOOKS),
+    multiple=True,
+    default=DEFAULTS["hooks"],
+    help="Where at that layer: resid_post, the residual stream after it; resid_pre before it; resid_mid between attention and "
+    "MLP; attn_out, mlp_out: what they add; mlp_in: what the MLP reads, behind its norm; embed: the stream before layer 0. "
+    "Several: one pass, one store each.",
 )
 @click.option(
     "--corpus",
@@ -92,7 +103,7 @@ class Names(click.ParamType[tuple[str, ...]]):
     "--store",
     type=OUT_STORE,
     required=True,
-    help="Where to write: PATH, or PATH/layer_L.zarr for each of several layers; or a URL.",
+    help="Where to write: PATH, or for several layers or hooks PATH/layer_L.zarr, PATH/layer_L.HOOK.zarr each; or a URL.",
 )
 @click.option(
     "--dtype",
@@ -140,7 +151,13 @@ class Names(click.ParamType[tuple[str, ...]]):
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON, for train --planned.")
 @click.option("--repair", is_flag=True, help="Read everything, and make again exactly what is damaged or gone.")
 def command(
-    layers: tuple[int, ...], dry_run: bool, as_json: bool, repair: bool, truth: str | None, **options: Any
+    layers: tuple[int, ...],
+    hooks: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+    repair: bool,
+    truth: str | None,
+    **options: Any,
 ) -> None:
     """Run a language model over text and keep its residual stream after a layer, for training SAEs from disk.
 
@@ -164,7 +181,7 @@ def command(
         return
     from harvest import run as stage  # here, so that --help does not load torch and transformers
 
-    config = HarvestConfig(layers=tuple(layers), **options)
+    config = HarvestConfig(layers=tuple(layers), hooks=tuple(hooks), **options)
     if not dry_run:
         stage.run(config, repair=repair)
     elif (plan := stage.dry_run(config, repair=repair)) and as_json:
@@ -177,11 +194,14 @@ def truth_command(truth: str, options: dict[str, Any], dry_run: bool, as_json: b
 
     fields = TruthConfig.__dataclass_fields__
     context = click.get_current_context()
-    given = [name for name in (*options, "layers") if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    given = [
+        name
+        for name in (*options, "layers", "hooks")
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    ]
     if foreign := [name for name in given if name not in fields]:
-        raise UsageError(
-            f"--{foreign[0].replace('_', '-').replace('layers', 'layer')}: --truth runs no model over no text"
-        )
+        option = {"layers": "layer", "hooks": "hook"}.get(foreign[0], foreign[0].replace("_", "-"))
+        raise UsageError(f"--{option}: --truth runs no model over no text")
     config = TruthConfig(truth, **{name: value for name, value in options.items() if name in fields})
     if not dry_run:
         run_truth(config, repair=repair)

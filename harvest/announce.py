@@ -24,7 +24,7 @@ def describe(plan: Plan) -> str:
     rows, n_stores = (plan.n_train + plan.n_eval) * c.context, len(plan.stores)
     free = "" if is_url(c.store) else f", {human_bytes(free_bytes(beside(c.store)))} free"
     lines = [
-        f"model    {c.model}, layer {', '.join(map(str, c.layers))} of {plan.info.n_layers}, d_model {plan.info.d_model}",
+        f"model    {c.model}, {', '.join(map(str, plan.stores))} of {plan.info.n_layers}, d_model {plan.info.d_model}",
         f"tokens   {plan.n_train * c.context:,} for training, {plan.n_eval * c.context:,} for evaluation, "
         f"in sequences of {c.context}, "
         + (f"BOS {plan.packing.bos} first" if plan.packing.bos is not None else "no BOS"),
@@ -53,14 +53,14 @@ def cost(plan: Plan) -> dict[str, float]:
     measured = measure_forward(
         info, c.dtype, plan.device, c.batch_size, c.context, c.attention, trust_remote_code=c.trust_remote_code
     )
-    flop, seconds = measured.prefix(max(c.layers))
+    flop, seconds = measured.prefix(max(point.layer for point in plan.stores))
     rows = (c.batch_size * c.context * 12 + 2 * int(c.shard_rows or 0)) * info.d_model
     embedding = info.vocab * info.d_model
     return {
         "flop": flop * n_tokens,
         "seconds": HARVEST_OVER_FORWARD * seconds * n_tokens,
         "memory": dtype.itemsize * (flop / 2 + embedding + rows),
-        "suffix_seconds": measured.suffix(max(c.layers))[1],
+        "suffix_seconds": measured.suffix(max(point.layer for point in plan.stores))[1],
     }
 
 
@@ -68,8 +68,8 @@ def as_json(plan: Plan, costs: Mapping[str, float]) -> dict[str, Any]:
     """A plan as JSON data: `stores` (layer, path, config, n_sequences), `bytes`, `cost`."""
     n_sequences = {"train": plan.n_train, "eval": plan.n_eval}
     stores = [
-        {"layer": layer, "path": path, "config": plan.configs[layer], "n_sequences": n_sequences}
-        for layer, path in plan.stores.items()
+        {**point.recorded, "path": path, "config": plan.configs[point], "n_sequences": n_sequences}
+        for point, path in plan.stores.items()
     ]
     return {"stores": stores, "bytes": plan.estimate, "cost": dict(costs)}
 

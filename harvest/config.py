@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.base.errors import UsageError
+from pipeline.model.points import HOOKS, Point, canonical
 from pipeline.store.backend import is_url
 
 
@@ -25,6 +26,7 @@ class HarvestConfig:
     model: str = "google/gemma-2-2b"
     revision: str | None = None
     layers: tuple[int, ...] = (19,)
+    hooks: tuple[str, ...] = ("resid_post",)
     corpus: str = "monology/pile-uncopyrighted"
     subset: str | None = None
     split: str = "train"
@@ -53,6 +55,8 @@ class HarvestConfig:
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise UsageError(f"--layer: give at least one layer and each once, got {list(self.layers)}")
+        if not self.hooks or (unknown := [hook for hook in self.hooks if hook not in HOOKS]):
+            raise UsageError(f"--hook {', '.join(unknown) if self.hooks else ''}: known are {', '.join(HOOKS)}")
         if self.context < 2:
             raise UsageError(f"--context {self.context}: a sequence needs at least 2 tokens")
         for name, value in (("--tokens", self.tokens), ("--eval-tokens", self.eval_tokens)):
@@ -68,16 +72,29 @@ class HarvestConfig:
         """Training sequences asked for."""
         return self.tokens // self.context
 
-    def stores(self) -> dict[int, str]:
-        """Layer → path or URL of its store: PATH itself for one layer, PATH/layer_L.zarr for several.
+    @property
+    def points(self) -> dict[Point, str]:
+        """Point → the name of its store among several: layer_L.zarr, layer_L.HOOK.zarr. Raises UsageError for one named twice."""
+        named: dict[Point, str] = {}
+        for layer in self.layers:
+            for hook in self.hooks:
+                name = f"layer_{layer}.zarr" if hook == "resid_post" else f"layer_{layer}.{hook}.zarr"
+                if (point := canonical(layer, hook)) in named:
+                    raise UsageError(f"--layer {layer} --hook {hook}: the same point as {named[point]}; give each once")
+                named[point] = name
+        return named
 
-        Raises UsageError when PATH holds a store of one layer and several are asked for.
+    def stores(self) -> dict[Point, str]:
+        """Point → path or URL of its store: PATH itself for one, PATH/NAME (`points`) for several.
+
+        Raises UsageError when PATH holds one store and several are asked for.
         """
-        if len(self.layers) == 1:
-            return {self.layers[0]: self.store}
+        points = self.points
+        if len(points) == 1:
+            return dict.fromkeys(points, self.store)
         if not is_url(self.store) and (Path(self.store) / "zarr.json").exists():
             raise UsageError(f"{self.store}: holds the store of one layer; choose a folder for several layers")
-        return {layer: f"{self.store.rstrip('/')}/layer_{layer}.zarr" for layer in self.layers}
+        return {point: f"{self.store.rstrip('/')}/{name}" for point, name in points.items()}
 
     def replace(self, **changes: object) -> HarvestConfig:
         """The same config with some fields changed."""

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pipeline.base.progress import Progress
+from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM
 from pipeline.store.writer import StoreWriter
 
@@ -24,35 +25,35 @@ BLOCKS_WAITING = 2
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of a split to be made, for the stores of these layers."""
+    """A shard of a split to be made, for the stores of these points."""
 
     split: str
     k: int
     n_rows: int
-    layers: tuple[int, ...]
+    points: tuple[Point, ...]
 
 
 @dataclass(frozen=True)
 class Block:
-    """One batch's residual rows [row, d_model] by layer, on the CPU once `ready` has happened."""
+    """One batch's rows [row, d_model] by point, on the CPU once `ready` has happened."""
 
     shard: Shard
-    rows: Mapping[int, Tensor]
+    rows: Mapping[Point, Tensor]
     last: bool
     ready: torch.cuda.Event | None = None
 
 
-def pending_shards(writers: Mapping[int, StoreWriter], rank: int, world: int) -> list[Shard]:
+def pending_shards(writers: Mapping[Point, StoreWriter], rank: int, world: int) -> list[Shard]:
     """The shards that are not committed and that this process owns; who owns one depends on its number alone."""
     shards = []
     first = next(iter(writers.values()))
     for split, offset in (("train", 0), ("eval", first.split("train").n_shards)):
-        pending = {layer: set(writer.pending(split)) for layer, writer in writers.items()}
+        pending = {point: set(writer.pending(split)) for point, writer in writers.items()}
         for k in range(first.split(split).n_shards):
-            layers = tuple(layer for layer in writers if k in pending[layer])
-            if layers and (offset + k) % world == rank:
+            points = tuple(point for point in writers if k in pending[point])
+            if points and (offset + k) % world == rank:
                 start, stop = first.split(split).shard_rows_range(k)
-                shards.append(Shard(split, k, stop - start, layers))
+                shards.append(Shard(split, k, stop - start, points))
     return shards
 
 
@@ -67,9 +68,9 @@ def batches(writer: StoreWriter, shard: Shard, batch_size: int) -> Iterator[tupl
 
 
 def harvest_shards(
-    lm: SplitLM, writers: Mapping[int, StoreWriter], shards: Sequence[Shard], batch_size: int, progress: Progress
+    lm: SplitLM, writers: Mapping[Point, StoreWriter], shards: Sequence[Shard], batch_size: int, progress: Progress
 ) -> None:
-    """Run the model's prefix over every shard's tokens and write the residual rows of each layer, in the store's dtype."""
+    """Run the model's prefix over every shard's tokens and write the rows of each point, in the store's dtype."""
     first = next(iter(writers.values()))
     gigabyte = sum(rows_nbytes(writer) for writer in writers.values()) / len(writers) / 1e9
     written = 0.0
@@ -79,7 +80,7 @@ def harvest_shards(
             for tokens, last in batches(first, shard, batch_size):
                 residuals = lm.prefix(copy.to_device(tokens))
                 thread.put(copy.to_host(shard, residuals, last))
-                written += gigabyte * tokens.numel() * len(shard.layers)
+                written += gigabyte * tokens.numel() * len(shard.points)
                 progress.advance(tokens.numel(), f"{written:.2f} GB")
 
 
@@ -103,16 +104,16 @@ class HostCopies:
         """Token ids on the device."""
         return tokens if self.stream is None else tokens.pin_memory().to(self.device, non_blocking=True)
 
-    def to_host(self, shard: Shard, residuals: Mapping[int, Tensor], last: bool) -> Block:
+    def to_host(self, shard: Shard, residuals: Mapping[Point, Tensor], last: bool) -> Block:
         """The residuals as rows of a block; on a GPU they are still on their way until the block's event."""
-        rows = {layer: residuals[layer].flatten(0, 1).to(self.dtype) for layer in shard.layers}
+        rows = {point: residuals[point].flatten(0, 1).to(self.dtype) for point in shard.points}
         if self.stream is None:
             return Block(shard, rows, last)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            pinned = {layer: torch.empty(r.shape, dtype=r.dtype, pin_memory=True) for layer, r in rows.items()}
-            for layer, r in rows.items():
-                pinned[layer].copy_(r, non_blocking=True)
+            pinned = {point: torch.empty(r.shape, dtype=r.dtype, pin_memory=True) for point, r in rows.items()}
+            for point, r in rows.items():
+                pinned[point].copy_(r, non_blocking=True)
                 r.record_stream(self.stream)
             ready = self.stream.record_event()
         return Block(shard, pinned, last, ready)
@@ -125,7 +126,7 @@ class ShardThread:
     shard that is being written is dropped and nothing of it is left behind.
     """
 
-    def __init__(self, writers: Mapping[int, StoreWriter]) -> None:
+    def __init__(self, writers: Mapping[Point, StoreWriter]) -> None:
         self.writers = writers
         self.queue: queue.Queue[Block | None] = queue.Queue(BLOCKS_WAITING)
         self.error: BaseException | None = None
@@ -171,17 +172,17 @@ class ShardThread:
         raise InterruptedError("stopped")
 
     def _write_shard(self, block: Block) -> None:
-        """Write the blocks of one shard, this one first, to the stores of all its layers."""
+        """Write the blocks of one shard, this one first, to the stores of all its points."""
         shard = block.shard
         with contextlib.ExitStack() as stack:
             files = {
-                layer: stack.enter_context(self.writers[layer].shard(shard.split, shard.k)) for layer in shard.layers
+                point: stack.enter_context(self.writers[point].shard(shard.split, shard.k)) for point in shard.points
             }
             while True:
                 if block.ready is not None:
                     block.ready.synchronize()
-                for layer, rows in block.rows.items():
-                    files[layer].write(rows)
+                for point, rows in block.rows.items():
+                    files[point].write(rows)
                 if block.last:
                     return
                 following = self._next()

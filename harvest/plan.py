@@ -17,6 +17,7 @@ from harvest.tokens import Packing
 from pipeline.base.errors import DamagedError, StoreError
 from pipeline.base.runtime import local_rank, resolve_device, resolve_dtype
 from pipeline.model.files import tokenizer_sha256
+from pipeline.model.points import Point
 from pipeline.model.specials import resolve_bos, resolve_separator, special_ids
 from pipeline.model.split_lm import ModelInfo, load_tokenizer
 from pipeline.store.backend import is_url
@@ -53,7 +54,7 @@ class Corpora:
 
 @dataclass(frozen=True)
 class Plan:
-    """A harvest with nothing left open. `stores`: layer → path; `configs`: layer → the config its store records;
+    """A harvest with nothing left open. `stores`: point → path; `configs`: point → the config its store records;
     `segments`: cumulative training sequences, this harvest's last; `is_new`: no store of it is there yet."""
 
     config: HarvestConfig
@@ -65,8 +66,8 @@ class Plan:
     segments: tuple[int, ...]
     n_train: int
     n_eval: int
-    stores: Mapping[int, str]
-    configs: Mapping[int, dict[str, Any]]
+    stores: Mapping[Point, str]
+    configs: Mapping[Point, dict[str, Any]]
     is_new: bool
 
     @property
@@ -110,12 +111,12 @@ def make_plan(config: HarvestConfig, *, repair: bool = False) -> Plan:
         n_train=config.n_train,
         n_eval=n_eval(config, recorded),
         stores=stores,
-        configs={layer: shared | {"layer": layer} for layer in config.layers},
+        configs={point: shared | point.recorded for point in stores},
         is_new=recorded is None,
     )
 
 
-def recorded_store(stores: Mapping[int, str], repair: bool) -> Store | None:
+def recorded_store(stores: Mapping[Point, str], repair: bool) -> Store | None:
     """The first of the stores that is there, read but not checked. Raises DamagedError unless `repair`."""
     for path in stores.values():
         try:

@@ -18,6 +18,7 @@ from harvest.splits import Splits, make_tokens, stored_tokens
 from pipeline.base.errors import MismatchError
 from pipeline.base.progress import Progress, say, silenced
 from pipeline.base.runtime import rank, versions, world_size
+from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM
 from pipeline.model.trial import try_model
 from pipeline.store.prepare import locked, prepare, require_space, resume
@@ -77,19 +78,19 @@ def try_cuts(plan: Plan) -> None:
     """Before a new store is begun: the model, cut at its layers, must compute what it computes whole. Raises ModelError."""
     c = plan.config
     if plan.is_new and not try_model(
-        plan.info, c.layers, c.dtype, plan.device, c.attention, trust_remote_code=c.trust_remote_code
+        plan.info, list(plan.stores), c.dtype, plan.device, c.attention, trust_remote_code=c.trust_remote_code
     ):
-        say("note     the model does not fit here whole: that it can be scored from these layers was not tried")
+        say("note     the model does not fit here whole: that it can be scored from there was not tried")
 
 
 def prepare_stores(plan: Plan, repair: bool) -> None:
     """Make every layer's store ready for its shards; tokenises only when a store needs it."""
     made: Splits | None = None
-    for layer, path in plan.stores.items():
-        writer = None if repair else resume(path, plan.configs[layer], plan.n_train, plan.n_eval)
+    for point, path in plan.stores.items():
+        writer = None if repair else resume(path, plan.configs[point], plan.n_train, plan.n_eval)
         if writer is None:
             made = made or tokens_for(plan, path, repair)
-            writer = prepare(path, plan.configs[layer], *made, versions(), repair=repair)
+            writer = prepare(path, plan.configs[point], *made, versions(), repair=repair)
         writer.sweep()
 
 
@@ -101,7 +102,7 @@ def tokens_for(plan: Plan, path: str, repair: bool) -> Splits:
 
 def make_shards(plan: Plan) -> None:
     """Make this process's shards. Layers after the last one that still needs a shard are not loaded."""
-    writers = {layer: StoreWriter.open(path) for layer, path in plan.stores.items()}
+    writers = {point: StoreWriter.open(path) for point, path in plan.stores.items()}
     require_same_tokens(writers)
     shards = pending_shards(writers, rank(), world_size())
     if not shards:
@@ -113,7 +114,7 @@ def make_shards(plan: Plan) -> None:
         dtype=c.dtype,
         device=plan.device,
         part="prefix",
-        layers=sorted({layer for shard in shards for layer in shard.layers}),
+        layers=sorted({point for shard in shards for point in shard.points}),
         attention=c.attention,
         trust_remote_code=c.trust_remote_code,
     )
@@ -125,9 +126,9 @@ def make_shards(plan: Plan) -> None:
         harvest_shards(lm, writers, shards, c.batch_size, bar)
 
 
-def require_same_tokens(writers: Mapping[int, StoreWriter]) -> None:
+def require_same_tokens(writers: Mapping[Point, StoreWriter]) -> None:
     """Raise MismatchError unless the stores hold the same tokens, so that one pass serves them all."""
-    tokens = {layer: writer.store.attributes["tokens_sha256"] for layer, writer in writers.items()}
+    tokens = {point: writer.store.attributes["tokens_sha256"] for point, writer in writers.items()}
     if len({sha["train"] + sha["eval"] for sha in tokens.values()}) > 1:
         raise MismatchError(
             f"{', '.join(writer.store.where for writer in writers.values())}: hold different tokens (one was extended, the "

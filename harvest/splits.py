@@ -62,7 +62,7 @@ def finished(plan: Plan, packed: tuple[Tokens, Mask], segments: Sequence[int]) -
     special = scratch_array(plan.corpora.scratch, rows.shape, np.bool_)
     shuffle(rows, segments, plan.config.seed, tokens)
     shuffle(left_out, segments, plan.config.seed, special)
-    mark_special(tokens, plan.configs[plan.config.layers[0]]["special_ids"], plan.info.vocab, special)
+    mark_special(tokens, next(iter(plan.configs.values()))["special_ids"], plan.info.vocab, special)
     return SplitTokens(tokens, special)
 
 

@@ -171,7 +171,7 @@ def record_loads(patch: pytest.MonkeyPatch) -> list[list[int]]:
     original = SplitLM.load
 
     def load(*args: Any, **options: Any) -> SplitLM:
-        loaded.append(list(options["layers"]))
+        loaded.append([point.layer for point in options["layers"]])
         return original(*args, **options)
 
     patch.setattr(SplitLM, "load", load)

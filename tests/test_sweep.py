@@ -53,7 +53,7 @@ def test_other_paths_are_noticed(tmp_path: Path) -> None:
     folder = str(tiny_models.make_model(tmp_path / "model", "llama"))
     lm = SplitLM.load(folder, dtype="float32", part="whole", layers=[1])
     trial.try_split(lm, [0, 1, 2, 3])
-    with pytest.raises(ModelError, match=r"cannot be cut after layer 1: .* other logits than the whole model"):
+    with pytest.raises(ModelError, match=r"cannot be cut at layer 1: .* other logits than the whole model"):
         trial.try_split(leaking(lm), [1])
 
 
@@ -65,7 +65,7 @@ def test_failing_suffix_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise AttributeError("no router_logits\nmore")
 
     monkeypatch.setattr(SplitLM, "suffix", fail)
-    with pytest.raises(ModelError, match=r"cut after layer 1 \(AttributeError: no router_logits\)$"):
+    with pytest.raises(ModelError, match=r"cut at layer 1 \(AttributeError: no router_logits\)$"):
         trial.try_split(lm, [1])
 
 

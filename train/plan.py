@@ -112,6 +112,7 @@ def store_identity(store: Store, config: TrainConfig) -> dict[str, Any]:
     """What checkpoints say of the store they were trained on: FORMAT.md, `provenance.store`."""
     names = ("model", "revision", "weights_sha256", "layer", "d_model", "context")
     own = {name: store.config[name] for name in names}
+    own |= {"hook": store.config["hook"]} if "hook" in store.config else {}
     measured = {"massive_multiple": store.statistics.massive_multiple, "mean_share": store.statistics.mean_share}
     return {"id": store.id, **own, **measured, "max_norm": max_norm_of(store, config)}
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from pipeline.base.errors import CorpusError
 from pipeline.base.progress import Progress
+from pipeline.model.points import Point
 from pipeline.model.specials import special_ids
-from pipeline.model.split_lm import SplitLM
+from pipeline.model.split_lm import SplitLM, as_point
 from pipeline.sae.nested import NestedSAE
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -43,9 +44,12 @@ class TextModel:
     identity: Mapping[str, Any]
 
 
-def text_model(lm: SplitLM, tokenizer: Any, layer: int, bos: int | None, *, parse_special: bool = False) -> TextModel:
+def text_model(
+    lm: SplitLM, tokenizer: Any, layer: int | Point, bos: int | None, *, parse_special: bool = False
+) -> TextModel:
     """A SplitLM's prefix and its Hugging Face tokenizer as a TextModel; `bos` and `parse_special` as the store has them."""
-    lm_identity = {"weights_sha256": lm.weights_sha256, "layer": layer, "dtype": str(lm.dtype), "bos": bos}
+    point = as_point(layer)
+    lm_identity = {"weights_sha256": lm.weights_sha256, **point.recorded, "dtype": str(lm.dtype), "bos": bos}
     lm_identity |= {"parse_special": parse_special}
     options = {"add_special_tokens": False, "split_special_tokens": not parse_special}
     return TextModel(

@@ -187,13 +187,14 @@ class Baselines:
     """What a job computes once: the clean model, zero ablation of all positions, mean ablation of the kept ones.
 
     Zero ablation, BOS included, is the same in every sequence: one is enough for all. So is mean ablation in batches
-    whose special positions and the residuals there are alike in all sequences, as after a BOS each.
+    whose special positions and the residuals there are alike in all sequences, as after a BOS each. Neither holds at a
+    point inside a layer, where the stream beside it differs: `log_zero` is None there.
     """
 
     lm: SplitLM
     store_mean: Float[Tensor, " d_model"]
     chunk: int
-    log_zero: Float[Tensor, "pos vocab"]
+    log_zero: Float[Tensor, "pos vocab"] | None
     clean: Behaviour
     zero: Behaviour
     mean: Behaviour
@@ -206,7 +207,7 @@ class Baselines:
     def empty(lm: SplitLM, store_mean: Float[Tensor, " d_model"], context: int, chunk: int) -> Baselines:
         """Baselines of no rows. `store_mean`: of the kept training rows; `chunk`: rows unembedded at once."""
         nothing = torch.zeros(1, context, lm.d_model, dtype=lm.dtype, device=lm.device)
-        log_zero = log_probabilities_by_position(lm, nothing, chunk)
+        log_zero = None if lm.point.is_inside else log_probabilities_by_position(lm, nothing, chunk)
         clean, zero, mean = (Behaviour(lm.device) for _ in range(3))
         return Baselines(lm, store_mean.to(lm.device), chunk, log_zero, clean, zero, mean)
 
@@ -216,13 +217,22 @@ class Baselines:
             return
         self.n_sequences = batch.first + len(batch.kept)
         self.clean.update(batch, TokenScores(-clean.negative_entropy, clean.ce, torch.ones_like(clean.ce)))
-        self.zero.update(batch, score_by_position(batch, clean, self.log_zero, self.chunk))
+        self.zero.update(batch, self._zero_ablated(batch, clean))
         self.mean.update(batch, self._mean_ablated(batch, clean))
+
+    def _zero_ablated(self, batch: Batch, clean: Clean) -> TokenScores:
+        if self.log_zero is not None:
+            return score_by_position(batch, clean, self.log_zero, self.chunk)
+        return score_residual(self.lm, batch, clean, torch.zeros_like(batch.residual), self.chunk)
 
     def _mean_ablated(self, batch: Batch, clean: Clean) -> TokenScores:
         ablated = splice(batch, self.store_mean.expand_as(batch.x))
-        known = self.alike is not None and torch.equal(ablated, self.alike[0].expand_as(ablated))
-        if not known and depends_on_position_alone(self.lm, batch, ablated):
+        known = (
+            not self.lm.point.is_inside
+            and self.alike is not None
+            and torch.equal(ablated, self.alike[0].expand_as(ablated))
+        )
+        if not known and not self.lm.point.is_inside and depends_on_position_alone(self.lm, batch, ablated):
             self.alike = ablated[:1], log_probabilities_by_position(self.lm, ablated[:1], self.chunk)
             known = True
         if known and self.alike is not None:

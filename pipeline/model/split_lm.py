@@ -28,6 +28,8 @@ from pipeline.base.runtime import DTYPES, resolve_device, resolve_dtype
 from pipeline.model.anatomy import Anatomy, Reached, forward, logits_of, own_parameters, residual_of
 from pipeline.model.files import hub_errors, model_folder, weights_sha256
 from pipeline.model.patching import overridden, removed
+from pipeline.model.places import Place, find_places, first_of, stream_of, with_stream
+from pipeline.model.points import Point
 
 Part = Literal["prefix", "suffix", "whole"]
 
@@ -106,9 +108,9 @@ class ModelInfo:
 class SplitLM:
     """One part of a language model, in evaluation mode, without gradients. Made by `load`."""
 
-    def __init__(self, model: Any, info: ModelInfo, part: Part, layers: Sequence[int]) -> None:
+    def __init__(self, model: Any, info: ModelInfo, part: Part, layers: Sequence[int | Point]) -> None:
         self.model, self.info, self.part = model, info, part
-        self.layers, self.layer = tuple(layers), layers[0]
+        self.layers, self.point = tuple(layers), as_point(layers[0])
         self.config = info.config
         self.n_layers, self.d_model, self.vocab, self.context_limit = (
             info.n_layers,
@@ -118,6 +120,20 @@ class SplitLM:
         )
         self._blocks = find_layers(model, info.n_layers)
         self._anatomy = None if part == "prefix" else Anatomy.of(model, info.name, list(self._blocks), info.d_model)
+        self._places = {point: self._place(point) for point in map(as_point, layers) if point.is_inside}
+        self._before: tuple[Tensor, Tensor] | None = None
+
+    def _place(self, point: Point) -> Place:
+        """The place of a point inside a layer. Raises ModelError where the layer has none that could be found."""
+        tokens = torch.arange(3, device=self.device)[None] + plain_token(self.config, self.vocab)
+        places = find_places(self.model, self.info.name, self._blocks[point.layer], tokens % self.vocab, self.d_model)
+        if point.hook not in places:
+            found = ", ".join(places) or "none inside the layer"
+            raise ModelError(
+                f"{self.info.name}: {point.hook} was not found in layer {point.layer} (found: {found}): its parts do not add "
+                "up to that; take another hook"
+            )
+        return places[point.hook]
 
     @staticmethod
     def load(
@@ -127,25 +143,26 @@ class SplitLM:
         dtype: str = "bf16",
         device: str | torch.device = "cpu",
         part: Part = "whole",
-        layers: Sequence[int],
+        layers: Sequence[int | Point],
         attention: str = "eager",
         trust_remote_code: bool = False,
     ) -> SplitLM:
-        """Load a part of a model from a folder or a Hub id.
+        """Load a part of a model from a folder or a Hub id. A layer is the stream after it, a Point may be inside one.
 
-        `prefix`: layers after max(layers) are neither loaded nor run. `suffix`: only the layers after layers[0] and the
-        head are kept; `whole`: everything, cut after layers[0]. Raises ModelError when the model is missing, gated, of a
-        code that needs trust_remote_code, incomplete, or has no such layer.
+        `prefix`: layers after the last of `layers` are neither loaded nor run. `suffix`: only the layers after layers[0] and
+        the head are kept, for a point inside a layer all of them; `whole`: everything, cut at layers[0]. Raises ModelError
+        when the model is missing, gated, of a code that needs trust_remote_code, incomplete, or has no such layer or point.
         """
         info = ModelInfo.read(model, revision, trust_remote_code=trust_remote_code)
-        info.require_layers(layers)
+        last = max(as_point(layer).layer for layer in layers)
+        info.require_layers([as_point(layer).layer for layer in layers])
         device = resolve_device(str(device))
         auto: Any = transformers.AutoModelForCausalLM
         with hub_errors(model), quiet(), contextlib.ExitStack() as stack:
             if part == "prefix":
                 with torch.device("meta"):
                     kind = type(auto.from_config(copy.deepcopy(info.config), trust_remote_code=trust_remote_code))
-                stack.enter_context(without_layers(kind, info.n_layers, max(layers) + 1))
+                stack.enter_context(without_layers(kind, info.n_layers, last + 1))
             loaded, report = auto.from_pretrained(
                 info.folder,
                 config=info.config,
@@ -168,8 +185,8 @@ class SplitLM:
         unused: list[nn.Module] = []
         if self.part == "prefix":
             unused = [head] if (head := self.model.get_output_embeddings()) is not None else []
-        if self.part == "suffix":
-            unused = list(self._blocks[: self.layer + 1])
+        if self.part == "suffix" and self.point.hook == "resid_post":
+            unused = list(self._blocks[: self.point.layer + 1])
         for module, name in own_parameters(self.model, unused):
             module._parameters[name] = nn.Parameter(module._parameters[name].to("meta"), requires_grad=False)  # type: ignore[union-attr]
 
@@ -202,10 +219,11 @@ class SplitLM:
 
         The gain is what the norm makes of a stream u of entries ±1, whose mean is 0 and mean square 1: (n(u) − n(−u)) / 2u.
         The row's own norm, which differs by position, and any soft cap are left out. None where what stands before the
-        head is not such a norm alone (a projection, another layer), so that no lens is exact.
+        head is not such a norm alone (a projection, another layer), so that no lens is exact, and where the point is no part
+        of the stream.
         """
         weight = self.unembedding
-        if weight is None or weight.shape[1] != self.d_model:
+        if self.point.hook == "mlp_in" or weight is None or weight.shape[1] != self.d_model:
             return None
         u = 1.0 - 2.0 * (torch.arange(self.d_model, device=self.device) % 2)
         v = 1.0 - 2.0 * (torch.arange(self.d_model, device=self.device) // 2 % 2)
@@ -224,52 +242,131 @@ class SplitLM:
             block.forward = torch.compile(block.forward)
 
     @torch.no_grad()
-    def prefix(self, tokens: Int[Tensor, "seq pos"]) -> dict[int, Float[Tensor, "seq pos d_model"]]:
-        """Residual stream after each of `layers`, bit for bit what the untouched model computes on the same batch.
+    def prefix(self, tokens: Int[Tensor, "seq pos"]) -> dict[Any, Float[Tensor, "seq pos d_model"]]:
+        """Rows at each of `layers`, by layer or Point, bit for bit what the untouched model computes on the same batch.
 
-        Stops after the last of them: no later layer, norm or head runs.
+        Stops at the last of them: no later layer, norm or head runs.
         """
         assert self.part != "suffix", "a suffix has no layers before the cut"
         self.info.require_context(tokens.shape[1])
-        captured: dict[int, Tensor] = {}
+        return self._read(self.layers, tokens)
 
-        def capture(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+    def _read(self, layers: Sequence[int | Point], tokens: Tensor) -> dict[Any, Tensor]:
+        """Rows at these layers or points."""
+        shape, captured = (*tokens.shape, self.d_model), {}
+
+        def keep(at: int | Point, rows: Tensor) -> None:
+            captured[at] = rows
+            if len(captured) == len(layers):
+                raise Reached
+
+        def of_output(at: int | Point) -> Callable[[nn.Module, Any, Any], None]:
+            copied = as_point(at).is_inside  # since the layer may go on adding to it in place
+
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                captured[layer] = residual_of(output, (*tokens.shape, self.d_model), self.info.name)
-                if layer == max(self.layers):
-                    raise Reached
+                if copied:
+                    keep(at, stream_of(first_of(output), {}, shape, self.info.name).clone().reshape(shape))
+                else:
+                    keep(at, residual_of(output, shape, self.info.name))
 
             return hook
 
+        def of_input(at: int | Point) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda _module, args, kwargs: keep(
+                at, stream_of(args, kwargs, shape, self.info.name).clone().reshape(shape)
+            )
+
         with contextlib.ExitStack() as hooks:
-            for layer in self.layers:
-                hooks.enter_context(removed(self._blocks[layer].register_forward_hook(capture(layer))))
+            for at in layers:
+                module, is_output = self._where(as_point(at))
+                hooks.enter_context(
+                    removed(
+                        module.register_forward_hook(of_output(at))
+                        if is_output
+                        else module.register_forward_pre_hook(of_input(at), with_kwargs=True)
+                    )
+                )
             with contextlib.suppress(Reached):
                 forward(self.model, tokens)
         return captured
 
+    def _where(self, point: Point) -> tuple[nn.Module, bool]:
+        """The module at a point, and whether the rows are what it returns or what it is given."""
+        if point.is_inside:
+            place = self._places[point]
+            return place.module, place.is_output
+        return self._blocks[point.layer], point.hook == "resid_post"
+
+    @torch.no_grad()
     def suffix(
         self, residual: Float[Tensor, "seq pos d_model"], tokens: Int[Tensor, "seq pos"] | None = None
     ) -> Float[Tensor, "seq pos d_head"]:
-        """The layers after `layer` and the final norm, from a residual stream after `layer`: what `unembed` takes.
+        """What follows the point, and the final norm, from rows there: what `unembed` takes.
 
-        `tokens` are for models whose later layers look at them again; others do not need them.
+        `tokens` are for points inside a layer, which need the stream beside them, and for models whose later layers look
+        at them again; others do not need them.
         """
-        return self._from_layer(self.layer, residual, tokens)
+        if self.point.hook == "resid_post":
+            return self._from_layer(self.point.layer, residual, tokens)
+        assert tokens is not None or not self.point.is_inside, "a point inside a layer needs the tokens"
+        stream = self._stream_before(self.point.layer, tokens) if tokens is not None and self.point.is_inside else None
+        with self._replaced(residual):
+            return self._from_layer(self.point.layer - 1, stream, tokens, residual)
+
+    def _stream_before(self, layer: int, tokens: Tensor) -> Tensor | None:
+        """The stream before a layer, of the last tokens asked for at hand; None before the first, where it is made anew."""
+        if layer == 0:
+            return None
+        if self._before is None or not torch.equal(self._before[0], tokens):
+            self._before = tokens, self._read([layer - 1], tokens)[layer - 1]
+        return self._before[1]
+
+    @contextlib.contextmanager
+    def _replaced(self, rows: Tensor) -> Iterator[None]:
+        """For a while the model has these rows at the point."""
+        module, is_output = self._where(self.point)
+        in_place = self.point.is_inside and self._places[self.point].in_place
+        shape = tuple(rows.shape)
+
+        def put(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if in_place:
+                there = stream_of(args, kwargs, shape, self.info.name)
+                there.copy_(rows.reshape(there.shape))
+                return None
+            return with_stream(args, kwargs, shape, rows)
+
+        def give(_module: nn.Module, _args: Any, output: Any) -> Any:
+            there = stream_of(first_of(output), {}, shape, self.info.name)
+            new = rows.to(there.dtype).reshape(there.shape)
+            return new if isinstance(output, Tensor) else (new, *output[1:])
+
+        with removed(
+            module.register_forward_hook(give) if is_output else module.register_forward_pre_hook(put, with_kwargs=True)
+        ):
+            yield
 
     @torch.no_grad()
-    def _from_layer(self, layer: int, residual: Tensor, tokens: Tensor | None) -> Tensor:
-        """The model's forward from a residual stream after `layer` to its head, or to its logits where it has no head."""
+    def _from_layer(
+        self, layer: int, residual: Tensor | None, tokens: Tensor | None, like: Tensor | None = None
+    ) -> Tensor:
+        """The model's forward from a residual stream after `layer` to its head, or to its logits where it has no head.
+
+        Without a stream all layers run. `like`: a tensor whose sequences and positions the tokens have that are not given.
+        """
         assert self._anatomy is not None, "a prefix has no layers after the cut"
         if tokens is None:
-            tokens = torch.full(residual.shape[:2], plain_token(self.config, self.vocab), device=residual.device)
+            rows = residual if residual is not None else like
+            assert rows is not None
+            tokens = torch.full(rows.shape[:2], plain_token(self.config, self.vocab), device=rows.device)
         head, found = self._anatomy.head, []
 
         def stop(_module: nn.Module, args: Any) -> None:
             found.append(args[0])
             raise Reached
 
-        with self._handing_on(layer, residual), contextlib.ExitStack() as hooks:
+        with contextlib.ExitStack() as hooks:
+            if residual is not None:
+                hooks.enter_context(self._handing_on(layer, residual))
             if head is not None:
                 hooks.enter_context(removed(head.register_forward_pre_hook(stop)))
                 hooks.enter_context(contextlib.suppress(Reached))
@@ -304,6 +401,11 @@ class SplitLM:
         return overridden({block: self._anatomy.returning(n, residual) for n, block in enumerate(blocks)})
 
 
+def as_point(at: int | Point) -> Point:
+    """A layer's number is the stream after it."""
+    return at if isinstance(at, Point) else Point(at)
+
+
 def plain_token(config: Any, vocab: int) -> int:
     """The smallest token id that the config does not name."""
     named = named_tokens(config)
@@ -335,7 +437,6 @@ def without_layers(kind: type, n_layers: int, n_kept: int) -> Iterator[None]:
         blocks = find_layers(self, n_layers)
         for module in (inner for block in blocks[n_kept:] for inner in block.modules()):
             module._parameters.update(dict.fromkeys(module._parameters))
-            module._buffers.update(dict.fromkeys(module._buffers))
             vars(module)["_is_hf_initialized"] = True  # nothing is left of it that transformers could initialise
 
     kind.__init__ = make  # type: ignore[misc]
