@@ -234,6 +234,18 @@ def stage(url: str, path: Path) -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="CHECKPOINT --store acts.zarr ...")
+def explain(words: tuple[str, ...]) -> None:
+    """Explain latents in words, by any chat model: write prompts, read answers back, score them. No model is asked by us.
+
+    \b
+    Example: python -m pipeline explain runs/l19/alpha0.2-seed0-1a2b3c4d5e --store acts.zarr --prompts explain.jsonl
+    All options: python -m evaluate.explain --help
+    """
+    stages.pass_on("evaluate.explain", words)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="RESULTS... --out report.html")
 def report(words: tuple[str, ...]) -> None:
     """Write one self-contained HTML report from results files or folders of them.

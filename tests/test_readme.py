@@ -17,6 +17,7 @@ import torch
 import zstandard
 
 from evaluate.__main__ import evaluate
+from evaluate.explain.__main__ import cli as explain
 from harvest.__main__ import command as harvest
 from pipeline.__main__ import cli
 from pipeline.sae.checkpoint import save_checkpoint
@@ -197,7 +198,7 @@ def test_page_names_every_option(stage: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_named_options_exist(page: str) -> None:
     """Whatever a page calls an option is one of some command."""
-    groups = [*COMMANDS.values(), *cli.commands.values()]
+    groups = [*COMMANDS.values(), *cli.commands.values(), explain]
     known = set().union(*map(options_of, groups)) | {"--nproc-per-node", "--help"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", TEXT[page])) <= known
     for name in re.findall(r"python -m pipeline ([a-z]+)", TEXT[page]):

@@ -4,6 +4,7 @@
       page_0000.js ...         nestedLatents.page(0, {"strings": [...], "latents": [...]}), PAGE_SIZE latents each
       digests.json             the SHA-256 of each of these files
       index.js                 nestedLatents.index({"summary": {...}, "level": [...], ...}), written last: marks completion
+      labels.json              where evaluate.explain read labels back: {"labels": {"17": "…"}}, no part of the digests
 
 Nothing ever runs these files: the report parses them and writes what they hold anew. Corpus text in them is data: every
 character outside ASCII, and `<`, is escaped, and characters that reorder or hide text are spelled out.
@@ -12,17 +13,20 @@ character outside ASCII, and `<`, is escaped, and characters that reorder or hid
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.base.digests import DIGESTS, write_digests
 from pipeline.base.errors import DamagedError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import hash_file, sha256, write_bytes
+from pipeline.base.files import hash_file, read_json, sha256, write_bytes, write_json
+from pipeline.base.token_text import visible
 
 FORMAT, VERSION = "nested-sae-latents", 3
 PAGE_SIZE = 256
+LABELS, LABELS_FORMAT = "labels.json", "nested-sae-latent-labels"
+LONGEST_LABEL = 300
 INDEX_HEAD = "nestedLatents.index("
 
 
@@ -70,6 +74,7 @@ def write_page(folder: Path, number: int, strings: Sequence[str], latents: Seque
 def begin(folder: Path, n_pages: int) -> None:
     """Empty a folder of older latent pages: its completion marker first, then pages that no one will overwrite."""
     (folder / "index.js").unlink(missing_ok=True)
+    (folder / LABELS).unlink(missing_ok=True)
     (folder / DIGESTS).unlink(missing_ok=True)
     for path in folder.glob("page_*.js"):
         if int(path.stem.removeprefix("page_")) >= n_pages:
@@ -86,6 +91,27 @@ def write_index(folder: Path, summary: dict[str, Any], columns: dict[str, Iterab
     pages = {path.name: hash_file(path) for path in sorted(folder.glob("page_*.js"))}
     write_digests(folder / DIGESTS, folder.name, pages | {"index.js": sha256(index)})
     write_bytes(folder / "index.js", index)
+
+
+def write_labels(folder: Path, labels: Mapping[int, str]) -> None:
+    """Write labels of latents beside their pages: what `evaluate.explain` read back, shown when a report is written."""
+    data = {"format": LABELS_FORMAT, "version": 1, "labels": {str(latent): text for latent, text in labels.items()}}
+    write_json(folder / LABELS, data)
+
+
+def read_labels(folder: Path) -> dict[int, str]:
+    """Labels beside the pages, as visible text; {} where there are none. Raises DamagedError for a file that is not ours."""
+    path = folder / LABELS
+    if not path.is_file():
+        return {}
+    data = read_json(path)
+    require_plain(path, data)
+    fields = Fields(path, data)
+    fields.one_of("format", (LABELS_FORMAT,))
+    texts = fields.texts("labels")
+    if wrong := next((name for name in texts if not name.isdecimal()), None):
+        raise fields.wrong("labels", "texts by the number of a latent", wrong)
+    return {int(name): visible(text[:LONGEST_LABEL]) for name, text in texts.items()}
 
 
 def read_script(path: Path, call: str) -> Any:

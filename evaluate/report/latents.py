@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluate.latents.files import read_index, read_page, script_json
+from evaluate.latents.files import read_index, read_labels, read_page, script_json
 from pipeline.base.digests import DIGESTS, require_digests
 from pipeline.base.fields import Fields
 
@@ -86,6 +86,8 @@ def read_latents(folder: Path) -> LatentPages:
         "precision": shares(index, "precision", n),
         "recall": shares(index, "recall", n),
     }
+    labels, own = read_labels(folder), columns["label"]
+    columns["label"] = [f"{labels[i]} — {own[i]}" if i in labels else own[i] for i in range(n)]
     pages = tuple(page_of(read_page(folder, i), i, summary) for i in range(-(-n // summary.page_size)))
     require_digests(folder / DIGESTS, folder, folder.name)
     return LatentPages(summary, columns, pages, opens(summary, columns, pages))
