@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harvest.shelf import Shelf
+from pipeline.base import network
 from pipeline.base.errors import CorpusError
 from pipeline.base.files import disk_errors, hash_file, sha256
 from pipeline.base.progress import say
@@ -103,7 +104,7 @@ class StreamedCorpus:
     def __init__(self, source: Source) -> None:
         self.source = source
         with hub_errors(source):
-            self.revision = source.revision or dataset_commit(source.corpus)
+            self.revision = source.revision or network.retried(lambda: dataset_commit(source.corpus), source.corpus)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -121,7 +122,7 @@ class StreamedCorpus:
         """Downloads only as far as it is asked for."""
         source = self.source
         with hub_errors(source):
-            stream = load_stream(source, self.revision)
+            stream = network.retried(lambda: load_stream(source, self.revision), source.corpus)
             stream = stream.shuffle(seed=derive_seed("corpus", source.seed) % 2**32, buffer_size=source.buffer)
             found = (
                 document_of(f"{source.corpus}, document {n}", record, source.text_field)
@@ -162,9 +163,10 @@ def load_stream(source: Source, revision: str) -> Any:
 
 @contextlib.contextmanager
 def hub_errors(source: Source) -> Iterator[None]:
-    """Turn what datasets and the Hub say into one CorpusError line."""
+    """Turn what datasets, the Hub and the network say into one CorpusError line."""
     try:
-        yield
+        with network.hub_errors(source.corpus, CorpusError, f"https://huggingface.co/datasets/{source.corpus}"):
+            yield
     except CorpusError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:

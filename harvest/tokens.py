@@ -56,8 +56,21 @@ def scratch_array(folder: Path, shape: tuple[int, ...], dtype: type[np.generic])
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, nbytes)  # a full disk is an error here, not a signal later
+            reserve(file.fileno(), nbytes)
             return np.memmap(file, dtype, "r+", shape=shape)
+
+
+def reserve(descriptor: int, nbytes: int) -> None:
+    """Give a file its length and the disk's blocks, so that a full disk is an error here, not a signal later.
+
+    Where the system has no call for that (macOS), the zeros are written.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
+        return
+    zeros = bytes(min(nbytes, 1 << 20))
+    for at in range(0, nbytes, len(zeros) or 1):
+        os.pwrite(descriptor, zeros[: nbytes - at], at)
 
 
 class Pieces:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import Tensor, nn
 
-from pipeline.base.errors import ModelError
+from pipeline.base.errors import ModelError, UsageError
+from pipeline.base.runtime import resolve_device
 from pipeline.model import files as model_files
 from pipeline.model.specials import resolve_bos, special_ids
 from pipeline.model.split_lm import ModelInfo, SplitLM, load_tokenizer, truncated
@@ -254,6 +255,93 @@ def test_missing_weight_is_never_random(copy: Path) -> None:
         SplitLM.load(str(copy), part="prefix", layers=[0])
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "quantize_config.json", "hf_quant_config.json"])
+def test_unapplied_parts_are_refused(copy: Path, name: str) -> None:
+    """An adapter or quantised weights beside the weights, which would not be applied, are refused by name."""
+    (copy / name).write_text("{}")
+    with pytest.raises(ModelError, match=f"has {name}: "):
+        SplitLM.load(str(copy), layers=[0])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_quantised_config_is_refused(copy: Path, inside: bool) -> None:
+    """A quantisation in the config, or in the text model's within it, is refused."""
+    config = json.loads((copy / "config.json").read_text())
+    given = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (copy / "config.json").write_text(json.dumps(config | ({"text_config": given} if inside else given)))
+    with pytest.raises(ModelError, match=r"quantised weights.*\(quantization_config gptq"):
+        ModelInfo.read(str(copy))
+
+
+def sharded(folder: Path) -> None:
+    """Write the weights of a folder as two files and an index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, places = sorted(weights), {}
+    for n, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{n:05d}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def test_sharded_weights_are_the_same(lm_folder: Folder, copy: Path) -> None:
+    """Weights in several files give the same model."""
+    sharded(copy)
+    tokens = tiny_models.tokens(2, 8)
+    one, other = (
+        SplitLM.load(str(folder), dtype="float32", part="prefix", layers=[1]).prefix(tokens)[1]
+        for folder in (copy, lm_folder("llama"))
+    )
+    torch.testing.assert_close(one, other)
+
+
+def test_missing_and_stray_files_are_refused(lm_folder: Folder, copy: Path) -> None:
+    """A file that the index names and is gone, one it does not name, and weights twice are refused by name."""
+    sharded(copy)
+    stray = copy / "model-00009-of-00009.safetensors"
+    shutil.copy(copy / "model-00001-of-00002.safetensors", stray)
+    with pytest.raises(ModelError, match=r"model-00009-of-00009.* is not among the files"):
+        ModelInfo.read(str(copy))
+    stray.unlink()
+    (copy / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(
+        ModelError, match=r"model-00002-of-00002.* is missing, which model.safetensors.index.json names"
+    ):
+        ModelInfo.read(str(copy))
+    shutil.copy(lm_folder("llama") / "model.safetensors", copy)
+    with pytest.raises(ModelError, match=r"has both model.safetensors and model.safetensors.index.json"):
+        ModelInfo.read(str(copy))
+
+
+def test_adapter_tensors_are_refused(copy: Path) -> None:
+    """Tensors of an adapter within the weights, which no part of the model takes, are refused by name."""
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 64)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"q_proj.lora_A.weight.*an adapter or quantisation that is not applied"):
+        SplitLM.load(str(copy), part="prefix", layers=[1])
+
+
+@pytest.mark.parametrize("where", ["torch_dtype", "dtype"])
+def test_dtype_is_what_is_asked(copy: Path, where: str) -> None:
+    """Whatever dtype a config names, the model computes in the one that is asked for."""
+    config = json.loads((copy / "config.json").read_text())
+    config.pop("dtype", None)
+    config[where] = "float16"
+    (copy / "config.json").write_text(json.dumps(config))
+    lm = SplitLM.load(str(copy), dtype="float32", part="prefix", layers=[1])
+    assert {tensor.dtype for tensor in lm.model.parameters()} == {torch.float32}
+    assert lm.prefix(tiny_models.tokens(1, 4))[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "xpu:0"])
+def test_other_devices_are_refused(device: str) -> None:
+    """A device on which float64 sums may be missing is refused in one line."""
+    with pytest.raises(UsageError, match=f"--device {device}: not supported"):
+        resolve_device(device)
+
+
 def test_own_code_needs_the_flag(copy: Path) -> None:
     """A model of its own code needs the flag."""
     config = json.loads((copy / "config.json").read_text())
@@ -272,8 +360,8 @@ def refused(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (refused(hub.GatedRepoError), "accept its licence at https://huggingface.co/google"),
-        (refused(hub.RepositoryNotFoundError), "neither a folder here nor a model you may see"),
+        (refused(hub.GatedRepoError), "accept its terms at https://huggingface.co/google"),
+        (refused(hub.RepositoryNotFoundError), "neither a path here nor something you may see"),
         (refused(hub.RevisionNotFoundError), "no such revision"),
         (hub.LocalEntryNotFoundError("offline"), "the Hub cannot be reached"),
     ],

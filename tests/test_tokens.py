@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -227,3 +228,11 @@ def test_thread_ends_with_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     while any(t.name.startswith("tokenise") for t in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_reserved_without_the_system_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system cannot reserve room (macOS), the zeros are written."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    array = scratch_array(tmp_path, (700_000,), np.int32)
+    assert array.shape == (700_000,)
+    assert not array.any()

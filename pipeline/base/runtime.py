@@ -27,6 +27,10 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(
+            f"--device {name}: not supported (sums are in float64, which {device.type} may lack); use --device cpu"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: no CUDA device is visible here; use --device cpu or auto")
     return device

@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
+from pipeline.base import network
 from pipeline.base.errors import ModelError
-from pipeline.base.files import hash_file, sha256
+from pipeline.base.files import hash_file, read_json, sha256
 
 WANTED = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
 """What is fetched of a Hub repository: config, tokenizer, safetensors weights; never pickles."""
@@ -28,6 +28,7 @@ def model_folder(model: str, revision: str | None, *, trust_remote_code: bool = 
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise ModelError(f"{local}: not a Hugging Face model folder, it has no config.json")
+        require_plain(local)
         return local, "local"
     if model.startswith((".", "/", "~")) or "/" in model.partition("/")[2]:
         raise ModelError(
@@ -35,8 +36,44 @@ def model_folder(model: str, revision: str | None, *, trust_remote_code: bool = 
         )
     patterns = [*WANTED, "*.py"] if trust_remote_code else list(WANTED)
     with hub_errors(model):
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        folder = Path(
+            network.retried(lambda: snapshot_download(model, revision=revision, allow_patterns=patterns), model)
+        )
+    require_plain(folder)
     return folder, folder.name
+
+
+UNAPPLIED = {
+    "adapter_config.json": "an adapter (LoRA and the like), which is not applied here; merge it into the weights first",
+    "quantize_config.json": "quantised weights, which are not read here; give the model that was quantised",
+    "quant_config.json": "quantised weights, which are not read here; give the model that was quantised",
+    "hf_quant_config.json": "quantised weights, which are not read here; give the model that was quantised",
+}
+"""Files of a model folder that say that its weights alone are not the model."""
+
+
+def require_plain(folder: Path) -> None:
+    """Raise ModelError where a model folder holds more than is read: adapters, quantised weights, weights twice."""
+    for name, what in UNAPPLIED.items():
+        if (folder / name).exists():
+            raise ModelError(f"{folder}: has {name}: {what}")
+    config = read_json(folder / "config.json")
+    parts = (
+        [config, *(value for value in config.values() if isinstance(value, dict))] if isinstance(config, dict) else []
+    )
+    if found := next((part["quantization_config"] for part in parts if part.get("quantization_config")), None):
+        method = found.get("quant_method", "") if isinstance(found, dict) else found
+        raise ModelError(f"{folder}: {UNAPPLIED['quantize_config.json']} (quantization_config {method} in config.json)")
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists() and index.exists():
+        raise ModelError(f"{folder}: has both {whole.name} and {index.name}; which are the weights? Keep one")
+    if index.exists():
+        named = set(read_json(index).get("weight_map", {}).values())
+        there = {path.name for path in folder.glob("model*.safetensors")}
+        if missing := sorted(named - there):
+            raise ModelError(f"{folder}: {missing[0]} is missing, which {index.name} names; get it again")
+        if left := sorted(there - named):
+            raise ModelError(f"{folder}: {left[0]} is not among the files that {index.name} names; take it away")
 
 
 def weights_sha256(folder: Path) -> str:
@@ -54,28 +91,11 @@ def tokenizer_sha256(folder: Path) -> str:
 @contextlib.contextmanager
 def hub_errors(model: str) -> Iterator[None]:
     """Turn what the Hub and transformers say into one ModelError line with the next step."""
-    page = f"https://huggingface.co/{model}"
     try:
-        yield
+        with network.hub_errors(model, ModelError, f"https://huggingface.co/{model}"):
+            yield
     except ModelError:
         raise
-    except hub.GatedRepoError as error:
-        raise ModelError(
-            f"{model}: gated; accept its licence at {page} while signed in, make a read token at "
-            "https://huggingface.co/settings/tokens, then run `hf auth login` (or set HF_TOKEN) and try again"
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise ModelError(f"{model}: no such revision on the Hub; see {page}/commits") from error
-    except hub.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{model}: neither a folder here nor a model you may see on the Hub; check the name, or for a private or gated "
-            f"model accept its terms at {page} and run `hf auth login` (or set HF_TOKEN)"
-        ) from error
-    except hub.LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"{model}: no such folder, not in the Hub's cache, and the Hub cannot be reached; give a folder, or "
-            f"download it where there is a network (`hf download {model}`)"
-        ) from error
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "; pass --trust-remote-code to run the model's own code" if "trust_remote_code" in str(error) else ""

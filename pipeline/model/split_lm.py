@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,11 @@ from pipeline.model.files import hub_errors, model_folder, weights_sha256
 from pipeline.model.patching import overridden, removed
 from pipeline.model.places import Place, find_places, first_of, stream_of, with_stream
 from pipeline.model.points import Point
+
+UNAPPLIED = re.compile(
+    r"\blora_|\badapter|\.base_layer\.|\b(qweight|qzeros|scales|weight_scale|weight_packed|absmax)\b"
+)
+"""Names of tensors that change what other weights mean, and are left out by a model that does not know them."""
 
 Part = Literal["prefix", "suffix", "whole"]
 
@@ -471,10 +477,15 @@ def truncated(config: Any, n_layers: int) -> Any:
 
 
 def require_complete(model: str, report: dict[str, Any]) -> None:
-    """Raise ModelError when weights are missing from the files or of another shape (they would be random)."""
+    """Raise ModelError when weights are missing from the files or of another shape (they would be random), and when the
+    files hold parts of an adapter or of a quantisation that no part of the model takes."""
     bad = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind, ()))
     if bad:
         raise ModelError(f"{model}: {len(bad)} weights are missing or of another shape ({bad[0]} …); get it again")
+    if left := sorted(key for key in map(str, report.get("unexpected_keys", ())) if UNAPPLIED.search(key)):
+        raise ModelError(
+            f"{model}: {left[0]}: part of an adapter or quantisation that is not applied here; merge it first"
+        )
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeline.base import network
 from pipeline.base.errors import CheckpointError
 from pipeline.base.files import hash_file, read_json, write_bytes
 from pipeline.sae.checkpoint import load_checkpoint, read_header
@@ -63,16 +64,9 @@ def checkpoint_in(folder: Path) -> Path:
 def download(repo_id: str, revision: str | None = None) -> Path:
     """Folder of a Hub repository's snapshot in the user's cache. Raises CheckpointError with what to do."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(repo_id, revision=revision))
-    except GatedRepoError as error:
-        raise CheckpointError(f"{repo_id}: gated; accept its terms on the Hub and run `hf auth login`") from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{repo_id}: not a path here, and the Hub cannot be reached; check both") from error
-    except HfHubHTTPError as error:
-        raise CheckpointError(f"{repo_id}: the Hub says: {error.server_message or error}") from error
+    with network.hub_errors(repo_id, CheckpointError, f"https://huggingface.co/{repo_id}"):
+        return Path(network.retried(lambda: snapshot_download(repo_id, revision=revision), repo_id))
 
 
 def push(source: str | Path, repo_id: str, results: Path | None = None, private: bool = False) -> str:
@@ -81,18 +75,16 @@ def push(source: str | Path, repo_id: str, results: Path | None = None, private:
     Raises CheckpointError when the results are of another checkpoint or the Hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     checkpoint = find_checkpoint(source)
     files = repository_files(checkpoint, results, repo_id)
     operations = [CommitOperationAdd(name, data) for name, data in files.items()]
     api = HfApi()
-    try:
-        api.create_repo(repo_id, exist_ok=True, private=private)
+    with network.hub_errors(repo_id, CheckpointError, f"https://huggingface.co/{repo_id}"):
+        network.retried(lambda: api.create_repo(repo_id, exist_ok=True, private=private), repo_id)
         message = f"Nested SAE, step {read_header(checkpoint).step}"
+        # a commit is not tried again: one whose answer alone was lost would be there twice
         return str(api.create_commit(repo_id, operations, commit_message=message).commit_url)
-    except HfHubHTTPError as error:
-        raise CheckpointError(f"{repo_id}: the Hub says: {error.server_message or error}") from error
 
 
 def pull(repo_id: str, out: Path, revision: str | None = None) -> Path:
