@@ -68,7 +68,7 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
     outcome.results.extend(job.entry(checkpoint, skipped=True) for checkpoint in selection.done)
     if not selection.todo:
         say(f"nothing to evaluate: {len(outcome.results)} done, {len(outcome.failed)} failed")
-    with nullcontext() if dry_run or not selection.todo else working_in(config.out):
+    with nullcontext() if dry_run else working_in(config.out):
         for families, todo in selection.todo.items():
             part = job.only(families)
             texts = read_texts(part.config.probing) if part.config.probing is not None else ()

@@ -1,6 +1,8 @@
 import json
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.base.errors import DiskError, UsageError
 from pipeline.sae.checkpoint import save_checkpoint
-from pipeline.sae.export import FORMATS, export
+from pipeline.sae.export import FORMATS, Format, export
 from pipeline.sae.nested import NestedSAE
 from test_sae import KINDS, random_sae
 
@@ -71,6 +73,52 @@ def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out" / "thesis.tex").touch()
     with pytest.raises(DiskError, match=r"thesis\.tex"):
         export(tmp_path / "c", "saelens", tmp_path / "out")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from support.train_crasher import die_at_write
+from pipeline.sae.export import export
+die_at_write(int(sys.argv[4]))
+export(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_killed_export_goes_on(tmp_path: Path, form: Format) -> None:
+    """Killed at each of its writes, an export does not block itself: the same command ends with the same bytes, no more."""
+    saved(tmp_path / "c", "relu")
+    export(tmp_path / "c", form, tmp_path / "whole")
+    root, n = Path(__file__).parents[1], 0
+    while True:
+        n += 1
+        words = [str(tmp_path / "c"), form, str(tmp_path / "killed"), str(n)]
+        ended = subprocess.run(
+            [sys.executable, "-c", KILLED, *words], cwd=root, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode in (0, -9), ended.stderr
+        if ended.returncode == 0:
+            break
+        export(tmp_path / "c", form, tmp_path / "killed")
+        assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+        if n % 2:
+            shutil.rmtree(tmp_path / "killed")
+    assert n > 6
+
+
+def test_leftovers_of_an_export_do_not_block_it(tmp_path: Path) -> None:
+    """Partly written files of a killed export are swept."""
+    saved(tmp_path / "c", "relu")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sae_weights.safetensors.77.partial").write_text("x")
+    export(tmp_path / "c", "saelens", tmp_path / "out")
+    assert files_of(tmp_path / "out").keys() == {"cfg.json", "sae_weights.safetensors", "digests.json"}
 
 
 @pytest.mark.slow

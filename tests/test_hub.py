@@ -14,6 +14,7 @@ from pipeline.base.errors import CheckpointError
 from pipeline.base.files import hash_file, write_json
 from pipeline.sae import hub
 from pipeline.sae.checkpoint import save_checkpoint
+from pipeline.sae.export import export
 from test_sae import KINDS, random_sae
 
 TOKEN = "hf_secret_of_the_test"
@@ -97,8 +98,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[S
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: HfApi(endpoint=endpoint, token=TOKEN))
     cache = tmp_path / "hub-cache"
 
-    def download(repo_id: str, revision: str | None = None) -> str:
-        return str(snapshot_download(repo_id, revision=revision, endpoint=endpoint, cache_dir=cache, token=TOKEN))
+    def download(repo_id: str, revision: str | None = None, allow_patterns: list[str] | None = None) -> str:
+        options: dict[str, Any] = {"revision": revision, "allow_patterns": allow_patterns, "cache_dir": cache}
+        return str(snapshot_download(repo_id, endpoint=endpoint, token=TOKEN, **options))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     yield Handler
@@ -143,10 +145,56 @@ def test_pushed_sae_comes_back_equal(
     assert not any(TOKEN.encode() in data for data in [*written, *stand_in.files.values()])
 
 
+def test_pulled_file_keeps_its_name(stand_in: type[StandIn], tmp_path: Path) -> None:
+    """A repository whose one checkpoint has another name than ours is pulled under that name, and the path is there."""
+    checkpoint = a_checkpoint(tmp_path)
+    stand_in.files["theirs.safetensors"] = checkpoint.read_bytes()
+    pulled = hub.pull("owner/name", tmp_path / "pulled")
+    assert pulled == tmp_path / "pulled" / "theirs.safetensors"
+    assert pulled.read_bytes() == checkpoint.read_bytes()
+
+
+def test_pulled_folder_of_others_is_whole(stand_in: type[StandIn], tmp_path: Path) -> None:
+    """A repository of another trainer is pulled with all its files."""
+    export(a_checkpoint(tmp_path), "saelens", tmp_path / "out")
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        stand_in.files[name] = (tmp_path / "out" / name).read_bytes()
+    pulled = hub.pull("owner/name", tmp_path / "pulled")
+    assert pulled == tmp_path / "pulled"
+    assert pipeline.load(pulled).config.width == 64
+
+
+def test_repository_of_many_downloads_none(stand_in: type[StandIn], tmp_path: Path) -> None:
+    """A repository with several checkpoints, or none, is refused before a file of it is downloaded."""
+    for names in (["a.safetensors", "b.safetensors"], ["layer_0/a.safetensors"]):
+        stand_in.files.clear()
+        stand_in.files.update(dict.fromkeys(names, b"x" * 1000))
+        with pytest.raises(CheckpointError, match=f"found {len(names) if len(names) > 1 else 0} checkpoints"):
+            pipeline.load("owner/name")
+    assert not [path for path in stand_in.seen if "/resolve/" in path]
+
+
+def test_only_what_is_needed_is_downloaded(stand_in: type[StandIn], tmp_path: Path) -> None:
+    """Other files of a repository stay there."""
+    stand_in.files |= {"sae.safetensors": a_checkpoint(tmp_path).read_bytes(), "rows.npy": b"x" * 1000}
+    assert pipeline.load("owner/name").config.width == 64
+    assert not [path for path in stand_in.seen if "rows.npy" in path]
+
+
+def test_pulled_results_are_of_the_checkpoint(stand_in: type[StandIn], tmp_path: Path) -> None:
+    """Results of another checkpoint in a repository are refused, and nothing is written."""
+    checkpoint = a_checkpoint(tmp_path)
+    stand_in.files["sae.safetensors"] = checkpoint.read_bytes()
+    stand_in.files["results.json"] = json.dumps({"checkpoint": {"sha256": "0" * 64}, "levels": []}).encode()
+    with pytest.raises(CheckpointError, match="results of another checkpoint"):
+        hub.pull("owner/name", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
 def test_model_card_says_the_essentials(tmp_path: Path) -> None:
     """The model card says what it is, how good, and how to load it."""
     checkpoint = a_checkpoint(tmp_path)
-    results = json.loads(some_results(checkpoint).read_text())
+    results = hub.read_results(some_results(checkpoint))
     card = hub.model_card(checkpoint, results, "owner/name")
     for text in (
         "base_model: google/gemma-2-2b",

@@ -26,6 +26,8 @@ def problem(name: str, error: BaseException, page: str) -> str | None:
             f"{name}: gated; accept its terms at {page} while signed in, make a read token at "
             "https://huggingface.co/settings/tokens, then run `hf auth login` (or set HF_TOKEN) and try again"
         )
+    if first_of(error, hub.HFValidationError) is not None:
+        return f"{name}: neither a path here nor a name that the Hub allows; check it"
     if first_of(error, hub.RevisionNotFoundError) is not None:
         return f"{name}: no such revision on the Hub; see {page}/commits"
     if first_of(error, hub.RepositoryNotFoundError) is not None:

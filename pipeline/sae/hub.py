@@ -6,16 +6,18 @@ stored here.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pipeline.base import network
+from pipeline.base.digests import is_sealed
 from pipeline.base.errors import CheckpointError
-from pipeline.base.files import hash_file, read_json, write_bytes
+from pipeline.base.fields import Fields, require_plain
+from pipeline.base.files import PARTIAL, hash_file, read_json, write_bytes
 from pipeline.sae.checkpoint import load_checkpoint, read_header
-from pipeline.sae.foreign import is_foreign, load_sae
+from pipeline.sae.foreign import FORMATS, is_foreign, load_sae, require_format
 from pipeline.sae.member import final_checkpoint, read_completion
 from pipeline.sae.nested import NestedSAE
 
@@ -61,12 +63,42 @@ def checkpoint_in(folder: Path) -> Path:
     return found[0]
 
 
+def wanted_files(repo_id: str, names: Collection[str]) -> list[str]:
+    """Which files of a repository its one SAE needs, and what is said of it. Raises CheckpointError when there is none or more
+    than one: before anything is downloaded."""
+    about = [name for name in (RESULTS, "README.md") if name in names]
+    if WEIGHTS in names:
+        return [WEIGHTS, *about]
+    for known in FORMATS:
+        if all(name in names for name in known.files):
+            return [*known.files, *about]
+    if "complete.json" in names:
+        return ["complete.json", "config.json", *(name for name in names if name.startswith("checkpoints/"))]
+    found = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{repo_id}: expected one SAE at its top, found {len(found)} checkpoints among {len(names)} files; download the "
+            "one you want (`hf download`) and give its path"
+        )
+    return [*found, *about]
+
+
 def download(repo_id: str, revision: str | None = None) -> Path:
-    """Folder of a Hub repository's snapshot in the user's cache. Raises CheckpointError with what to do."""
-    from huggingface_hub import snapshot_download
+    """Folder of a Hub repository's snapshot in the user's cache, with what its one SAE needs; what is cached already serves
+    without a network. Raises CheckpointError with what to do."""
+    from huggingface_hub import HfApi, snapshot_download
 
     with network.hub_errors(repo_id, CheckpointError, f"https://huggingface.co/{repo_id}"):
-        return Path(network.retried(lambda: snapshot_download(repo_id, revision=revision), repo_id))
+        try:
+            names = network.retried(lambda: HfApi().list_repo_files(repo_id, revision=revision), repo_id)
+        except Exception as error:
+            if network.first_of(error, *network.lost()) is None:
+                raise
+            names = None  # what is cached may do
+        wanted = None if names is None else wanted_files(repo_id, names)
+        return Path(
+            network.retried(lambda: snapshot_download(repo_id, revision=revision, allow_patterns=wanted), repo_id)
+        )
 
 
 def push(source: str | Path, repo_id: str, results: Path | None = None, private: bool = False) -> str:
@@ -88,28 +120,61 @@ def push(source: str | Path, repo_id: str, results: Path | None = None, private:
 
 
 def pull(repo_id: str, out: Path, revision: str | None = None) -> Path:
-    """Copy a repository's checkpoint and results into `out`, checked; the checkpoint's path."""
+    """Copy a repository's SAE and its results into `out` under their own names, checked; the SAE's path.
+
+    Raises CheckpointError when the results are of another checkpoint.
+    """
     folder = download(repo_id, revision)
-    load_checkpoint(checkpoint_in(folder))
-    for name in (WEIGHTS, RESULTS, "README.md"):
+    source = checkpoint_in(folder)
+    load_sae(source)
+    if (folder / RESULTS).exists() and not source.is_dir():
+        require_results_of(source, read_results(folder / RESULTS))
+    own = require_format(source).files if source.is_dir() else (source.name,)
+    for name in own:
+        copy(source.parent / name if not source.is_dir() else source / name, out / name)
+    for name in (RESULTS, "README.md"):
         if (folder / name).exists():
-            write_bytes(out / name, (folder / name).read_bytes())
-    return out / WEIGHTS
+            copy(folder / name, out / name)
+    return out if source.is_dir() else out / source.name
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file atomically; what a killed copy left is swept."""
+    for left in target.parent.glob(f"{target.name}.*{PARTIAL}"):
+        left.unlink()
+    write_bytes(target, source.read_bytes())
+
+
+def read_results(path: Path) -> Fields:
+    """A results file. Raises DamagedError."""
+    data = read_json(path)
+    require_plain(path, data)
+    fields = Fields(path, data)
+    is_sealed(path, fields.data)
+    return fields
+
+
+def require_results_of(checkpoint: Path, results: Fields) -> None:
+    """Raise CheckpointError unless results are of this checkpoint."""
+    if results.inner("checkpoint").text("sha256") != hash_file(checkpoint):
+        raise CheckpointError(
+            f"{results.path}: results of another checkpoint than {checkpoint}; evaluate this one first"
+        )
 
 
 def repository_files(checkpoint: Path, results: Path | None, repo_id: str) -> dict[str, bytes]:
     """What a repository holds: weights, card, and results. Raises CheckpointError when results are of another checkpoint."""
     load_checkpoint(checkpoint)
-    data = read_json(results) if results else None
-    if data and data["checkpoint"]["sha256"] != hash_file(checkpoint):
-        raise CheckpointError(f"{results}: results of another checkpoint than {checkpoint}; evaluate this one first")
+    data = read_results(results) if results else None
+    if data is not None:
+        require_results_of(checkpoint, data)
     files = {WEIGHTS: checkpoint.read_bytes(), "README.md": model_card(checkpoint, data, repo_id).encode()}
     if results:
         files[RESULTS] = results.read_bytes()
     return files
 
 
-def model_card(checkpoint: Path, results: dict[str, Any] | None, repo_id: str) -> str:
+def model_card(checkpoint: Path, results: Fields | None, repo_id: str) -> str:
     """Markdown with the Hub's front matter: what the SAE is, what made it, its scores, and how to load it."""
     header = read_header(checkpoint)
     sae, store, train = header.sae, header.provenance.get("store") or {}, header.provenance.get("train") or {}
@@ -152,9 +217,9 @@ def model_card(checkpoint: Path, results: dict[str, Any] | None, repo_id: str) -
     )
 
 
-def score_table(results: dict[str, Any] | None) -> list[str]:
+def score_table(results: Fields | None) -> list[str]:
     """Markdown rows of the main scores by level, with unit and direction; empty without results."""
-    if not results:
+    if results is None:
         return []
     from pipeline.definitions import METRICS
 
@@ -162,8 +227,9 @@ def score_table(results: dict[str, Any] | None) -> list[str]:
     arrows = {"lower": "↓", "higher": "↑", "neither": ""}
     titles = [f"{METRICS[name].label} ({METRICS[name].unit}) {arrows[METRICS[name].better]}".strip() for name in names]
     lines = ["| latents | " + " | ".join(titles) + " |", "|---" * (len(names) + 1) + "|"]
-    for level in results["levels"]:
-        values = [level["scores"].get(name) for name in names]
+    for level in results.objects("levels"):
+        scores = level.numbers_or_nulls("scores")
+        values = [scores.get(name) for name in names]
         cells = ["–" if value is None else f"{value:.4g}" for value in values]
-        lines.append(f"| {level['n_latents']:,} | " + " | ".join(cells) + " |")
+        lines.append(f"| {level.whole('n_latents'):,} | " + " | ".join(cells) + " |")
     return [*lines, ""]
