@@ -22,6 +22,7 @@ from evaluate.latents.neuronpedia import Sample, Source, choose, command, export
 from pipeline.__main__ import cli
 from pipeline.base.errors import DiskError, UsageError
 from pipeline.base.token_text import TokenText
+from pipeline.experiment.verify import verify
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.export import export
 from pipeline.sae.nested import NestedSAE
@@ -55,7 +56,7 @@ def sample_of(store: Store) -> Sample:
 def written(store: Store, sae: NestedSAE, out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Path]:
     """Features and activations of an export, and its folder."""
     unembedding = torch.randn(50, store.d_model, generator=torch.Generator().manual_seed(1))
-    folder = export_neuronpedia(sae, store, unembedding, TokenText(Words()), sample_of(store), SOURCE, out, quiet=True)
+    folder = export_neuronpedia(sae, unembedding, TokenText(Words()), sample_of(store), SOURCE, out, quiet=True)
     return lines(folder, "features"), lines(folder, "activations"), folder
 
 
@@ -157,6 +158,19 @@ def test_same_bytes_every_time(store: Store, sae: NestedSAE, tmp_path: Path) -> 
     (folder / "features" / "batch-77.jsonl.gz").touch()
     written(store, sae, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_verify_finds_a_changed_export(store: Store, sae: NestedSAE, tmp_path: Path) -> None:
+    """An export is whole; a byte changed or a batch lost in it is found by name."""
+    _, _, folder = written(store, sae, tmp_path)
+    assert verify(str(tmp_path)).problems == []
+    path = folder / "features" / "batch-1.jsonl.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    (tmp_path / "sae_dashboard" / "batch-0.json").unlink()
+    changed, lost = sorted(verify(str(tmp_path)).problems, key=lambda problem: "gone" in problem)
+    assert str(path) in changed
+    assert "batch-0.json" in lost
 
 
 def test_strange_folder_is_left_alone(store: Store, sae: NestedSAE, tmp_path: Path) -> None:

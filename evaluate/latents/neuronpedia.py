@@ -19,6 +19,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,8 +37,9 @@ from torch import Tensor
 from evaluate.checkpoints.find import open_checkpoint, require_fit
 from evaluate.latents.collect import choose_chunks, stream
 from pipeline.base.cli import COUNT, OUT_FOLDER, main
+from pipeline.base.digests import DIGESTS, write_digests
 from pipeline.base.errors import DiskError, ModelError, UsageError
-from pipeline.base.files import safe_name, write_bytes
+from pipeline.base.files import PARTIAL, hash_file, lock_folder, safe_name, sweep_partials, write_bytes
 from pipeline.base.progress import Progress
 from pipeline.base.runtime import numpy_rng, resolve_device
 from pipeline.base.token_text import TokenText
@@ -151,25 +153,62 @@ class Sample:
 
 
 def export_neuronpedia(
-    sae: NestedSAE, store: Store, unembedding: Float[Tensor, "vocab d_model"], text: TokenText, sample: Sample,
-    source: Source, out: Path, *, seed: int = 0, quiet: bool = False,
+    sae: NestedSAE, unembedding: Float[Tensor, "vocab d_model"], text: TokenText, sample: Sample, source: Source, out: Path,
+    *, seed: int = 0, quiet: bool = False,
 ) -> Path:  # fmt: skip
-    """Write every latent of an SAE to `out`; return the folder that Neuronpedia imports. See the top of this file.
+    """Write every latent of an SAE to `out`, digests last; return the folder that Neuronpedia imports. See the top of this file.
 
-    unembedding: `SplitLM.readout`. Put the SAE on its device first. `source.jsonl` is written last. Raises DiskError when the
-    folder holds something else, DamagedError when the store's bytes changed.
+    unembedding: `SplitLM.readout`. Put the SAE on its device first. Raises DiskError when `out` holds something else or another
+    process writes there, DamagedError when the store's bytes changed.
     """
-    folder, dashboards = out / safe_name(source.model) / safe_name(source.id), out / "sae_dashboard"
-    begin(out, folder, dashboards, math.ceil(sae.config.width / BATCH))
+    folder = out / safe_name(source.model) / safe_name(source.id)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(out, "exporting into this folder")
+    try:
+        begin(out, folder, math.ceil(sae.config.width / BATCH))
+        write_batches(sae, Lens(sae, unembedding), text, sample, source, folder, out / DASHBOARDS, seed, quiet)
+        for name, record in source.records().items():
+            write_bytes(folder / f"{name}.jsonl", (json.dumps(record) + "\n").encode())
+        written = {str(path.relative_to(out)): hash_file(path) for path in sorted(out.rglob("*")) if path.is_file()}
+        write_digests(out / DIGESTS, f"{source.model}, {source.id} for Neuronpedia", written)
+    finally:
+        os.close(lock)
+    return folder
+
+
+DASHBOARDS = "sae_dashboard"
+
+
+def begin(out: Path, folder: Path, n_batches: int) -> None:
+    """Take the digests of an older export away, what a killed one left, and batches that none will overwrite.
+
+    Raises DiskError when `out` holds something else.
+    """
+    found = {path.relative_to(out) for path in [*out.iterdir(), *folder.parent.glob("*")]}
+    ours = {folder.parent, folder, out / DASHBOARDS, out / DIGESTS}
+    if other := sorted(
+        str(path) for path in found - {path.relative_to(out) for path in ours} if path.suffix != PARTIAL
+    ):
+        raise DiskError(f"{out}: holds something else ({', '.join(other[:3])}); choose an empty folder")
+    (out / DIGESTS).unlink(missing_ok=True)
+    sweep_partials(out)
+    for path in [*folder.glob("*/batch-*.jsonl.gz"), *(out / DASHBOARDS).glob("batch-*.json")]:
+        if not (number := path.name.removeprefix("batch-").partition(".")[0]).isdecimal() or int(number) >= n_batches:
+            path.unlink()
+
+
+def write_batches(
+    sae: NestedSAE, lens: Lens, text: TokenText, sample: Sample, source: Source, folder: Path, dashboards: Path, seed: int,
+    quiet: bool,
+) -> None:  # fmt: skip
+    """Stream the rows and write BATCH latents at a time, in both formats."""
     tokens, counted = sample.split.tokens, sample.counted()
-    lens = Lens(sae, unembedding)
     readable = lru_cache(maxsize=None)(text.plain)
     for first, found in gather(sae, sample, quiet):
         features, lines, examples = [], [], []
         for latent, (rows, values) in enumerate(found, first):
-            about = lens.about(latent, readable) | histogram(values, "freq_hist_data") | {
-                "feature_index": latent, "frac_nonzero": len(values) / sample.n_rows,
-            }  # fmt: skip
+            own = {"feature_index": latent, "frac_nonzero": len(values) / sample.n_rows}
+            about = lens.about(latent, readable) | histogram(values, "freq_hist_data") | own
             rng = numpy_rng(seed, "neuronpedia", latent)
             shown = [show(e, rows, values, tokens, readable) for e in choose(rows, values, counted, sample.n_rows, rng)]
             features.append(dashboard_feature(about, shown, source))
@@ -180,22 +219,6 @@ def export_neuronpedia(
         write_bytes(dashboards / f"{name}.json", json.dumps(batch | {"features": features}).encode())
         write_lines(folder / "features" / f"{name}.jsonl.gz", lines)
         write_lines(folder / "activations" / f"{name}.jsonl.gz", examples)
-    for name, record in source.records().items():
-        write_bytes(folder / f"{name}.jsonl", (json.dumps(record) + "\n").encode())
-    return folder
-
-
-def begin(out: Path, folder: Path, dashboards: Path, n_batches: int) -> None:
-    """Take the completion marker of an older export away, and batches that none will overwrite.
-
-    Raises DiskError when `out` holds something else.
-    """
-    if out.is_dir() and (other := sorted({p.name for p in out.iterdir()} - {folder.parent.name, dashboards.name})):
-        raise DiskError(f"{out}: holds something else ({', '.join(other[:3])}); choose an empty folder")
-    (folder / "source.jsonl").unlink(missing_ok=True)
-    for path in [*folder.glob("*/batch-*.jsonl.gz"), *dashboards.glob("batch-*.json")]:
-        if not (number := path.name.removeprefix("batch-").partition(".")[0]).isdecimal() or int(number) >= n_batches:
-            path.unlink()
 
 
 def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
@@ -475,7 +498,7 @@ def command(
         sample.n_rows // store.context, store.context, f"hook_{store.config.get('hook', 'resid_post')}",
         n_layers, store.d_model, created,
     )  # fmt: skip
-    click.echo(export_neuronpedia(sae, store, unembedding, text, sample, source, out, seed=seed))
+    click.echo(export_neuronpedia(sae, unembedding, text, sample, source, out, seed=seed))
 
 
 def newest(path: Path) -> float:

@@ -105,6 +105,8 @@ def folder_checker(path: Path) -> Check | None:
         return check_latents
     if path.name.endswith("_files") and (path / DIGESTS).is_file():
         return check_report_files
+    if (path / DIGESTS).is_file():
+        return check_digests
     return check_folder if any(checker_of(child) for child in children(path)) else None
 
 
@@ -189,6 +191,11 @@ def check_foreign(path: Path, found: Findings) -> None:
         return
     foreign.load_sae(path)
     found.unseal(path, "made elsewhere, or exported by an older version: it can be read, and carries no digest")
+
+
+def check_digests(path: Path, found: Findings) -> None:
+    """A folder that carries the digests of all that lies in it: an export to Neuronpedia."""
+    found.problems += digest_problems(path / DIGESTS, path)
 
 
 def check_member(path: Path, found: Findings) -> None:
