@@ -103,6 +103,11 @@ def test_hashes_are_as_the_page_says(tiny_store: Path, attributes: dict[str, Any
     assert attributes["statistics"]["mean_sha256"] == sha256(group["mean"][:].astype("<f8").tobytes())
     named = {"config": attributes["config"], "tokens_sha256": attributes["tokens_sha256"]}
     assert attributes["id"] == sha256(canonical(named))
+    first = {
+        split: {name: attributes[f"{name}_sha256"][split] for name in ("tokens", "special")}
+        for split in ("train", "eval")
+    }
+    assert attributes["origin"] == sha256(canonical({"config": attributes["config"], "first": first}))
     assert attributes.pop("seal") == sha256(canonical(attributes))
 
 
@@ -143,15 +148,17 @@ def test_shard_is_chunks_and_an_index(tiny_store: Path, train: dict[str, Any]) -
     assert google_crc32c.value(index[:-4]) == int.from_bytes(index[-4:], "little")
 
 
-def test_commit_record_is_length_and_digests(tiny_store: Path, train: dict[str, Any]) -> None:
-    """A commit record is 2³² and the digests."""
+def test_commit_record_is_tags_and_digests(tiny_store: Path, train: dict[str, Any], attributes: dict[str, Any]) -> None:
+    """A commit record says in its upper halves whose it is and has the digests below."""
     for k, n_chunks in enumerate((8, 8, 3)):
         resid = (tiny_store / f"train/resid/c/{k}/0").read_bytes()
         ends = [(i + 1) * (CHUNK_NBYTES + 4) for i in range(n_chunks)]
         digests = [google_crc32c.value(b"".join(resid[end - 4 : end] for end in ends))]
         for file in (f"train/norm/c/{k}", f"train/moments/c/{k}/0"):
             digests.append(google_crc32c.value((tiny_store / file).read_bytes()[-4:]))
-        assert train["commit"][k].tolist() == [2**32 + digest for digest in digests]
+        names = [f"{attributes['origin']}/train/{k}/{name}".encode() for name in ("resid", "norm", "moments")]
+        tags = [google_crc32c.value(name) | 2**31 for name in names]
+        assert train["commit"][k].tolist() == [2**32 * tag + digest for tag, digest in zip(tags, digests)]
 
 
 def test_shard_crc_says_nothing_of_rows(tiny_store: Path) -> None:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.base.errors import DamagedError, MismatchError, PipelineError
+from pipeline.base.errors import DamagedError, MismatchError, PipelineError, StoreError
 from pipeline.base.runtime import numpy_rng
 from pipeline.store.prepare import SplitTokens, prepare, segments
 from pipeline.store.reader import Store
 from pipeline.store.shards import with_crc
-from support.stores import make_store, make_tokens, prepare_store, store_config, write_shards
+from support.stores import as_version_1, make_store, make_tokens, prepare_store, store_config, write_shards
 from test_store import SMALL, tree
 
 SIZES: dict[str, Any] = {"n_sequences": 19, "eval_sequences": 5, **SMALL}
@@ -151,6 +151,87 @@ def test_swapped_shards_are_found(store: Path) -> None:
     first.write_bytes(second.read_bytes())
     second.write_bytes(data)
     assert len(problems(store)) == 2
+
+
+SHARD = ("resid/c/{}/0", "norm/c/{}", "moments/c/{}/0", "commit/c/{}/0")
+"""Every file of a shard, its commit record included."""
+
+
+def shard_files(path: Path, split: str, k: int) -> list[Path]:
+    return [path / split / name.format(k) for name in SHARD]
+
+
+def test_swapped_shards_with_records_are_refused(store: Path) -> None:
+    """Two shards swapped with all their files are refused when opening, and each is named."""
+    for first, second in zip(shard_files(store, "train", 0), shard_files(store, "train", 1)):
+        data = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(data)
+    with pytest.raises(DamagedError, match="commit/c/0/0: not the commit record of shard 0 of train of this store"):
+        Store.open(store)
+    assert len(problems(store)) == 2
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"layer": 4}])
+def test_shard_of_another_store_is_refused(store: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    """A shard that was copied with its record from a store of another seed or layer is refused."""
+    config = store_config(**SMALL) | change
+    tokens = make_tokens(0, "train", 19, 4), make_tokens(0, "eval", 5, 4)
+    writer = prepare(tmp_path / "other.zarr", config, *tokens, {})
+    write_shards(writer)
+    for ours, theirs in zip(shard_files(store, "train", 1), shard_files(tmp_path / "other.zarr", "train", 1)):
+        ours.write_bytes(theirs.read_bytes())
+    with pytest.raises(DamagedError, match="another shard, split, store or layer wrote it"):
+        Store.open(store)
+    assert len(problems(store)) == 1
+
+
+def test_shard_of_the_other_split_is_refused(store: Path) -> None:
+    """A shard of the training split in the place of one of the evaluation split is refused."""
+    for ours, theirs in zip(shard_files(store, "eval", 0), shard_files(store, "train", 0)):
+        ours.write_bytes(theirs.read_bytes())
+    with pytest.raises(DamagedError, match="not the commit record of shard 0 of eval"):
+        Store.open(store)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("name", ["resid/c/0/0", "norm/c/0", "moments/c/0/0"])
+def test_reading_compares_with_the_record(store: Path, version: int, name: str) -> None:
+    """A whole file of another shard that opening cannot see is refused by whoever reads it, and spares other shards."""
+    if version == 1:
+        as_version_1(store)
+    (store / "train" / name).write_bytes((store / "train" / name.replace("c/0", "c/1")).read_bytes())
+    opened = Store.open(store)
+    assert torch.equal(opened.eval.read(0, 20), Store.open(store).eval.read(0, 20))
+    with pytest.raises(DamagedError, match="whole, but not the file that was committed"):
+        opened.train.read(0, 4), opened.train.norm, opened.train.moments
+
+
+def test_extension_keeps_the_origin(tmp_path: Path) -> None:
+    """Whole shards stay as they were when a store is extended, and their records still name them."""
+    first = make_store(tmp_path / "s.zarr", n_sequences=16, eval_sequences=5, **SMALL)
+    before = tree(tmp_path / "s.zarr")
+    store = make_store(tmp_path / "s.zarr", **SIZES)
+    assert store.attributes["origin"] == first.attributes["origin"]
+    assert store.id != first.id
+    kept = [f"train/{name.format(k)}" for name in SHARD for k in range(first.train.n_shards)]
+    assert {key: tree(store.path)[key] for key in kept} == {key: before[key] for key in kept}
+
+
+def test_version_1_is_read_and_not_written(store: Path) -> None:
+    """A store of version 1 reads, verifies and is found finished; extending or repairing it is refused in one line."""
+    expected = everything_read(store)
+    config = Store.open(store).config
+    as_version_1(store)
+    assert everything_read(store) == expected
+    assert problems(store) == []
+    assert make_store(store, **SIZES).complete
+    before = tree(store)
+    longer = make_tokens(0, "train", 30, 4), make_tokens(0, "eval", 5, 4)
+    for repair in (False, True):
+        with pytest.raises(StoreError, match=r"version 1, which can be trained on .* not extended"):
+            prepare(store, config, *longer, {}, repair=repair)
+    assert tree(store) == before
 
 
 @pytest.mark.parametrize("key", ["train/tokens/c/1/0", "eval/tokens/c/0/0", "mean/c/0"])

@@ -131,7 +131,7 @@ def test_a_flipped_byte_of_the_truth_is_found(tmp_path: Path, key: str) -> None:
 def test_describe_and_verify_know_the_truth(store: Store) -> None:
     """Kind, spec and arrays are named; nothing is wrong."""
     said = describe(str(store.path))
-    assert said["version"] == 2
+    assert said["version"] == 3
     assert said["config"]["kind"] == "truth"
     assert said["config"]["truth"]["n_features"] == 20
     assert set(said["extras"]) == set(store.extras)

@@ -31,7 +31,7 @@ from pipeline.base.files import (
 from pipeline.store.backend import Files, is_url, make_folder
 from pipeline.store.layout import OUR_KEY, SPLITS, Extra, Layout, SplitLayout, little_endian, metadata_files, pad_rows
 from pipeline.store.objects import open_files
-from pipeline.store.reader import FORMAT, ROOT_KEY, Store, read_root, write_root
+from pipeline.store.reader import FORMAT, ROOT_KEY, VERSION, Store, read_root, write_root
 from pipeline.store.shards import with_crc, without_crc
 from pipeline.store.split import Mask, Rows
 from pipeline.store.writer import StoreWriter, sweep
@@ -125,7 +125,11 @@ def resume(path: Path | str, config: Mapping[str, Any], n_train: int, n_eval: in
         return None
     require_same(store.path, store.config, config, "the store")
     require_sizes(store.where, store.attributes, n_train, n_eval)
-    return StoreWriter.open(path) if n_train == store.train.n_sequences else None
+    if n_train != store.train.n_sequences:
+        return None
+    if not store.complete:
+        require_written(store.where, store.attributes)
+    return StoreWriter.open(path)
 
 
 def prepare(
@@ -193,6 +197,7 @@ def read_previous(
         return None  # a first preparation that was killed: nothing of it is worth keeping
     path = Path(files.where(""))
     require_same(path, previous["config"], config, "the store")
+    require_written(str(path), previous)
     require_sizes(str(path), previous, splits["train"].n_sequences, splits["eval"].n_sequences)
     for name in SPLITS:
         found = splits[name].hashes(previous["n_sequences"][name])
@@ -241,6 +246,15 @@ def require_known(
         raise MismatchError(
             f"{files.where('')}: its root is damaged and no other file shows that it was made with this config and these "
             f"tokens (config {hash_config(config)[:10]}…); use the command that made it, or another path"
+        )
+
+
+def require_written(where: str, previous: Mapping[str, Any]) -> None:
+    """Raise StoreError for a store of a version that is read and not written any more."""
+    if previous["version"] != VERSION:
+        raise StoreError(
+            f"{where}: is of version {previous['version']}, which can be trained on and evaluated, but not extended, repaired "
+            f"or gone on with (version {VERSION} is written); use it as it is, or harvest to another path"
         )
 
 
@@ -294,11 +308,13 @@ def new_attributes(
     described = {path: Extra.of(path, data) for path, data in sorted(extras.items())}
     beside = {"extras": {path: extra.to_dict() for path, extra in described.items()}} if extras else {}
     of_rows = {"tokens_sha256": tokens} if tokens else {"special_sha256": special, **beside}
+    first = {"train": splits["train"].hashes(cumulative[0]), "eval": hashes["eval"]}
     return {
         "format": FORMAT,
-        "version": 1 if tokens and not extras else 2,
+        "version": VERSION,
         "state": "prepared",
         "id": hash_config({"config": config, **of_rows}),
+        "origin": hash_config({"config": config, "first": first, **beside}),
         "config": dict(config),
         "segments": list(cumulative),
         "n_sequences": n_sequences,

@@ -30,8 +30,9 @@ from pipeline.store.objects import open_files
 from pipeline.store.split import Split as Split
 from pipeline.store.split import read_array, read_part, to_numpy
 
-FORMAT, VERSIONS = "nested-sae-activations", (1, 2)
-"""A store is written in the first version that can say what it is: 2 where rows have no tokens or arrays stand beside them."""
+FORMAT, VERSION = "nested-sae-activations", 3
+READ_VERSIONS = (1, 2, VERSION)
+"""Those before, whose commit records do not say whose they are, are read and not written."""
 ROOT_KEY = "zarr.json"
 Check = tuple[str, Callable[[], None]]
 
@@ -49,7 +50,12 @@ class Store:
         self._extras = extras_of(attributes)
         self._statistics = Statistics(**attributes["statistics"]) if self.complete else None
         self.train, self.eval = (
-            Split(files, SplitLayout(name, self.layout, attributes["n_sequences"][name]), self._statistics)
+            Split(
+                files,
+                SplitLayout(name, self.layout, attributes["n_sequences"][name]),
+                self._statistics,
+                attributes.get("origin"),
+            )
             for name in SPLITS
         )
 
@@ -210,8 +216,8 @@ def read_root(files: Files) -> dict[str, Any]:
         whole = attributes.get("seal") == seal(attributes) and group_metadata(attributes) == data
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{where}: not readable as a Zarr group ({error}); run harvest --repair") from error
-    if found[0] != FORMAT or found[1] not in VERSIONS:
-        known = " or ".join(map(str, VERSIONS))
+    if found[0] != FORMAT or found[1] not in READ_VERSIONS:
+        known = ", ".join(map(str, READ_VERSIONS))
         raise StoreError(
             f"{where}: expected format {FORMAT} version {known}, found {found[0]} version {found[1]}; harvest again, or use "
             f"the release that made it"
@@ -263,7 +269,17 @@ def describe_store(store: Store) -> dict[str, Any]:
         }
         for split in store.splits
     }
-    names = ("format", "version", "state", "id", "config", "segments", "tokens_sha256", "versions")
+    names = (
+        "format",
+        "version",
+        "state",
+        "id",
+        *(["origin"] if "origin" in store.attributes else []),
+        "config",
+        "segments",
+        "tokens_sha256",
+        "versions",
+    )
     described = {name: store.attributes[name] for name in names} | {"splits": splits, "bytes": sum(held.values())}
     if store.extras:
         described["extras"] = store.attributes["extras"]

@@ -164,8 +164,13 @@ def read_index(files: Files, key: str, n_slots: int, n_chunks: int) -> Index:
     return present
 
 
-def read_chunk(files: Files, key: str, entry: tuple[int, int], codec: str, out: npt.NDArray[Any]) -> None:
-    """Read one whole chunk into `out`, contiguous [chunk_rows, d_model]. Raises DamagedError when its crc32c is wrong."""
+def read_chunk(
+    files: Files, key: str, entry: tuple[int, int], codec: str, committed: bytes, out: npt.NDArray[Any]
+) -> None:
+    """Read one whole chunk into `out`, contiguous [chunk_rows, d_model]. Raises DamagedError when its crc32c is wrong.
+
+    `committed`: the checksum that the shard's commit record vouches for.
+    """
     offset, nbytes = entry
     stored = bytearray(4)
     data = as_bytes(out) if codec == "none" else np.empty(max(nbytes - 4, 0), np.uint8)
@@ -174,7 +179,7 @@ def read_chunk(files: Files, key: str, entry: tuple[int, int], codec: str, out: 
             f"{files.where(key)}: a chunk of {nbytes} bytes, expected {len(data) + 4}; run harvest --repair"
         )
     files.read_into(key, offset, [data.data, memoryview(stored)])
-    require_crc(files.where(key), entry, data, bytes(stored))
+    require_crc(files.where(key), entry, data, committed)
     if codec != "none":
         decompress(compressor(codec).decode, data, out, f"{files.where(key)}, byte {offset}")
 

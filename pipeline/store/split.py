@@ -13,14 +13,24 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from pipeline.base.errors import DamagedError, StoreError, UsageError
+from pipeline.base.files import crc32c
 from pipeline.store.backend import Files, LocalFiles
 from pipeline.store.layout import COMMITTED, Array, SplitLayout
 from pipeline.store.mapping import MappedShard, map_file
 from pipeline.store.moments import Statistics, not_massive
 from pipeline.store.shards import Index, check_bodies, digest, read_chunk, read_index, without_crc
 
-COMMIT_FLAG = 1 << 32
-"""Added to a digest in a commit record, so that a record that was never written, 0, is not a digest."""
+
+def commit_tags(origin: str | None, split: str, k: int) -> tuple[int, ...]:
+    """The upper 32 bits of the record of shard k, a number for each file that it vouches for: whose record it is.
+
+    Of a store with an `origin` (FORMAT.md): the crc32c of "origin/split/k/array" with the top bit set, so that a record
+    that was never written, 0, is none. Of version 1, which has none: 1.
+    """
+    if origin is None:
+        return (1,) * len(COMMITTED)
+    return tuple(crc32c(f"{origin}/{split}/{k}/{name}".encode()) | 1 << 31 for name in COMMITTED)
+
 
 Rows = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -36,19 +46,39 @@ def read_array(files: Files, array: Array) -> npt.NDArray[Any]:
     return np.concatenate([read_part(files, array, k) for k in range(array.n_files)])
 
 
-def read_part(files: Files, array: Array, k: int) -> npt.NDArray[Any]:
-    """What the k-th file of such an array holds, without the padding of the last. Raises DamagedError."""
-    data = without_crc(files.read(array.key(k)), files.where(array.key(k)))
-    if len(data) + 4 != array.file_nbytes:
-        raise DamagedError(f"{files.where(array.key(k))}: {len(data) + 4} bytes, expected {array.file_nbytes}")
+def read_part(files: Files, array: Array, k: int, committed: int | None = None) -> npt.NDArray[Any]:
+    """What the k-th file of such an array holds, without the padding of the last. Raises DamagedError.
+
+    With `committed`, the digest of its commit record, it must be that very file.
+    """
+    where, stored = files.where(array.key(k)), files.read(array.key(k))
+    data = without_crc(stored, where)
+    if len(stored) != array.file_nbytes:
+        raise DamagedError(f"{where}: {len(stored)} bytes, expected {array.file_nbytes}")
+    if committed is not None:
+        require_digest(where, digest([stored[-4:]]), committed)
     return np.frombuffer(data, array.numpy_dtype).reshape(array.chunk)[: array.shape[0] - k * array.chunk[0]]
 
 
-class Split:
-    """The training or the evaluation part of a store. Row r is position r % context of sequence r // context."""
+def require_digest(where: str, found: int, committed: int) -> None:
+    """Raise DamagedError unless a file is the one that was committed."""
+    if found != committed:
+        raise DamagedError(
+            f"{where}: whole, but not the file that was committed (digest {found:#010x}, committed {committed:#010x}); run "
+            f"harvest --repair"
+        )
 
-    def __init__(self, files: Files, shape: SplitLayout, statistics: Statistics | None) -> None:
-        self.files, self.shape, self.statistics = files, shape, statistics
+
+class Split:
+    """The training or the evaluation part of a store. Row r is position r % context of sequence r // context.
+
+    Rows, norms and moments that are read are those that were committed, for this shard of this store (`origin`).
+    """
+
+    def __init__(
+        self, files: Files, shape: SplitLayout, statistics: Statistics | None, origin: str | None = None
+    ) -> None:
+        self.files, self.shape, self.statistics, self.origin = files, shape, statistics, origin
         self.name, self.n_rows, self.n_sequences = shape.name, shape.n_rows, shape.n_sequences
         self.n_shards, self.shard_rows, self.chunk_rows = (
             shape.n_shards,
@@ -58,6 +88,8 @@ class Split:
         self.n_chunks = -(-self.n_rows // self.chunk_rows)
         self.arrays = shape.arrays
         self._index: dict[int, Index] = {}
+        self._records: dict[int, tuple[int, ...]] = {}
+        self._checksums: dict[int, list[bytes]] = {}
 
     @cached_property
     def tokens(self) -> Rows:
@@ -72,12 +104,12 @@ class Split:
     @cached_property
     def norm(self) -> npt.NDArray[np.float32]:
         """‖x‖ of every row before centring, float32 [n_rows]."""
-        return read_array(self.files, self.arrays["norm"])
+        return np.concatenate([self.shard_norm(k) for k in range(self.n_shards)])
 
     @cached_property
     def moments(self) -> npt.NDArray[np.float64]:
         """Count, Σ‖x‖², Σx of each shard's non-special rows, float64 [n_shards, 2 + d_model]."""
-        return read_array(self.files, self.arrays["moments"])
+        return np.concatenate([self._committed("moments", k) for k in range(self.n_shards)])
 
     def kept(self, max_norm: float | Literal["store"] | None = "store") -> Mask:
         """Rows that count, bool [n_rows]: not special, and norm at most `max_norm` times the training median.
@@ -110,7 +142,11 @@ class Split:
 
     def shard_norm(self, k: int) -> npt.NDArray[np.float32]:
         """‖x‖ of the rows of shard k, float32 [row]."""
-        return read_part(self.files, self.arrays["norm"], k)
+        return self._committed("norm", k)
+
+    def _committed(self, name: str, k: int) -> npt.NDArray[Any]:
+        """Shard k's part of an array that its commit record vouches for."""
+        return read_part(self.files, self.arrays[name], k, self.record(k)[COMMITTED.index(name)])
 
     def massive(self, multiple: float | None, median: float) -> npt.NDArray[np.int64]:
         """Rows, in order, that are not special and whose norm is beyond `multiple` medians; none when it is None.
@@ -144,10 +180,43 @@ class Split:
             return None
         where = self.files.where(array.key(k))
         data = without_crc(self.files.read(array.key(k)), where)
-        record = [int(value) for value in np.frombuffer(data, array.numpy_dtype)] if len(data) == 24 else []
-        if len(record) != len(COMMITTED) or any(value >> 32 != 1 for value in record):
+        if len(data) != array.file_nbytes - 4:
             raise DamagedError(f"{where}: not a commit record; run harvest --repair")
-        return tuple(value - COMMIT_FLAG for value in record)
+        record = [int(value) for value in np.frombuffer(data, array.numpy_dtype)]
+        if tuple(value >> 32 for value in record) != commit_tags(self.origin, self.name, k):
+            raise DamagedError(
+                f"{where}: not the commit record of shard {k} of {self.name} of this store (another shard, split, store or "
+                f"layer wrote it); run harvest --repair"
+            )
+        return tuple(value & 0xFFFFFFFF for value in record)
+
+    def record(self, k: int) -> tuple[int, ...]:
+        """As `commit`, read once. Raises DamagedError when shard k is not committed."""
+        if k not in self._records:
+            record = self.commit(k)
+            if record is None:
+                where = self.files.where(self.arrays["commit"].key(k))
+                raise DamagedError(f"{where}: gone, so shard {k} is not committed; run harvest --repair")
+            self._records[k] = record
+        return self._records[k]
+
+    def forget(self, k: int) -> None:
+        """Read shard k's record, index and checksums again when they are next needed: its files are others now."""
+        self._records.pop(k, None)
+        self._index.pop(k, None)
+        self._checksums.pop(k, None)
+
+    def checksums(self, k: int) -> list[bytes]:
+        """The crc32c behind each chunk of shard k, which its commit record vouches for; read once, 4 bytes a chunk."""
+        if k not in self._checksums:
+            key, found = self.arrays["resid"].key(k), []
+            for offset, nbytes in self.index(k).tolist():
+                stored = bytearray(4)
+                self.files.read_into(key, offset + nbytes - 4, [memoryview(stored)])
+                found.append(bytes(stored))
+            require_digest(self.files.where(key), digest(found), self.record(k)[COMMITTED.index("resid")])
+            self._checksums[k] = found
+        return self._checksums[k]
 
     def index(self, k: int) -> Index:
         """Where shard k's chunks stand in its file, (offset, nbytes) uint64 [chunk, 2]; read once, checked."""
@@ -161,15 +230,12 @@ class Split:
 
         With `bodies`, every byte of its files is read and compared with the commit record.
         """
-        record = self.commit(k)
-        if record is None:
-            where = self.files.where(self.arrays["commit"].key(k))
-            raise DamagedError(f"{where}: gone, so shard {k} is not committed; run harvest --repair")
+        self.forget(k)
+        record = self.record(k)
         for name in ("norm", "moments"):
             array = self.arrays[name]
             if (size := self.files.size(array.key(k))) != array.file_nbytes:
                 raise DamagedError(f"{self.files.where(array.key(k))}: {size} bytes, expected {array.file_nbytes}")
-        self._index.pop(k, None)
         index = self.index(k)
         if bodies:
             self._check_bodies(k, index, record)
@@ -181,11 +247,7 @@ class Split:
             without_crc(data, self.files.where(self.arrays[name].key(k)))
             found.append(digest([data[-4:]]))
         for name, digest_found, expected in zip(COMMITTED, found, record):
-            if digest_found != expected:
-                raise DamagedError(
-                    f"{self.files.where(self.arrays[name].key(k))}: whole, but not the file that was committed (digest "
-                    f"{digest_found:#010x}, committed {expected:#010x}); run harvest --repair"
-                )
+            require_digest(self.files.where(self.arrays[name].key(k)), digest_found, expected)
 
     def chunk_rows_range(self, chunk: int) -> tuple[int, int]:
         """First row of an inner chunk counted through the split, and one past its last."""
@@ -194,7 +256,8 @@ class Split:
     def read_chunk(self, chunk: int, out: Shaped[Tensor, "row d_model"]) -> None:
         """Read the rows of one chunk into `out`, contiguous, the store's dtype, exactly as many rows as the chunk has.
 
-        One preadv straight into `out` with codec none; the crc32c is checked. Safe to call from several threads.
+        One preadv straight into `out` with codec none; the crc32c is checked, and is the one that was committed. Safe to
+        call from several threads.
         """
         start, stop = self.chunk_rows_range(chunk)
         if out.shape != (stop - start, self.shape.layout.d_model) or out.dtype != self.shape.layout.torch_dtype:
@@ -203,7 +266,8 @@ class Split:
         whole = torch.empty(self.chunk_rows, out.shape[1], dtype=out.dtype) if ragged else out
         k, slot = divmod(chunk, self.shape.layout.chunks_per_shard)
         offset, nbytes = (int(value) for value in self.index(k)[slot])
-        read_chunk(self.files, self.arrays["resid"].key(k), (offset, nbytes), self.shape.layout.codec, to_numpy(whole))
+        codec, committed = self.shape.layout.codec, self.checksums(k)[slot]
+        read_chunk(self.files, self.arrays["resid"].key(k), (offset, nbytes), codec, committed, to_numpy(whole))
         if ragged:
             out.copy_(whole[: stop - start])
 

@@ -30,7 +30,7 @@ from pipeline.store.layout import COMMITTED, pad_rows
 from pipeline.store.moments import MASSIVE_MULTIPLE, Statistics, mean_and_scale, median_of, merge, norms_and_moments
 from pipeline.store.reader import Store, moments_without, write_root
 from pipeline.store.shards import ShardStream, digest, with_crc
-from pipeline.store.split import COMMIT_FLAG, Split, to_numpy
+from pipeline.store.split import Split, commit_tags, to_numpy
 
 
 class StoreWriter:
@@ -83,6 +83,7 @@ class StoreWriter:
         arrays = self.split(name).arrays
         for array in ("commit", *COMMITTED):
             self.files.delete(arrays[array].key(k))
+        self.split(name).forget(k)
 
     def give_up_damaged(self) -> list[tuple[str, int]]:
         """Read every committed shard and give up those that are not as they were committed; returns (split, shard)."""
@@ -188,7 +189,9 @@ def commit(files: Files, split: Split, k: int, resid_digest: int, written: Shard
     moments = with_crc(merge(np.stack(written.moments)))
     files.write(arrays["norm"].key(k), norm)
     files.write(arrays["moments"].key(k), moments)
-    record = np.array([resid_digest, digest([norm[-4:]]), digest([moments[-4:]])], "<u8") + np.uint64(COMMIT_FLAG)
+    digests = (resid_digest, digest([norm[-4:]]), digest([moments[-4:]]))
+    tags = commit_tags(split.origin, split.name, k)
+    record = np.array([tag << 32 | value for tag, value in zip(tags, digests)], "<u8")
     files.write(arrays["commit"].key(k), with_crc(record))
 
 

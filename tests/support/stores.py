@@ -22,8 +22,10 @@ from torch import Tensor
 
 from pipeline.base.runtime import numpy_rng, rank, world_size
 from pipeline.store.layout import Layout
+from pipeline.store.objects import open_files
 from pipeline.store.prepare import SplitTokens, prepare, resume
-from pipeline.store.reader import Store
+from pipeline.store.reader import Store, read_root, write_root
+from pipeline.store.shards import with_crc
 from pipeline.store.writer import StoreWriter
 
 RANK_OF_RESIDUALS = 8
@@ -101,6 +103,16 @@ def one_sequence(d_model: int, context: int, seed: int, split: str, i: int) -> n
     rng = numpy_rng(seed, split, "rows", i)
     low_rank = rng.standard_normal((context, RANK_OF_RESIDUALS), np.float32)
     return 0.5 * mean + low_rank @ basis + np.float32(0.3) * rng.standard_normal((context, d_model), np.float32)
+
+
+def as_version_1(path: Path) -> None:
+    """Make a store one of version 1, as FORMAT.md has it: no origin, and 1 in the upper half of every commit record."""
+    for file in path.glob("*/commit/c/*/0"):
+        file.write_bytes(with_crc((np.frombuffer(file.read_bytes()[:-4], "<u8") & 0xFFFFFFFF) | 1 << 32))
+    files = open_files(path)
+    attributes = read_root(files)
+    del attributes["origin"], attributes["seal"]
+    write_root(files, attributes | {"version": 1})
 
 
 def write_shards(writer: StoreWriter, delay: float = 0.0) -> None:
