@@ -99,9 +99,31 @@ def test_available_memory_respects_the_cgroup(tmp_path: Path, monkeypatch: pytes
     (tmp_path / names[0]).write_text("5000000\n")
     (tmp_path / names[1]).write_text("4000000\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 1500000\nactive_file 500000\n")
-    monkeypatch.setattr(runtime, "CGROUPS", ((tmp_path, *names),))
+    monkeypatch.setattr(runtime, "CGROUPS", (("memory" if version == 1 else "", tmp_path, *names),))
+    monkeypatch.setattr(runtime, "OWN_CGROUPS", tmp_path / "none")
     assert runtime.available_memory() == 3_000_000
     (tmp_path / names[0]).write_text("max\n")
+    assert runtime.available_memory() > 3_000_000
+
+
+@pytest.mark.parametrize("limited", ["slurm", "slurm/job_7", "slurm/job_7/step_0"])
+@pytest.mark.parametrize(("version", "own"), [(2, "0::/slurm/job_7/step_0"), (1, "9:cpu,memory:/slurm/job_7/step_0")])
+def test_a_jobs_own_memory_limit_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, own: str, limited: str
+) -> None:
+    """A limit of the cgroup of a Slurm job's step, of the job, or of all jobs counts, though the root sets none."""
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    folder = tmp_path / "cgroup" / limited
+    (tmp_path / "cgroup/slurm/job_7/step_0").mkdir(parents=True)
+    (folder / names[0]).write_text("5000000\n")
+    (folder / names[1]).write_text("4000000\n")
+    (folder / "memory.stat").write_text("inactive_file 1500000\nactive_file 500000\n")
+    (tmp_path / "own").write_text(f"3:pids:/elsewhere\n{own}\n")
+    controller = "memory" if version == 1 else ""
+    monkeypatch.setattr(runtime, "CGROUPS", ((controller, tmp_path / "cgroup", *names),))
+    monkeypatch.setattr(runtime, "OWN_CGROUPS", tmp_path / "own")
+    assert runtime.available_memory() == 3_000_000
+    (tmp_path / "own").write_text("0::/../../elsewhere\n")
     assert runtime.available_memory() > 3_000_000
 
 

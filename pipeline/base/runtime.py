@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -113,22 +113,38 @@ def world_size() -> int:
 
 
 CGROUPS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),  # version 2
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
+    ("", Path("/sys/fs/cgroup"), "memory.max", "memory.current"),  # version 2
+    ("memory", Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
 )
+"""Controller, as in OWN_CGROUPS, folder, and files of the limit and of what is used."""
+OWN_CGROUPS = Path("/proc/self/cgroup")
+"""The kernel's list of the cgroups that this process is in: a line `number:controllers:path` for each hierarchy."""
 
 
 def available_memory() -> int:
-    """Bytes of memory that can be used without swapping (MemAvailable, within the cgroup's limit if there is one)."""
+    """Bytes of memory that can be used without swapping (MemAvailable, within the limit of every cgroup around this process)."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    for folder, limit, used in CGROUPS:
+    for folder, limit, used in memory_cgroups():
         if (folder / limit).exists() and (allowed := (folder / limit).read_text().strip()) != "max":
             available = min(available, int(allowed) - int((folder / used).read_text()) + cached(folder))
     return max(available, 0)
+
+
+def memory_cgroups() -> Iterator[tuple[Path, str, str]]:
+    """The cgroup that this process is in and all those around it, any of which may set a limit (a Slurm job's is a child):
+    folder, file of the limit, file of what is used."""
+    lines = OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else []
+    own = {name: path for _, names, path in (line.split(":", 2) for line in lines) for name in names.split(",")}
+    for controller, folder, limit, used in CGROUPS:
+        yield folder, limit, used
+        parts = Path(own.get(controller, "/")).parts[1:]
+        if ".." not in parts:  # a path out of this process's namespace: only the folder itself is its own
+            for depth in range(len(parts)):
+                yield folder.joinpath(*parts[: depth + 1]), limit, used
 
 
 def cached(folder: Path) -> int:
