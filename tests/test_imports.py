@@ -217,7 +217,7 @@ def test_a_stopped_import_goes_on(tmp_path: Path) -> None:
 def restate(path: Path, attributes: dict[str, Any]) -> None:
     """Take the store back to "prepared", as a kill before the end leaves it."""
     from pipeline.store.objects import open_files
-    from pipeline.store.reader import write_root
+    from pipeline.store.root import write_root
 
     left = {name: value for name, value in attributes.items() if name not in ("statistics", "seal")}
     write_root(open_files(path), left | {"state": "prepared"})

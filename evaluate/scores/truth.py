@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from evaluate.scores.matching import best_matching
-from pipeline.base.errors import StoreError
+from pipeline.base.errors import DamagedError, StoreError
 from pipeline.sae.nested import NestedSAE
 
 if TYPE_CHECKING:
@@ -56,14 +56,30 @@ class Truth:
         def tensor(name: str) -> Tensor:
             return torch.from_numpy(np.array(store.extra(name))).to(device)
 
-        return Truth(
+        truth = Truth(
             directions=tensor("truth/directions"),
             parent=tensor("truth/parent").long(),
             depth=tensor("truth/depth").long(),
             probability=tensor("truth/probability"),
-            start=tensor("eval/truth/start"),
+            start=tensor("eval/truth/start").long(),
             feature=tensor("eval/truth/feature").long(),
         )
+        if problem := truth.problem():
+            raise DamagedError(f"{store.where}: its truth contradicts itself ({problem}); make the store again")
+        return truth
+
+    def problem(self) -> str:
+        """What of its numbers cannot be: an index out of range, firings that do not follow each other; else nothing."""
+        n, m = self.n_features, len(self.feature)
+        if bool(((self.parent < -1) | (self.parent >= n)).any()) or bool((self.depth < 0).any()):
+            return "a parent or a depth that no feature has"
+        if m and bool(((self.feature < 0) | (self.feature >= n)).any()):
+            return "a firing of a feature that there is not"
+        if int(self.start[0]) != 0 or int(self.start[-1]) != m or bool((self.start.diff() < 0).any()):
+            return "firings that are not row after row"
+        if not bool(self.directions.isfinite().all()):
+            return "a direction that is not finite"
+        return ""
 
     @property
     def n_features(self) -> int:

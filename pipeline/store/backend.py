@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
@@ -22,8 +23,8 @@ class Files(Protocol):
     def where(self, key: str) -> str:
         """The full path or URL of a key, for messages."""
 
-    def read(self, key: str) -> bytes:
-        """All bytes of a file. Raises DamagedError when it is not there."""
+    def read(self, key: str, most: int) -> bytes:
+        """All bytes of a file. Raises DamagedError when it is not there, or larger than `most` (then it is not read)."""
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill the buffers, one after the other, from `offset` on. Raises DamagedError when bytes are missing."""
@@ -54,15 +55,18 @@ class LocalFiles:
         """The file's path."""
         return str(self.root / key)
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, most: int) -> bytes:
         """All bytes of a file."""
         with disk_errors(self.root / key), missing_is_damage(self.where(key)):
-            return (self.root / key).read_bytes()
+            descriptor = open_regular(self.root / key)
+            with open(descriptor, "rb") as file:
+                require_small(self.where(key), size := os.fstat(descriptor).st_size, most)
+                return file.read(size)
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """One preadv; goes on where the kernel returns early."""
         with disk_errors(self.root / key), missing_is_damage(self.where(key)):
-            descriptor = os.open(self.root / key, os.O_RDONLY)
+            descriptor = open_regular(self.root / key)
         try:
             left = [buffer.cast("B") for buffer in buffers]
             while left:
@@ -119,6 +123,23 @@ def missing_is_damage(where: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DamagedError(f"{where}: the file is gone; run harvest --repair to make it again") from error
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor to read a file. Raises DamagedError for what has no end or no bytes: a device, a pipe, a folder."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for who writes it
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedError(
+            f"{path}: no regular file, which every file of a store is; remove it and run harvest --repair"
+        )
+    return descriptor
+
+
+def require_small(where: str, size: int, most: int) -> None:
+    """Raise DamagedError for a file that is larger than it can be."""
+    if size > most:
+        raise DamagedError(f"{where}: {size:,} bytes, expected {most:,} at most; run harvest --repair")
 
 
 def make_folder(folder: Path) -> None:

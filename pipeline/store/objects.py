@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 
 from pipeline.base.errors import DamagedError, DiskError, UsageError
 from pipeline.base.files import disk_errors
-from pipeline.store.backend import Files, LocalFiles, is_url
+from pipeline.store.backend import Files, LocalFiles, is_url, require_small
 
 OBSTORE = ("s3", "gs", "az", "abfs")
 """Protocols that obstore takes on where their own fsspec driver is not installed."""
@@ -64,10 +64,12 @@ class RemoteFiles:
         """The URL of a key."""
         return f"{self.url}/{key}" if key else self.url
 
-    def read(self, key: str) -> bytes:
-        """One GET."""
+    def read(self, key: str, most: int) -> bytes:
+        """One GET, of one byte more than there can be."""
         with remote_errors(self.where(key)):
-            return cast(bytes, self.fs.cat_file(self.path(key)))
+            data = cast(bytes, self.fs.cat_file(self.path(key), start=0, end=most + 1))
+        require_small(self.where(key), len(data), most)
+        return data
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """One GET of a range."""

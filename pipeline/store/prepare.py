@@ -7,7 +7,6 @@ is ours from the first byte on, and one whose preparation was killed cannot be t
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,8 @@ from pipeline.base.files import (
 from pipeline.store.backend import Files, is_url, make_folder
 from pipeline.store.layout import OUR_KEY, SPLITS, Extra, Layout, SplitLayout, little_endian, metadata_files, pad_rows
 from pipeline.store.objects import open_files
-from pipeline.store.reader import FORMAT, ROOT_KEY, VERSION, Store, read_root, write_root
+from pipeline.store.reader import Store
+from pipeline.store.root import FORMAT, ROOT_KEY, VERSION, read_root, read_segments, write_root
 from pipeline.store.shards import with_crc, without_crc
 from pipeline.store.split import Mask, Rows
 from pipeline.store.writer import StoreWriter, sweep
@@ -101,8 +101,8 @@ def segments(path: Path | str, *, repair: bool = False) -> tuple[int, ...]:
         if not repair:
             raise
     try:
-        return tuple(int(n) for n in json.loads(files.read("train/zarr.json"))["attributes"]["segments"])
-    except (DamagedError, ValueError, KeyError, TypeError):
+        return read_segments(files)
+    except DamagedError:
         return ()
 
 
@@ -167,7 +167,7 @@ def prepare(
     if previous is not None and (previous["state"] == "preparing" or previous["segments"] != attributes["segments"]):
         give_up_ragged(files, layout, attributes["segments"])
     for key, data in prepared_files(config, layout, splits, cumulative, extras):
-        if files.size(key) != len(data) or files.read(key) != data:
+        if not holds(files, key, data):
             files.write(key, data)
     write_root(files, attributes)
     writer = StoreWriter.open(path)
@@ -208,10 +208,15 @@ def read_previous(
     return previous
 
 
+def holds(files: Files, key: str, data: bytes) -> bool:
+    """Whether a file is there with just these bytes."""
+    return files.size(key) == len(data) and files.read(key, most=len(data)) == data
+
+
 def is_whole(files: Files, key: str) -> bool:
     """Whether a chunk file fits its crc32c."""
     try:
-        without_crc(files.read(key), key)
+        without_crc(files.read(key, most=files.size(key) or 0), key)
     except DamagedError:
         return False
     return True
@@ -236,7 +241,7 @@ def require_known(
     if not repair:
         raise DamagedError(f"{files.where(ROOT_KEY)}: gone, though the rest of a store is there; run harvest --repair")
     there = {
-        key: files.read(key) == data
+        key: holds(files, key, data)
         for key, data in prepared_files(config, Layout.from_config(config), splits, cumulative, extras)
         if key in keys and (key in GROUPS or "/tokens/c/" in key or key == "truth/directions/c/0/0")
     }

@@ -9,8 +9,7 @@ Nothing that is missing or changed is ever read as data: it raises DamagedError.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,16 @@ import torch
 from torch import Tensor
 
 from pipeline.base.errors import DamagedError, PipelineError, StoreError
-from pipeline.base.files import PARTIAL, canonical_json, hash_parts, sha256
+from pipeline.base.files import PARTIAL, hash_parts, sha256
 from pipeline.base.progress import Progress
 from pipeline.store.backend import Files
-from pipeline.store.layout import SPLITS, Layout, SplitLayout, extras_of, group_metadata
+from pipeline.store.layout import SPLITS, Layout, SplitLayout, extras_of
 from pipeline.store.moments import Statistics, mean_and_scale, merge, norms_and_moments
 from pipeline.store.objects import open_files
+from pipeline.store.root import MOST_BYTES, read_root
 from pipeline.store.split import Split as Split
 from pipeline.store.split import read_array, read_part, to_numpy
 
-FORMAT, VERSION = "nested-sae-activations", 3
-READ_VERSIONS = (1, 2, VERSION)
-"""Those before, whose commit records do not say whose they are, are read and not written."""
-ROOT_KEY = "zarr.json"
 Check = tuple[str, Callable[[], None]]
 
 
@@ -178,6 +174,12 @@ class Store:
             found = hash_parts(parts)
             if found != expected:
                 raise DamagedError(f"{self.files.where(array.path)}: SHA-256 {found[:10]}…, expected {expected[:10]}…")
+        if self.layout.has_tokens and "vocab" in self.config:
+            for k in range(split.n_shards):
+                tokens = split.shard_tokens(k)
+                if tokens.min() < 0 or tokens.max() >= self.config["vocab"]:
+                    where = self.files.where(split.arrays["tokens"].key(k))
+                    raise DamagedError(f"{where}: token ids beyond the model's {self.config['vocab']}; harvest again")
 
     def _check_extra(self, path: str) -> None:
         self.extra(path)
@@ -202,44 +204,9 @@ class Store:
         return problems
 
 
-def read_root(files: Files) -> dict[str, Any]:
-    """The attributes of the root group, checked against their seal. Raises StoreError or DamagedError."""
-    where = files.where(ROOT_KEY)
-    if files.size(ROOT_KEY) is None:
-        raise StoreError(
-            f"{where}: no such file, so there is no activation store here; make one with python -m harvest"
-        )
-    data = files.read(ROOT_KEY)
-    try:
-        attributes = json.loads(data)["attributes"]
-        found = attributes.get("format"), attributes.get("version")
-        whole = attributes.get("seal") == seal(attributes) and group_metadata(attributes) == data
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{where}: not readable as a Zarr group ({error}); run harvest --repair") from error
-    if found[0] != FORMAT or found[1] not in READ_VERSIONS:
-        known = ", ".join(map(str, READ_VERSIONS))
-        raise StoreError(
-            f"{where}: expected format {FORMAT} version {known}, found {found[0]} version {found[1]}; harvest again, or use "
-            f"the release that made it"
-        )
-    if not whole:
-        raise DamagedError(f"{where}: bytes changed since it was written (seal); run harvest --repair")
-    return dict(attributes)
-
-
-def write_root(files: Files, attributes: Mapping[str, Any]) -> None:
-    """Write the root's zarr.json, sealed: the one file that says what state the store is in."""
-    files.write(ROOT_KEY, group_metadata({**attributes, "seal": seal(attributes)}))
-
-
-def seal(attributes: Mapping[str, Any]) -> str:
-    """The hash of all attributes but the seal."""
-    return sha256(canonical_json({name: value for name, value in attributes.items() if name != "seal"}))
-
-
 def check_hash(files: Files, key: str, digest: str) -> None:
     """Raise DamagedError unless a file has this SHA-256."""
-    if sha256(files.read(key)) != digest:
+    if sha256(files.read(key, most=MOST_BYTES)) != digest:
         raise DamagedError(f"{files.where(key)}: bytes changed since it was written (SHA-256); run harvest --repair")
 
 

@@ -55,6 +55,11 @@ def chunk_bound(codec: str, nbytes: int) -> int:
     return nbytes
 
 
+def entry_bounds(codec: str, nbytes: int) -> tuple[int, int]:
+    """The fewest and the most bytes of a chunk of `nbytes` in its shard, checksum included."""
+    return (nbytes if codec == "none" else 1) + 4, chunk_bound(codec, nbytes) + 4
+
+
 def index_nbytes(n_slots: int) -> int:
     """Bytes of the index of a shard of so many slots."""
     return 16 * n_slots + 4
@@ -138,8 +143,8 @@ def require_crc(where: str, entry: tuple[int, int], data: Bytes, checksum: bytes
         )
 
 
-def read_index(files: Files, key: str, n_slots: int, n_chunks: int) -> Index:
-    """A shard's (offset, nbytes) of each chunk it holds, uint64 [n_chunks, 2].
+def read_index(files: Files, key: str, n_slots: int, n_chunks: int, entry: tuple[int, int]) -> Index:
+    """A shard's (offset, nbytes) of each chunk it holds, uint64 [n_chunks, 2]; `entry`: the bounds of nbytes.
 
     Raises DamagedError when the index does not fit its crc32c, when chunks are not at consecutive offsets from 0, when
     there are more or fewer than `n_chunks`, or when the file does not end with the index.
@@ -147,15 +152,16 @@ def read_index(files: Files, key: str, n_slots: int, n_chunks: int) -> Index:
     size = files.size(key)
     if size is None:
         raise DamagedError(f"{files.where(key)}: the shard is gone; run harvest --repair to make it again")
-    raw = bytearray(index_nbytes(n_slots))
-    if size < len(raw):
+    if size < index_nbytes(n_slots):
         raise DamagedError(f"{files.where(key)}: {size} bytes are too few for a shard; run harvest --repair")
+    raw = bytearray(index_nbytes(n_slots))
     files.read_into(key, size - len(raw), [memoryview(raw)])
     index = np.frombuffer(without_crc(bytes(raw), files.where(key) + " (index)"), "<u8").reshape(n_slots, 2)
     present = index[:n_chunks]
+    fitting = (present[:, 1] >= entry[0]).all() and (present[:, 1] <= entry[1]).all()  # so that no sum goes round
     ends = np.cumsum(present[:, 1], dtype=np.uint64)
     starts = ends - present[:, 1]
-    whole = (index[n_chunks:] == ABSENT).all() and (present[:, 0] == starts).all()
+    whole = fitting and (index[n_chunks:] == ABSENT).all() and (present[:, 0] == starts).all()
     if not whole or int(ends[-1]) + len(raw) != size:
         raise DamagedError(
             f"{files.where(key)}: expected {n_chunks} chunks one after the other and an index, found {size} bytes with "

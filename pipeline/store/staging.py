@@ -15,7 +15,8 @@ from pipeline.base.progress import Progress
 from pipeline.store.backend import Files, LocalFiles
 from pipeline.store.layout import COMMITTED, estimate_bytes, extras_of
 from pipeline.store.prepare import require_ours
-from pipeline.store.reader import ROOT_KEY, Store, read_root, write_root
+from pipeline.store.reader import Store
+from pipeline.store.root import ROOT_KEY, read_root, write_root
 from pipeline.store.split import Split
 
 PIECE = 8 << 20

@@ -28,7 +28,8 @@ from pipeline.base.files import PARTIAL, sha256
 from pipeline.store.backend import Files
 from pipeline.store.layout import COMMITTED, pad_rows
 from pipeline.store.moments import MASSIVE_MULTIPLE, Statistics, mean_and_scale, median_of, merge, norms_and_moments
-from pipeline.store.reader import Store, moments_without, write_root
+from pipeline.store.reader import Store, moments_without
+from pipeline.store.root import write_root
 from pipeline.store.shards import ShardStream, digest, with_crc
 from pipeline.store.split import Split, commit_tags, to_numpy
 

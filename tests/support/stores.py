@@ -24,7 +24,8 @@ from pipeline.base.runtime import numpy_rng, rank, world_size
 from pipeline.store.layout import Layout
 from pipeline.store.objects import open_files
 from pipeline.store.prepare import SplitTokens, prepare, resume
-from pipeline.store.reader import Store, read_root, write_root
+from pipeline.store.reader import Store
+from pipeline.store.root import read_root, write_root
 from pipeline.store.shards import with_crc
 from pipeline.store.writer import StoreWriter
 

@@ -1,0 +1,293 @@
+"""Stores made by an enemy, who seals what is changed: one line that names the file, nothing outside the target, no traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+import torch
+
+from evaluate.scores.truth import Truth
+from harvest.truth.run import TruthConfig, run_truth
+from pipeline.base.errors import DamagedError, DiskError
+from pipeline.store.backend import LocalFiles
+from pipeline.store.prepare import resume, segments
+from pipeline.store.reader import Store, describe_store
+from pipeline.store.staging import stage
+from support.fuzzing import as_bytes, mutated, one_line_or_none
+from support.stores import make_store
+from test_format import canonical
+from test_store import SMALL, tree
+
+SIZES: dict[str, Any] = {"n_sequences": 19, "eval_sequences": 5, **SMALL}
+
+
+def forged(attributes: Any, *, named: bool = True) -> bytes:
+    """A root of these attributes as an enemy writes it: sealed, and named by its contents."""
+    if isinstance(attributes, dict):
+        attributes = {name: value for name, value in attributes.items() if name != "seal"}
+        with contextlib.suppress(KeyError, ValueError, TypeError):
+            if named:
+                rows = {"tokens_sha256": attributes["tokens_sha256"]}
+                if not attributes["tokens_sha256"]:
+                    rows = {name: attributes[name] for name in ("special_sha256", "extras")}
+                attributes["id"] = sha256(canonical({"config": attributes["config"], **rows})).hexdigest()
+        with contextlib.suppress(ValueError):
+            attributes["seal"] = sha256(canonical(attributes)).hexdigest()
+    return json.dumps({"attributes": attributes, "zarr_format": 3, "node_type": "group"}, indent=2).encode()
+
+
+def change_root(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a store's attributes as an enemy would."""
+    attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
+    change(attributes)
+    (path / "zarr.json").write_bytes(forged(attributes))
+
+
+def readers(path: Path, target: Path) -> Iterator[Callable[[], object]]:
+    """Everything that reads a store, each alone, since what one of them refuses the next might not."""
+    config = {"model": "no/model"}
+    yield lambda: describe_store(Store.load(path))
+    yield lambda: read_rows(Store.open(path))
+    yield lambda: verified(Store.open(path, complete=False, check=False))
+    yield lambda: segments(path, repair=True)
+    yield lambda: resume(path, config, 19, 5)
+    yield lambda: stage(str(path), target, quiet=True)
+    yield lambda: Truth.read(Store.load(path), "cpu")
+
+
+def read_rows(store: Store) -> None:
+    """Rows, masks, norms and moments of both splits."""
+    for split in store.splits:
+        split.read(0, split.n_rows), split.kept(), split.moments
+        if store.layout.codec == "none":
+            split.mapped_shard(0)
+    assert store.mean.shape == (store.d_model,)
+
+
+def verified(store: Store) -> None:
+    """Refuse what `verify` finds, each problem a line."""
+    for problem in store.verify(quiet=True):
+        if "unfinished" not in problem:
+            raise DamagedError(problem)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Finished stores of a model, uncompressed and compressed, and of known features."""
+    folder = tmp_path_factory.mktemp("stores")
+    made = {codec: make_store(folder / f"{codec}.zarr", **SIZES | {"codec": codec}).path for codec in ("none", "lz4")}
+    truth = TruthConfig(
+        "tree", store=str(folder / "truth.zarr"), tokens=640, eval_tokens=320, context=16, chunk_rows=64
+    )
+    return made | {"truth": Path(run_truth(truth))}
+
+
+def fuzz_root(path: Path, folder: Path, n: int, seed: int) -> int:
+    """Read n stores with mutated roots; how many of the readings were refused."""
+    rng, refused, store = random.Random(seed), 0, folder / "a.zarr"
+    shutil.copytree(path, store)
+    root = store / "zarr.json"
+    attributes = json.loads(root.read_bytes())["attributes"]
+    for _ in range(n):
+        changed = mutated(attributes, rng)
+        root.write_bytes(as_bytes(changed, rng) if rng.random() < 0.2 else forged(changed, named=rng.random() < 0.8))
+        refused += one_line_each(store, folder / "a_target", rng)
+    return refused
+
+
+def fuzz_files(path: Path, folder: Path, n: int, seed: int) -> int:
+    """Read n stores with one file mutated and its checksum made right again; how many of the readings were refused."""
+    rng, refused, store = random.Random(seed), 0, folder / "a.zarr"
+    shutil.copytree(path, store)
+    keys = [key for key in tree(store) if key != "zarr.json"]
+    for _ in range(n):
+        file = store / rng.choice(keys)
+        whole = file.read_bytes()
+        file.write_bytes(resealed(hurt(whole, rng)) if rng.random() < 0.8 else hurt(whole, rng))
+        refused += one_line_each(store, folder / "a_target", rng)
+        file.write_bytes(whole)
+    return refused
+
+
+def hurt(whole: bytes, rng: random.Random) -> bytes:
+    """Bytes cut short, lengthened, or a few of them replaced."""
+    data = bytearray(whole)
+    kind = rng.random()
+    if kind < 0.2:
+        return bytes(data[: rng.randrange(len(data))])
+    if kind < 0.3:
+        return bytes(data) + rng.randbytes(rng.randrange(1, 100))
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(data)) if rng.random() < 0.5 else max(0, len(data) - rng.randrange(1, 80))
+        data[at : at + 8] = rng.choice([b"\xff" * 8, b"\0" * 8, rng.randbytes(8)])[: len(data) - at]
+    return bytes(data)
+
+
+def resealed(data: bytes) -> bytes:
+    """With the crc32c at the end that its bytes have."""
+    return data[:-4] + google_crc32c.value(data[:-4]).to_bytes(4, "little")
+
+
+def one_line_each(store: Path, target: Path, rng: random.Random) -> int:
+    """How many readings were refused; a store is staged now and then."""
+    refused, found = 0, list(readers(store, target))
+    for read in found if rng.random() < 0.1 else [*found[:5], found[6]]:
+        refused += one_line_or_none(read, store)
+    shutil.rmtree(target, ignore_errors=True)
+    return refused
+
+
+@pytest.mark.parametrize("kind", ["none", "truth"])
+def test_hostile_roots_end_in_one_line(stores: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """Whatever a root says, each reader refuses it in a line or reads it."""
+    assert fuzz_root(stores[kind], tmp_path, 60, seed=1) > 200
+
+
+@pytest.mark.parametrize("kind", ["none", "lz4", "truth"])
+def test_hostile_files_end_in_one_line(stores: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """Likewise of every other file of a store."""
+    assert fuzz_files(stores[kind], tmp_path, 40, seed=1) > 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "n"), [("none", 6000), ("truth", 4000)])
+def test_many_hostile_roots_end_in_one_line(stores: dict[str, Path], tmp_path: Path, kind: str, n: int) -> None:
+    """Likewise, ten thousand."""
+    assert fuzz_root(stores[kind], tmp_path, n, seed=2) > 3 * n
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "n"), [("none", 4000), ("lz4", 4000), ("truth", 2000)])
+def test_many_hostile_files_end_in_one_line(stores: dict[str, Path], tmp_path: Path, kind: str, n: int) -> None:
+    """Likewise, ten thousand."""
+    assert fuzz_files(stores[kind], tmp_path, n, seed=2) > 2 * n
+
+
+@pytest.mark.parametrize("where", ["folder", "memory"])
+@pytest.mark.parametrize(
+    "key", ["../../outside", "/dev/zero", "{outside}", "train/resid/c/0/0", "train/colour/zarr.json"]
+)
+def test_stage_copies_only_what_the_layout_implies(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, key: str
+) -> None:
+    """A root that names a file of its own is refused before another byte is read, and nothing is written anywhere."""
+    shutil.copytree(stores["none"], tmp_path / "s.zarr")
+    outside = tmp_path / "a" / "outside"
+    key = key.format(outside=outside)
+    change_root(tmp_path / "s.zarr", lambda attributes: attributes["files"].update({key: "0" * 64}))
+    url = str(tmp_path / "s.zarr")
+    if where == "memory":
+        fsspec = pytest.importorskip("fsspec")
+        url = f"memory://{tmp_path.name}.zarr"
+        fsspec.filesystem("memory").put(f"{tmp_path}/s.zarr", f"/{tmp_path.name}.zarr", recursive=True)
+    read: list[str] = []
+    whole_read = LocalFiles.read
+    monkeypatch.setattr(LocalFiles, "read", lambda self, key, most: read.append(key) or whole_read(self, key, most))
+    before = {str(path) for path in tmp_path.rglob("*")}
+    with pytest.raises(DamagedError, match=rf"^{url}/zarr\.json: names a file .* that no store has"):
+        stage(url, tmp_path / "a" / "b" / "target.zarr")
+    assert {str(path) for path in tmp_path.rglob("*")} == before
+    assert read == (["zarr.json"] if where == "folder" else [])
+
+
+@pytest.mark.parametrize(
+    "key", ["zarr.json", "train/zarr.json", "train/tokens/c/0/0", "train/norm/c/0", "train/resid/c/0/0"]
+)
+@pytest.mark.parametrize("what", ["endless", "pipe", "folder", "large"])
+def test_a_file_that_is_none_is_refused(stores: dict[str, Path], tmp_path: Path, key: str, what: str) -> None:
+    """A device without an end, a pipe that nobody writes, a folder or a terabyte of holes is refused, and nothing waits."""
+    shutil.copytree(stores["none"], tmp_path / "s.zarr")
+    file = tmp_path / "s.zarr" / key
+    file.unlink()
+    if what == "endless":
+        file.symlink_to("/dev/zero")
+    elif what == "pipe":
+        os.mkfifo(file)
+    elif what == "folder":
+        file.mkdir()
+    else:
+        with open(file, "wb") as holes:
+            holes.truncate(1 << 40)
+    with pytest.raises((DamagedError, DiskError), match=key):
+        Store.open(tmp_path / "s.zarr")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda a: a["config"].update(d_model="64"), "'config.d_model' should be a whole number"),
+        (lambda a: a["config"].update(chunk_rows=1 << 40, shard_rows=1 << 40), "'config.chunk_rows' should be rows of at most"),
+        (lambda a: a["n_sequences"].update(eval=1 << 62), "'n_sequences.eval' should be sequences of at most"),
+        (lambda a: a.update(segments=[19, 18]), "'segments' should be numbers that grow to 19"),
+        (lambda a: a.update(colour=1), "has a field 'colour'"),
+        (lambda a: a["files"].pop("train/zarr.json"), "'files.train/zarr.json' should be named"),
+        (lambda a: a.pop("statistics"), "'statistics.n_rows' should be a whole number"),
+        (lambda a: a["statistics"].update(scale=0), "'statistics.scale' should be a number above 0"),
+        (lambda a: a["special_sha256"].update(eval="0"), "'special_sha256.eval' should be a SHA-256"),
+        (lambda a: a.pop("origin"), "'origin' should be text, found nothing"),
+        (lambda a: a.update(version=1), "'origin' should be in version 3 alone"),
+        (lambda a: a.update(extras={"truth/parent": {}}), "'extras' should be none, or of a truth"),
+    ],
+)  # fmt: skip
+def test_fields_of_a_root_are_typed(
+    stores: dict[str, Path], tmp_path: Path, change: Callable[[dict[str, Any]], None], says: str
+) -> None:
+    """A field of another type, out of bounds, unknown, gone, or against another is named."""
+    shutil.copytree(stores["none"], tmp_path / "s.zarr")
+    change_root(tmp_path / "s.zarr", change)
+    with pytest.raises(DamagedError, match=says):
+        Store.load(tmp_path / "s.zarr")
+
+
+def test_a_name_that_is_not_its_own_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:
+    """The id is that of config and tokens, so a config cannot be changed under it."""
+    shutil.copytree(stores["none"], tmp_path / "s.zarr")
+    attributes = json.loads((tmp_path / "s.zarr/zarr.json").read_bytes())["attributes"]
+    attributes["config"]["model"] = "another/model"
+    (tmp_path / "s.zarr/zarr.json").write_bytes(forged(attributes, named=False))
+    with pytest.raises(DamagedError, match="'id' should be the hash of its config and tokens"):
+        Store.load(tmp_path / "s.zarr")
+
+
+def test_tokens_out_of_the_vocabulary_are_refused(stores: dict[str, Path], tmp_path: Path) -> None:
+    """Tokens that an enemy wrote and hashed anew would be looked up behind the embedding's end."""
+    shutil.copytree(stores["none"], tmp_path / "s.zarr")
+    change_root(tmp_path / "s.zarr", lambda attributes: attributes["config"].update(vocab=3))
+    with pytest.raises(DamagedError, match="token ids beyond the model's 3"):
+        Store.load(tmp_path / "s.zarr").check_metadata()
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("truth/parent", "a parent or a depth that no feature has"),
+        ("eval/truth/feature", "a firing of a feature that there is not"),
+        ("eval/truth/start", "firings that are not row after row"),
+    ],
+)
+def test_a_truth_that_contradicts_itself_is_refused(
+    stores: dict[str, Path], tmp_path: Path, path: str, says: str
+) -> None:
+    """Indexes out of range in a truth whose hashes were made right are named."""
+    shutil.copytree(stores["truth"], tmp_path / "s.zarr")
+    array = np.array(Store.load(tmp_path / "s.zarr").extra(path))
+    array.reshape(-1)[0] = 1 << 20
+    key = f"{path}/c/0"
+    (tmp_path / "s.zarr" / key).write_bytes(resealed(array.tobytes() + b"crc?"))
+    change_root(
+        tmp_path / "s.zarr",
+        lambda attributes: attributes["extras"][path].update(sha256=sha256(array.tobytes()).hexdigest()),
+    )
+    with pytest.raises(DamagedError, match=says):
+        Truth.read(Store.load(tmp_path / "s.zarr"), torch.device("cpu"))
