@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,15 +22,20 @@ from support.interpreter import DEVICE, put_right
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
+from pipeline.sae.checkpoint import load_checkpoint
 from support.moved import count_step
 from test_graphs import Tape
 from train.config import RECIPES, TrainConfig, batchtopk
+from train.feed.resident import place_for
+from train.plan import RunConfig, make_order
+from train.run import run
 from train.step import traffic
 from train.step.fused import FusedBatches, FusedMember, FusedStep, fuses, make_member, make_normalise, say_plain
 from train.step.member import Batch, Member, normalise_batch
 from train.step.objectives import auxiliary_pool
 from train.step.scratch import Scratch
 from train.step.traffic import Launch
+from train.trainee import Trainee
 
 pytestmark = [pytest.mark.triton, pytest.mark.gpu] if DEVICE.type == "cuda" else pytest.mark.triton
 CPU = torch.device("cpu")
@@ -191,15 +197,19 @@ def test_ties_are_kept(recipe: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
-@pytest.mark.parametrize("guess", [0.0, 0.3, 1e9])
+@pytest.mark.parametrize("guess", [0.0, 0.5, 1.0, 1e9])
 def test_any_guess_finds_the_threshold(guess: float, dtype: str) -> None:
-    """The guess changes no threshold, be it far too high; afterwards it is a little below what was found."""
+    """The guess, a multiple of the threshold here, changes none: 0, too low, the very value, far too high; afterwards it is a
+    little below what was found."""
     ours = fused(config_of(dtype, recipe="batchtopk", k=5, aux_k=0))
-    ours.search[0] = guess
     step = FusedStep(ours, batch_of(ours, raw_rows()))
     step.forward()
     before = (step.x_low @ ours.adam.low["W_enc"]).float() + ours.weights["b_enc"]
     expected = before.to(step.z.dtype).relu().flatten().topk(5 * ROWS).values.amin()
+    assert float(ours.search[1]) == float(expected)
+    ours.search[0] = guess * expected
+    ours.search[1:] = -1
+    FusedStep(ours, step.batch).forward()
     assert float(ours.search[1]) == float(expected)
     assert float(ours.search[0]) == pytest.approx(0.97 * float(expected), rel=1e-6)
     assert not any(bins.any() for bins in ours.bins)  # empty again for the next step
@@ -493,6 +503,49 @@ def test_tests_see_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         traffic.observers.clear()
     assert kernels.backward_kernel in launched
     assert kernels.adam_rows_kernel in launched
+
+
+# ---- a whole run ----
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on CUDA the real thing is fused anyway")
+def test_fused_run_is_resumed_and_near_the_plain(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run as on CUDA, fused members beside each other on fused batches of rows on the device: stopped and resumed it ends with
+    the same bits, and near where plain steps end."""
+    members = tuple(
+        config_of(recipe=recipe, steps=4, checkpoint_every=2, log_every=2, lr_decay_steps=1, k=k)
+        for recipe, k in (("batchtopk", 5), ("jumprelu", 0))
+    )
+
+    def outcomes(out: Path) -> list[dict[str, Tensor]]:
+        done = run(RunConfig(tiny_store, out, members, device="cpu", threads=1, keep="last:9"))
+        return [load_checkpoint(outcome.final)[0].state_dict() for outcome in done if outcome.final is not None]
+
+    plain = outcomes(tmp_path / "plain")
+    monkeypatch.setattr("train.step.fused.fuses", lambda config, device: True)
+    monkeypatch.setattr(
+        "train.plan.place_on_device",
+        lambda store, tasks, *_: place_for(store.train, make_order(store, tasks[0]), 1 << 40),
+    )
+    whole = outcomes(tmp_path / "whole")
+    after_step = Trainee.after_step
+
+    def stop_after_two(self: Trainee, clock: Any) -> None:
+        after_step(self, clock)
+        if self.member.n_steps == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainee, "after_step", stop_after_two)
+        outcomes(tmp_path / "resumed")
+    resumed = outcomes(tmp_path / "resumed")
+    assert len(whole) == len(resumed) == len(plain) == 2
+    for a, b, c in zip(whole, resumed, plain, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        for name in a:
+            torch.testing.assert_close(a[name], c[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 # ---- two processes ----

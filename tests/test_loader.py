@@ -18,7 +18,7 @@ from pipeline.base.errors import DamagedError, StoreError, UsageError
 from pipeline.store.reader import Split, Store
 from support.stores import make_store
 from train.feed.bodies import BodyCheck
-from train.feed.loader import Loader, idle_seconds, resolve_mode
+from train.feed.loader import Feed, Loader, idle_seconds, resolve_mode
 from train.feed.order import Order, share_of
 from train.feed.resident import DeviceRows, Place, place_for
 
@@ -368,3 +368,27 @@ def test_wait_is_what_the_device_idles(looks: int, idle: bool, monkeypatch: pyte
     found, seconds = idle_seconds(get, torch.device("cuda"))
     assert found == "rows"
     assert (seconds > 0) == idle
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("how", ["loader", "windows", "all"])
+def test_cuda_batches_are_the_cpus(tiny_store: Path, how: str) -> None:
+    """Batches on a CUDA device are those of the CPU, while a kernel that takes long is still at work on the one before."""
+    split = Store.open(tiny_store).train
+    order = make_order(split, False)
+    expected = take(split, order, 100, 60)
+    if how == "loader":
+        feed: Feed = Loader(split, order, 100, device="cuda")
+    else:
+        place = place_for(split, order, two_windows(split, order) if how == "windows" else 1 << 40)
+        assert place is not None
+        feed = DeviceRows(split, order, 100, place, device="cuda")
+    with feed:
+        found = []
+        for _ in expected:
+            batch = feed.next()
+            torch.cuda._sleep(2_000_000)  # the device reads the batch after the host has asked for the next one
+            found.append(batch.clone())
+    for kept, batch in zip(found, expected, strict=True):
+        assert torch.equal(kept.cpu().view(torch.int16), batch.view(torch.int16))

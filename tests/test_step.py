@@ -17,6 +17,8 @@ from pipeline.sae.nested import NestedSAE
 from support.reference import reference_objective, reference_update
 from train.config import RECIPES, TrainConfig, paper
 from train.plan import SHARED_PARTS, memory_bytes
+from train.step.fused import make_member
+from train.step.graphs import cuda_capture
 from train.step.member import Batch, Member, normalise_batch, product_dtype
 from train.step.schedules import learning_rate, sparsity_ramp
 from train.step.scratch import Scratch, row_chunks
@@ -518,3 +520,24 @@ def test_cuda_snapshot_is_of_its_moment() -> None:
         found = snapshot.tensors()
         assert bool((found["a"] == turn).all())
         assert int(found["n"]) == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_cuda_graph_is_the_step(recipe: str, fused: bool) -> None:
+    """Recorded steps on a CUDA device, plain and fused, end with the bits of steps that are not."""
+    config = config_of(recipe, dtype="bf16", **RECIPE_CHANGES[recipe] | {"level_weighting": "equal"})
+    cuda = torch.device("cuda", torch.cuda.current_device())
+    center = torch.full((D_MODEL,), 0.3, device=cuda)
+    kind = make_member if fused else Member
+    plain = kind(config, D_MODEL, center, 1.7, cuda, Scratch(cuda))
+    recorded = kind(config, D_MODEL, center, 1.7, cuda, Scratch(cuda), None, cuda_capture(cuda))
+    batch = None
+    for step in range(8):
+        batch = normalise_batch(raw_rows(step).to(cuda), center, 1.7, out=batch)
+        plain.step(batch)
+        recorded.step(batch)
+    assert recorded.recorded.replay is not None
+    assert_same_state(plain, recorded)

@@ -280,7 +280,8 @@ class FusedStep:
             writes=[self.slots, self.n_dead],
             touched={"pool": self.pool},
             POOL_SIZE=self.pool_size,
-            SIZE=min(2048, next_power(self.width)),
+            SIZE=min(4096, next_power(self.width)),
+            num_warps=16,
         )
 
     def _latents(self) -> None:
@@ -381,7 +382,8 @@ class FusedStep:
                 PASS=index,
                 LAST=index == n_passes - 1,
                 N_BINS=len(counts),
-                SIZE=4096,
+                SIZE=8192,
+                num_warps=16,
             )
         return member.search[1:]
 
@@ -630,7 +632,7 @@ class FusedStep:
         pointers = [self.counts, self.sizes, self.errors, self.losses, self.batch.total, self.batch.square]
         launch(
             self.kernels.collect_kernel,
-            (ceil_div(max(self.width, self.d_model), 256),),
+            (ceil_div(max(self.width, self.d_model), 1024),),
             [
                 *pointers,
                 flat,
@@ -645,7 +647,7 @@ class FusedStep:
             reads=pointers,
             writes=[flat],
             N_TERMS=len(self.terms.sizes),
-            SIZE=256,
+            SIZE=1024,
         )
         return Sums(flat, sizes)
 
@@ -683,7 +685,8 @@ class FusedStep:
             NORMALIZE=config.normalize_gradients,
             BETA1=log2(config.beta1),
             BETA2=log2(config.beta2),
-            SIZE=1024,
+            SIZE=min(4096, next_power(max(n_squares, len(self.vectors)))),
+            num_warps=16,
         )
         betas: dict[str, Any] = {"BETA1": config.beta1, "BETA2": config.beta2, "EPS": config.eps}
         size = next_power(self.d_model)
@@ -755,7 +758,8 @@ class FusedStep:
             CLIP=config.clip_norm,
             PENALTY=PENALTIES[config.penalty],
             N_TERMS=len(self.terms.sizes),
-            SIZE=1024,
+            SIZE=min(4096, next_power(max(self.width, self.d_model))),
+            num_warps=16,
         )
         if config.target_l0:
             member.controller.see(member.l0, first=member.n_steps == 0, acts=member._controls)
