@@ -1,4 +1,5 @@
 import base64
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -6,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,7 +66,7 @@ class StandIn(BaseHTTPRequestHandler):
             self.answer({"valid": True, "errors": [], "warnings": []})
 
     def do_GET(self, body: bool = True) -> None:
-        name = self.path.split("?")[0].split("/")[-1]
+        name = self.path.split("?")[0].split("/resolve/")[-1].partition("/")[2]
         if "/resolve/" in self.path and name in self.files:
             self.answer(self.files[name], body=body)
         elif "/revision/" in self.path and self.files:
@@ -172,6 +174,29 @@ def test_repository_of_many_downloads_none(stand_in: type[StandIn], tmp_path: Pa
         with pytest.raises(CheckpointError, match=f"found {len(names) if len(names) > 1 else 0} checkpoints"):
             pipeline.load("owner/name")
     assert not [path for path in stand_in.seen if "/resolve/" in path]
+
+
+def test_folder_of_a_suite_is_downloaded_alone(stand_in: type[StandIn], tmp_path: Path) -> None:
+    """owner/name/folder reads the SAE in that folder of a suite and downloads nothing else; one that is not there is named."""
+    packed = io.BytesIO()
+    shapes = {"W_enc": (8, 12), "W_dec": (12, 8), "b_enc": (12,), "b_dec": (8,), "threshold": (12,)}
+    np.savez(packed, **{name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+    for layer in (19, 20):
+        stand_in.files[f"layer_{layer}/width_16k/average_l0_71/params.npz"] = packed.getvalue()
+    assert pipeline.load("owner/name/layer_20/width_16k/average_l0_71").config.width == 12
+    fetched = {path.split("/resolve/")[1].partition("/")[2] for path in stand_in.seen if "/resolve/" in path}
+    assert fetched == {"layer_20/width_16k/average_l0_71/params.npz"}
+    with pytest.raises(CheckpointError, match=r"owner/name/layer_21: .* found 0 checkpoints among 0 files"):
+        pipeline.load("owner/name/layer_21")
+
+
+def test_mistyped_path_asks_no_hub(stand_in: type[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path into a folder that is here is never taken for a repository."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(CheckpointError, match="found nothing"):
+        pipeline.load("runs/l19/alpha0.2")
+    assert stand_in.seen == []
 
 
 def test_only_what_is_needed_is_downloaded(stand_in: type[StandIn], tmp_path: Path) -> None:

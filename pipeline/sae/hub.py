@@ -6,6 +6,7 @@ stored here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from pipeline.sae.foreign import FORMATS, is_foreign, load_sae, require_format
 from pipeline.sae.member import final_checkpoint, read_completion
 from pipeline.sae.nested import NestedSAE
 
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
+"""owner/name, and a folder in the repository; where owner is a folder here, what has more than one slash is a path."""
 WEIGHTS, RESULTS = "sae.safetensors", "results.json"
 
 
@@ -28,8 +31,8 @@ def load(source: str | Path, device: torch.device | str = "cpu") -> NestedSAE:
     """An SAE ready for `encode`, `decode` and `decode_level` on raw residuals.
 
     `source`: a checkpoint file, a member's folder (its final checkpoint), a folder with one checkpoint, one of another
-    trainer (`pipeline.sae.foreign`), or the id of a Hub repository ("owner/name"). Raises CheckpointError when there is
-    none or more than one.
+    trainer (`pipeline.sae.foreign`), or the id of a Hub repository ("owner/name"), with a folder in it where it holds many
+    ("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"). Raises CheckpointError when there is none or more than one.
     """
     return load_sae(find_checkpoint(source), device)[0]
 
@@ -41,8 +44,13 @@ def find_checkpoint(source: str | Path) -> Path:
         return path
     if path.is_dir():
         return checkpoint_in(path)
-    if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/")):
-        return checkpoint_in(download(source))
+    if (
+        isinstance(source, str)
+        and (named := HUB_ID.fullmatch(source))
+        and not (named[2] and Path(named[1]).parent.exists())
+    ):
+        folder = named[2] or ""
+        return checkpoint_in(download(named[1], folder=folder) / folder)
     raise CheckpointError(f"{source}: expected a checkpoint, a folder with one, or a Hub id owner/name; found nothing")
 
 
@@ -83,9 +91,17 @@ def wanted_files(repo_id: str, names: Collection[str]) -> list[str]:
     return [*found, *about]
 
 
-def download(repo_id: str, revision: str | None = None) -> Path:
-    """Folder of a Hub repository's snapshot in the user's cache, with what its one SAE needs; what is cached already serves
-    without a network. Raises CheckpointError with what to do."""
+def wanted_within(repo_id: str, names: Collection[str], folder: str) -> list[str]:
+    """`wanted_files` of a folder of a repository; "" is its top. Raises CheckpointError."""
+    if not folder:
+        return wanted_files(repo_id, names)
+    inside = [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
+    return [f"{folder}/{name}" for name in wanted_files(f"{repo_id}/{folder}", inside)]
+
+
+def download(repo_id: str, revision: str | None = None, folder: str = "") -> Path:
+    """Folder of a Hub repository's snapshot in the user's cache, with what the one SAE at its top or in a folder needs; what is
+    cached already serves without a network. Raises CheckpointError with what to do."""
     from huggingface_hub import HfApi, snapshot_download
 
     with network.hub_errors(repo_id, CheckpointError, f"https://huggingface.co/{repo_id}"):
@@ -95,7 +111,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
             if network.first_of(error, *network.lost()) is None:
                 raise
             names = None  # what is cached may do
-        wanted = None if names is None else wanted_files(repo_id, names)
+        wanted = None if names is None else wanted_within(repo_id, names, folder)
         return Path(
             network.retried(lambda: snapshot_download(repo_id, revision=revision, allow_patterns=wanted), repo_id)
         )
