@@ -354,6 +354,31 @@ def test_what_needs_text_is_refused_first(trained: Path, tmp_path: Path, changes
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_invents_no_hook(trained: Path, tmp_path: Path) -> None:
+    """Rows of a place that nobody named: no hook is named in the folder either, and it is read back."""
+    from pipeline.sae.export import export
+    from pipeline.sae.foreign import read_sae
+    from pipeline.sae.hub import find_checkpoint
+
+    (folder,) = export(find_checkpoint(next((trained / "runs").iterdir())), "saelens", tmp_path / "sl", None)
+    assert json.loads((folder / "cfg.json").read_text())["metadata"]["hook_name"] is None
+    assert "hook" not in (read_sae(folder).provenance["store"] or {})
+
+
+@pytest.mark.parametrize("command", ["neuronpedia", "inspect"])
+def test_showing_text_is_refused_first(trained: Path, tmp_path: Path, command: str) -> None:
+    """Without a model being looked for."""
+    from evaluate.latents.neuronpedia import command as neuronpedia
+
+    member, store = str(next((trained / "runs").iterdir())), str(trained / "acts.zarr")
+    if command == "neuronpedia":
+        result = CliRunner().invoke(neuronpedia, [member, "--store", store, "--out", str(tmp_path / "out")])
+    else:
+        result = CliRunner().invoke(cli, ["inspect", member, "--text", "hello"])
+    assert isinstance(result.exception, UsageError)
+    assert "of no text" in str(result.exception) or "a place that nobody named" in str(result.exception)
+
+
 def test_scr_of_a_rows_store_is_refused(trained: Path, tmp_path: Path) -> None:
     """The command says it in one line, and reads no texts."""
     from evaluate.__main__ import evaluate as command

@@ -478,6 +478,8 @@ def command(
     from pipeline.store.reader import Store
 
     found, store = open_checkpoint(find_checkpoint(str(checkpoint))), Store.open(store_path)
+    if not store.layout.has_tokens:
+        raise UsageError(f"{store_path}: its rows are of no text, so there is nothing to show in Neuronpedia")
     require_fit(found, store, allow_other_store=True)
     sae = found.load()
     if level is not None and level >= sae.config.n_levels:

@@ -52,7 +52,8 @@ def inspect_checkpoint(
     if model is None or layer is None:
         raise UsageError(f"{path}: does not say which model and layer it is for; give --model and --layer")
     if (hook := store.get("hook", "resid_post")) != "resid_post":
-        raise UsageError(f"{path}: made for {hook} of layer {layer}; only SAEs of the stream after a layer are shown")
+        made_for = "rows of a place that nobody named" if hook is None else f"{hook} of layer {layer}"
+        raise UsageError(f"{path}: made for {made_for}; only SAEs of the stream after a layer are shown")
     tokenizer = load_tokenizer(str(model))
     lm = SplitLM.load(str(model), dtype="auto", device=where, part="whole", layers=[int(layer)])
     return sae, inspect_text(lm.model, tokenizer, sae, int(layer), text, top)

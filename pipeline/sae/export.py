@@ -13,6 +13,7 @@ Formats: SAELens 6 (cfg.json, sae_weights.safetensors), dictionary_learning 0.1 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,13 +144,19 @@ def saelens_metadata(header: Header) -> dict[str, Any]:
         "sae_lens_version": "6.0.0",
         "sae_lens_training_version": None,
         "model_name": str(store.get("model", "")).split("/")[-1],
-        "hook_name": f"blocks.{store.get('layer')}.hook_{store.get('hook', 'resid_post')}",
+        "hook_name": place_name(store, "blocks.{layer}.hook_{hook}"),
         "hook_head_index": None,
         "context_size": store.get("context"),
         "prepend_bos": True,
         "dataset_path": store.get("corpus"),
         "levels": list(header.sae.levels),
     }
+
+
+def place_name(store: Mapping[str, Any], form: str) -> str | None:
+    """Hook and layer as another library writes them; None for rows of a place that nobody named."""
+    hook = store.get("hook", "resid_post")
+    return None if hook is None else form.format(hook=hook, layer=store.get("layer"))
 
 
 def write_dictionary_learning(sae: NestedSAE, header: Header, folder: Path) -> None:
@@ -167,7 +174,7 @@ def write_dictionary_learning(sae: NestedSAE, header: Header, folder: Path) -> N
         "dict_size": config.width,
         "layer": store.get("layer"),
         "lm_name": store.get("model"),
-        "submodule_name": f"{store.get('hook', 'resid_post')}_layer_{store.get('layer')}",
+        "submodule_name": place_name(store, "{hook}_layer_{layer}"),
         "k": config.k,
         "group_sizes": [block.stop - block.start for block in config.blocks],
     }
