@@ -64,7 +64,8 @@ class LocalCorpus:
         self.root = Path(source.corpus).expanduser()
         with disk_errors(self.root):
             self.files = record_files(self.root, source.split, source.subset)
-            self.sha256 = sha256("".join(f"{self._name(path)} {hash_file(path)}\n" for path in self.files))
+            self.hashes = {path: hash_file(path) for path in self.files}
+            self.sha256 = sha256("".join(f"{self._name(path)} {found}\n" for path, found in self.hashes.items()))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix() if self.root.is_dir() else path.name
@@ -118,6 +119,11 @@ class StreamedCorpus:
             "order": f"streamed, shuffled within {self.source.buffer} documents by seed {self.source.seed}",
         }
 
+    @property
+    def part(self) -> tuple[str, str, str | None, str]:
+        """What of the Hub it is: id, commit, subset, split."""
+        return self.source.corpus.lower(), self.revision, self.source.subset, self.source.split
+
     def documents(self) -> Iterator[Document]:
         """Downloads only as far as it is asked for."""
         source = self.source
@@ -145,6 +151,27 @@ def open_corpus(source: Source, scratch: Path) -> Corpus:
     if source.corpus.startswith((".", "/", "~")) or is_read(local):
         raise CorpusError(f"{local}: no such file or folder; give a file ({expected()}), a folder of them, or a Hub id")
     return StreamedCorpus(source)
+
+
+def require_other(training: Corpus, evaluation: Corpus) -> None:
+    """Raise CorpusError when an evaluation corpus is the training corpus, or shares a file with it, under whatever names."""
+    if isinstance(training, LocalCorpus) and isinstance(evaluation, LocalCorpus):
+        held = {found: path for path, found in training.hashes.items()}
+        for path, found in evaluation.hashes.items():
+            if found in held:
+                raise CorpusError(
+                    f"--eval-corpus {path}: is {held[found]} of --corpus, byte for byte, so it would be trained on; give another "
+                    f"one, or leave it out: then the first documents of --corpus are held out"
+                )
+    elif (
+        isinstance(training, StreamedCorpus)
+        and isinstance(evaluation, StreamedCorpus)
+        and training.part == evaluation.part
+    ):
+        raise CorpusError(
+            f"--eval-corpus {evaluation.source.corpus}: is --corpus, of the same revision, subset and split; give another one, "
+            f"or leave it out: then the first documents of --corpus are held out"
+        )
 
 
 def dataset_commit(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from harvest.config import HarvestConfig
-from harvest.corpus import Corpus, Source, open_corpus
+from harvest.corpus import Corpus, Source, open_corpus, require_other
 from harvest.texts import Reader
 from harvest.tokens import Packing
 from pipeline.base.errors import DamagedError, StoreError
@@ -39,9 +39,12 @@ class Corpora:
 
     @cached_property
     def opened(self) -> tuple[Corpus, Corpus | None]:
-        """Training corpus, separate evaluation corpus. Raises CorpusError."""
+        """Training corpus, separate evaluation corpus. Raises CorpusError, also when the one is in the other."""
+        training = open_corpus(self.training, self.scratch)
         other = None if self.evaluation is None else open_corpus(self.evaluation, self.scratch)
-        return open_corpus(self.training, self.scratch), other
+        if other is not None:
+            require_other(training, other)
+        return training, other
 
     def identities(self, held: Mapping[str, Any]) -> dict[str, Any]:
         """What the store's config says of them."""

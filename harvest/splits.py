@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from harvest.plan import Plan
-from harvest.texts import Tokens
+from harvest.texts import Piece, Tokens
 from harvest.tokens import Pieces, pack, scratch_array, shuffle, tokenized
-from pipeline.base.errors import DamagedError, StoreError
-from pipeline.base.progress import Progress
+from pipeline.base.errors import CorpusError, DamagedError, StoreError
+from pipeline.base.progress import Progress, say
 from pipeline.model.specials import mark_special
 from pipeline.store.prepare import SplitTokens
 from pipeline.store.reader import Split, Store
@@ -32,16 +33,54 @@ def make_tokens(plan: Plan) -> Splits:
     eval_stream = stream if other is None else tokenized(other.documents(), plan.reader)
     with contextlib.closing(stream), contextlib.closing(eval_stream):
         pieces = Pieces(stream)
-        eval_rows = pack_split(plan, pieces if other is None else Pieces(eval_stream), plan.n_eval, "evaluation")
+        seen = Seen()
+        eval_pieces = pieces if other is None else Pieces(eval_stream)
+        eval_rows = pack_split(plan, eval_pieces, plan.n_eval, "evaluation", seen.evaluated)
         if other is None and training.is_one_text:
             pieces.skip_tokens(plan.config.context)
         elif other is None:
             pieces.skip_document()
-        train_rows = pack_split(plan, pieces, plan.n_train, "training")
+        train_rows = pack_split(plan, pieces, plan.n_train, "training", seen.trained)
+    seen.require_apart(separate=other is not None)
     return finished(plan, train_rows, plan.segments), finished(plan, eval_rows, (plan.n_eval,))
 
 
-def pack_split(plan: Plan, pieces: Pieces, n_sequences: int, what: str) -> tuple[Tokens, Mask]:
+class Seen:
+    """Which documents both splits have, by their tokens: 8 bytes of hash for each that evaluation has."""
+
+    def __init__(self) -> None:
+        self.evaluation: set[bytes] = set()
+        self.both: set[bytes] = set()
+
+    def evaluated(self, piece: Piece) -> None:
+        """Note a document of evaluation, by its first piece."""
+        self.evaluation.add(hashed(piece))
+
+    def trained(self, piece: Piece) -> None:
+        """Note a document of training."""
+        if (found := hashed(piece)) in self.evaluation:
+            self.both.add(found)
+
+    def require_apart(self, *, separate: bool) -> None:
+        """Say how many documents both have. Raises CorpusError when a `separate` evaluation corpus is mostly in training."""
+        n, shared = len(self.evaluation), len(self.both)
+        if separate and 2 * shared > n:
+            raise CorpusError(
+                f"--eval-corpus: {shared:,} of its {n:,} documents are in the training corpus too, so scores would be those of "
+                f"training; give another one, or leave it out: then the first documents of --corpus are held out"
+            )
+        if shared:
+            say(f"note     {shared:,} of {n:,} evaluation documents are in training too, with the same text")
+
+
+def hashed(piece: Piece) -> bytes:
+    """What tells documents apart."""
+    return hashlib.blake2b(piece.ids.tobytes(), digest_size=8).digest()
+
+
+def pack_split(
+    plan: Plan, pieces: Pieces, n_sequences: int, what: str, began: Callable[[Piece], None]
+) -> tuple[Tokens, Mask]:
     """The next rows of a stream of tokenised documents and where they are not to be kept, with progress."""
     shape = (n_sequences, plan.config.context)
     rows = scratch_array(plan.corpora.scratch, shape, np.int32)
@@ -51,7 +90,7 @@ def pack_split(plan: Plan, pieces: Pieces, n_sequences: int, what: str) -> tuple
         def advance(rows: int, n_documents: int) -> None:
             bar.advance(rows - bar.n, f"{n_documents:,} documents")
 
-        pack(pieces, plan.packing, rows, left_out, what, advance)
+        pack(pieces, plan.packing, rows, left_out, what, advance, began)
     return rows, left_out
 
 

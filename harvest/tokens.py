@@ -152,12 +152,13 @@ def pack(
     left_out: npt.NDArray[np.bool_],
     what: str,
     progress: Callable[[int, int], None] = lambda rows, documents: None,
+    began: Callable[[Piece], None] = lambda piece: None,
 ) -> int:
     """Fill `rows` [seq, context] with the documents in order; returns how many documents they took.
 
     Only as much is taken as it needs, so the next caller goes on in the middle of the last document, or skips its rest.
-    `progress` is told rows and documents so far. Raises CorpusError, saying how many tokens there were, when there are too
-    few.
+    `progress` is told rows and documents so far, `began` the first piece of each document. Raises CorpusError, saying how
+    many tokens there were, when there are too few.
     """
     packer = Packer(packing, rows, left_out)
     while not packer.full:
@@ -168,6 +169,8 @@ def pack(
                 f"{rows.size:,} asked; ask for fewer or give a longer corpus"
             )
         n = packer.add(piece)
+        if n and piece.starts:
+            began(piece)
         if n < len(piece.ids):
             pieces.put_back(piece.after(n))
         progress(packer.row, packer.n_documents)

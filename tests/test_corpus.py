@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from harvest import corpus
 from harvest.corpus import Corpus, LocalCorpus, Source, StreamedCorpus, open_corpus
+from harvest.plan import Corpora
 from pipeline.base.errors import CorpusError
 
 TEXTS = [f"document {n}" for n in range(50)]
@@ -205,3 +206,32 @@ def test_unreachable_dataset_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(CorpusError, match=r"some/set: .*no network") as caught:
         open_corpus(Source("some/set"), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def opened(tmp_path: Path, training: Path | str, evaluation: Path | str, **options: Any) -> None:
+    """Open a training corpus and a separate one for evaluation, as a harvest does."""
+    sources = Source(str(training)), Source(str(evaluation), **options)
+    Corpora(*sources, scratch=tmp_path).opened  # noqa: B018 (a property that raises)
+
+
+@pytest.mark.parametrize("evaluation", ["a.jsonl", "link.jsonl", "copy/b.jsonl", "copy"])
+def test_training_corpus_is_no_evaluation_corpus(tmp_path: Path, evaluation: str) -> None:
+    """The training corpus itself, a link to it, a copy under another name and a folder that holds one are refused."""
+    path = write_lines(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "link.jsonl").symlink_to(path)
+    (tmp_path / "copy").mkdir()
+    write_lines(tmp_path / "copy/b.jsonl", TEXTS)
+    write_lines(tmp_path / "copy/others.jsonl", ["another text"])
+    with pytest.raises(CorpusError, match=r"--eval-corpus .*: is .*a\.jsonl of --corpus, byte for byte"):
+        opened(tmp_path, path, tmp_path / evaluation)
+    opened(tmp_path, path, tmp_path / "copy/others.jsonl")
+
+
+def test_hub_corpus_is_no_evaluation_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub data set is refused for the same commit, subset and split; another split is another corpus."""
+    monkeypatch.setattr(corpus, "dataset_commit", lambda name: "c0ffee")
+    with pytest.raises(CorpusError, match="is --corpus, of the same revision, subset and split"):
+        opened(tmp_path, "owner/texts", "Owner/texts")
+    opened(tmp_path, "owner/texts", "owner/texts", split="test")
+    opened(tmp_path, "owner/texts", "owner/texts", subset="en")
+    opened(tmp_path, "owner/texts", "owner/texts", revision="beef")

@@ -135,6 +135,28 @@ def test_evaluation_sees_its_own_corpus(config: HarvestConfig, tmp_path: Path) -
     assert store.config["eval_corpus"]["id"] == str(other)
 
 
+def test_training_texts_are_no_evaluation_corpus(
+    config: HarvestConfig, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training corpus in other files is refused by its documents, before the model runs."""
+    again = tmp_path / "again.jsonl"
+    lines = corpus_file.read_text().splitlines()
+    again.write_text("".join(json.dumps({"n": 1} | json.loads(line)) + "\n" for line in lines))
+    monkeypatch.setattr(harvest.run, "make_shards", lambda plan: pytest.fail("the model ran"))
+    with pytest.raises(CorpusError, match=r"--eval-corpus: .* documents are in the training corpus too"):
+        run(config.replace(eval_corpus=str(again)), quiet=True)
+
+
+def test_documents_in_both_splits_are_counted(
+    config: HarvestConfig, corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One document of an evaluation corpus that training has too is said."""
+    others = tiny_models.make_corpus(tmp_path / "other.jsonl", seed=7).read_text().splitlines()[:2]
+    (tmp_path / "other.jsonl").write_text("\n".join([corpus_file.read_text().splitlines()[0], *others]) + "\n")
+    run(config.replace(eval_corpus=str(tmp_path / "other.jsonl"), tokens=5920, eval_tokens=160))
+    assert "note     1 of 3 evaluation documents are in training too" in capsys.readouterr().err
+
+
 def test_sequences_are_shuffled_by_the_seed(config: HarvestConfig, finished: HarvestConfig) -> None:
     """Sequences are shuffled by the seed."""
     other = config.replace(seed=1)
