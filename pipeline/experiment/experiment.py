@@ -15,6 +15,7 @@ Only members that the file asks for are evaluated and reported, whatever else th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ from pipeline.base.progress import format_seconds, say
 from pipeline.experiment import stages
 
 SHIPPED = Path(__file__).parent
+OPTION = re.compile("[A-Za-z][A-Za-z0-9-]*")
+"""The name of an option, without its dashes."""
 PART_TABLES = {"name", "harvest", "train", "evaluate"}
 TABLES = PART_TABLES | {"report", "part"}
 
@@ -65,7 +68,7 @@ class Experiment:
         for name in names:
             if not re.fullmatch("[a-z][a-z0-9-]*", name) or names.count(name) > 1:
                 raise UsageError(
-                    f"{path}: part: name is {name!r}; give each part its own, of small letters, digits and dashes"
+                    f"{path}: part: name is {name[:60]!a}; give each part its own, of small letters, digits and dashes"
                 )
         return replace(parse(path, data, TABLES, "", trust_remote_code), parts=tuple(read))
 
@@ -79,17 +82,20 @@ class Experiment:
 def parse(path: Path, data: Mapping[str, Any], known: Set[str], where: str, trust_remote_code: bool) -> Experiment:
     """The tables of a file, or of one of its parts (named by `where` in errors). Raises UsageError."""
     if unknown := sorted(data.keys() - known):
-        raise UsageError(f"{path}: {where}unknown tables {unknown}; known are {sorted(known)}")
+        raise UsageError(f"{path}: {where}unknown table {unknown[0][:60]!a}; known are {', '.join(sorted(known))}")
     if "harvest" not in data or "train" not in data:
         raise UsageError(f"{path}: {where}needs a [harvest] and a [train] table")
     name = data.get("name", "" if where else path.stem)
     if not isinstance(name, str):
         raise UsageError(f"{path}: {where}name is {type(name).__name__}, expected text")
     grids = data["train"] if isinstance(data["train"], list) else [data["train"]]
+    if not grids:
+        raise UsageError(f"{path}: {where}train is an empty list, expected at least one grid")
     here = path.resolve().parent
     harvest, evaluate, report = (table(path, one, data.get(one, {})) for one in ("harvest", "evaluate", "report"))
     trains = [table(path, "train", grid) for grid in grids]
-    if any(one.get("trust-remote-code") for one in (harvest, evaluate)) and not trust_remote_code:
+    asks = [one.get("trust-remote-code", False) is not False for one in (harvest, evaluate)]
+    if any(asks) and not trust_remote_code:
         raise UsageError(f"{path}: asks for trust-remote-code, a model's own code; allow it on the command line too")
     return Experiment(
         name,
@@ -104,9 +110,33 @@ def table(path: Path, name: str, found: Any) -> dict[str, Any]:
     """A table of options, with dashes in their names. Raises UsageError when it is something else, or holds tables."""
     if not isinstance(found, dict):
         raise UsageError(f"{path}: {name} is {type(found).__name__}, expected a table of options: [{name}]")
-    if nested := [key for key, value in found.items() if isinstance(value, dict)]:
-        raise UsageError(f"{path}: {name}.{nested[0]} is a table, expected the value of an option")
-    return {key.replace("_", "-"): value for key, value in found.items()}
+    options = {}
+    for key, value in found.items():
+        option = key.replace("_", "-")
+        if not OPTION.fullmatch(option) or option == "help":
+            raise UsageError(f"{path}: {name}: {key[:60]!a} is no name of an option")
+        for one in value if isinstance(value, list) else [value]:
+            require_value(f"{path}: {name}.{key[:60]}", one)
+        options[option] = value
+    if "layer" in options:
+        layers = options["layer"] if isinstance(options["layer"], list) else [options["layer"]]
+        if not layers or not all(type(layer) is int and abs(layer) < 10_000 for layer in layers):
+            raise UsageError(f"{path}: {name}.layer is {str(options['layer'])[:60]!a}, expected whole numbers")
+    return options
+
+
+def require_value(where: str, value: Any) -> None:
+    """Raise UsageError unless a value can be one of an option, and nothing else: it becomes a word of a command."""
+    if isinstance(value, dict):
+        raise UsageError(f"{where} is a table, expected the value of an option")
+    if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+        raise UsageError(f"{where} is {str(value)[:60]!a}, expected text, a number, true or false, or a list of them")
+    if isinstance(value, str) and value.startswith("-"):
+        raise UsageError(
+            f"{where} begins with a dash, {value[:60]!a}: it would be an option; write numbers without quotes"
+        )
+    if isinstance(value, str) and not value.isprintable():
+        raise UsageError(f"{where} holds a character that no option may, {value[:60]!a}")
 
 
 def anchored(settings: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -52,6 +52,12 @@ try:
     getattr(importlib.import_module(module), name).make_context(sys.argv[2], sys.argv[3:])
 except click.ClickException as error:
     sys.exit(error.format_message())
+except Exception as error:
+    from pipeline.base.errors import explain
+
+    if (said := explain(error)) is None:
+        raise
+    sys.exit(said)
 """
 """A program that parses a stage's words and runs nothing."""
 
