@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_matrix
+from torch import Tensor
 
 from evaluate.scores.absorption import absorbed, average, split_latents
 from evaluate.scores.labels import (
@@ -103,15 +104,46 @@ def test_absorption_by_hand() -> None:
     """Four rows: own latent fires; silent and one other carries .5; silent and the other carries .3; both share."""
     cosine = torch.tensor([0.9, 0.5, 0.05])
     z = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.6, 0.0], [0.2, 1.0, 0.0]])
-    found = absorbed(z, torch.ones(4), cosine, [0])
+    found = absorbed(csr_matrix(z.numpy()), torch.ones(4), cosine, [0])
     assert found.full.tolist() == [False, True, False, False]
     assert found.fraction.tolist() == pytest.approx([0.0, 1.0, 0.0, 0.5 / 0.68])
 
 
 def test_a_weakly_aligned_top_latent_is_no_absorption() -> None:
     """Cosine under .025: not full; under .1: no absorber of the fraction."""
-    found = absorbed(torch.tensor([[0.0, 50.0]]), torch.ones(1), torch.tensor([0.9, 0.02]), [0])
+    found = absorbed(csr_matrix([[0.0, 50.0]]), torch.ones(1), torch.tensor([0.9, 0.02]), [0])
     assert (found.full.tolist(), found.fraction.tolist()) == ([False], [0.0])
+
+
+def dense(z: Tensor, projection: Tensor, cosine: Tensor, main: list[int]) -> tuple[Tensor, Tensor]:
+    """Full absorption and fraction over all latents, firing or not, in float64, row by row."""
+    full, fraction = [], []
+    for values, along in zip(z.double(), projection.double()):
+        carried = values * cosine.double()
+        top = int(carried.argmax())
+        is_full = bool((values[main] < 1e-8).all()) and float(cosine[top]) >= 0.025 and float(along) >= 0
+        full.append(is_full and float(carried[top] / along) >= 0.4)
+        own = float(carried[main].sum())
+        others = [float(carried[i]) for i in range(len(carried)) if i not in main and cosine[i] >= 0.1]
+        taken = sum(sorted((max(x, 0) for x in others), reverse=True)[:3])
+        part = min(taken, float(along) - own)
+        share = 1.0 if own <= 0 else min(1.0, max(0.0, part / (part + own)))
+        fraction.append(0.0 if own >= along or taken / along < 0.4 else share)
+    return torch.tensor(full), torch.tensor(fraction)
+
+
+def test_silent_latents_change_nothing() -> None:
+    """Random sparse codes, negative cosines and projections, empty rows among them: equal to a slow count over all."""
+    g = torch.Generator().manual_seed(3)
+    cosine = torch.randn(30, generator=g) / 4
+    z = torch.rand(400, 30, generator=g) * (torch.rand(400, 30, generator=g) < 0.15) * 3
+    z[:5] = 0
+    projection = z @ cosine + torch.randn(400, generator=g) / 4
+    found = absorbed(csr_matrix(z.numpy()), projection, cosine, [2, 7])
+    full, fraction = dense(z, projection, cosine, [2, 7])
+    assert found.full.tolist() == full.tolist()
+    assert 10 < int(full.sum()) < 390
+    assert torch.allclose(found.fraction.double(), fraction.double(), atol=1e-5)
 
 
 def test_split_latents_are_those_that_add_f1() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -42,29 +42,41 @@ class Absorbed:
 
 
 def absorbed(
-    z: Float[Tensor, "row latent"],
-    projection: Float[Tensor, " row"],
-    cosine: Float[Tensor, " latent"],
-    main: list[int],
+    z: csr_matrix, projection: Float[Tensor, " row"], cosine: Float[Tensor, " latent"], main: list[int]
 ) -> Absorbed:
     """SAEBench 0.6's `absorption_fraction` and `is_full_absorption` of every row.
 
-    z: latents in units of unit decoder rows; projection: of the row on the unit probe; cosine: of the decoder rows with the
-    probe; main: the label's own latents.
+    z: latents [row, latent] in units of unit decoder rows; projection: of the row on the unit probe; cosine: of the decoder
+    rows with the probe; main: the label's own latents. Only latents that fire are looked at: the others carry nothing.
     """
-    carried = z * cosine
-    top = carried.argmax(1)
-    silent = (z[:, main] < SILENT).all(1)
-    most = carried.gather(1, top[:, None])[:, 0]
-    full = silent & (cosine[top] >= FULL_COSINE) & (projection >= 0) & (most / projection >= CARRIED)
-    own = carried[:, main].sum(1)
-    others = torch.where(cosine >= FRACTION_COSINE, carried, 0.0).clamp(min=0)
-    others[:, main] = 0
+    latent, value = fired(z)
+    along = cosine[latent]
+    own_latent = torch.isin(latent, torch.tensor(main)) & (value != 0)
+    carried = value * along
+    most, top = carried.max(1)
+    silent = ~(own_latent & (value >= SILENT)).any(1)
+    aligned = along.gather(1, top[:, None])[:, 0] >= FULL_COSINE
+    full = silent & aligned & (most > 0) & (projection >= 0) & (most / projection >= CARRIED)
+    own = torch.where(own_latent, carried, 0.0).sum(1)
+    others = torch.where((along >= FRACTION_COSINE) & ~own_latent, carried, 0.0).clamp(min=0)
     taken = others.topk(min(MAX_ABSORBERS, others.shape[1]), 1).values.sum(1)
     part = torch.minimum(taken, projection - own)
     fraction = torch.where(own <= 0, torch.ones_like(part), (part / (part + own)).clamp(0, 1))
     nothing = (own >= projection) | (taken / projection < CARRIED)
     return Absorbed(full, torch.where(nothing, torch.zeros_like(part), fraction))
+
+
+def fired(z: csr_matrix) -> tuple[Int[Tensor, "row slot"], Float[Tensor, "row slot"]]:
+    """The latents that fire on each row and their values, as many slots as the fullest row has and one more; 0 in the rest."""
+    counts = np.diff(z.indptr)
+    row = np.repeat(np.arange(len(counts)), counts)
+    slot = np.arange(len(row)) - np.repeat(z.indptr[:-1], counts)
+    shape = (len(counts), 1 + int(counts.max(initial=0)))
+    latent, value = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    at = (torch.from_numpy(row), torch.from_numpy(slot))
+    latent[at] = torch.from_numpy(z.indices.astype(np.int64))
+    value[at] = torch.from_numpy(z.data.astype(np.float32))
+    return latent, value
 
 
 class AbsorptionScore:
@@ -93,7 +105,7 @@ class AbsorptionScore:
         norm = (self.sae.W_dec.float().norm(dim=1) / self.sae.scale).cpu().numpy()
         values, latents = np.concatenate(self.values), np.concatenate(self.latents)
         shape = (len(self.probes.rows.position), self.sae.config.width)
-        z = csr_matrix((values * norm[latents], (np.concatenate(self.rows), latents)), shape=shape).tocsc()
+        z = csr_matrix((values * norm[latents], (np.concatenate(self.rows), latents)), shape=shape)
         decoder = torch.nn.functional.normalize(self.sae.W_dec.float(), dim=1)
         direction = torch.nn.functional.normalize(self.probes.weight, dim=1)
         cosine, projection = (decoder @ direction.T).cpu(), (self.probes.x @ direction.T).cpu()
@@ -110,10 +122,10 @@ class AbsorptionScore:
         label = rows.label[:, LABEL_INDEX[name]]
         main, f1s = split_latents(z, label, rows.train)
         right = (label == 1) & ~rows.train & self.probes.finds(i).cpu().numpy()
-        some = torch.from_numpy(z[np.flatnonzero(right)].toarray()).float()
+        some = z[np.flatnonzero(right)]
         result = absorbed(some, projection[torch.from_numpy(right)], cosine, main)
-        n = len(some)
-        fires = (some[:, main] > SILENT).any(1)
+        n = some.shape[0]
+        fires = torch.from_numpy((some[:, main].toarray() > SILENT).any(1))
         return {
             "label": name,
             "n": n,

@@ -107,7 +107,7 @@ class TruthScore:
     def __init__(self, sae: NestedSAE, truth: Truth) -> None:
         self.sae, self.truth = sae, truth
         device, n, n_levels = sae.W_dec.device, truth.n_features, sae.config.n_levels
-        cosine = self.cosine().abs()
+        cosine = self.cosine(sae.config.width)
         best = [cosine[:m].max(0) for m in sae.config.levels]
         self.best, self.best_cosine = torch.stack([b.indices for b in best]), torch.stack([b.values for b in best])
         self.n_rows, self.n_firings = 0, 0
@@ -117,9 +117,10 @@ class TruthScore:
         self.with_child = torch.zeros(2, n_levels, dtype=torch.float64, device=device)
         self.without_child = torch.zeros(2, n_levels, dtype=torch.float64, device=device)
 
-    def cosine(self) -> Float[Tensor, "latent feature"]:
-        """Of decoder rows and directions: made again when needed, as it is large."""
-        return torch.nn.functional.normalize(self.sae.W_dec.detach().float(), dim=1) @ self.truth.directions.T
+    def cosine(self, m: int) -> Float[Tensor, "latent feature"]:
+        """|cosine| of the first m decoder rows and the directions: made again when needed, as it is large."""
+        rows = torch.nn.functional.normalize(self.sae.W_dec[:m].detach().float(), dim=1)
+        return (rows @ self.truth.directions.T).abs_()
 
     def update(self, z: Float[Tensor, "row latent"], first_row: int) -> None:
         """Add rows first_row … of the split, every one of them."""
@@ -144,7 +145,7 @@ class TruthScore:
     def scores(self, level: int) -> dict[str, float | None]:
         """The scores of one level by metric id; None where nothing fired that they are about."""
         m, best_cosine = self.sae.config.levels[level], self.best_cosine[level]
-        cosine = self.cosine()[:m].abs()
+        cosine = self.cosine(m)
         matched = cosine[best_matching(cosine)]
         both, latent_on, feature_on = self.both_on[level], self.latent_on[self.best[level]], self.feature_on
         seen = feature_on > 0

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from sae_bench.evals.absorption import feature_absorption_calculator as theirs
+from scipy.sparse import csr_matrix
 
 from evaluate.scores.absorption import absorbed
 
@@ -63,7 +64,7 @@ def main() -> None:
         calculator = theirs.FeatureAbsorptionCalculator(model=Model(rows), icl_word_list=words, max_icl_examples=1)
         found = calculator.calculate_absorption(sae, words, probe, label_latents, 0, show_progress=False).word_results
         cosine = torch.nn.functional.cosine_similarity(sae.W_dec, probe[None], dim=1)
-        ours = absorbed(sae.z, rows @ probe, cosine, label_latents)
+        ours = absorbed(csr_matrix(sae.z.numpy()), rows @ probe, cosine, label_latents)
         full = torch.tensor([bool(word.is_full_absorption) for word in found])
         fraction = torch.tensor([float(word.absorption_fraction) for word in found])
         n_full += int(full.sum())
