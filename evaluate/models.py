@@ -26,7 +26,7 @@ class Models:
         self.dtype = (
             str(store.config.get("compute_dtype", store.config["dtype"])) if config.dtype == "store" else config.dtype
         )
-        self.point = Point(int(store.config["layer"]), str(store.config.get("hook", "resid_post")))
+        self.point = Point(int(store.config["layer"]), str(store.config.get("hook") or "resid_post"))
 
     @property
     def revision(self) -> str | None:

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 import harvest.run
+from evaluate.checkpoints.find import Checkpoint, require_fit
 from evaluate.scores.behaviour import Baselines, Behaviour, clean_pass, score_residual, splice
 from evaluate.scores.sample import Sample
 from harvest.config import HarvestConfig
-from pipeline.base.errors import ModelError, UsageError
+from pipeline.base.errors import CheckpointError, ModelError, UsageError
 from pipeline.model.points import HOOKS, Point, canonical
 from pipeline.model.split_lm import SplitLM
 from pipeline.model.trial import try_split
+from pipeline.sae.export import transformer_lens_name
+from pipeline.sae.nested import SAEConfig
 from pipeline.store.reader import Store
 from support import sweep_models, tiny_models
 from support.harvests import harvest_config
@@ -233,3 +236,29 @@ def test_same_point_twice_is_refused() -> None:
     config = HarvestConfig("acts", layers=(2, 3), hooks=("resid_post", "resid_pre"))
     with pytest.raises(UsageError, match=r"--layer 3 --hook resid_pre: the same point as layer_2\.zarr"):
         config.stores()
+
+
+@pytest.mark.parametrize(("trained", "scored"), [(None, "mlp_out"), ("mlp_out", None), ("attn_out", "mlp_out")])
+def test_other_hooks_sae_is_refused(tiny_store: Path, trained: str | None, scored: str | None) -> None:
+    """An SAE of one hook is not scored on a store of another, whatever else is allowed to differ."""
+    store = Store.open(tiny_store)
+    hook = {"hook": trained} if trained else {}
+    about = {"id": "other", "layer": store.config["layer"], "weights_sha256": store.config["weights_sha256"]} | hook
+    checkpoint = Checkpoint(Path("c"), "", SAEConfig(store.d_model, 8, (8,)), 1, {"store": about})
+    store.config["hook"] = scored or "resid_post"
+    with pytest.raises(CheckpointError, match=f"trained on hook '{trained or 'resid_post'}', store .* has"):
+        require_fit(checkpoint, store, allow_other_store=True, allow_other_model=True)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "name"),
+    [
+        ({"layer": 3}, "blocks.3.hook_resid_post"),
+        ({"layer": 3, "hook": "mlp_out"}, "blocks.3.hook_mlp_out"),
+        ({"layer": 0, "hook": "embed"}, "blocks.0.hook_resid_pre"),
+        ({"layer": 3, "hook": "mlp_in"}, "blocks.3.mlp.hook_in"),
+    ],
+)
+def test_export_names_the_point(recorded: dict[str, Any], name: str) -> None:
+    """Exports name the point as TransformerLens does."""
+    assert transformer_lens_name(recorded) == name

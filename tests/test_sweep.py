@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import harvest.run
 from pipeline.base.errors import ModelError
 from pipeline.model import trial
-from pipeline.model.split_lm import ModelInfo, SplitLM, plain_token
+from pipeline.model.split_lm import ModelInfo, SplitLM, plain_token, require_complete
 from support import sweep_models, tiny_models
 from support.harvests import harvest_config
 
@@ -27,6 +27,25 @@ def test_other_kinds_are_cut_exactly(kind: str, tmp_path: Path) -> None:
     """Prefix, suffix and head, each loaded by itself, give the whole model's logits bit for bit."""
     sweep_models.build(kind, tmp_path)
     assert sweep_models.verdict(tmp_path)[0] == "equal"
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [("gemma3n_text", "a layer returns"), ("rwkv", "do not run without the others")]
+)
+def test_uncuttable_kinds_are_refused(kind: str, says: str, tmp_path: Path) -> None:
+    """A stream that is no [seq, pos, d_model], and layers that reach for later ones, are refused in one line."""
+    sweep_models.build(kind, tmp_path)
+    verdict, said = sweep_models.verdict(tmp_path)
+    assert verdict == "refused"
+    assert says in said
+
+
+def test_later_layers_names_are_no_adapter(tmp_path: Path) -> None:
+    """Parts named like an adapter in layers that are left out are no reason to refuse; in layers that run they are."""
+    report = {"unexpected_keys": ["model.layers.3.lora_A.weight"]}
+    require_complete("m", report, ("model.layers.3.",))
+    with pytest.raises(ModelError, match=r"layers\.3\.lora_A"):
+        require_complete("m", report, ("model.layers.2.",))
 
 
 @pytest.mark.slow

@@ -171,6 +171,8 @@ def require_fit(
     made elsewhere does not say is not checked; its model's name is compared without its owner.
     """
     where, trained = f"{checkpoint.path}", checkpoint.provenance.get("store") or {}
+    if "id" in trained:  # a store of this pipeline, which names no hook where it is the stream after the layer
+        trained = {"hook": "resid_post"} | trained
     if checkpoint.sae.d_model != store.d_model:
         raise CheckpointError(
             f"{where}: its rows have {checkpoint.sae.d_model} dimensions, those of store {store.path} have {store.d_model}; "

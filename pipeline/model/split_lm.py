@@ -178,7 +178,7 @@ class SplitLM:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        require_complete(model, report)
+        require_complete(model, report, layers_after(loaded, info.n_layers, last) if part == "prefix" else ())
         split = SplitLM(loaded.eval().requires_grad_(False), info, part, layers)
         split._drop_unused()
         for tensor in (*loaded.parameters(), *loaded.buffers()):
@@ -476,13 +476,21 @@ def truncated(config: Any, n_layers: int) -> Any:
     return config
 
 
-def require_complete(model: str, report: dict[str, Any]) -> None:
+def layers_after(model: nn.Module, n_layers: int, last: int) -> tuple[str, ...]:
+    """What the names of the parameters of the layers after `last` begin with."""
+    after = set(find_layers(model, n_layers)[last + 1 :])
+    return tuple(f"{name}." for name, module in model.named_modules() if module in after)
+
+
+def require_complete(model: str, report: dict[str, Any], left_out: tuple[str, ...] = ()) -> None:
     """Raise ModelError when weights are missing from the files or of another shape (they would be random), and when the
-    files hold parts of an adapter or of a quantisation that no part of the model takes."""
+    files hold parts of an adapter or of a quantisation that no part of the model takes. `left_out`: what names of tensors
+    begin with that are not meant to be taken."""
     bad = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind, ()))
     if bad:
         raise ModelError(f"{model}: {len(bad)} weights are missing or of another shape ({bad[0]} …); get it again")
-    if left := sorted(key for key in map(str, report.get("unexpected_keys", ())) if UNAPPLIED.search(key)):
+    left = sorted(key for key in map(str, report.get("unexpected_keys", ())) if not key.startswith(left_out))
+    if left := [key for key in left if UNAPPLIED.search(key)]:
         raise ModelError(
             f"{model}: {left[0]}: part of an adapter or quantisation that is not applied here; merge it first"
         )

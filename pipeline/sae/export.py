@@ -137,6 +137,12 @@ def layernorm_settings(sae: NestedSAE) -> dict[str, Any]:
     }
 
 
+def transformer_lens_name(store: Mapping[str, Any]) -> str | None:
+    """TransformerLens's name of a store's hook point. What an MLP reads is behind the gain of its norm, which it folds away."""
+    forms = {"embed": "blocks.0.hook_resid_pre", "mlp_in": "blocks.{layer}.mlp.hook_in"}
+    return place_name(store, forms.get(store.get("hook") or "", "blocks.{layer}.hook_{hook}"))
+
+
 def saelens_metadata(header: Header) -> dict[str, Any]:
     """What SAELens and SAEBench look for; `sae_lens_version` keeps SAELens from rebuilding it as an old one's."""
     store = header.provenance.get("store") or {}
@@ -144,7 +150,7 @@ def saelens_metadata(header: Header) -> dict[str, Any]:
         "sae_lens_version": "6.0.0",
         "sae_lens_training_version": None,
         "model_name": str(store.get("model", "")).split("/")[-1],
-        "hook_name": place_name(store, "blocks.{layer}.hook_{hook}"),
+        "hook_name": transformer_lens_name(store),
         "hook_head_index": None,
         "context_size": store.get("context"),
         "prepend_bos": True,
