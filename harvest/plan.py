@@ -15,6 +15,8 @@ from harvest.corpus import Corpus, Source, open_corpus, require_other
 from harvest.texts import Reader
 from harvest.tokens import Packing
 from pipeline.base.errors import DamagedError, StoreError
+from pipeline.base.fields import Fields
+from pipeline.base.files import hash_config, read_json
 from pipeline.base.runtime import local_rank, resolve_device, resolve_dtype
 from pipeline.model.files import tokenizer_sha256
 from pipeline.model.points import Point
@@ -201,9 +203,26 @@ def shared_config(
             "chunk_rows": config.chunk_rows,
             "codec": config.codec,
         }
+        | architecture(info, held)
         | computed_config(config)
         | texts_config(config)
     )
+
+
+def architecture(info: ModelInfo, held: Mapping[str, Any]) -> dict[str, Any]:
+    """The hash of the model's config.json, which softcaps, windows and rotary angles hang on as much as on weights.
+
+    Not of what changes no number: where it came from, and who saved it. Stores without this field go on without it.
+    """
+    path = info.folder / "config.json"
+    if (held and "architecture_sha256" not in held) or not path.is_file():
+        return {}
+    known = Fields(path, read_json(path)).data
+    return {"architecture_sha256": hash_config({name: known[name] for name in known.keys() - NO_NUMBERS})}
+
+
+NO_NUMBERS = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
+"""Fields of a model's config.json that no activation depends on; the dtype is an option of the harvest."""
 
 
 def computed_config(config: HarvestConfig) -> dict[str, Any]:

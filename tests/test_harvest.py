@@ -135,6 +135,24 @@ def test_evaluation_sees_its_own_corpus(config: HarvestConfig, tmp_path: Path) -
     assert store.config["eval_corpus"]["id"] == str(other)
 
 
+@pytest.mark.parametrize(("field", "value"), [("sliding_window", 7), ("transformers_version", "9.9")])
+def test_changed_model_config_is_another_model(
+    config: HarvestConfig, tmp_path: Path, field: str, value: int | str
+) -> None:
+    """A harvest is not gone on with when a number of its model's config.json changed; who saved that file does not matter."""
+    folder = Path(shutil.copytree(config.model, tmp_path / "model"))
+    config = config.replace(model=str(folder))
+    run(config, quiet=True)
+    known = json.loads((folder / "config.json").read_text())
+    assert known.get(field) != value
+    (folder / "config.json").write_text(json.dumps(known | {field: value}))
+    if field == "transformers_version":
+        run(config, quiet=True)
+        return
+    with pytest.raises(MismatchError, match="architecture_sha256: there"):
+        run(config.replace(tokens=3200), quiet=True)
+
+
 def test_training_texts_are_no_evaluation_corpus(
     config: HarvestConfig, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
