@@ -49,6 +49,7 @@ def store_config(
         "revision": None,
         "weights_sha256": "0" * 64,
         "tokenizer_sha256": "1" * 64,
+        "architecture_sha256": "2" * 64,
         "layer": 3,
         "n_layers": 6,
         "d_model": d_model,
