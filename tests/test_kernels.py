@@ -262,14 +262,19 @@ def test_no_dead_latent_costs_nothing() -> None:
         assert torch.equal(tensor, with_it.state()[name]), name
 
 
-def test_divergence_is_seen() -> None:
-    """A row that is not finite makes the loss so, whatever is selected."""
-    for recipe in RECIPE_FORMS:
-        ours = fused(config_of(**RECIPE_FORMS[recipe]))
-        raw = raw_rows()
+@pytest.mark.parametrize("where", ["row", "encoder"])
+@pytest.mark.parametrize("recipe", RECIPE_FORMS)
+def test_divergence_is_seen(recipe: str, where: str) -> None:
+    """A row or a weight that is not finite makes the loss so, whatever is selected."""
+    ours = fused(config_of(**RECIPE_FORMS[recipe]))
+    raw = raw_rows()
+    if where == "row":
         raw[5, 3] = math.nan
-        ours.step(batch_of(ours, raw))
-        assert not ours.is_finite(), recipe
+    else:
+        ours.weights["W_enc"][:, 3] = math.nan
+        ours.adam.refresh_low()
+    ours.step(batch_of(ours, raw))
+    assert not ours.is_finite()
 
 
 def test_resumed_fused_member_is_bit_equal() -> None:

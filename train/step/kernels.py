@@ -80,12 +80,13 @@ def argument(a, bias, NORM: tl.constexpr):
 @triton.jit
 @no_type_check
 def activated(p, theta, ratio, KIND: tl.constexpr, NORM: tl.constexpr, RESCALE: tl.constexpr):
-    """Latents before selection, of the activation's argument (NORM 2: of LayerNorm's outcome)."""
+    """Latents before selection, of the activation's argument (NORM 2: of LayerNorm's outcome). Here and in the selection
+    comparisons say what is dropped, not what is kept, so that NaN stays and a divergence is seen."""
     z = p
     if KIND == 1:
-        z = tl.where(p > theta[None, :], p, 0.0)
+        z = tl.where(p <= theta[None, :], 0.0, p)
     elif NORM != 2:
-        z = tl.where(p < 0, 0.0, p)  # which lets NaN through, so that a divergence is seen
+        z = tl.where(p < 0, 0.0, p)
     if RESCALE:
         z = z * ratio[:, None]
     return z
@@ -417,9 +418,9 @@ def select_kernel(
             to = rows.to(tl.int64)[:, None] * pool_size + slot[None, :]
             tl.store(pool_z + to, z.to(pool_z.dtype.element_ty), mask=mask & (slot >= 0)[None, :])
         if SELECT == 1:
-            z = tl.where(z >= tl.load(thresholds), z, 0.0)
+            z = tl.where(z < tl.load(thresholds), 0.0, z)
         if SELECT == 2:
-            z = tl.where(z >= tl.load(thresholds + rows, mask=row_mask, other=0.0)[:, None], z, 0.0)
+            z = tl.where(z < tl.load(thresholds + rows, mask=row_mask, other=0.0)[:, None], 0.0, z)
         z = tl.where(mask, z, 0.0)
         tl.store(z_out + at, z.to(z_out.dtype.element_ty), mask=mask)
         count += tl.sum((z != 0).to(tl.int32), 0)
