@@ -16,7 +16,7 @@ SILENT, MISSED = "truth_parent_silent", "truth_parent_missed"
 
 
 def main(out: Path) -> None:
-    results = [json.loads(path.read_text()) for path in sorted((out / "results").rglob("*.json"))]
+    results = [json.loads(path.read_text()) for path in sorted((out / "results").glob("*/*-step_*.json"))]
     known = [result for result in results if result["store"]["model"].startswith("truth:")]
     real = [result for result in results if result not in known]
     assert {member(result) for result in real} == WANTED
