@@ -234,7 +234,7 @@ HARVEST, TRAIN = '[harvest]\nmodel = "m"\nlayer = [1]\n', "[train]\nwidth = 64\n
         (f"{HARVEST}{TRAIN}[[part]]\nname = 'p'\n", r"part: needs a \[harvest\] and a \[train\]"),
         (f"{HARVEST}{TRAIN}[[part]]\nharvest.layer = 1\ntrain.width = 8\n", "part: name is ''; give each part its own"),
         (f"{HARVEST}{TRAIN}[[part]]\nname = '../p'\nharvest.layer = 1\ntrain.width = 8\n", "part: name is '../p'"),
-        (f"{HARVEST}{TRAIN}[[part]]\nname = 'p'\nreport.title = 'x'\n", "part: unknown tables .'report'"),
+        (f"{HARVEST}{TRAIN}[[part]]\nname = 'p'\nreport.title = 'x'\n", "part: unknown table 'report'"),
     ],
 )
 def test_odd_tables_are_refused(tmp_path: Path, text: str, says: str) -> None:
