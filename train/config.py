@@ -312,11 +312,9 @@ def jumprelu(**changes: Any) -> TrainConfig:
 
 SCHEDULES = ("lr_warmup_steps", "sparsity_warmup_steps", "lr_decay_steps")
 PLAIN: dict[str, Any] = {"layernorm": "none"}
-SHORT: dict[str, Any] = {"lr_warmup_steps": 244, "lr_decay_steps": 3906}
-"""A twentieth of the run to warm up, four fifths to decay: with a rate half as high again it beats a decay over a fifth."""
-NESTED_DECAY = 2441
-"""Of nested dictionaries, half of the run: inner levels gain more by a high rate than the whole loses (width 1536, 2000 steps,
-explained variance of the first level and the whole: .8634, .9105; decay over four fifths .8607, .9109; a fifth .8647, .9078)."""
+SHORT: dict[str, Any] = {"lr_warmup_steps": 244, "lr_decay_steps": 2441}
+"""A twentieth of the run to warm up, half of it to decay. For two levels (width 1536, 2000 steps; explained variance of the first
+level and the whole) .8634, .9105; a decay over four fifths .8607, .9109; over a fifth .8647, .9078."""
 NO_PENALTY: dict[str, Any] = PLAIN | {
     "penalty": "none",
     "lambda_shared": 0.0,
@@ -335,8 +333,6 @@ def make(name: str, own: dict[str, Any], changes: dict[str, Any]) -> TrainConfig
     if changes.get("levels") and "alpha" not in changes:
         changes = {"alpha": None} | changes
     whole = TrainConfig.from_dict({"recipe": name} | own)
-    if selects(whole) and (changes.get("levels") or changes.get("alpha", whole.alpha)):
-        whole = dataclasses.replace(whole, lr_decay_steps=NESTED_DECAY)
     steps, width = changes.get("steps", whole.steps), changes.get("width", whole.width)
     rows = steps * changes.get("batch_size", whole.batch_size)
     own = own | {schedule: round(getattr(whole, schedule) * steps / STEPS) for schedule in SCHEDULES}
