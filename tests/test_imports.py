@@ -154,7 +154,7 @@ def test_bad_rows_are_refused_by_name(tmp_path: Path, spoil: Callable[[Path], No
         ("saev", lambda p: (p / "acts000001.bin").write_bytes(b"12"), r"acts000001\.bin: 2 bytes, expected 4 examples"),
         ("saev", lambda p: replace(p / "metadata.json", '"2.0"', '"3.0"'), "expected saev's protocol 1 or 2"),
         ("saev", lambda p: replace(p / "metadata.json", '"n_ex": 10', '"n_ex": 11'), "names 10 examples"),
-        ("saev", lambda p: replace(p / "shards.json", "acts000001.bin", "../x/acts000001.bin"), "is no shard here"),
+        ("saev", lambda p: outside(p), "is no shard here"),
         ("saev", lambda p: replace(p / "metadata.json", '"d_model": 6', '"d_model": "6"'), "d_model"),
         ("saelens", lambda p: next(p.glob("*.arrow")).write_bytes(b"no"), "not a whole data set"),
         ("dictionary-learning", lambda p: (p / "a.pt").write_bytes(b"PK"), "not a whole file of tensors alone"),
@@ -170,6 +170,13 @@ def test_damage_of_each_format_is_one_line(tmp_path: Path, kind: str, change: Ca
         imported(kind, tmp_path / "in", tmp_path / "a.zarr", asked)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "a.zarr").exists()
+
+
+def outside(place: Path) -> None:
+    """Move a shard beside the folder, and name it there."""
+    (place.parent / "x").mkdir()
+    (place / "acts000001.bin").rename(place.parent / "x" / "acts000001.bin")
+    replace(place / "shards.json", "acts000001.bin", "../x/acts000001.bin")
 
 
 def replace(path: Path, old: str, new: str) -> None:

@@ -137,6 +137,7 @@ def test_intervals_hold_their_examples() -> None:
     assert parts == [(8, 10, 0.03), (6, 8, 0.03), (4, 6, 0.03), (2, 4, 0.03), (0, 2, 0.92)]
     for one in others:
         assert one.low <= (values[one.row] if one.row < 10 else 0) <= one.high
+    assert any(one.row >= 10 for one in others)
 
 
 def test_dead_latents_have_no_examples(store: Store, tmp_path: Path) -> None:
