@@ -29,8 +29,8 @@ MOST_BYTES = 1 << 26
 """Bytes that a root, whose special ids and segments are lists, stays under."""
 MOST_CHUNK, MOST_SHARDS = 1 << 31, 1 << 20
 """Bytes of a chunk, which is read whole, and shards of a split, which are looked at one by one."""
-REQUIRED = ("format", "version", "state", "id", "config", "segments", "n_sequences", "tokens_sha256", "special_sha256")
-KNOWN = (*REQUIRED, "origin", "extras", "files", "versions", "statistics", "seal")
+REQUIRED = ("state", "id", "config", "segments", "n_sequences", "tokens_sha256", "special_sha256", "files", "versions")
+KNOWN = (*REQUIRED, "format", "version", "origin", "extras", "statistics", "seal")
 ABOUT = {"truth": "truth", "rows": "source"}
 """Kind → the object of the config that says what rows of no text are; who makes them reads it further."""
 EXTRA_TYPES = ("int32", "int64", "float32", "float64")
@@ -102,6 +102,8 @@ def require_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
     require_plain(path, attributes)
     root = Fields(path, attributes)
     root.only(*KNOWN)
+    if missing := [name for name in REQUIRED if name not in attributes]:
+        raise root.wrong(missing[0], "there", None)
     root.one_of("state", STATES)
     layout = layout_of(root)
     n_sequences = require_sizes(root, layout)
