@@ -153,9 +153,16 @@ class Sample:
 
 
 def export_neuronpedia(
-    sae: NestedSAE, unembedding: Float[Tensor, "vocab d_model"], text: TokenText, sample: Sample, source: Source, out: Path,
-    *, seed: int = 0, quiet: bool = False,
-) -> Path:  # fmt: skip
+    sae: NestedSAE,
+    unembedding: Float[Tensor, "vocab d_model"],
+    text: TokenText,
+    sample: Sample,
+    source: Source,
+    out: Path,
+    *,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Path:
     """Write every latent of an SAE to `out`, digests last; return the folder that Neuronpedia imports. See the top of this file.
 
     unembedding: `SplitLM.readout`. Put the SAE on its device first. Raises DiskError when `out` holds something else or another
@@ -198,9 +205,16 @@ def begin(out: Path, folder: Path, n_batches: int) -> None:
 
 
 def write_batches(
-    sae: NestedSAE, lens: Lens, text: TokenText, sample: Sample, source: Source, folder: Path, dashboards: Path, seed: int,
+    sae: NestedSAE,
+    lens: Lens,
+    text: TokenText,
+    sample: Sample,
+    source: Source,
+    folder: Path,
+    dashboards: Path,
+    seed: int,
     quiet: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Stream the rows and write BATCH latents at a time, in both formats."""
     tokens, counted = sample.split.tokens, sample.counted()
     readable = lru_cache(maxsize=None)(text.plain)
@@ -470,9 +484,20 @@ def load_readout(store: Store, model: str | None) -> tuple[Tensor, TokenText, in
 @click.option("--seed", type=int, default=0, show_default=True, help="Of which rows and which random examples.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto.")
 def command(
-    checkpoint: Path, store_path: Path, out: Path, model: str | None, model_id: str | None, set_name: str | None,
-    creator: str, creator_id: str, rows: int, split: str, level: int | None, seed: int, device: str,
-) -> None:  # fmt: skip
+    checkpoint: Path,
+    store_path: Path,
+    out: Path,
+    model: str | None,
+    model_id: str | None,
+    set_name: str | None,
+    creator: str,
+    creator_id: str,
+    rows: int,
+    split: str,
+    level: int | None,
+    seed: int,
+    device: str,
+) -> None:
     """Write an SAE's latents as Neuronpedia imports them, and as SAEDashboard writes them, from a store's rows."""
     from pipeline.sae.hub import find_checkpoint
     from pipeline.store.reader import Store
@@ -496,10 +521,19 @@ def command(
             raise UsageError(f"{what} {value!r}: letters, digits and . _ - only, since it names a folder; give another")
     created = datetime.fromtimestamp(newest(found.path), UTC).isoformat()
     source = Source(
-        named, int(store.config["layer"]), name, creator, creator_id, corpus_name(store, split),
-        sample.n_rows // store.context, store.context, f"hook_{store.config.get('hook', 'resid_post')}",
-        n_layers, store.d_model, created,
-    )  # fmt: skip
+        named,
+        int(store.config["layer"]),
+        name,
+        creator,
+        creator_id,
+        corpus_name(store, split),
+        sample.n_rows // store.context,
+        store.context,
+        f"hook_{store.config.get('hook', 'resid_post')}",
+        n_layers,
+        store.d_model,
+        created,
+    )
     click.echo(export_neuronpedia(sae, unembedding, text, sample, source, out, seed=seed))
 
 
