@@ -30,6 +30,7 @@ import harvest.run
 from harvest.config import HarvestConfig
 from pipeline.base.cli import COUNT
 from pipeline.base.runtime import resolve_device, resolve_dtype
+from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM
 from pipeline.store.reader import Store
 from support import tiny_models
@@ -115,7 +116,13 @@ def main(
             store="", model=str(model), corpus=str(corpus), layers=(layers - 1,), tokens=tokens, context=context,
             batch_size=batch_size, dtype=dtype, device=device, shard_rows=512 * context, chunk_rows=8 * context,
         )  # fmt: skip
-        lm = SplitLM.load(str(model), dtype=dtype, device=resolve_device(device), part="prefix", layers=[layers - 1])
+        lm = SplitLM.load(
+            str(model),
+            dtype=dtype,
+            device=resolve_device(device),
+            part="prefix",
+            layers=[Point(layers - 1, "resid_post")],
+        )
         plan = harvest.plan.make_plan(config.replace(store=str(Path(place) / "plan")))
         ids = tiny_models.tokens(plan.n_train + plan.n_eval, context)
         size = int(plan.config.batch_size or 1)
