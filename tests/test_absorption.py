@@ -44,7 +44,7 @@ def test_classes_of_characters(text: str, label: str) -> None:
     assert [name for name in CLASSES if said(text)[name]] == [label]
 
 
-def test_rows_are_bounded_a_type_and_split_by_type() -> None:
+def test_rows_are_split_by_type() -> None:
     """No token type is in both parts, none has more than PER_TYPE rows, special rows are left out."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 50, (40, 32)).astype(np.int32)
@@ -59,7 +59,7 @@ def test_rows_are_bounded_a_type_and_split_by_type() -> None:
     assert (rows.type == tokens.reshape(-1)[rows.position]).all()
 
 
-def test_labels_without_a_good_probe_are_named() -> None:
+def test_labels_without_probe_are_named() -> None:
     """Letters that rows show are found on unseen types; one that rows do not show is left out with its F1."""
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 120, (60, 32), generator=g).numpy().astype(np.int32)
@@ -109,7 +109,7 @@ def test_absorption_by_hand() -> None:
     assert found.fraction.tolist() == pytest.approx([0.0, 1.0, 0.0, 0.5 / 0.68])
 
 
-def test_a_weakly_aligned_top_latent_is_no_absorption() -> None:
+def test_weak_alignment_is_no_absorption() -> None:
     """Cosine under .025: not full; under .1: no absorber of the fraction."""
     found = absorbed(csr_matrix([[0.0, 50.0]]), torch.ones(1), torch.tensor([0.9, 0.02]), [0])
     assert (found.full.tolist(), found.fraction.tolist()) == ([False], [0.0])
@@ -146,7 +146,7 @@ def test_silent_latents_change_nothing() -> None:
     assert torch.allclose(found.fraction.double(), fraction.double(), atol=1e-5)
 
 
-def test_split_latents_are_those_that_add_f1() -> None:
+def test_split_latents_add_f1() -> None:
     """A label carried by two latents on different rows has both; a third that repeats the first adds nothing."""
     rng = np.random.default_rng(0)
     label = (rng.random(2000) < 0.4).astype(np.int8)
@@ -159,7 +159,7 @@ def test_split_latents_are_those_that_add_f1() -> None:
     assert f1s[0] < 0.8
 
 
-def test_a_latent_that_never_fires_has_no_f1() -> None:
+def test_silent_latent_has_no_f1() -> None:
     """Saying yes where nothing fires does not count, however frequent the label."""
     label = (np.arange(200) % 4 != 0).astype(np.int8)
     latents, f1s = split_latents(csr_matrix(np.zeros((200, 3), np.float32)), label, np.arange(200) % 2 == 0)

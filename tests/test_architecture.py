@@ -1,3 +1,4 @@
+import ast
 import re
 import subprocess
 import sys
@@ -65,3 +66,12 @@ def test_nothing_is_pickled() -> None:
             assert re.findall(r"torch\.load\(", path.read_text()) == re.findall(
                 r"torch\.load\((?=[^\n]*weights_only=True)", path.read_text()
             ), path
+
+
+def test_test_names_are_short() -> None:
+    """A test's name has two to six words after `test_`; its sentence stands in the docstring."""
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                assert 2 <= len(node.name.split("_")) - 1 <= 6, (path.name, node.name)
+                assert ast.get_docstring(node), (path.name, node.name, "no sentence")

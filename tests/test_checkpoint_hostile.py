@@ -96,7 +96,7 @@ def test_small_file_claims_no_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**40, 2**63])
-def test_headers_longer_than_their_file_are_refused(tmp_path: Path, length: int) -> None:
+def test_headers_longer_than_file_refused(tmp_path: Path, length: int) -> None:
     """A header whose length is not that of one is refused before it is read."""
     path = tmp_path / "a.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + b"{}" * 20)
@@ -126,6 +126,6 @@ def test_config_of_a_checkpoint_is_typed(tmp_path: Path, change: dict[str, Any],
 
 
 @pytest.mark.slow
-def test_many_hostile_checkpoints_end_in_one_line(tmp_path: Path) -> None:
+def test_hostile_checkpoints_end_in_line(tmp_path: Path) -> None:
     """Likewise, ten thousand."""
     assert fuzz_checkpoint(tmp_path, 10_000, seed=2) > 9000

@@ -81,7 +81,7 @@ def test_exit_codes_tell_disk_from_typo(
         (CorpusError("two\nlines"), "error: two lines"),
     ],
 )
-def test_what_a_system_says_is_one_line(
+def test_system_errors_are_one_line(
     error: Exception, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever an operating system or a memory refuses is one line that names the path and what to do."""

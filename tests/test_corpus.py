@@ -227,7 +227,7 @@ def test_training_corpus_is_no_evaluation_corpus(tmp_path: Path, evaluation: str
     opened(tmp_path, path, tmp_path / "copy/others.jsonl")
 
 
-def test_hub_corpus_is_no_evaluation_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_corpus_never_evaluates_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Hub data set is refused for the same commit, subset and split; another split is another corpus."""
     monkeypatch.setattr(corpus, "dataset_commit", lambda name: "c0ffee")
     with pytest.raises(CorpusError, match="is --corpus, of the same revision, subset and split"):

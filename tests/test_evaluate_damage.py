@@ -100,7 +100,7 @@ def test_bad_metrics_cost_one_before_scoring(
     assert len(scored(store, tmp_path / "other", first).failed) == 1
 
 
-def test_final_outside_the_member_is_never_read(store: Store, runs: Path, tmp_path: Path) -> None:
+def test_final_outside_member_is_unread(store: Store, runs: Path, tmp_path: Path) -> None:
     """A complete.json that names a file elsewhere is damage."""
     first = sorted(runs.iterdir())[0]
     write_json(first / "complete.json", {"final": "../../elsewhere.safetensors", "sha256": "0"})
@@ -111,7 +111,7 @@ def test_final_outside_the_member_is_never_read(store: Store, runs: Path, tmp_pa
 
 
 @pytest.mark.parametrize("place", ["file", "file/under", "dangling"])
-def test_out_without_a_folder_is_found_first(
+def test_out_without_folder_found_first(
     store: Store, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """An --out that cannot be written to is one line before any checkpoint is opened."""

@@ -142,7 +142,7 @@ def test_parts_get_places_and_one_report(tmp_path: Path, monkeypatch: pytest.Mon
     assert calls[6][1][:2] == ["/result3.json", "/result6.json"]
 
 
-def test_parts_with_several_layers_differ_in_name(tmp_path: Path) -> None:
+def test_parts_of_layers_differ_in_name(tmp_path: Path) -> None:
     """Layers of a part never share a folder with layers of the experiment."""
     (tmp_path / "a.toml").write_text(f'{HARVEST}{TRAIN}[[part]]\nname = "p"\nharvest.layer = [1, 2]\ntrain.width = 8\n')
     experiment = experiments.Experiment.read(tmp_path / "a.toml")

@@ -85,7 +85,7 @@ def test_hostile_experiments_end_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_many_hostile_experiments_end_in_one_line(tmp_path: Path) -> None:
+def test_hostile_experiments_end_in_line(tmp_path: Path) -> None:
     """Likewise, ten thousand."""
     assert 5000 < fuzz_experiment(tmp_path, 10_000, seed=2) < 10_000
 
@@ -121,7 +121,7 @@ def test_odd_options_are_refused_by_name(tmp_path: Path, line: str, says: str) -
 @pytest.mark.parametrize(
     "text", ["[" * 5000, "x = " + "9" * 5000, "\ud800", "[harvest]\n[harvest]\n", "train = []\n[harvest]"]
 )
-def test_what_is_no_experiment_is_one_line(tmp_path: Path, text: str) -> None:
+def test_no_experiment_is_one_line(tmp_path: Path, text: str) -> None:
     """Nesting without end, numbers without end, what is not UTF-8, tables twice and no grid at all are each one line."""
     path = tmp_path / "e.toml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))

@@ -96,13 +96,13 @@ def test_fuzzing_marks_rightly_and_wrongly() -> None:
         assert len(marked) == 1
 
 
-def test_questions_are_the_same_in_every_call() -> None:
+def test_questions_are_the_same_again() -> None:
     """Answers of another day fit; another seed asks in another order."""
     assert list(questions(SHA, made(), 0)) == list(questions(SHA, made(), 0))
     assert list(questions(SHA, made(), 0)) != list(questions(SHA, made(), 1))
 
 
-def test_a_rule_finds_a_latent_of_one_token() -> None:
+def test_rule_finds_one_token_latent() -> None:
     """The baseline: right in every window, by both kinds of question."""
     found = made()
     label, top = token_label(found, text)
@@ -167,7 +167,7 @@ def test_labels_are_the_last_line(answer: str, label: str) -> None:
     assert label_of(answer) == label
 
 
-def test_answers_of_every_common_form_are_read(tmp_path: Path) -> None:
+def test_answers_of_common_forms_read(tmp_path: Path) -> None:
     """Plain, a conversation, and a batch service's."""
     lines: list[dict[str, Any]] = [
         {"custom_id": "a", "content": "1"},
@@ -197,7 +197,7 @@ def test_bad_answers_are_one_line(tmp_path: Path, line: str, said: str) -> None:
         read_answers(tmp_path / "a.jsonl")
 
 
-def test_labels_beside_pages_are_read_as_visible_text(tmp_path: Path) -> None:
+def test_labels_become_visible_text(tmp_path: Path) -> None:
     """What reorders or hides text is spelled out; another file is refused."""
     write_labels(tmp_path, {3: "riv\u202eers", 5: "x" * 999})
     assert read_labels(tmp_path) == {3: "riv⟨U+202E⟩ers", 5: "x" * 300}

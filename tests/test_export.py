@@ -112,7 +112,7 @@ def test_killed_export_goes_on(tmp_path: Path, form: Format) -> None:
     assert n > 6
 
 
-def test_leftovers_of_an_export_do_not_block_it(tmp_path: Path) -> None:
+def test_export_leftovers_do_not_block(tmp_path: Path) -> None:
     """Partly written files of a killed export are swept."""
     saved(tmp_path / "c", "relu")
     (tmp_path / "out").mkdir()

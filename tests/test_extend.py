@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipeline.base.errors import MismatchError, UsageError
 from pipeline.sae.checkpoint import load_checkpoint
@@ -18,15 +16,9 @@ from train.plan import RunConfig
 from train.run import run
 from train.trainee import Outcome
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KEEP = "last:3,every:1000,state"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def trained(store: Path, out: Path, config: TrainConfig, **options: Any) -> Outcome:
@@ -42,7 +34,7 @@ def trained(store: Path, out: Path, config: TrainConfig, **options: Any) -> Outc
         {"recipe": "topk", "lr_warmup_steps": 3, "lr_decay_steps": 0, "sparsity_warmup_steps": 8, "k": 4, "aux_k": 0},
     ],
 )
-def test_an_extended_training_is_the_long_one(tiny_store: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_extended_training_is_the_long(tiny_store: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Weights and metrics of 24 steps and then 40 are those of 40 asked for at first."""
     changes |= {"eval_every": 10, "log_every": 4}
     trained(tiny_store, tmp_path / "out", small(steps=24, **changes), keep=KEEP)
@@ -82,7 +74,7 @@ def test_it_does_not_begin_anew(tiny_store: Path, tmp_path: Path, capsys: pytest
         ),
     ],
 )
-def test_what_would_have_been_another_is_refused(
+def test_other_schedules_are_not_extended(
     tiny_store: Path, tmp_path: Path, first: dict[str, Any], then: dict[str, Any], keep: str, said: str
 ) -> None:
     """In one line, before anything of the longer one is written."""
@@ -92,7 +84,7 @@ def test_what_would_have_been_another_is_refused(
     assert len(list(tmp_path.glob("*/config.json"))) == 1
 
 
-def test_another_store_s_training_is_no_beginning(tiny_store: Path, tmp_path: Path) -> None:
+def test_other_stores_are_not_extended(tiny_store: Path, tmp_path: Path) -> None:
     """The same config on other rows."""
     make_store(tmp_path / "other.zarr", seed=3)
     trained(tmp_path / "other.zarr", tmp_path / "out", small(steps=24), keep=KEEP)
@@ -100,7 +92,7 @@ def test_another_store_s_training_is_no_beginning(tiny_store: Path, tmp_path: Pa
         trained(tiny_store, tmp_path / "out", small(steps=40), extend=True)
 
 
-def test_a_kept_state_stays_when_it_is_asked_for(tiny_store: Path, tmp_path: Path) -> None:
+def test_kept_state_stays_when_asked(tiny_store: Path, tmp_path: Path) -> None:
     """The same command again keeps it; without `state` it goes, as nothing needs it."""
     short = trained(tiny_store, tmp_path, small(steps=8), keep=KEEP)
     trained(tiny_store, tmp_path, small(steps=8), keep=KEEP)

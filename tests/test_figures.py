@@ -237,7 +237,7 @@ def test_fronts_never_mix_places(tmp_path: Path) -> None:
         assert sorted((sharing, len(line)) for sharing, _, line in lines) == [((), 2), ((0.2,), 2)]
 
 
-def test_legends_and_notes_name_what_is_drawn(tmp_path: Path) -> None:
+def test_legends_name_what_is_drawn(tmp_path: Path) -> None:
     """A legend has no block that is not there, and no note on larger points where all are last checkpoints."""
     write_results(tmp_path, alphas=(0.0,), steps=(400,))
     flat = read_results([tmp_path])

@@ -108,7 +108,7 @@ def test_available_memory_respects_the_cgroup(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("limited", ["slurm", "slurm/job_7", "slurm/job_7/step_0"])
 @pytest.mark.parametrize(("version", "own"), [(2, "0::/slurm/job_7/step_0"), (1, "9:cpu,memory:/slurm/job_7/step_0")])
-def test_a_jobs_own_memory_limit_is_seen(
+def test_job_memory_limit_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, own: str, limited: str
 ) -> None:
     """A limit of the cgroup of a Slurm job's step, of the job, or of all jobs counts, though the root sets none."""

@@ -250,7 +250,7 @@ def test_gemma_scope_2_sae(tmp_path: Path) -> None:
         ({"hf_hook_point_in": "model.layers.3.self_attn.o_proj.input"}, "cannot be placed"),
     ],
 )
-def test_transcoders_of_gemma_scope_2_are_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
+def test_gemma_scope_2_transcoders_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
     """What is no residual SAE of one place is refused by name."""
     with pytest.raises(CheckpointError, match=message):
         load_foreign(gemma_scope_2(tmp_path / "g", weights(), **cfg))

@@ -144,7 +144,7 @@ def test_random_prefixes_are_never_recorded() -> None:
     assert alike(config_of("paper", level_weighting="random", levels=(0.25, 0.5, 1.0)), 6) == 0
 
 
-def test_warmup_of_kept_counts_is_not_recorded() -> None:
+def test_warmup_of_counts_not_recorded() -> None:
     """While the number of kept latents falls, which makes nearly every step another kind, none is recorded; then one is."""
     assert alike(config_of("batchtopk", **CHANGES["batchtopk"] | {"aux_k": 0, "sparsity_warmup_steps": 12}), 12) == 0
     recorded.clear()

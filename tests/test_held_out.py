@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,7 @@ from train.run import Pass, run
 from train.stop import Stopped
 from train.trainee import Outcome
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(store: Path, out: Path, config: TrainConfig) -> Outcome:
@@ -96,7 +89,7 @@ def test_a_resumed_training_scores_the_same(tiny_store: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("step", "due"), [(10, False), (500, True), (510, False), (1000, True), (1003, True)])
-def test_due_is_a_function_of_the_step(step: int, due: bool) -> None:
+def test_due_depends_on_step_alone(step: int, due: bool) -> None:
     """So that a resume knows it too."""
     assert is_due(TrainConfig(steps=1003), step) is due
 
@@ -116,7 +109,7 @@ def test_the_sample_is_spread_and_bounded(tiny_store: Path, monkeypatch: pytest.
     assert torch.equal(found.x[-1], allowed[-1])
 
 
-def test_rows_that_do_not_vary_are_not_scored(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_constant_rows_are_not_scored(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of them can be explained: no division by zero."""
     split = Store.open(tiny_store).eval
     monkeypatch.setattr(split, "kept", lambda max_norm: np.arange(split.n_rows) == 3)
@@ -170,7 +163,7 @@ def test_contradicting_lengths_are_refused(given: dict[str, Any], said: str) -> 
         make_grid(given)
 
 
-def test_the_command_counts_epochs_of_kept_rows(tiny_store: Path, tmp_path: Path) -> None:
+def test_epochs_count_kept_rows(tiny_store: Path, tmp_path: Path) -> None:
     """An epoch is what training uses: neither special nor massive rows."""
     split = Store.open(tiny_store).train
     words = [

@@ -176,7 +176,7 @@ def test_repository_of_many_downloads_none(stand_in: type[StandIn], tmp_path: Pa
     assert not [path for path in stand_in.seen if "/resolve/" in path]
 
 
-def test_folder_of_a_suite_is_downloaded_alone(stand_in: type[StandIn], tmp_path: Path) -> None:
+def test_suite_folder_is_downloaded_alone(stand_in: type[StandIn], tmp_path: Path) -> None:
     """owner/name/folder reads the SAE in that folder of a suite and downloads nothing else; one that is not there is named."""
     packed = io.BytesIO()
     shapes = {"W_enc": (8, 12), "W_dec": (12, 8), "b_enc": (12,), "b_dec": (8,), "threshold": (12,)}

@@ -84,7 +84,7 @@ def test_saelens_names_hook_and_specials(tmp_path: Path) -> None:
     assert all(split.special[:, 0].all() and not split.special[:, 1:].any() for split in store.splits)
 
 
-def test_saev_marks_cls_and_names_its_model(tmp_path: Path) -> None:
+def test_saev_marks_cls_names_model(tmp_path: Path) -> None:
     """CLS, first of an example, is special; model and layer are the folder's."""
     saev_folder(tmp_path / "in")
     store = imported("saev", tmp_path / "in", tmp_path / "a.zarr", Asked(layer=23))
@@ -161,7 +161,7 @@ def test_bad_rows_are_refused_by_name(tmp_path: Path, spoil: Callable[[Path], No
         ("dictionary-learning", lambda p: torch.save({"x": [1]}, p / "a.pt"), "--key is needed; it holds none"),
     ],
 )
-def test_damage_of_each_format_is_one_line(tmp_path: Path, kind: str, change: Callable[[Path], Any], said: str) -> None:
+def test_damaged_formats_are_one_line(tmp_path: Path, kind: str, change: Callable[[Path], Any], said: str) -> None:
     """Found when the source is opened, before a store is made."""
     make, asked, _, _ = FOLDERS[kind]
     make(tmp_path / "in")
@@ -231,7 +231,7 @@ def restate(path: Path, attributes: dict[str, Any]) -> None:
     (path / "mean" / "c" / "0").unlink()
 
 
-def test_another_source_is_refused_at_the_path(tmp_path: Path) -> None:
+def test_other_source_refused_at_path(tmp_path: Path) -> None:
     """A store of one folder is not gone on with from another."""
     npy_folder(tmp_path / "in")
     imported("npy", tmp_path / "in", tmp_path / "a.zarr", context=4)
@@ -333,7 +333,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_rows_store_is_trained_and_scored(trained: Path, tmp_path: Path) -> None:
+def test_rows_store_trained_and_scored(trained: Path, tmp_path: Path) -> None:
     """Every default score of it is there, and finite."""
     scores = default_scores(Store.load(trained / "acts.zarr"))
     outcome = evaluate(EvaluateConfig(store=trained / "acts.zarr", out=tmp_path, scores=scores), [trained / "runs"])
@@ -386,7 +386,7 @@ def test_showing_text_is_refused_first(trained: Path, tmp_path: Path, command: s
     assert "of no text" in str(result.exception) or "a place that nobody named" in str(result.exception)
 
 
-def test_scr_of_a_rows_store_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_scr_of_rows_store_refused(trained: Path, tmp_path: Path) -> None:
     """The command says it in one line, and reads no texts."""
     from evaluate.__main__ import evaluate as command
 

@@ -37,7 +37,7 @@ def test_interrupt_while_importing_is_one_line(tmp_path: Path, entry: str) -> No
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_memory_lacking_at_import_is_one_line(tmp_path: Path, entry: str) -> None:
+def test_memory_lacking_at_import(tmp_path: Path, entry: str) -> None:
     """A library that finds no memory while it is imported is one line, not a traceback."""
     (tmp_path / "click.py").write_text("raise ImportError('libtorch.so: failed to map segment from shared object')\n")
     ended = run("-m", entry, "--help", path=tmp_path)
@@ -64,7 +64,7 @@ def test_lost_interrupt_comes_again() -> None:
     assert ended.stderr.strip() == "stopped; run the same command again to go on"
 
 
-def test_interrupt_turned_into_an_error_is_still_one() -> None:
+def test_interrupt_turned_error_stays_interrupt() -> None:
     """A library that turns Ctrl-C into an error of its own changes nothing."""
     body = (
         "def work():\n    try:\n        signal.raise_signal(signal.SIGINT)\n"

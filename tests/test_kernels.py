@@ -514,9 +514,7 @@ def test_tests_see_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on CUDA the real thing is fused anyway")
-def test_fused_run_is_resumed_and_near_the_plain(
-    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fused_run_resumes_near_plain(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run as on CUDA, fused members beside each other on fused batches of rows on the device: stopped and resumed it ends with
     the same bits, and near where plain steps end."""
     members = tuple(

@@ -263,7 +263,7 @@ def test_batches_change_no_peak() -> None:
     assert torch.equal(whole.window, parts.window)
 
 
-def test_batches_change_no_lot_and_no_bar() -> None:
+def test_batches_change_nothing_drawn() -> None:
     """Lots and histograms do not depend on the batches that rows come in; lots are even, of firings alone, and differ by seed."""
     z = (torch.randn(60, 9, 5, generator=torch_rng("lots")) * torch.tensor([0.1, 1, 3, 10, 0])).relu()
     whole, parts = Histogram(5, torch.device("cpu")), Histogram(5, torch.device("cpu"))

@@ -11,7 +11,7 @@ from evaluate.scores import matching
 from evaluate.scores.matching import best_matching
 
 
-def test_a_greedy_choice_is_not_the_best() -> None:
+def test_greedy_choice_is_not_best() -> None:
     """Hand case: .9 + .1 < .8 + .7."""
     rows, columns = best_matching(torch.tensor([[0.9, 0.8], [0.7, 0.1]]))
     assert (rows.tolist(), columns.tolist()) == ([0, 1], [1, 0])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +18,8 @@ from train.step.objectives import auxiliary_pool, random_prefixes, reconstructio
 from train.step.schedules import Controller, kept_a_row, sparsity_ramp
 from train.step.scratch import Scratch
 from train.step.selection import batch_threshold, row_thresholds
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 D_MODEL, WIDTH, ROWS = 12, 40, 24
 CPU = torch.device("cpu")
@@ -43,15 +44,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "jumprelu, L1": {"recipe": "jumprelu", "bandwidth": 1.0, "penalty": "l1"},
     "jumprelu, LayerNorm": {"recipe": "jumprelu", "bandwidth": 0.5, "layernorm": "pre"},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Steps this small only wait for a second thread."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def tiny(**changes: Any) -> TrainConfig:
@@ -202,7 +194,7 @@ def test_size_weights_average_one_and_grow() -> None:
     assert terms.weights == (0.4, 1.6)
 
 
-def test_inner_weight_is_that_of_all_but_the_last() -> None:
+def test_inner_weight_spares_the_last() -> None:
     """inner:0.75 weighs each level but the whole by so much; a flat dictionary's one term is 1."""
     nested = tiny(level_weighting="inner:0.75", levels=(0.25, 0.5, 1.0), alpha=None)
     assert reconstruction_terms(nested, (10, 20, 40), 0).weights == (0.75, 0.75, 1.0)

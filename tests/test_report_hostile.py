@@ -70,20 +70,20 @@ def test_hostile_latents_end_in_one_line(tmp_path: Path) -> None:
     assert 100 < fuzz_latents(tmp_path, 300, seed=1) < 300
 
 
-def test_hostile_results_beside_a_csv_end_in_one_line(tmp_path: Path) -> None:
+def test_hostile_results_beside_csv(tmp_path: Path) -> None:
     """Mutated results files in a folder stand in results.csv or are refused in one line that names them."""
     assert 50 < fuzz_csv(tmp_path, 300, seed=1) < 300
 
 
 @pytest.mark.slow
-def test_many_hostile_results_end_in_one_line(tmp_path: Path) -> None:
+def test_hostile_results_end_in_line(tmp_path: Path) -> None:
     """Likewise, two thousand, with every number and figure written for a part of them."""
     assert fuzz_results(tmp_path / "drawn", 100, seed=2, drawn=True) > 30
     assert fuzz_results(tmp_path / "plain", 1900, seed=3, drawn=False) > 600
 
 
 @pytest.mark.slow
-def test_many_hostile_latents_end_in_one_line(tmp_path: Path) -> None:
+def test_hostile_latents_end_in_line(tmp_path: Path) -> None:
     """Likewise, ten thousand."""
     assert fuzz_latents(tmp_path / "latents", 10_000, seed=4) > 3000
     assert fuzz_csv(tmp_path / "csv", 10_000, seed=5) > 2000

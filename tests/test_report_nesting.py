@@ -62,7 +62,7 @@ def test_sentence_follows_the_data(tmp_path: Path, silent: float, ev: float) -> 
     assert [key for key, part in said_so.items() if part in text] == [change]
 
 
-def test_numbers_in_sentences_are_those_of_the_data(tmp_path: Path) -> None:
+def test_sentences_say_the_data_numbers(tmp_path: Path) -> None:
     """Means, the difference, mere misses and what is beyond them."""
     text = said(made_up(tmp_path, -0.1, -0.05))
     assert re.search(r"nested \(α = 0\.2\) 0\.200\d* ± [\d.]+ against 0\.300\d* ± [\d.]+ flat, −0\.100\d* ± ", text), (
@@ -151,7 +151,7 @@ def test_table_holds_every_level(tmp_path: Path) -> None:
         ((0.2, 0.05), None),
     ],
 )
-def test_control_has_the_level_s_size_and_density(level: tuple[float, float], value: float | None) -> None:
+def test_control_matches_size_and_density(level: tuple[float, float], value: float | None) -> None:
     """Flat sets of another size, or nowhere near as dense, are no control."""
     sets = [Container(0.2, 0.1, 0.1), Container(0.2, 0.4, 0.4), Container(0.5, 0.1, 0.9)]
     assert control(Container(*level, 0.7), sets) == (None if value is None else pytest.approx(value))

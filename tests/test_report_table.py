@@ -103,7 +103,7 @@ def test_answer_leads_with_one_number(tmp_path: Path) -> None:
     assert "worse in KL (4 of 4 rows)" in found.sentences[3]
 
 
-def test_what_was_not_shown_says_how_much_could_be(tmp_path: Path) -> None:
+def test_not_shown_says_detectable_difference(tmp_path: Path) -> None:
     """Without significance the difference is not shown, and the smallest that could have been stands beside it."""
     write_results(tmp_path, steps=(400,), effect=0.0, noise=0.02)
     results = read_results([tmp_path])
@@ -165,7 +165,7 @@ def test_fronts_are_compared_between_their_points(tmp_path: Path) -> None:
     assert found.difference == pytest.approx(sum(expected.values()) / 3)
 
 
-def test_fronts_of_other_settings_are_no_baseline(tmp_path: Path) -> None:
+def test_other_settings_are_no_baseline(tmp_path: Path) -> None:
     """Flat dictionaries of another width are no front for a nested one."""
     write_results(tmp_path, alphas=(0.0,), steps=(400,), width=2048)
     write_results(tmp_path, alphas=(0.2,), steps=(400,))
@@ -231,13 +231,13 @@ def test_averages_lead_without_massive_rows(tmp_path: Path) -> None:
     assert "39 massive rows left out" in markup
 
 
-def test_metrics_without_a_better_way_carry_no_arrow() -> None:
+def test_metrics_without_direction_lack_arrow() -> None:
     """L0, sparsity, evenness of use and neighbours' cosines are neither better high nor low."""
     for id in ("l0", "sparsity", "l1", "entropy", "gini", "nearest", "density"):
         assert METRICS[id].better == "neither"
 
 
-def test_numbers_of_a_column_have_equal_decimals() -> None:
+def test_columns_have_equal_decimals() -> None:
     """A column's decimals are two digits of its median interval, whatever single intervals are."""
     column = [Estimate(0.5, 0.02, 3), Estimate(0.7, 0.0004, 3), Estimate(0.61, 0.011, 3)]
     assert column_decimals(column) == 3

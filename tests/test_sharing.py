@@ -20,14 +20,14 @@ from pipeline.sae.checkpoint import load_checkpoint
 from pipeline.sae.nested import level_size
 from support.results_files import write_results
 from support.stores import make_store
-from test_step import assert_same_state, batch_for, config_of, member_of, one_thread, train
+from test_step import assert_same_state, batch_for, config_of, member_of, train
 from train.__main__ import command
 from train.config import RECIPES
 from train.folder import member_name
 from train.step.member import Member
 from train.step.schedules import adapted, adapts
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def shared_of_whole(member: Member, step: int) -> float:

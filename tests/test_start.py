@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,18 +15,11 @@ from train.step.sample import Sample, n_held
 from train.step.scratch import Scratch
 from train.step.weights import best_scale
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 D_MODEL = 32
 FIVE = (0.0625, 0.125, 0.25, 0.5, 1.0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Steps this small only wait for a second thread."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def rows(seed: int, n: int = 512, d_model: int = D_MODEL) -> Tensor:
@@ -133,7 +125,7 @@ def test_resumed_threshold_is_the_same() -> None:
     assert torch.equal(resumed.sae().threshold, whole.sae().threshold)
 
 
-def test_first_thresholds_let_the_wanted_share_through() -> None:
+def test_first_thresholds_pass_wanted_share() -> None:
     """jumprelu begins with as many latents a row as it was asked for, with LayerNorm too."""
     for changes in ({"initial_l0": 20.0}, {"target_l0": 9.0}, {"initial_l0": 20.0, "layernorm": "pre"}):
         member = member_of("jumprelu", **changes)

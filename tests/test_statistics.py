@@ -153,7 +153,7 @@ def test_no_test_is_not_significant() -> None:
     assert is_significant(0.049)
 
 
-def test_small_sample_correction_is_near_the_exact_one() -> None:
+def test_small_sample_correction_near_exact() -> None:
     """Hedges' 1 − 3 / (4 ν − 1) is within a hundredth of Γ(ν/2) / (√(ν/2) Γ((ν − 1)/2)) from 3 degrees of freedom on."""
     for df in range(3, 30):
         exact = math.gamma(df / 2) / (math.sqrt(df / 2) * math.gamma((df - 1) / 2))

@@ -1,7 +1,6 @@
 """A whole training step: against torch's own optimiser in float64, resumed, repeated, in bf16, in two processes."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from train.step.schedules import learning_rate, sparsity_ramp
 from train.step.scratch import Scratch, row_chunks
 from train.step.snapshot import Snapshot
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D_MODEL, WIDTH, ROWS = 16, 64, 48
 CPU = torch.device("cpu")
 RECIPE_CHANGES: dict[str, dict[str, Any]] = {
@@ -32,15 +33,6 @@ RECIPE_CHANGES: dict[str, dict[str, Any]] = {
     "topk": {"k": 4, "aux_k": 4, "dead_after_rows": ROWS},
     "jumprelu": {"initial_l0": 12.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Steps this small only wait for a second thread."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def config_of(recipe: str, **changes: Any) -> TrainConfig:

@@ -186,7 +186,7 @@ def test_shard_of_another_store_is_refused(store: Path, tmp_path: Path, change: 
     assert len(problems(store)) == 1
 
 
-def test_shard_of_the_other_split_is_refused(store: Path) -> None:
+def test_shard_of_other_split_refused(store: Path) -> None:
     """A shard of the training split in the place of one of the evaluation split is refused."""
     for ours, theirs in zip(shard_files(store, "eval", 0), shard_files(store, "train", 0)):
         ours.write_bytes(theirs.read_bytes())
@@ -218,7 +218,7 @@ def test_extension_keeps_the_origin(tmp_path: Path) -> None:
     assert {key: tree(store.path)[key] for key in kept} == {key: before[key] for key in kept}
 
 
-def test_version_1_is_read_and_not_written(store: Path) -> None:
+def test_version_1_is_only_read(store: Path) -> None:
     """A store of version 1 reads, verifies and is found finished; extending or repairing it is refused in one line."""
     expected = everything_read(store)
     config = Store.open(store).config

@@ -162,14 +162,14 @@ def test_hostile_files_end_in_one_line(stores: dict[str, Path], tmp_path: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "n"), [("none", 6000), ("truth", 4000)])
-def test_many_hostile_roots_end_in_one_line(stores: dict[str, Path], tmp_path: Path, kind: str, n: int) -> None:
+def test_hostile_roots_end_in_line(stores: dict[str, Path], tmp_path: Path, kind: str, n: int) -> None:
     """Likewise, ten thousand."""
     assert fuzz_root(stores[kind], tmp_path, n, seed=2) > 3 * n
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "n"), [("none", 4000), ("lz4", 4000), ("truth", 2000)])
-def test_many_hostile_files_end_in_one_line(stores: dict[str, Path], tmp_path: Path, kind: str, n: int) -> None:
+def test_hostile_files_end_in_line(stores: dict[str, Path], tmp_path: Path, kind: str, n: int) -> None:
     """Likewise, ten thousand."""
     assert fuzz_files(stores[kind], tmp_path, n, seed=2) > 2 * n
 
@@ -178,7 +178,7 @@ def test_many_hostile_files_end_in_one_line(stores: dict[str, Path], tmp_path: P
 @pytest.mark.parametrize(
     "key", ["../../outside", "/dev/zero", "{outside}", "train/resid/c/0/0", "train/colour/zarr.json"]
 )
-def test_stage_copies_only_what_the_layout_implies(
+def test_stage_copies_only_the_layout(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, key: str
 ) -> None:
     """A root that names a file of its own is refused before another byte is read, and nothing is written anywhere."""
@@ -205,7 +205,7 @@ def test_stage_copies_only_what_the_layout_implies(
     "key", ["zarr.json", "train/zarr.json", "train/tokens/c/0/0", "train/norm/c/0", "train/resid/c/0/0"]
 )
 @pytest.mark.parametrize("what", ["endless", "pipe", "folder", "large"])
-def test_a_file_that_is_none_is_refused(stores: dict[str, Path], tmp_path: Path, key: str, what: str) -> None:
+def test_entry_not_a_file_refused(stores: dict[str, Path], tmp_path: Path, key: str, what: str) -> None:
     """A device without an end, a pipe that nobody writes, a folder or a terabyte of holes is refused, and nothing waits."""
     shutil.copytree(stores["none"], tmp_path / "s.zarr")
     file = tmp_path / "s.zarr" / key
@@ -251,7 +251,7 @@ def test_fields_of_a_root_are_typed(
         Store.load(tmp_path / "s.zarr")
 
 
-def test_a_name_that_is_not_its_own_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:
+def test_foreign_name_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:
     """The id is that of config and tokens, so a config cannot be changed under it."""
     shutil.copytree(stores["none"], tmp_path / "s.zarr")
     attributes = json.loads((tmp_path / "s.zarr/zarr.json").read_bytes())["attributes"]
@@ -261,7 +261,7 @@ def test_a_name_that_is_not_its_own_is_refused(stores: dict[str, Path], tmp_path
         Store.load(tmp_path / "s.zarr")
 
 
-def test_tokens_out_of_the_vocabulary_are_refused(stores: dict[str, Path], tmp_path: Path) -> None:
+def test_tokens_out_of_vocabulary_refused(stores: dict[str, Path], tmp_path: Path) -> None:
     """Tokens that an enemy wrote and hashed anew would be looked up behind the embedding's end."""
     shutil.copytree(stores["none"], tmp_path / "s.zarr")
     change_root(tmp_path / "s.zarr", lambda attributes: attributes["config"].update(vocab=3))
@@ -277,9 +277,7 @@ def test_tokens_out_of_the_vocabulary_are_refused(stores: dict[str, Path], tmp_p
         ("eval/truth/start", "firings that are not row after row"),
     ],
 )
-def test_a_truth_that_contradicts_itself_is_refused(
-    stores: dict[str, Path], tmp_path: Path, path: str, says: str
-) -> None:
+def test_contradicting_truth_is_refused(stores: dict[str, Path], tmp_path: Path, path: str, says: str) -> None:
     """Indexes out of range in a truth whose hashes were made right are named."""
     shutil.copytree(stores["truth"], tmp_path / "s.zarr")
     array = np.array(Store.load(tmp_path / "s.zarr").extra(path))

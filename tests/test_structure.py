@@ -78,7 +78,7 @@ def test_flat_controls_are_sets_by_density() -> None:
     assert {row["n_shared"] for row in found["controls"]} == {1, 2, 3, 5}
 
 
-def test_controls_of_a_level_are_as_large() -> None:
+def test_controls_are_as_large() -> None:
     """A nested dictionary's controls have the size of its level; the set that is the level says the same as the level."""
     z = firing(0.5, 0.4, *[0.1] * 18)
     found = hierarchy(z, (2, 20)).features()
@@ -96,21 +96,21 @@ def test_silent_latents_are_left_out() -> None:
     assert found["excess"] is None
 
 
-def test_firings_beyond_the_limit_are_counted_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_firings_beyond_limit_counted_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows stop being kept once there are enough, and the number of rows says so."""
     monkeypatch.setattr(structure, "MAX_FIRINGS", 10)
     found = hierarchy(firing(0.5, 0.5, n=160), (1, 2)).features()
     assert found["n_rows"] == 4 * CONTEXT
 
 
-def test_batch_top_k_keeps_the_largest_of_all() -> None:
+def test_batchtopk_keeps_largest_of_all() -> None:
     """Two a row on average, wherever they are; nothing negative."""
     a = torch.tensor([[5.0, 4.0, 3.0], [1.0, -2.0, 0.5]])
     assert batch_top_k(a, 1).tolist() == [[5.0, 4.0, 0.0], [0.0, 0.0, 0.0]]
     assert batch_top_k(a, 3).tolist() == [[5.0, 4.0, 3.0], [1.0, 0.0, 0.5]]
 
 
-def test_shared_parts_are_found_by_a_meta_dictionary() -> None:
+def test_meta_dictionary_finds_shared_parts() -> None:
     """Rows that are sums of two of eight directions are explained; random ones much less."""
     g = torch.Generator().manual_seed(0)
     parts = torch.linalg.qr(torch.randn(64, 64, generator=g))[0][:8]
@@ -125,13 +125,13 @@ def test_shared_parts_are_found_by_a_meta_dictionary() -> None:
     assert made["low"] <= made["value"] <= made["high"]  # type: ignore[operator]
 
 
-def test_a_meta_dictionary_ignores_length_of_rows() -> None:
+def test_meta_dictionary_ignores_row_length() -> None:
     """Rows are made unit first."""
     rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     assert meta_dictionary(rows, 0)["value"] == pytest.approx(meta_dictionary(7 * rows, 0)["value"], abs=1e-3)
 
 
-def test_too_small_for_a_meta_dictionary_is_undefined() -> None:
+def test_too_few_latents_are_undefined() -> None:
     """Seven latents leave one meta-latent: no figure."""
     assert meta_dictionary(torch.randn(7, 6), 0)["value"] is None
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +47,7 @@ from train.plan import RunConfig, make_order
 from train.run import run
 from train.trainee import Outcome, Trainee
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(store: Path, out: Path, *members: TrainConfig, **options: Any) -> list[Outcome]:

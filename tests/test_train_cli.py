@@ -9,13 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from pipeline.base.cli import main
@@ -26,19 +24,13 @@ from train.config import DEFAULT, RECIPES, TrainConfig
 from train.options import make_grid
 from train.plan import RunConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "--width", "96", "--batch-size", "64", "--lr-warmup-steps", "4", "--sparsity-warmup-steps", "4", "--dtype", "float32",
     "--device", "cpu", "--threads", "1",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def invoke(*words: object) -> Result:

@@ -91,7 +91,7 @@ def test_exclusive_children_never_share_a_row() -> None:
     assert within(float((on[:, [6, 7]].sum(1) == 0)[parent].mean()), 0.2, int(parent.sum()))
 
 
-def test_free_children_are_independent_given_the_parent() -> None:
+def test_free_children_independent_given_parent() -> None:
     """P(both | parent) = .4 · .4."""
     on = dense(rows_of(spec()).firings("train", 0, N), 22) > 0
     parent = on[:, 0]
@@ -154,7 +154,7 @@ def test_a_row_depends_on_position_alone() -> None:
     assert part.feature.tolist() == joined.feature.tolist()
 
 
-def test_directions_are_unit_and_as_coherent_as_asked() -> None:
+def test_directions_are_unit_and_coherent() -> None:
     """Orthogonal for 0, pushed below the bound for a number, random otherwise."""
     orthogonal, apart, random = (
         make_directions(spec(d_model=24, coherence=c)).astype(np.float64) for c in (0, 0.15, "random")

@@ -260,7 +260,7 @@ def test_the_command_scores_a_truth(tree: Store, tmp_path: Path) -> None:
     assert hierarchy["low"] > 0
 
 
-def test_scores_that_a_store_has_not_are_left_out(tree: Store, tmp_path: Path) -> None:
+def test_scores_not_possible_left_out(tree: Store, tmp_path: Path) -> None:
     """kl on a truth is refused in one line before any work, every other score goes on; alone it is an error."""
     place = oracle(tree, tmp_path / "oracle.safetensors")
     outcome = run(EvaluateConfig(store=tree.path, out=tmp_path / "out", scores=("kl", "ev")), [place])
@@ -272,14 +272,14 @@ def test_scores_that_a_store_has_not_are_left_out(tree: Store, tmp_path: Path) -
         run(EvaluateConfig(store=tree.path, out=tmp_path / "out", scores=("kl",)), [place])
 
 
-def test_truth_of_a_model_store_is_refused(tmp_path: Path) -> None:
+def test_truth_of_model_store_refused(tmp_path: Path) -> None:
     """A store that does not know its features."""
     store = make_store(tmp_path / "s.zarr")
     with pytest.raises(UsageError, match="does not know its features; make one with python -m harvest --truth"):
         run(EvaluateConfig(store=store.path, out=tmp_path / "out", scores=("truth",)), [tmp_path])
 
 
-def test_others_go_on_where_nothing_is_known(tmp_path: Path) -> None:
+def test_other_scores_go_on(tmp_path: Path) -> None:
     """--scores ev,truth on a store that does not know its features: one line about truth, and ev is scored."""
     store = make_store(tmp_path / "acts.zarr", n_sequences=40, eval_sequences=8, context=16, d_model=24)
     sae = NestedSAE(SAEConfig(d_model=24, width=20, levels=(20,)))

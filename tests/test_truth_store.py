@@ -40,7 +40,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
-def test_rows_on_disk_are_the_spec_s(store: Store) -> None:
+def test_disk_rows_follow_the_spec(store: Store) -> None:
     """Across shards, in bf16, without a special row."""
     spec = Spec.from_dict(store.config["truth"])
     assert spec == load_spec("tree")
@@ -82,7 +82,7 @@ def test_tokens_are_said_to_be_missing(store: Store) -> None:
         store.extra("truth/colour")
 
 
-def test_a_killed_harvest_goes_on_to_the_same_bytes(store: Store, tmp_path: Path) -> None:
+def test_killed_harvest_gives_same_bytes(store: Store, tmp_path: Path) -> None:
     """Without one shard's commit record the same command makes just that shard again."""
     copy = write(tmp_path / "tree.zarr")
     writer = StoreWriter.open(copy.path)
@@ -114,7 +114,7 @@ def test_another_spec_is_refused_naming_it(store: Store) -> None:
 
 
 @pytest.mark.parametrize("key", ["truth/parent/c/0", "eval/truth/feature/c/0", "truth/probability/zarr.json"])
-def test_a_flipped_byte_of_the_truth_is_found(tmp_path: Path, key: str) -> None:
+def test_flipped_truth_byte_is_found(tmp_path: Path, key: str) -> None:
     """Opening and verify name the file; --repair writes it again."""
     path = write(tmp_path / "tree.zarr").path
     whole = contents(path)

@@ -189,7 +189,7 @@ def test_any_path_can_be_verified(root: Path, place: str) -> None:
         assert verify(str(first(root, place))).problems
 
 
-def test_state_of_an_unfinished_member_is_checked(root: Path) -> None:
+def test_unfinished_state_is_checked(root: Path) -> None:
     """A rolling state that is another member's, and metrics that it does not speak of, are found."""
     from pipeline.sae.checkpoint import save_tensors
     from pipeline.sae.member import hash_lines, lines_until
@@ -206,7 +206,7 @@ def test_state_of_an_unfinished_member_is_checked(root: Path) -> None:
     assert any("the state of 'x', not of" in problem for problem in verify(str(member)).problems)
 
 
-def test_what_is_not_ours_is_told_so(tmp_path: Path) -> None:
+def test_foreign_paths_are_named(tmp_path: Path) -> None:
     """A path that this project does not write is an error, not whole."""
     (tmp_path / "thesis.tex").write_text("x")
     for path in (tmp_path, tmp_path / "thesis.tex", tmp_path / "nothing"):
@@ -250,7 +250,7 @@ def test_report_and_evaluation_refuse_changed_results(root: Path) -> None:
         write_report([root / "results"], root / "again.html")
 
 
-def test_checkpoint_of_another_member_is_not_scored(root: Path, tmp_path: Path) -> None:
+def test_other_members_checkpoint_not_scored(root: Path, tmp_path: Path) -> None:
     """A checkpoint that was put into another member's folder, under its own step's name, is refused before scoring."""
     here, there = (first(root, "runs/*/checkpoints/step_000015.safetensors", n) for n in (0, 1))
     shutil.copy(there, here)
@@ -268,7 +268,7 @@ def test_results_of_checkpoints_elsewhere_are_said(root: Path) -> None:
     assert f"{result}: results of a checkpoint that is not here" in verify(str(root)).unvouched
 
 
-def test_seals_do_not_depend_on_how_data_were_held(tmp_path: Path) -> None:
+def test_seals_ignore_how_data_lie(tmp_path: Path) -> None:
     """Numbers as keys and tuples, which JSON holds otherwise, seal like what is read back."""
     data = sealed({"by": {10: 1, 9: (1, 2.5)}})
     write_json(tmp_path / "a.json", data)

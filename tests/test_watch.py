@@ -47,13 +47,13 @@ def test_the_table_says_where_members_stand(tmp_path: Path) -> None:
     assert b.split()[-1] == "finished"
 
 
-def test_a_quiet_training_is_said_to_be(tmp_path: Path) -> None:
+def test_quiet_training_is_said(tmp_path: Path) -> None:
     """No line for an hour."""
     member(tmp_path, "a", [line(10)])
     assert watched(tmp_path, NOW + 3600)[0].state.startswith("quiet for 1 h")
 
 
-def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+def test_torn_last_line_left_out(tmp_path: Path) -> None:
     """It is being written."""
     member(tmp_path, "a", [line(10)], tail='{"step": 20, "lo')
     (found,) = watched(tmp_path, NOW)
@@ -69,7 +69,7 @@ def test_broken_lines_are_counted(tmp_path: Path, bad: str) -> None:
     assert "1 lines unreadable" in table([found])
 
 
-def test_values_that_are_no_numbers_are_not_drawn(tmp_path: Path) -> None:
+def test_values_no_numbers_not_drawn(tmp_path: Path) -> None:
     """NaN, true and text."""
     member(tmp_path, "a", ['{"step": 10, "loss": NaN, "l0": true, "ev": "x", "dead": 0.5}'])
     (found,) = watched(tmp_path, NOW)
@@ -87,7 +87,7 @@ def test_the_page_escapes_and_loads_nothing(tmp_path: Path) -> None:
     assert "default-src 'none'" in text
 
 
-def test_the_page_renews_itself_until_all_is_done(tmp_path: Path) -> None:
+def test_page_renews_until_done(tmp_path: Path) -> None:
     """And no longer."""
     member(tmp_path, "a", [line(10)])
     assert '<meta http-equiv="refresh" content="7">' in page(watched(tmp_path, NOW), "runs", 7)
