@@ -115,6 +115,14 @@ def test_too_large_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not trial.try_model(info, [1], "float32", cpu, "eager")
 
 
+def test_square_head_is_found(tmp_path: Path) -> None:
+    """The head is found where the vocabulary is as wide as the residual stream, so that layers have modules of its shape."""
+    folder = tiny_models.make_model(tmp_path, "llama", hidden_size=tiny_models.VOCAB, intermediate_size=64)
+    lm = SplitLM.load(str(folder), dtype="float32", part="whole", layers=[1])
+    assert lm.unembedding is lm.model.lm_head.weight
+    trial.try_split(lm, [1])
+
+
 def test_trial_uses_plain_tokens(tmp_path: Path) -> None:
     """The trial's tokens are none that the config names."""
     lm = SplitLM.load(str(tiny_models.make_model(tmp_path, "gpt2")), part="whole", layers=[1])

@@ -53,7 +53,7 @@ class Anatomy:
             return hook
 
         def see_leaf(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and args and isinstance(args[0], Tensor):
+            if len(order) == len(blocks) and isinstance(output, Tensor) and args and isinstance(args[0], Tensor):
                 headed.append((module, args[0], output))
 
         with contextlib.ExitStack() as hooks, torch.no_grad():
