@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
+from huggingface_hub import constants
 from huggingface_hub import errors as hub
 
+from evaluate.probing.datasets import hub_rows
 from harvest.corpus import Source, StreamedCorpus
 from pipeline.base import network
 from pipeline.base.errors import CheckpointError, CorpusError, ModelError
 from pipeline.model import files
 from pipeline.sae import hub as sae_hub
 
+ANSWERS = network.answers  # before tests are given another
 PAGE = "https://huggingface.co/a/b"
 
 
@@ -40,6 +46,12 @@ REFUSALS = [
     (caused(RuntimeError("could not"), httpx.ReadTimeout("slow")), "the Hub cannot be reached"),
     (hub_error(hub.HfHubHTTPError, 500), "a/b: the Hub says: 500 Error"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test knows what another has found."""
+    monkeypatch.setattr(network.Reach, "lost", None)
 
 
 @pytest.fixture(autouse=True)
@@ -123,3 +135,101 @@ def test_models_corpora_and_saes_use_it(monkeypatch: pytest.MonkeyPatch) -> None
         StreamedCorpus(Source("a/b"))
     with pytest.raises(CheckpointError, match=r"^a/b: .*cannot be reached"):
         sae_hub.download("a/b")
+
+
+def test_unreachable_hub_is_asked_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where nothing answers for the Hub, its client is not left to try for minutes: each caller has one line at once."""
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(network, "answers", lambda *address: bool(asked.append(address)))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(sae_hub, "find_checkpoint", lambda source: Path("sae.safetensors"))
+    monkeypatch.setattr(sae_hub, "repository_files", lambda *_args: {})
+    cases: list[tuple[type[Exception], Callable[[], object]]] = [
+        (ModelError, lambda: files.model_folder("a/b", None)),
+        (CorpusError, lambda: StreamedCorpus(Source("a/b"))),
+        (CorpusError, lambda: list(StreamedCorpus(Source("a/b", revision="c")).documents())),
+        (CorpusError, lambda: hub_rows("a/b", "train")),
+        (CheckpointError, lambda: sae_hub.download("a/b")),
+        (CheckpointError, lambda: sae_hub.push("sae.safetensors", "a/b")),
+    ]
+    for kind, call in cases:
+        with pytest.raises(kind, match=r"^a/b: .*the Hub cannot be reached; check the network, or give a path$"):
+            call()
+    assert asked == [("huggingface.co", 443)] * len(asked)
+    assert len(asked) == len(network.WAITS) + 1
+    assert not constants.is_offline_mode()
+
+
+def test_cache_serves_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing answers the client is told to take what it has, once; that is the result."""
+    monkeypatch.setattr(network, "answers", lambda *_address: False)
+    asked = []
+
+    def cached() -> str:
+        asked.append(constants.is_offline_mode())
+        return "from the cache"
+
+    assert network.retried(cached, "a/b") == "from the cache"
+    assert asked == [True]
+
+
+def test_failed_reach_is_remembered_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub that did not answer is not asked again for a minute; then it is, and serves."""
+    now, there = [100.0], [False]
+    monkeypatch.setattr(network.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(network, "answers", lambda *_address: there[0])
+    assert not network.reachable()
+    there[0] = True
+    now[0] += network.REMEMBERED - 1
+    assert not network.reachable()
+    now[0] += 2
+    assert network.reachable()
+
+
+def test_slow_names_end_the_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one look at a name takes as long as all tries may, there is no second one."""
+    now, tries = [0.0], []
+
+    def slow(*_address: object) -> bool:
+        tries.append(now[0])
+        now[0] += network.PATIENCE
+        return False
+
+    monkeypatch.setattr(network.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(network, "answers", slow)
+    assert not network.reachable()
+    assert tries == [0.0]
+
+
+def test_offline_mode_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who said offline is told of that, and no connection is tried."""
+    monkeypatch.setattr(network, "answers", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
+        files.model_folder("a/b-c", None)
+
+
+@pytest.mark.parametrize(
+    ("proxy", "found"),
+    [
+        ({}, ("huggingface.co", 443)),
+        ({"https": "http://proxy.lab:3128"}, ("proxy.lab", 3128)),
+        ({"all": "socks5://proxy.lab"}, ("proxy.lab", 1080)),
+        ({"https": "proxy.lab:81", "no": "huggingface.co"}, ("huggingface.co", 443)),
+    ],
+)
+def test_proxy_is_what_is_reached(
+    monkeypatch: pytest.MonkeyPatch, proxy: dict[str, str], found: tuple[str, int]
+) -> None:
+    """Behind a proxy it is the proxy that has to answer."""
+    monkeypatch.setattr(network.urllib.request, "getproxies", lambda: proxy)
+    monkeypatch.setattr(network.urllib.request, "proxy_bypass", lambda host: host == proxy.get("no"))
+    assert network.address("https://huggingface.co") == found
+
+
+def test_connection_says_who_answers() -> None:
+    """A listening port answers, a closed one does not."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert ANSWERS("127.0.0.1", port)
+    assert not ANSWERS("127.0.0.1", port)

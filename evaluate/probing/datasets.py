@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.base import network
 from pipeline.base.errors import CorpusError, UsageError
 from pipeline.base.files import canonical_json, sha256
 from pipeline.base.records import READERS, kind_of, whole_records
@@ -194,11 +195,17 @@ def hub_rows(source: str, split: str) -> Iterable[Mapping[str, Any]]:
     """Rows of one split of a Hub data set, in its order. Raises CorpusError when it cannot be had."""
     import datasets
 
-    try:
+    def load() -> Iterable[Mapping[str, Any]]:
         return datasets.load_dataset(source, split=split)  # type: ignore[no-any-return]
+
+    try:
+        with network.hub_errors(source, CorpusError, f"https://huggingface.co/datasets/{source}"):
+            return network.retried(load, source)
+    except CorpusError:
+        raise
     except (OSError, ValueError) as error:
         raise CorpusError(
-            f"{source}: split {split!r} cannot be loaded ({error}); give a local folder instead"
+            f"{source}: split {split!r} cannot be loaded ({network.first_line(str(error))}); give a local folder instead"
         ) from error
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from pipeline.base.errors import PipelineError
 from pipeline.base.progress import say
@@ -15,6 +18,10 @@ T = TypeVar("T")
 
 WAITS = (1.0, 4.0)
 """Seconds before the second and the third try."""
+PATIENCE = 8.0
+"""Seconds after which a Hub that nothing answers for is given up; one try takes as long where names are looked up slowly."""
+REMEMBERED = 60.0
+"""Seconds for which a Hub that could not be reached is not asked again."""
 
 
 def problem(name: str, error: BaseException, page: str) -> str | None:
@@ -58,7 +65,14 @@ def hub_errors(name: str, raises: type[PipelineError], page: str) -> Iterator[No
 
 
 def retried(work: Callable[[], T], name: str) -> T:
-    """The result of work over the network; tried again where it failed on the way, or the Hub was busy."""
+    """The result of work over the network; tried again where it failed on the way, or the Hub was busy.
+
+    Where the Hub cannot be reached its client, which alone would try for minutes, is told so: what it has in its cache
+    serves, all else is a ConnectionError.
+    """
+    if not reachable():
+        with offline():
+            return unasked(work)
     for wait in WAITS:
         try:
             return work()
@@ -68,6 +82,76 @@ def retried(work: Callable[[], T], name: str) -> T:
             say(f"{name}: {first_line(str(error)) or type(error).__name__}; trying again in {wait:g} s")
             time.sleep(wait)
     return work()
+
+
+def unasked(work: Callable[[], T]) -> T:
+    """The result of work while the client is offline. Raises ConnectionError where it would have had to ask the Hub."""
+    from huggingface_hub import errors as hub
+
+    try:
+        return work()
+    except Exception as error:
+        if first_of(error, hub.OfflineModeIsEnabled) is None:
+            raise
+    raise ConnectionError("the Hub cannot be reached")  # not behind the error that speaks of an offline mode
+
+
+class Reach:
+    """When the Hub could last not be reached, in seconds of `time.monotonic`."""
+
+    lost: float | None = None
+
+
+def reachable() -> bool:
+    """Whether something answers where the Hub, or the proxy before it, should be; True where the user said offline, since then
+    nothing is asked. Takes some 50 ms, or PATIENCE and one try; a failure is remembered for a minute."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return True
+    if Reach.lost is not None and time.monotonic() - Reach.lost < REMEMBERED:
+        return False
+    began, waits = time.monotonic(), iter(WAITS)
+    while not answers(*address(constants.ENDPOINT)):
+        wait = next(waits, None)
+        if wait is None or time.monotonic() - began + wait > PATIENCE:
+            Reach.lost = time.monotonic()
+            return False
+        time.sleep(wait)
+    Reach.lost = None
+    return True
+
+
+def address(endpoint: str) -> tuple[str, int]:
+    """Host and port to which a connection to an address is made: its own, or those of the proxy that is set for it."""
+    url = urlsplit(endpoint)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy and url.hostname and not urllib.request.proxy_bypass(url.hostname):
+        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    return url.hostname or "", url.port or {"http": 80, "socks5": 1080, "socks5h": 1080}.get(url.scheme, 443)
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether a connection can be made."""
+    try:
+        with socket.create_connection((host, port), timeout=PATIENCE / 2):
+            return True
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """For a while the Hub's client takes what it has in its cache, and raises OfflineModeIsEnabled for all else."""
+    from huggingface_hub import constants
+
+    before = constants.is_offline_mode
+    constants.is_offline_mode = lambda: True
+    try:
+        yield
+    finally:
+        constants.is_offline_mode = before
 
 
 def may_pass(error: BaseException) -> bool:

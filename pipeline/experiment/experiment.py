@@ -239,14 +239,15 @@ def run(experiment: Experiment, out: Path) -> Path:
 
 def check(experiment: Experiment, every: Sequence[tuple[Experiment, Places]]) -> None:
     """Have every stage's own parser read every option before the first stage starts. Raises UsageError naming the stage."""
+    commands: list[tuple[str, list[str]]] = []
     for one, places in every:
         layer = one.layers[0]
-        stages.check("harvest", harvest_words(one, places))
-        for grid in one.train:
-            stages.check("train", train_words(grid, places, layer))
-        stages.check("evaluate", evaluate_words(one, places, layer, [str(places.out)]))
+        commands.append(("harvest", harvest_words(one, places)))
+        commands += [("train", train_words(grid, places, layer)) for grid in one.train]
+        commands.append(("evaluate", evaluate_words(one, places, layer, [str(places.out)])))
     places = every[0][1]
-    stages.check("evaluate.report", [str(places.out), *stages.options({"out": places.report, **experiment.report})])
+    words = [str(places.out), *stages.options({"out": places.report, **experiment.report})]
+    stages.check([*commands, ("evaluate.report", words)])
 
 
 def train_layer(experiment: Experiment, places: Places, layer: int) -> list[str]:

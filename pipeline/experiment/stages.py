@@ -45,35 +45,37 @@ COMMANDS = {
 }
 """Where each stage's click command is."""
 PARSE = """
-import importlib, sys
+import importlib, json, sys
 import click
-module, name = sys.argv[1].split(":")
-try:
-    getattr(importlib.import_module(module), name).make_context(sys.argv[2], sys.argv[3:])
-except click.ClickException as error:
-    sys.exit(error.format_message())
-except Exception as error:
-    from pipeline.base.errors import explain
+for stage, place, words in json.load(sys.stdin):
+    module, name = place.split(":")
+    try:
+        getattr(importlib.import_module(module), name).make_context(stage, words)
+    except click.ClickException as error:
+        sys.exit(f"{stage}: {error.format_message()}; python -m {stage} --help lists its options")
+    except Exception as error:
+        from pipeline.base.errors import explain
 
-    if (said := explain(error)) is None:
-        raise
-    sys.exit(said)
+        if (said := explain(error)) is None:
+            raise
+        sys.exit(f"{stage}: {said}; python -m {stage} --help lists its options")
 """
-"""A program that parses a stage's words and runs nothing."""
+"""A program that parses stages' words and runs nothing."""
 
 
-def check(stage: str, words: Sequence[str]) -> None:
-    """Have a stage's own parser read its words, in a process of its own. Raises UsageError with what it says."""
+def check(commands: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Have each stage's own parser read its words, all in one process. Raises UsageError with what it says, naming the stage."""
     parsed = subprocess.run(
-        [sys.executable, "-c", PARSE, COMMANDS[stage], stage, *words],
+        [sys.executable, "-c", PARSE],
+        input=json.dumps([(stage, COMMANDS[stage], list(words)) for stage, words in commands]),
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     if parsed.returncode:
-        said = parsed.stderr.strip().splitlines() or ["its parser ended without a word"]
-        raise UsageError(f"{stage}: {said[-1]}; python -m {stage} --help lists its options")
+        said = parsed.stderr.strip().splitlines() or ["a stage's parser ended without a word"]
+        raise UsageError(said[-1])
 
 
 def show(stage: str, words: Sequence[str]) -> str:
