@@ -12,18 +12,31 @@ from safetensors.torch import load_file, save_file
 from pipeline.base.errors import DiskError, UsageError
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.export import FORMATS, Format, export
-from pipeline.sae.nested import NestedSAE
+from pipeline.sae.nested import NestedSAE, SAEConfig
 from test_sae import KINDS, random_sae
 
 PROVENANCE = {"store": {"model": "google/gemma-2-2b", "layer": 19, "context": 128}}
 
 
+TRANSCODERS = {
+    "transcoder": SAEConfig(16, 64, (16, 64), d_out=12),
+    "transcoder, skip": SAEConfig(16, 64, (16, 64), d_out=12, skip=True),
+    "transcoder, jumprelu": SAEConfig(16, 64, (16, 64), "jumprelu", d_out=16),
+    "transcoder, batchtopk, skip": SAEConfig(16, 64, (4, 16, 64), "batchtopk", k=6, d_out=12, skip=True),
+}
+IN_AND_OUT = {"hook": "mlp_in", "target": {"hook": "mlp_out", "layer": 19}}
+
+
 def saved(path: Path, kind: str) -> NestedSAE:
-    sae = random_sae(KINDS[kind])
+    sae = random_sae((KINDS | TRANSCODERS)[kind])
+    if sae.config.is_transcoder:
+        sae.target_center.normal_(generator=torch.Generator().manual_seed(4))
+        sae.target_scale.fill_(1.9)
     sae.W_dec.data /= sae.W_dec.data.norm(dim=-1, keepdim=True)
-    if kind == "batchtopk":
+    if "batchtopk" in kind:
         sae.threshold.data.fill_(1.3)
-    save_checkpoint(path, sae, 5, PROVENANCE)
+    of = {"store": PROVENANCE["store"] | IN_AND_OUT} if sae.config.is_transcoder else PROVENANCE
+    save_checkpoint(path, sae, 5, of)
     return sae
 
 
@@ -64,6 +77,39 @@ def test_inexpressible_sae_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "c", "relu")
     with pytest.raises(UsageError, match="levels 0 to 1"):
         export(tmp_path / "c", "saelens", tmp_path / "out", level=2)
+
+
+@pytest.mark.parametrize("kind", TRANSCODERS)
+def test_transcoder_follows_saelens_formula(tmp_path: Path, kind: str) -> None:
+    """An exported transcoder maps raw rows to raw rows by SAELens' formula, and names both hooks."""
+    sae, x = saved(tmp_path / "c", kind), rows()
+    export(tmp_path / "c", "saelens", tmp_path / "out")
+    cfg, w = json.loads((tmp_path / "out/cfg.json").read_text()), load_file(tmp_path / "out/sae_weights.safetensors")
+    a = x @ w["W_enc"] + w["b_enc"]
+    z = a.relu() * (a > w["threshold"]) if "threshold" in w else a.relu()
+    y = z @ w["W_dec"] + w["b_dec"] + (x @ w["W_skip"].T if "W_skip" in w else 0)
+    assert cfg["architecture"] == ("jumprelu_" * ("threshold" in w)) + ("skip_" * sae.config.skip) + "transcoder"
+    assert (cfg["d_in"], cfg["d_out"], cfg["apply_b_dec_to_input"]) == (16, sae.config.d_out, False)
+    assert cfg["metadata"]["hook_name"] == "blocks.19.mlp.hook_in"
+    assert cfg["metadata"]["hook_name_out"] == "blocks.19.hook_mlp_out"
+    assert torch.allclose(z, sae.encode(x) / sae.target_scale, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(y, sae(x), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(w["W_dec"].norm(dim=1), torch.ones(64))
+
+
+@pytest.mark.parametrize(
+    ("config", "form", "what"),
+    [
+        (SAEConfig(16, 64, (64,), "topk", k=6, d_out=12), "saelens", "no transcoder with topk"),
+        (SAEConfig(16, 64, (64,), layernorm="pre", d_out=12), "saelens", "no transcoder with LayerNorm"),
+        (SAEConfig(16, 64, (64,), d_out=12), "dictionary-learning", "has no transcoder"),
+    ],
+)
+def test_inexpressible_transcoder_is_refused(tmp_path: Path, config: SAEConfig, form: Format, what: str) -> None:
+    """What a library has no transcoder for is refused by name."""
+    save_checkpoint(tmp_path / "c", random_sae(config), 5, PROVENANCE)
+    with pytest.raises(UsageError, match=what):
+        export(tmp_path / "c", form, tmp_path / "out")
 
 
 def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
@@ -125,7 +171,7 @@ def test_export_leftovers_do_not_block(tmp_path: Path) -> None:
 @pytest.mark.skipif("PEERS_PYTHON" not in os.environ, reason="PEERS_PYTHON names no environment with sae-lens")
 def test_peers_load_exports_and_agree(tmp_path: Path) -> None:
     """The installed peers load every export and agree."""
-    for kind in KINDS:
+    for kind in KINDS | TRANSCODERS:
         for form in FORMATS:
             folder = tmp_path / f"{kind}-{form}".replace(", ", "-")
             folder.mkdir()
@@ -134,11 +180,12 @@ def test_peers_load_exports_and_agree(tmp_path: Path) -> None:
                 export(folder / "c", form, folder / "out")
             except UsageError:
                 continue
-            z, x_hat = (sae.encode(x) / sae.scale).detach(), sae(x).detach()
+            unit = sae.target_scale if sae.config.is_transcoder else sae.scale
+            z, x_hat = (sae.encode(x) / unit).detach(), sae(x).detach()
             save_file({"x": x, "z": z, "x_hat": x_hat}, folder / "reference.safetensors")
     script = Path(__file__).parent / "peers" / "peer_exports.py"
     run = subprocess.run([os.environ["PEERS_PYTHON"], script, tmp_path], capture_output=True, text=True, check=True)
     errors = json.loads(run.stdout.splitlines()[-1])
-    assert len(errors) == 10
+    assert len(errors) == 14
     for name, (encode, decode) in errors.items():
         assert max(encode, decode) < 1e-5, name

@@ -99,7 +99,7 @@ def test_the_sample_is_spread_and_bounded(tiny_store: Path, monkeypatch: pytest.
     monkeypatch.setattr(held_out, "ROWS", 50)
     monkeypatch.setattr(held_out, "CHUNKS", 2)
     split = Store.open(tiny_store).eval
-    found = HeldOut.read(split, 5.0, torch.device("cpu"))
+    found = HeldOut.read(split, split.kept(5.0), torch.device("cpu"))
     assert found is not None
     assert found.x.shape == (50, 64)
     kept = split.kept(5.0)
@@ -113,7 +113,7 @@ def test_constant_rows_are_not_scored(tiny_store: Path, monkeypatch: pytest.Monk
     """Nothing of them can be explained: no division by zero."""
     split = Store.open(tiny_store).eval
     monkeypatch.setattr(split, "kept", lambda max_norm: np.arange(split.n_rows) == 3)
-    assert HeldOut.read(split, None, torch.device("cpu")) is None
+    assert HeldOut.read(split, split.kept(None), torch.device("cpu")) is None
 
 
 def test_logs_get_them_by_level() -> None:

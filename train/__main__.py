@@ -27,11 +27,18 @@ from train.options import field_options, make_grid, read_config_file
 from train.parallel import Processes
 from train.plan import RunConfig
 from train.run import own_members, run
+from train.stores import Stores
 from train.trainee import Outcome
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--store", type=click.Path(path_type=Path), required=True, help="Activation store that harvest made.")
+@click.option(
+    "--target",
+    type=click.Path(path_type=Path),
+    help="Train transcoders: from the rows of --store to those of this store, of the same tokens. One pass of harvest --hook "
+    "mlp_in --hook mlp_out makes both.",
+)
 @click.option("--out", type=OUT_FOLDER, required=True, help="Folder of the members; it may grow.")
 @click.option(
     "--config",
@@ -98,6 +105,7 @@ from train.trainee import Outcome
 )
 def command(
     store: Path,
+    target: Path | None,
     out: Path,
     mode: Mode,
     window_rows: int | None,
@@ -126,7 +134,7 @@ def command(
     Example: three seeds of a flat and of a nested SAE
         python -m train --store acts.zarr --out sae --width 4096 --alpha 0 --alpha 0.2 --seed 0 --seed 1 --seed 2
     """
-    members = make_grid(given, None if planned is not None else lambda max_norm: kept_rows(store, max_norm))
+    members = make_grid(given, None if planned is not None else lambda max_norm: kept_rows(store, target, max_norm))
     job = RunConfig(
         store,
         out,
@@ -141,6 +149,7 @@ def command(
         data_parallel,
         cuda_graphs,
         extend,
+        target,
     )
     if planned is not None and not dry_run:
         raise UsageError("--planned goes with --dry-run")
@@ -153,10 +162,10 @@ def command(
         )
 
 
-def kept_rows(path: Path, max_norm: float | None) -> int:
-    """Rows of one epoch of a store."""
-    store = Store.open(path, check=False)
-    return int(store.train.kept(plan.multiple_of(store, max_norm)).sum())
+def kept_rows(store: Path, target: Path | None, max_norm: float | None) -> int:
+    """Rows of one epoch of a store, or of the rows that two have in common."""
+    both = Stores(Store.open(store, check=False), None if target is None else Store.open(target, check=False))
+    return int(both.kept("train", max_norm).sum())
 
 
 def as_data(outcome: Outcome) -> dict[str, Any]:
@@ -179,12 +188,13 @@ def show_plan(job: RunConfig, planned: Path | None = None) -> list[Outcome]:
     device = resolve_device(job.device)
     members = own_members(job, Processes(0, 1, device, None))
     if planned is None:
-        store = Store.open(job.store)
-        rows, tasks = store.train.shape, plan.make_tasks(job, store, members)
-        announce(store, tasks, plan.make_passes(rows, tasks, device, plan.free_memory(device)), device)
+        stores = Stores.open(job.store, job.target)
+        rows, tasks = stores.train.shape, plan.make_tasks(job, stores, members)
+        announce(stores, tasks, plan.make_passes(rows, tasks, device, plan.free_memory(device)), device)
     else:
         rows = planned_rows(job.store, planned)
-        tasks = plan.planned_tasks(job, rows, members)
+        target = None if job.target is None else planned_rows(job.target, planned)
+        tasks = plan.planned_tasks(job, rows, members, target)
         announce_planned(rows, tasks, plan.make_passes(rows, tasks, device, plan.free_memory(device)), device)
     say_costs(job, rows, tasks, device)
     return [Outcome(task.folder.path, task.step, task.folder.final()) for task in tasks]

@@ -9,26 +9,27 @@ import torch
 from pipeline.base.files import human_bytes
 from pipeline.base.progress import format_seconds, say
 from pipeline.store.layout import SplitLayout
-from pipeline.store.reader import Store
 from train import plan
 from train.folder import Keep
 from train.parallel import Processes, is_torchrun
 from train.plan import RunConfig, Task
+from train.stores import Stores
 
 
-def announce(store: Store, tasks: Sequence[Task], passes: Sequence[Sequence[Task]], device: torch.device) -> None:
+def announce(stores: Stores, tasks: Sequence[Task], passes: Sequence[Sequence[Task]], device: torch.device) -> None:
     """Say what will be trained on what, and the memory it takes, before the first step."""
     n_done = sum(task.finished for task in tasks)
-    say(f"{len(tasks)} members, {n_done} finished, {len(passes)} passes over {store.path} on {device}")
+    over = " and ".join(str(store.path) for store in stores.all)
+    say(f"{len(tasks)} members, {n_done} finished, {len(passes)} passes over {over} on {device}")
     for group in passes:
-        order, config = plan.make_order(store, group[0]), group[0].config
-        usable = int((~store.train.special).sum())
+        order, config = plan.make_order(stores, group[0]), group[0].config
+        usable = int((~stores.train.special).sum())
         say(
             f"{len(group)} side by side in {group[0].order['mode']} order over {order.n_kept:,} rows; left out: "
-            f"{usable - order.n_kept:,} massive and {store.train.n_rows - usable:,} special; "
+            f"{usable - order.n_kept:,} massive and {stores.train.n_rows - usable:,} special; "
             f"{config.steps * config.batch_size / order.n_kept:.2f} epochs"
         )
-        say(f"memory: {plan.memory_text(plan.pass_memory(store.train.shape, group, device))}")
+        say(f"memory: {plan.memory_text(plan.pass_memory(stores.train.shape, group, device))}")
 
 
 def say_share(job: RunConfig, tasks: Sequence[Task], processes: Processes) -> None:

@@ -162,12 +162,13 @@ class TrainConfig:
     )
     checkpoint_every: int = option(100, "steps between checkpoints")
     init_from: str = option("", "checkpoint of an SAE of the same shape to start from")
+    skip: bool = option(False, "with --target: a linear path from the rows of the store beside the latents")
 
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_ranges()
         self._check_agreement()
-        self.sae_config(d_model=1)
+        self.sae_config(d_model=1, d_out=1 if self.skip else None)
 
     def _check_choices(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -243,8 +244,9 @@ class TrainConfig:
             return levels_for_alpha(FIRST_ALPHA if self.alpha == "auto" else self.alpha, self.width)
         return tuple(level_size(share, self.width) for share in self.levels)
 
-    def sae_config(self, d_model: int) -> SAEConfig:
-        """The SAE this trains. Raises UsageError for levels that do not increase to the width."""
+    def sae_config(self, d_model: int, d_out: int | None = None) -> SAEConfig:
+        """The SAE this trains, or with `d_out` the transcoder. Raises UsageError for levels that do not increase to the
+        width, and for a skip connection of an SAE."""
         return SAEConfig(
             d_model=d_model,
             width=self.width,
@@ -254,6 +256,8 @@ class TrainConfig:
             layernorm=self.layernorm,
             layernorm_rescale=self.layernorm_rescale,
             layernorm_eps=self.layernorm_eps,
+            d_out=d_out,
+            skip=self.skip,
         )
 
     def to_dict(self) -> dict[str, Any]:

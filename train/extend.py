@@ -14,23 +14,23 @@ from pipeline.base.errors import DamagedError, UsageError
 from pipeline.base.files import canonical_json, read_json, sha256, write_bytes
 from pipeline.base.progress import say
 from pipeline.sae.member import line_step
-from pipeline.store.reader import Store
 from train.config import TrainConfig
 from train.folder import Folder, plain
 from train.held_out import is_due
-from train.plan import RunConfig, store_identity
+from train.plan import RunConfig
 from train.step.sample import n_held
 from train.step.schedules import Controller, adapts, kept_a_row, learning_rate, sparsity_ramp
+from train.stores import Stores
 
 FOLLOW_STEPS = ("lr_warmup_steps", "lr_decay_steps", "sparsity_warmup_steps", "dead_after_rows")
 """Fields that recipes settle by the length of a training, where they are not given."""
 
 
-def extend(job: RunConfig, store: Store, members: Sequence[TrainConfig]) -> None:
+def extend(job: RunConfig, stores: Stores, members: Sequence[TrainConfig]) -> None:
     """Give every new member of `members` (dtype resolved) the state of the longest shorter one in OUT that is the same but for
     its steps. Raises UsageError, saying why, when there is none or a longer one would have been another by then."""
     for config in members:
-        folder = Folder(job.out, config, store_identity(store, config))
+        folder = Folder(job.out, config, stores.identity(config))
         if folder.final() is None and not folder.state_path.exists():
             hand_on(shorter(folder), folder)
 
@@ -58,7 +58,7 @@ def siblings(folder: Folder) -> Iterator[Folder]:
         except (DamagedError, UsageError, KeyError, TypeError):
             continue
         there = plain(config)
-        differ = {name for name in asked if asked[name] != there[name]}
+        differ = {name for name in asked | there if asked.get(name) != there.get(name)}
         one = Folder(folder.out, config, folder.store)
         if config.steps < folder.config.steps and differ <= {"steps", *FOLLOW_STEPS} and one.path == path.parent:
             one.recorded_order()  # raises where it was trained on another store

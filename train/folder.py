@@ -52,10 +52,14 @@ OTHERS = {"tensorboard", "wandb"}
 """Folders beside the members' that `--log` makes."""
 
 
+LATER = {"skip": False}
+"""Fields that came later, each with what all was before it: left out at that, so that members keep their names."""
+
+
 def plain(config: TrainConfig) -> dict[str, Any]:
     """A config as JSON data in which equal configs are equal text: 0 in a field of floats is 0.0."""
     hints = get_type_hints(TrainConfig)
-    data = config.to_dict()
+    data = {name: value for name, value in config.to_dict().items() if name not in LATER or value != LATER[name]}
     return {
         name: float(value) if type(value) is int and float in (hints[name], *get_args(hints[name])) else value
         for name, value in data.items()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,37 +23,48 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Raw rows [row, d_model] on the device, and Σ‖x − mean‖² over them."""
+    """Raw rows on the device: those to be encoded [row, d_model] and those to be made [row, d_made], of an SAE the same; and
+    Σ‖y − mean‖² over the latter."""
 
     x: Tensor
+    y: Tensor
     variance: float
 
     @staticmethod
-    def read(split: Split, max_norm: float | None, device: torch.device) -> HeldOut | None:
-        """The sample of a split; None where its rows do not vary, so that nothing can be explained. Raises DamagedError."""
-        kept = split.kept(max_norm)
-        chunks = np.unique(np.linspace(0, split.n_chunks - 1, CHUNKS).round().astype(int))
-        blocks = []
-        for first, stop in (split.chunk_rows_range(int(chunk)) for chunk in chunks):
-            blocks.append(split.read(first, stop)[torch.from_numpy(kept[first:stop])])
-        x = torch.cat(blocks)
-        x = x[np.unique(np.linspace(0, max(len(x) - 1, 0), min(ROWS, len(x))).round().astype(int))]
-        wide = x.double()
-        variance = float((wide - wide.mean(0)).square().sum()) if len(x) else 0.0
-        return HeldOut(x.to(device), variance) if variance > 0 else None
+    def read(
+        split: Split, kept: npt.NDArray[np.bool_], device: torch.device, target: Split | None = None
+    ) -> HeldOut | None:
+        """The sample of a split's kept rows, for transcoders with the same rows of `target`; None where what is to be made
+        does not vary, so that nothing can be explained. Raises DamagedError."""
+        x = sampled(split, kept)
+        y = x if target is None else sampled(target, kept)
+        wide = y.double()
+        variance = float((wide - wide.mean(0)).square().sum()) if len(y) else 0.0
+        x = x.to(device)
+        return HeldOut(x, x if target is None else y.to(device), variance) if variance > 0 else None
 
     @torch.inference_mode()
     def scores(self, sae: NestedSAE) -> dict[str, list[float]]:
-        """eval_ev, 1 − Σ‖x − x̂‖² / Σ‖x − mean‖², and eval_l0, mean latents a row, of every level, innermost first."""
+        """eval_ev, 1 − Σ‖y − ŷ‖² / Σ‖y − mean‖², and eval_l0, mean latents a row, of every level, innermost first."""
         sae = sae.to(self.x.device)
         levels = sae.config.levels
         errors, fired = (torch.zeros(len(levels), dtype=torch.float64, device=self.x.device) for _ in range(2))
-        for x in torch.split(self.x, BLOCK):
+        for x, y in zip(torch.split(self.x, BLOCK), torch.split(self.y, BLOCK)):
             z = sae.encode(x)
             fired += torch.stack([(z[:, :m] != 0).sum() for m in levels])
-            errors += torch.stack([squared(x.float() - x_hat) for x_hat in sae.decode_levels(z)])
+            errors += torch.stack([squared(y.float() - made) for made in sae.decode_levels(z, x)])
         ev, l0 = 1 - errors / self.variance, fired / len(self.x)
         return {"eval_ev": ev.tolist(), "eval_l0": l0.tolist()}
+
+
+def sampled(split: Split, kept: npt.NDArray[np.bool_]) -> Tensor:
+    """Some kept rows of a split, evenly spread."""
+    chunks = np.unique(np.linspace(0, split.n_chunks - 1, CHUNKS).round().astype(int))
+    blocks = []
+    for first, stop in (split.chunk_rows_range(int(chunk)) for chunk in chunks):
+        blocks.append(split.read(first, stop)[torch.from_numpy(kept[first:stop])])
+    x = torch.cat(blocks)
+    return x[np.unique(np.linspace(0, max(len(x) - 1, 0), min(ROWS, len(x))).round().astype(int))]
 
 
 def squared(difference: Float[Tensor, "row d_model"]) -> Float[Tensor, ""]:
@@ -67,11 +79,13 @@ def is_due(config: TrainConfig, step: int) -> bool:
     return step == config.steps or step // config.eval_every > (step - config.log_every) // config.eval_every
 
 
-def memory_bytes(config: TrainConfig, d_model: int) -> int:
+def memory_bytes(config: TrainConfig, d_model: int, d_out: int | None = None) -> int:
     """Bytes that scoring takes where the member lives: the rows, a copy of the SAE, latents of a block."""
     if not config.eval_every:
         return 0
-    return 4 * (ROWS * d_model + (2 * d_model + 6) * config.width + 4 * BLOCK * (config.width + d_model))
+    made = d_out or d_model
+    rows = ROWS * (d_model + (d_out or 0)) + 4 * BLOCK * (config.width + made)
+    return 4 * (rows + (d_model + made + 6) * config.width + d_model * made * config.skip)
 
 
 def merged(metrics: dict[str, Any], held_out: HeldOut | None, config: TrainConfig, sae: Any) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.base.errors import MismatchError, PipelineError, UsageError
 from pipeline.base.files import human_bytes
 from pipeline.base.runtime import available_memory, measured_seconds, world_size
 from pipeline.store.layout import SplitLayout
-from pipeline.store.reader import Store
 from train import held_out
 from train.config import TrainConfig
 from train.feed.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
@@ -23,10 +23,11 @@ from train.feed.order import Order
 from train.feed.resident import Place, place_for
 from train.folder import Folder, Keep
 from train.step.fused import make_member, make_normalise
-from train.step.member import product_dtype
+from train.step.member import Pairs, Target, product_dtype
 from train.step.sample import n_held
 from train.step.scratch import CACHE_NUMBERS, Scratch
 from train.step.weights import initial_shapes
+from train.stores import Stores
 
 PENDING_BYTES = 2 * 10**9
 """Snapshots that may wait to be written before training waits for the disk; one of any size always may."""
@@ -44,6 +45,7 @@ class RunConfig:
     written. data_parallel: all processes of torchrun train every member together, instead of sharing members out.
     cuda_graphs: record steps and replay them, on CUDA; for small SAEs, whose kernels take longer to launch than to run.
     extend: a new member begins with the state of a shorter one that is the same but for its steps (`extend.py`).
+    target: members are transcoders, from the rows of `store` to those of this one.
     """
 
     store: Path
@@ -59,6 +61,7 @@ class RunConfig:
     data_parallel: bool = False
     cuda_graphs: bool = False
     extend: bool = False
+    target: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.members:
@@ -69,17 +72,25 @@ class RunConfig:
             raise UsageError("--window-rows goes with --mode window; a global order has no windows")
         if self.data_parallel and (odd := [c.batch_size for c in self.members if c.batch_size % world_size()]):
             raise UsageError(f"--batch-size {odd[0]} does not divide evenly over {world_size()} processes")
+        if self.target is None and any(config.skip for config in self.members):
+            raise UsageError("--skip is of transcoders; give --target, the store of the rows that they are to make")
         Keep.parse(self.keep)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One member and where it stands."""
+    """One member and where it stands. `target`: the rows that it makes, where it is a transcoder."""
 
     folder: Folder
     order: Mapping[str, Any]
     step: int
     finished: bool
+    target: SplitLayout | None = None
+
+    @property
+    def d_out(self) -> int | None:
+        """Dimensions of the rows that a transcoder makes."""
+        return None if self.target is None else self.target.layout.d_model
 
     @property
     def config(self) -> TrainConfig:
@@ -98,43 +109,27 @@ class Task:
         return "finished" if self.finished else f"at step {self.step}" if self.step else "new"
 
 
-def max_norm_of(store: Store, config: TrainConfig) -> float | None:
-    """The multiple of the median norm beyond which rows are left out; None: none is."""
-    return multiple_of(store, config.max_norm)
-
-
-def multiple_of(store: Store, max_norm: float | None) -> float | None:
-    """The same of the option alone: None is the store's own, 0 leaves none out."""
-    return store.statistics.massive_multiple if max_norm is None else max_norm or None
-
-
-def store_identity(store: Store, config: TrainConfig) -> dict[str, Any]:
-    """What checkpoints say of the store they were trained on: FORMAT.md, `provenance.store`."""
-    names = ("model", "revision", "weights_sha256", "layer", "d_model", "context")
-    own = {name: store.config[name] for name in names}
-    own |= {"hook": store.config["hook"]} if "hook" in store.config else {}
-    measured = {"massive_multiple": store.statistics.massive_multiple, "mean_share": store.statistics.mean_share}
-    return {"id": store.id, **own, **measured, "max_norm": max_norm_of(store, config)}
-
-
-def make_order(store: Store, task: Task) -> Order:
+def make_order(stores: Stores, task: Task) -> Order:
     """The order of rows of a member's stream."""
-    kept = store.train.kept(max_norm_of(store, task.config))
-    return Order(kept, store.train.chunk_rows, task.config.data_seed, task.order.get("window_rows"))
+    kept = stores.kept("train", task.config.max_norm)
+    return Order(kept, stores.train.chunk_rows, task.config.data_seed, task.order.get("window_rows"))
 
 
 def make_tasks(
-    job: RunConfig, store: Store, members: Sequence[TrainConfig], least: Callable[[int], int] = int
+    job: RunConfig, stores: Stores, members: Sequence[TrainConfig], least: Callable[[int], int] = int
 ) -> list[Task]:
     """Where every member stands. `members` have their dtype resolved; `least` is the smallest of the numbers of all processes
     that train a member together and have to agree on its order. Raises MismatchError for a folder of another config."""
-    new = new_order(job, store.train.shape, least)
-    return [make_task(job, Folder(job.out, config, store_identity(store, config)), new) for config in members]
+    new, target = new_order(job, stores.train.shape, least), stores.target_layout
+    return [make_task(job, Folder(job.out, config, stores.identity(config)), new, target) for config in members]
 
 
-def planned_tasks(job: RunConfig, rows: SplitLayout, members: Sequence[TrainConfig]) -> list[Task]:
-    """The members of a store still to be made. Raises MismatchError when one is there, which another store has made."""
-    tasks = [Task(Folder(job.out, config, {}), new_order(job, rows), 0, False) for config in members]
+def planned_tasks(
+    job: RunConfig, rows: SplitLayout, members: Sequence[TrainConfig], target: SplitLayout | None = None
+) -> list[Task]:
+    """The members of a store still to be made, `target` beside it. Raises MismatchError when one is there, which another store
+    has made."""
+    tasks = [Task(Folder(job.out, config, {}), new_order(job, rows), 0, False, target) for config in members]
     for task in tasks:
         if task.folder.path.exists():
             raise MismatchError(
@@ -149,7 +144,7 @@ def new_order(job: RunConfig, rows: SplitLayout, least: Callable[[int], int] = i
     return {"mode": mode} | ({"window_rows": job.window_rows or WINDOW_ROWS} if mode == "window" else {})
 
 
-def make_task(job: RunConfig, folder: Folder, new: Mapping[str, Any]) -> Task:
+def make_task(job: RunConfig, folder: Folder, new: Mapping[str, Any], target: SplitLayout | None) -> Task:
     """One member: in its recorded order when it is there, else in the run's."""
     recorded = folder.recorded_order()
     order = new if recorded is None else recorded
@@ -160,36 +155,41 @@ def make_task(job: RunConfig, folder: Folder, new: Mapping[str, Any]) -> Task:
             f"{folder.path}: trained in order {dict(order)}, asked mode {job.mode}, window_rows {job.window_rows}; "
             "leave both options out to go on, or choose another --out"
         )
-    return Task(folder, order, folder.step(), folder.final() is not None)
+    return Task(folder, order, folder.step(), folder.final() is not None, target)
 
 
 def stream_memory(rows: SplitLayout, task: Task) -> int:
     """Bytes that feeding takes on the host: batches ahead, the normalised batch, the bookkeeping, and of a compressed
-    store two windows."""
-    layout = rows.layout
-    row = layout.d_model * layout.torch_dtype.itemsize
-    batches: int = task.config.batch_size * (row * (AHEAD + 1) + 2 * layout.d_model * 4)
-    window_rows: int = min(task.order.get("window_rows", 0), rows.n_rows) if layout.codec != "none" else 0
-    return batches + 17 * rows.n_rows + 2 * row * window_rows
+    store two windows; of a transcoder twice."""
+    total = 0
+    for part in (rows, *([] if task.target is None else [task.target])):
+        layout = part.layout
+        row = layout.d_model * layout.torch_dtype.itemsize
+        batches: int = task.config.batch_size * (row * (AHEAD + 1) + 2 * layout.d_model * 4)
+        window_rows: int = min(task.order.get("window_rows", 0), part.n_rows) if layout.codec != "none" else 0
+        total += batches + 17 * part.n_rows + 2 * row * window_rows
+    return total
 
 
-def memory_bytes(config: TrainConfig, d_model: int, device: torch.device) -> dict[str, int]:
+def memory_bytes(config: TrainConfig, d_model: int, device: torch.device, d_out: int | None = None) -> dict[str, int]:
     """Bytes of one member by part: weights (with the products' copy), optimiser, counters; activations and gradients are
-    those of the member that is stepping (SHARED_PARTS). `config.dtype` is resolved."""
+    those of the member that is stepping (SHARED_PARTS). `config.dtype` is resolved; `d_out`: of a transcoder."""
     low = product_dtype(config.dtype).itemsize
     wide = max(low, 4)
-    n_rows, width, shape = config.batch_size, config.width, config.sae_config(d_model)
-    n_weights = sum(torch.Size(size).numel() for size in initial_shapes(config, d_model).values())
-    matrices = 2 * d_model * width
+    n_rows, width, shape = config.batch_size, config.width, config.sae_config(d_model, d_out)
+    sizes = {name: torch.Size(size).numel() for name, size in initial_shapes(config, d_model, d_out).items()}
+    n_weights, made = sum(sizes.values()), shape.d_made
+    matrices = sizes["W_enc"] + sizes["W_dec"] + sizes.get("W_skip", 0)
     n_latent_arrays = 2 + (shape.layernorm != "none" or shape.activation == "jumprelu")
     chunk = min(CACHE_NUMBERS, n_rows * width) if device.type == "cpu" else n_rows * width
     n_chunks = 6 if shape.layernorm != "none" else 3
-    rows = n_rows * d_model * (low * (1 + shape.n_levels + bool(config.aux_k)) + 3 * wide)
-    pool = min(2 * config.aux_k, width) * (n_rows * 3 + d_model) * low
+    rows = n_rows * (low * (d_model + made * (shape.n_levels + bool(config.aux_k) + config.skip)) + 3 * made * wide)
+    rows += n_rows * made * wide * (config.skip + (d_out is not None))
+    pool = min(2 * config.aux_k, width) * (n_rows * 3 + made) * low
     return {
         "weights": n_weights * wide + (matrices * low if low != wide else 0),
         "optimiser": 2 * n_weights * wide,
-        "counters": width * (8 + 2 * wide) + 8 * d_model + n_held(config) * d_model * low,
+        "counters": width * (8 + 2 * wide) + 8 * made + n_held(config) * d_model * low,
         "activations": n_latent_arrays * n_rows * width * low + n_chunks * chunk * wide + rows + pool,
         "gradients": matrices * low,
     }
@@ -197,9 +197,10 @@ def memory_bytes(config: TrainConfig, d_model: int, device: torch.device) -> dic
 
 def member_memory(rows: SplitLayout, task: Task, device: torch.device) -> dict[str, int]:
     """Bytes by part, with the snapshots from which its checkpoints are written."""
-    parts = memory_bytes(task.config, rows.layout.d_model, device)
+    d_model = rows.layout.d_model
+    parts = memory_bytes(task.config, d_model, device, task.d_out)
     snapshot = 2 * parts["optimiser"] + parts["counters"]  # weights and both moments; the SAE
-    return parts | {"snapshot": snapshot, "held out": held_out.memory_bytes(task.config, rows.layout.d_model)}
+    return parts | {"snapshot": snapshot, "held out": held_out.memory_bytes(task.config, d_model, task.d_out)}
 
 
 def pass_memory(rows: SplitLayout, tasks: Sequence[Task], device: torch.device) -> dict[str, int]:
@@ -223,13 +224,14 @@ RESERVE = 0.1
 """Share of a device's free memory that rows leave alone: what kernels and libraries take beside what is planned."""
 
 
-def place_on_device(store: Store, tasks: Sequence[Task], device: torch.device, free: int) -> Place | None:
+def place_on_device(stores: Stores, tasks: Sequence[Task], device: torch.device, free: int) -> Place | None:
     """Where the rows of a pass lie on the device when its members are accounted for: all of the store, two windows of it, or
-    (None) not there. `free`: bytes of device memory before there are members. On a CPU they stay where they are."""
-    if device.type != "cuda":
+    (None) not there. `free`: bytes of device memory before there are members. On a CPU, and those of transcoders, they stay
+    where they are."""
+    if device.type != "cuda" or stores.target is not None:
         return None
-    members = sum(on_device(pass_memory(store.train.shape, tasks, device), device).values())
-    return place_for(store.train, make_order(store, tasks[0]), int(free * (1 - RESERVE)) - members)
+    members = sum(on_device(pass_memory(stores.train.shape, tasks, device), device).values())
+    return place_for(stores.train, make_order(stores, tasks[0]), int(free * (1 - RESERVE)) - members)
 
 
 def make_passes(rows: SplitLayout, tasks: Sequence[Task], device: torch.device, free: int) -> list[list[Task]]:
@@ -274,26 +276,34 @@ def disk_bytes(rows: SplitLayout, tasks: Sequence[Task], keep: Keep) -> int:
         if task.finished:
             continue
         config = task.config
-        parts = memory_bytes(config, rows.layout.d_model, torch.device("cpu"))
+        d_model, d_out = rows.layout.d_model, task.d_out
+        parts = memory_bytes(config, d_model, torch.device("cpu"), d_out)
         weights, state = (
-            4 * (2 * rows.layout.d_model + 4) * config.width,
+            4 * (d_model + (d_out or d_model) + 4) * config.width + 4 * d_model * (d_out or 0) * config.skip,
             parts["optimiser"] * 3 // 2 + parts["counters"],
         )
         steps = {*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps}
         total += (len(keep.kept(steps)) + 1) * weights + state
     largest = max(
-        (2 * 4 * 3 * rows.layout.d_model * task.config.width for task in tasks if not task.finished), default=0
+        (
+            4 * 3 * (rows.layout.d_model + (task.d_out or rows.layout.d_model)) * task.config.width
+            for task in tasks
+            if not task.finished
+        ),
+        default=0,
     )
     return total + largest
 
 
 def estimate_seconds(rows: SplitLayout, tasks: Sequence[Task], device: torch.device) -> float:
     """A rough time for the unfinished members: steps of each kind of them on made-up rows, measured now."""
-    left = [(task.config, task.config.steps - task.step) for task in tasks if not task.finished]
+    left = [task for task in tasks if not task.finished]
+    d_model = rows.layout.d_model
     measured = {
-        kind: step_seconds(kind, rows.layout.d_model, device) for kind in {kind_of(config) for config, _ in left}
+        kind: step_seconds(kind[0], d_model, device, kind[1])
+        for kind in {(kind_of(task.config), task.d_out) for task in left}
     }
-    return sum(n_steps * measured[kind_of(config)] for config, n_steps in left)
+    return sum((task.config.steps - task.step) * measured[kind_of(task.config), task.d_out] for task in left)
 
 
 def kind_of(config: TrainConfig) -> TrainConfig:
@@ -301,11 +311,20 @@ def kind_of(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, seed=0, data_seed=0, init_from="")
 
 
-def step_seconds(config: TrainConfig, d_model: int, device: torch.device) -> float:
-    """Seconds of one step of such a member, the best of three."""
-    scratch, center = Scratch(device), torch.zeros(d_model, device=device)
-    member = make_member(config, d_model, center, 1.0, device, scratch)
+def step_seconds(config: TrainConfig, d_model: int, device: torch.device, d_out: int | None = None) -> float:
+    """Seconds of one step of such a member, of a transcoder with `d_out`, the best of three."""
+    wide = torch.float64 if config.dtype == "float64" else torch.float32
+    scratch, center = Scratch(device), torch.zeros(d_model, device=device, dtype=wide)
+    target = None if d_out is None else Target(torch.zeros(d_out, device=device, dtype=wide), 1.0)
+    member = make_member(config, d_model, center, 1.0, device, scratch, target=target)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(config.batch_size, d_model, generator=generator).to(device) / d_model**0.5
-    batch = make_normalise(config, device, scratch)(x, center.to(member.wide), 1.0)
+
+    def made_up(d: int) -> Tensor:
+        rows: Tensor = torch.randn(config.batch_size, d, generator=generator).to(device) / d**0.5
+        return rows
+
+    if target is None:
+        batch = make_normalise(config, device, scratch)(made_up(d_model), center, 1.0)
+    else:
+        batch = Pairs(center, 1.0, target).normalise(made_up(d_model), made_up(len(target.center)))
     return measured_seconds(lambda: member.step(batch), device)

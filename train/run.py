@@ -11,7 +11,7 @@ each sees exactly the batches that it would see alone.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,12 @@ from torch import Tensor
 from pipeline.base.files import human_bytes, require_free
 from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import rank, resolve_device, resolve_dtype
-from pipeline.store.reader import Store
 from train import plan
 from train.announce import announce, say_second_epoch, say_share
 from train.config import TrainConfig
 from train.extend import extend
 from train.feed.bodies import BodyCheck
-from train.feed.loader import Feed, Loader
+from train.feed.loader import Feeds, Loader
 from train.feed.resident import DeviceRows
 from train.folder import Keep, check_out
 from train.held_out import HeldOut
@@ -34,10 +33,11 @@ from train.parallel import Processes, join
 from train.plan import RunConfig, Task
 from train.step.fused import make_member, make_normalise
 from train.step.graphs import cuda_capture
-from train.step.member import Batch
+from train.step.member import Batch, Pairs
 from train.step.scratch import Scratch
 from train.step.weights import named_by_content
 from train.stop import Stop, Stopped, stop_on_signals
+from train.stores import Stores
 from train.trainee import Clock, Outcome, Trainee, summary
 from train.writer import Writer
 
@@ -50,29 +50,29 @@ def run(job: RunConfig) -> list[Outcome]:
     KeyboardInterrupt after Ctrl-C, states written.
     """
     check_out(job.out)
-    store = Store.open(job.store)
+    stores = Stores.open(job.store, job.target)
     with (
         join(job.data_parallel, resolve_device(job.device)) as processes,
-        BodyCheck(store.train) as check,
+        BodyCheck(*(store.train for store in stores.all)) as check,
         stop_on_signals() as stop,
     ):
         device, members = processes.device, own_members(job, processes)
         if job.extend and processes.writes:
-            extend(job, store, members)
+            extend(job, stores, members)
         processes.wait()
-        tasks = plan.make_tasks(job, store, members, processes.least)
-        passes = plan.make_passes(store.train.shape, tasks, device, processes.least(plan.free_memory(device)))
-        require_free(job.out, plan.disk_bytes(store.train.shape, tasks, Keep.parse(job.keep)), "training")
+        tasks = plan.make_tasks(job, stores, members, processes.least)
+        passes = plan.make_passes(stores.train.shape, tasks, device, processes.least(plan.free_memory(device)))
+        require_free(job.out, plan.disk_bytes(stores.train.shape, tasks, Keep.parse(job.keep)), "training")
         say_share(job, tasks, processes)
         if processes.writes:
-            announce(store, tasks, passes, device)
+            announce(stores, tasks, passes, device)
         if job.verify_first and passes:
             say("checking every byte of the training shards")
             check.require()
         keeps_state = Keep.parse(job.keep).state
         outcomes = {task.folder.name: standing(task, processes, keeps_state) for task in tasks}
         for group in passes:
-            outcomes |= Pass(job, store, processes, group, check, stop).run()
+            outcomes |= Pass(job, stores, processes, group, check, stop).run()
     return list(outcomes.values())
 
 
@@ -101,35 +101,44 @@ class Pass:
     """Members side by side on one stream of batches."""
 
     def __init__(
-        self, job: RunConfig, store: Store, processes: Processes, tasks: Sequence[Task], check: BodyCheck, stop: Stop
+        self, job: RunConfig, stores: Stores, processes: Processes, tasks: Sequence[Task], check: BodyCheck, stop: Stop
     ) -> None:
         self.job = job
-        self.store = store
+        self.stores = stores
         self.processes = processes
         self.stop = stop
         self.tasks = tasks
         self.device = processes.device
-        self.order = plan.make_order(store, tasks[0])
-        self.place = plan.place_on_device(store, tasks, self.device, processes.least(plan.free_memory(self.device)))
+        self.order = plan.make_order(stores, tasks[0])
+        self.place = plan.place_on_device(stores, tasks, self.device, processes.least(plan.free_memory(self.device)))
         self.check = check if self.order.exact and processes.writes and self.place is None else None
         self.batch_size = tasks[0].config.batch_size
-        self.center, self.scale = self.space(tasks[0].config)
+        self.center, self.scale = stores.space(tasks[0].config, self.device)
+        self.target = stores.target_space(tasks[0].config, self.device)
         self.scratch = Scratch(self.device)
         self.held_out = self.read_held_out()
-        self.normalise = make_normalise(tasks[0].config, self.device, self.scratch)
+        self.prepare = self.preparing()
         self.capture = cuda_capture(self.device) if job.cuda_graphs and self.device.type == "cuda" else None
 
-    def space(self, config: TrainConfig) -> tuple[Tensor, float]:
-        """Centre and scale of the training space on the device."""
-        center, scale = self.store.mean_and_scale(plan.max_norm_of(self.store, config))
-        wide = torch.float64 if config.dtype == "float64" else torch.float32
-        return center.to(self.device, wide), scale
+    def preparing(self) -> Callable[..., Batch]:
+        """What makes a batch of the rows of one store, or of both; it is written again by the next call."""
+        if self.target is not None:
+            return Pairs(self.center, self.scale, self.target).normalise
+        normalise, last = make_normalise(self.tasks[0].config, self.device, self.scratch), list[Batch]()
+
+        def prepare(x_raw: Tensor) -> Batch:
+            last[:] = [normalise(x_raw, self.center, self.scale, out=last[0] if last else None)]
+            return last[0]
+
+        return prepare
 
     def read_held_out(self) -> HeldOut | None:
         """Rows of the evaluation split, where a member is to be scored on them."""
         if not self.processes.writes or not any(task.config.eval_every for task in self.tasks):
             return None
-        return HeldOut.read(self.store.eval, plan.max_norm_of(self.store, self.tasks[0].config), self.device)
+        kept = self.stores.kept("eval", self.tasks[0].config.max_norm)
+        target = self.stores.target
+        return HeldOut.read(self.stores.read.eval, kept, self.device, None if target is None else target.eval)
 
     def run(self) -> dict[str, Outcome]:
         """Train to the end; outcomes by member's name. Raises KeyboardInterrupt when stopped, states written."""
@@ -154,7 +163,15 @@ class Pass:
         """A member made or gone on with; all of a pass share one set of buffers."""
         group = self.processes.group
         member = make_member(
-            task.config, self.store.d_model, self.center, self.scale, self.device, self.scratch, group, self.capture
+            task.config,
+            self.stores.read.d_model,
+            self.center,
+            self.scale,
+            self.device,
+            self.scratch,
+            group,
+            self.capture,
+            self.target,
         )
         return Trainee(self.job, task, member, writer, self.order.n_kept, self.processes.writes, self.held_out)
 
@@ -166,12 +183,11 @@ class Pass:
             return
         with self.loader(first) as loader, self.progress(first, last, len(trainees)) as bar:
             clock = Clock(loader, self.batch_size)
-            batch: Batch | None = None
             for step in range(first, last):
                 if not any(trainee.waits for trainee in trainees):
                     break
                 self.raise_if_stopped(step)
-                batch = self.normalise(loader.next(), self.center, self.scale, out=batch)
+                batch = self.prepare(*loader.next())
                 for trainee in trainees:
                     if trainee.takes(step):
                         trainee.advance(batch, clock)
@@ -180,7 +196,7 @@ class Pass:
                 self.poll(trainees[0].writer)
             clock.say_if_starved()
 
-    def loader(self, first: int) -> Feed:
+    def loader(self, first: int) -> Feeds:
         """The stream of batches from that of step `first` on: on CUDA from the device's memory where rows fit beside members."""
         options: dict[str, Any] = {
             "position": first * self.batch_size,
@@ -189,10 +205,12 @@ class Pass:
             "threads": self.job.threads,
         }
         if self.place is None:
-            return Loader(self.store.train, self.order, self.batch_size, **options)
+            splits = [store.train for store in self.stores.all]
+            return Feeds([Loader(split, self.order, self.batch_size, **options) for split in splits])
         part = "all rows" if self.place.whole else "two windows of rows"
-        say(f"{part}, {human_bytes(self.place.n_bytes(self.store.train))}, lie in the memory of {self.device}")
-        return DeviceRows(self.store.train, self.order, self.batch_size, self.place, **options)
+        rows = self.stores.train
+        say(f"{part}, {human_bytes(self.place.n_bytes(rows))}, lie in the memory of {self.device}")
+        return Feeds([DeviceRows(rows, self.order, self.batch_size, self.place, **options)])
 
     def progress(self, first: int, last: int, n_members: int) -> Progress:
         """The bar, in rows."""

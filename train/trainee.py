@@ -17,7 +17,7 @@ from pipeline.base.files import disk_errors, hash_file
 from pipeline.base.progress import say
 from pipeline.base.runtime import git_state, versions
 from pipeline.sae.foreign import load_sae
-from train.feed.loader import Feed
+from train.feed.loader import Feeds
 from train.folder import Keep
 from train.held_out import HeldOut, merged
 from train.log import Log, open_logs
@@ -196,7 +196,7 @@ class Trainee:
 class Clock:
     """Rows/s and the share of time spent waiting for data, since each member's last line and overall."""
 
-    def __init__(self, loader: Feed, batch_size: int) -> None:
+    def __init__(self, loader: Feeds, batch_size: int) -> None:
         self.loader = loader
         self.batch_size = batch_size
         self.start = time.perf_counter()

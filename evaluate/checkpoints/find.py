@@ -173,6 +173,8 @@ def require_fit(
     where, trained = f"{checkpoint.path}", checkpoint.provenance.get("store") or {}
     if "id" in trained:  # a store of this pipeline, which names no hook where it is the stream after the layer
         trained = {"hook": "resid_post"} | trained
+    if checkpoint.sae.is_transcoder:
+        raise CheckpointError(f"{where}: is a transcoder, which this cannot score")
     if checkpoint.sae.d_model != store.d_model:
         raise CheckpointError(
             f"{where}: its rows have {checkpoint.sae.d_model} dimensions, those of store {store.path} have {store.d_model}; "

@@ -53,6 +53,8 @@ def attach(
     n_layers, d_model = int(text.num_hidden_layers), int(text.hidden_size)
     if not 0 <= layer < n_layers:
         raise UsageError(f"layer {layer} is out of range; the model has layers 0 to {n_layers - 1}")
+    if sae.config.is_transcoder:
+        raise UsageError("the SAE is a transcoder, which makes rows of another point than it reads; attach takes none")
     if sae.config.d_model != d_model:
         raise UsageError(f"the SAE is of a residual stream of {sae.config.d_model}, the model's has {d_model}")
     if not -sae.config.n_levels <= level < sae.config.n_levels:

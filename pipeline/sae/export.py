@@ -5,7 +5,13 @@ unit norm. With s the scale and c the centre,
 
     b_dec' = b_dec / s + c,   b_enc' = b_enc / s,   threshold' = threshold / s,   W_enc and W_dec as they are,
 
-since ((x − c) s − b_dec) W_enc + b_enc = s · ((x − b_dec') W_enc + b_enc'). LayerNorm does not fold into a linear
+since ((x − c) s − b_dec) W_enc + b_enc = s · ((x − b_dec') W_enc + b_enc'). A transcoder, whose target has scale t and centre u,
+is divided by t likewise and does not subtract b_dec from what it reads:
+
+    W_enc' = (s/t) W_enc,   b_enc' = (b_enc − s c W_enc) / t,   threshold' = threshold / t,
+    W_skip' = (s/t) W_skip,   b_dec' = b_dec / t + u − c W_skip'
+
+LayerNorm does not fold into a linear
 encoder: it travels to SAELens as the class in `pipeline.sae.saelens`, and to dictionary_learning not at all.
 Formats: SAELens 6 (cfg.json, sae_weights.safetensors), dictionary_learning 0.1 (config.json, ae.pt).
 """
@@ -78,6 +84,8 @@ def is_ours(name: str) -> bool:
 
 def folded(sae: NestedSAE) -> dict[str, Tensor]:
     """Weights of the same SAE for raw residuals, latents divided by the scale (see the top of this file), float32."""
+    if sae.config.is_transcoder:
+        return folded_transcoder(sae)
     s, c = sae.scale.float(), sae.center.float()
     tensors = {
         "W_enc": sae.W_enc.float(),
@@ -90,9 +98,59 @@ def folded(sae: NestedSAE) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
+def folded_transcoder(sae: NestedSAE) -> dict[str, Tensor]:
+    """The same of a transcoder; sums in float64."""
+    own = {name: tensor.detach().double() for name, tensor in sae.state_dict().items()}
+    s, c, t = own["scale"], own["center"], own["target_scale"]
+    tensors = {
+        "W_enc": own["W_enc"] * (s / t),
+        "b_enc": (own["b_enc"] - s * (c @ own["W_enc"])) / t,
+        "W_dec": own["W_dec"],
+        "b_dec": own["b_dec"] / t + own["target_center"],
+    }
+    if sae.config.has_threshold:
+        tensors["threshold"] = own["threshold"] / t
+    if sae.config.skip:
+        tensors["W_skip"] = own["W_skip"] * (s / t)
+        tensors["b_dec"] -= c @ tensors["W_skip"]
+    return {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+
+
+def write_saelens_transcoder(sae: NestedSAE, header: Header, folder: Path) -> None:
+    """The same of SAELens's transcoder, which has relu or a threshold, and W_skip [d_out, d_in]. Raises UsageError for
+    topk and LayerNorm, which it has not."""
+    config = sae.config
+    if config.activation == "topk" or config.layernorm != "none":
+        what = "topk" if config.activation == "topk" else "LayerNorm"
+        raise UsageError(f"SAELens has no transcoder with {what}; use batchtopk, jumprelu, or relu without LayerNorm")
+    tensors = folded(sae)
+    if config.skip:
+        tensors["W_skip"] = tensors["W_skip"].T.contiguous()
+    kind = ("jumprelu_" if config.has_threshold else "") + ("skip_" if config.skip else "") + "transcoder"
+    store = header.provenance.get("store") or {}
+    metadata = saelens_metadata(header) | {"hook_name_out": transformer_lens_name(store.get("target") or {})}
+    cfg = {
+        "architecture": kind,
+        "d_in": config.d_model,
+        "d_out": config.d_out,
+        "d_sae": config.width,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": metadata,
+    }
+    write_bytes(folder / "sae_weights.safetensors", safetensors_bytes(tensors))
+    write_json(folder / "cfg.json", cfg)
+
+
 def write_saelens(sae: NestedSAE, header: Header, folder: Path) -> None:
     """cfg.json and sae_weights.safetensors of SAELens 6; batchtopk travels as jumprelu with its inference threshold."""
     config = sae.config
+    if config.is_transcoder:
+        write_saelens_transcoder(sae, header, folder)
+        return
     tensors = folded(sae)
     architecture = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "batchtopk": "jumprelu"}[
         config.activation
@@ -168,6 +226,8 @@ def place_name(store: Mapping[str, Any], form: str) -> str | None:
 def write_dictionary_learning(sae: NestedSAE, header: Header, folder: Path) -> None:
     """ae.pt (plain tensors) and config.json of dictionary_learning. Raises UsageError for LayerNorm."""
     config = sae.config
+    if config.is_transcoder:
+        raise UsageError("dictionary_learning has no transcoder; export to saelens")
     if config.layernorm != "none":
         raise UsageError("dictionary_learning has no class with LayerNorm; export to saelens, or train without it")
     tensors = folded(sae)

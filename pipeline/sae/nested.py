@@ -9,6 +9,12 @@
 LayerNorm statistics never look outside a level's block, so a prefix of the dictionary is itself an SAE; only `topk`,
 which selects over all latents of a row, is not. Raw residuals go in and come out: `encode` centres and scales, `decode`
 undoes it. Paper: "Nested Dictionary Learning", Eq. 1-4; the levels generalise its two (shared, whole).
+
+A transcoder (`d_out` is set) is the same from the rows of one hook point to those of another, y, with a space of its own:
+
+    a  = x W_enc + b_enc                     b_dec is of the other point, so the encoder does not subtract it
+    ŷ_l = b_dec + x W_skip + Σ_{j < m_l} z_j W_dec[j]       x W_skip where `skip` is set      [row, d_out]
+    ŷ_raw = ŷ / target_scale + target_center
 """
 
 from __future__ import annotations
@@ -36,7 +42,9 @@ class SAEConfig:
 
     `levels` are cumulative sizes, strictly increasing, the last one equal to `width`; a flat SAE has one.
     `layernorm`: none; `pre` on pre-activations; `post` after the activation. `layernorm_rescale` multiplies ‖x‖/√d back.
-    `k`: latents a row that topk and batchtopk keep, 0 for the others. Raises UsageError when fields contradict.
+    `k`: latents a row that topk and batchtopk keep, 0 for the others. `d_out`: of a transcoder, the dimensions of the rows
+    that it makes; None: an SAE, which makes those that it reads. `skip`: a transcoder has a linear path beside its latents.
+    Raises UsageError when fields contradict.
     """
 
     d_model: int
@@ -47,6 +55,8 @@ class SAEConfig:
     layernorm: LayerNorm = "none"
     layernorm_rescale: bool = True
     layernorm_eps: float = 1e-8
+    d_out: int | None = None
+    skip: bool = False
 
     def __post_init__(self) -> None:
         sizes = (0, *self.levels)
@@ -58,6 +68,18 @@ class SAEConfig:
             raise UsageError(f"topk cannot keep k = {self.k} of {self.width} latents")
         if self.layernorm == "post" and self.activation != "relu":
             raise UsageError(f"LayerNorm after the activation goes with relu only, not with {self.activation}")
+        if self.skip and self.d_out is None:
+            raise UsageError("a skip connection is a transcoder's: an SAE with one would explain everything by it")
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it makes rows of another hook point than those it reads."""
+        return self.d_out is not None
+
+    @property
+    def d_made(self) -> int:
+        """Dimensions of the rows that it makes."""
+        return self.d_model if self.d_out is None else self.d_out
 
     @property
     def n_levels(self) -> int:
@@ -82,20 +104,25 @@ class SAEConfig:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of such an SAE."""
-        d, width = self.d_model, self.width
+        d, width, made = self.d_model, self.width, self.d_made
         shapes: dict[str, tuple[int, ...]] = {
             "W_enc": (d, width),
             "b_enc": (width,),
-            "W_dec": (width, d),
-            "b_dec": (d,),
+            "W_dec": (width, made),
+            "b_dec": (made,),
         }
+        shapes |= {"target_center": (made,), "target_scale": ()} if self.is_transcoder else {}
+        shapes |= {"W_skip": (d, made)} if self.skip else {}
         shapes |= {"threshold": (width,)} if self.has_threshold else {}
         shapes |= {"ln_gain": (width,), "ln_bias": (width,)} if self.layernorm != "none" else {}
         return shapes | {"center": (d,), "scale": ()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data; `from_fields` reads it back."""
-        return dataclasses.asdict(self) | {"levels": list(self.levels)}
+        """Plain JSON data; `from_fields` reads it back. An SAE does not mention what only transcoders have."""
+        data = dataclasses.asdict(self) | {"levels": list(self.levels)}
+        if not self.is_transcoder:
+            del data["d_out"], data["skip"]
+        return data
 
     @staticmethod
     def from_fields(fields: Fields) -> SAEConfig:
@@ -111,6 +138,8 @@ class SAEConfig:
             layernorm=cast(LayerNorm, fields.one_of("layernorm", get_args(LayerNorm))),
             layernorm_rescale=fields.flag("layernorm_rescale"),
             layernorm_eps=fields.number("layernorm_eps", least=0),
+            d_out=fields.whole("d_out", least=1) if "d_out" in fields.data else None,
+            skip=fields.flag("skip") if "skip" in fields.data else False,
         )
 
 
@@ -139,15 +168,20 @@ def levels_for_alpha(alpha: float, width: int) -> tuple[int, ...]:
 
 
 class NestedSAE(nn.Module):
-    """A nested SAE ready for use. Weights: W_enc [d_model, latent], b_enc [latent], W_dec [latent, d_model], b_dec [d_model].
+    """A nested SAE, or transcoder, ready for use. Weights: W_enc [d_model, latent], b_enc [latent], W_dec [latent, d_made],
+    b_dec [d_made], where d_made is d_model, or a transcoder's d_out.
 
     Further tensors where the config asks: threshold [latent] (jumprelu: on the pre-activation, strict; batchtopk: on the
     latent itself), ln_gain and ln_bias [latent]. Buffers center [d_model] and scale [] map raw residuals to the space
-    it was trained in and stay float32 whatever the weights are cast to. Made with zeros: load or initialise the weights.
+    it was trained in and stay float32 whatever the weights are cast to. A transcoder has target_center [d_out] and
+    target_scale [] for the rows that it makes, and W_skip [d_model, d_out] with `skip`. Made with zeros: load or initialise
+    the weights.
     """
 
     center: Tensor
     scale: Tensor
+    target_center: Tensor
+    target_scale: Tensor
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
@@ -155,8 +189,10 @@ class NestedSAE(nn.Module):
         d, width = config.d_model, config.width
         self.W_enc = nn.Parameter(torch.zeros(d, width))
         self.b_enc = nn.Parameter(torch.zeros(width))
-        self.W_dec = nn.Parameter(torch.zeros(width, d))
-        self.b_dec = nn.Parameter(torch.zeros(d))
+        self.W_dec = nn.Parameter(torch.zeros(width, config.d_made))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_made))
+        if config.skip:
+            self.W_skip = nn.Parameter(torch.zeros(d, config.d_made))
         if config.has_threshold:
             self.threshold = nn.Parameter(torch.zeros(width), requires_grad=config.activation == "jumprelu")
         if config.layernorm != "none":
@@ -164,18 +200,24 @@ class NestedSAE(nn.Module):
             self.ln_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("center", torch.zeros(d))
         self.register_buffer("scale", torch.ones(()))
+        if config.is_transcoder:
+            self.register_buffer("target_center", torch.zeros(config.d_made))
+            self.register_buffer("target_scale", torch.ones(()))
 
     def normalize(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """Raw residuals to the training space, in float32: centred, then scaled so that the mean of ‖x‖² was 1."""
         return (x.float() - self.center.float()) * self.scale.float()
 
-    def denormalize(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """Back to raw residuals, in float32."""
+    def denormalize(self, x: Float[Tensor, "*rows d_made"]) -> Float[Tensor, "*rows d_made"]:
+        """What is decoded, back to raw rows of the point it is of, in float32."""
+        if self.config.is_transcoder:
+            return x.float() / self.target_scale.float() + self.target_center.float()
         return x.float() / self.scale.float() + self.center.float()
 
     def preactivations(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows latent"]:
-        """(x − b_dec) W_enc + b_enc for normalised x, before LayerNorm."""
-        return x.to(self.W_enc.dtype) @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)
+        """(x − b_dec) W_enc + b_enc for normalised x, before LayerNorm; of a transcoder x W_enc + b_enc."""
+        b_enc: Tensor = self.b_enc if self.config.is_transcoder else self.b_enc - self.b_dec @ self.W_enc
+        return x.to(self.W_enc.dtype) @ self.W_enc + b_enc
 
     def layernorm(self, a: Float[Tensor, "*rows latent"]) -> Float[Tensor, "*rows latent"]:
         """LayerNorm inside each level's block (biased variance), then the affine per latent."""
@@ -212,29 +254,53 @@ class NestedSAE(nn.Module):
         """Latents of raw residual rows of any dtype. Steering, scores and exports all see this z."""
         return self.encode_normalized(self.normalize(x))
 
-    def decode_normalized_levels(self, z: Float[Tensor, "*rows latent"]) -> Iterator[Float[Tensor, "*rows d_model"]]:
-        """Reconstructions of every level in turn in the training space; each adds its block to the one before."""
-        x_hat: Tensor = self.b_dec
+    def base(self, x: Float[Tensor, "*rows d_model"] | None = None) -> Float[Tensor, "... d_made"]:
+        """What is decoded of no latent, in the training space: b_dec, [d_made], and with a skip connection what that makes of
+        the raw rows x. Raises ValueError where x is needed and not given."""
+        return self._base(None if x is None or not self.config.skip else self.normalize(x))
+
+    def _base(self, x: Tensor | None) -> Tensor:
+        """The same of normalised rows."""
+        if not self.config.skip:
+            return self.b_dec
+        if x is None:
+            raise ValueError("a transcoder with a skip connection decodes latents and the rows that they were made of")
+        return x.to(self.W_skip.dtype) @ self.W_skip + self.b_dec
+
+    def decode_normalized_levels(
+        self, z: Float[Tensor, "*rows latent"], x: Float[Tensor, "*rows d_model"] | None = None
+    ) -> Iterator[Float[Tensor, "*rows d_made"]]:
+        """Reconstructions of every level in turn in the training space; each adds its block to the one before. x: normalised
+        rows, which a skip connection needs."""
+        x_hat = self._base(x)
         for block in self.config.blocks:
             x_hat = x_hat + z[..., block] @ self.W_dec[block]
             yield x_hat
 
-    def decode_levels(self, z: Float[Tensor, "*rows latent"]) -> Iterator[Float[Tensor, "*rows d_model"]]:
-        """Raw reconstructions of every level in turn, innermost first, float32."""
-        return (self.denormalize(x_hat) for x_hat in self.decode_normalized_levels(z))
+    def decode_levels(
+        self, z: Float[Tensor, "*rows latent"], x: Float[Tensor, "*rows d_model"] | None = None
+    ) -> Iterator[Float[Tensor, "*rows d_made"]]:
+        """Raw reconstructions of every level in turn, innermost first, float32. x: as in `decode`."""
+        normalized = None if x is None or not self.config.skip else self.normalize(x)
+        return (self.denormalize(x_hat) for x_hat in self.decode_normalized_levels(z, normalized))
 
-    def decode_level(self, z: Float[Tensor, "*rows latent"], level: int) -> Float[Tensor, "*rows d_model"]:
-        """Raw reconstruction of one level, 0 the innermost, -1 the whole dictionary, float32."""
+    def decode_level(
+        self, z: Float[Tensor, "*rows latent"], level: int, x: Float[Tensor, "*rows d_model"] | None = None
+    ) -> Float[Tensor, "*rows d_made"]:
+        """Raw reconstruction of one level, 0 the innermost, -1 the whole dictionary, float32. x: as in `decode`."""
         m = self.config.levels[level]
-        return self.denormalize(z[..., :m] @ self.W_dec[:m] + self.b_dec)
+        return self.denormalize(z[..., :m] @ self.W_dec[:m] + self.base(x))
 
-    def decode(self, z: Float[Tensor, "*rows latent"]) -> Float[Tensor, "*rows d_model"]:
-        """Raw reconstruction by the whole dictionary, float32. Linear in z; never needs x."""
-        return self.decode_level(z, -1)
+    def decode(
+        self, z: Float[Tensor, "*rows latent"], x: Float[Tensor, "*rows d_model"] | None = None
+    ) -> Float[Tensor, "*rows d_made"]:
+        """Raw reconstruction by the whole dictionary, float32. Linear in z; needs the raw rows x that were encoded only where
+        a transcoder has a skip connection, and raises ValueError without them there."""
+        return self.decode_level(z, -1, x)
 
-    def forward(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """decode(encode(x)): raw residuals in, raw reconstructions out."""
-        return self.decode(self.encode(x))
+    def forward(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_made"]:
+        """decode(encode(x), x): raw rows in, raw reconstructions out."""
+        return self.decode(self.encode(x), x)
 
     def prefix(self, level: int) -> NestedSAE:
         """The SAE made of one level's latents, as a copy. Raises UsageError for topk, which selects over all latents."""

@@ -57,9 +57,11 @@ def reference_layernorm(a: Tensor, weights: dict[str, Tensor], config: TrainConf
     return torch.cat(parts, 1) * weights["ln_gain"] + weights["ln_bias"]
 
 
-def reference_latents(weights: dict[str, Tensor], config: TrainConfig, x: Tensor) -> tuple[Tensor, Tensor]:
+def reference_latents(
+    weights: dict[str, Tensor], config: TrainConfig, x: Tensor, transcodes: bool = False
+) -> tuple[Tensor, Tensor]:
     """Latents before selection, and the argument p of the activation."""
-    a = p = (x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+    a = p = (x if transcodes else x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
     if config.layernorm == "pre":
         p = reference_layernorm(a, weights, config)
     z = p.clamp(min=0)
@@ -87,7 +89,8 @@ def reference_selection(z: Tensor, config: TrainConfig) -> Tensor:
 def reference_auxiliary(
     weights: dict[str, Tensor], config: TrainConfig, x: Tensor, before: Tensor, z: Tensor, dead: Tensor
 ) -> Tensor:
-    """coefficient · E ‖(x − x̂) − ẑ W_dec‖² with ẑ the aux_k largest latents of each row among `dead`, x − x̂ constant."""
+    """coefficient · E ‖(x − x̂) − ẑ W_dec‖² with ẑ the aux_k largest latents of each row among `dead`, x − x̂ constant; x
+    without what a skip connection makes."""
     left_over = (x - weights["b_dec"] - z @ weights["W_dec"]).detach()
     among = before * dead
     top = among.topk(min(config.aux_k, among.shape[1]), dim=1)
@@ -104,9 +107,12 @@ def reference_objective(
     prefixes: tuple[int, ...] | None = None,
     prefix_weights: tuple[float, ...] | None = None,
     dead: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> Tensor:
-    """The whole loss of one batch as DESIGN.md writes it. `dead`: 1 for latents the auxiliary loss may use, else 0."""
-    before, p = reference_latents(weights, config, x)
+    """The whole loss of one batch as DESIGN.md writes it. `dead`: 1 for latents the auxiliary loss may use, else 0. `y`: the
+    rows that a transcoder is to make."""
+    before, p = reference_latents(weights, config, x, y is not None)
+    x = x if y is None else y - x @ weights["W_skip"] if config.skip else y
     z = reference_selection(before, config)
     levels = config.level_sizes()
     prefixes = prefixes or (levels if config.objective == "nested" else levels[-1:])

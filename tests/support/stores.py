@@ -42,9 +42,10 @@ def store_config(
     seed: int = 0,
     dtype: str = "bf16",
     codec: str = "none",
+    hook: str | None = None,
 ) -> dict[str, Any]:
     """A config with every field that FORMAT.md lists."""
-    return {
+    return ({} if hook is None else {"hook": hook}) | {
         "model": "no/model",
         "revision": None,
         "weights_sha256": "0" * 64,

@@ -9,13 +9,13 @@ from pipeline.store.reader import Split
 
 
 class BodyCheck:
-    """Compares every byte of a split's shards with the commit records, in a background thread.
+    """Compares every byte of the shards of one split or several with the commit records, in a background thread.
 
     Mapped rows are not checked when they are gathered, so no checkpoint is final before `require` returned.
     """
 
-    def __init__(self, split: Split) -> None:
-        self.split = split
+    def __init__(self, *splits: Split) -> None:
+        self.splits = splits
         self.stop = False
         self.n_done = 0
         self.future: Future[None] | None = None
@@ -27,11 +27,12 @@ class BodyCheck:
             self.future = self.pool.submit(self._run)
 
     def _run(self) -> None:
-        for k in range(self.split.n_shards):
-            if self.stop:
-                return
-            self.split.check_shard(k, bodies=True)
-            self.n_done = k + 1
+        for split in self.splits:
+            for k in range(split.n_shards):
+                if self.stop:
+                    return
+                split.check_shard(k, bodies=True)
+                self.n_done += 1
 
     def poll(self) -> None:
         """Raise DamagedError if the check met damage so far."""

@@ -13,10 +13,11 @@ in the order of the store wherever they come from one window.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -347,6 +348,39 @@ class Feed(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class Feeds:
+    """One stream of batches over one store, or over two that hold other rows of the same positions: `next` has one batch of
+    each. Enters and leaves the feeds it is made of, which are of one order and position."""
+
+    def __init__(self, parts: Sequence[Feed]) -> None:
+        self.parts = parts
+        self.stack = contextlib.ExitStack()
+
+    @property
+    def waited(self) -> float:
+        """Seconds in which the device had nothing to do for want of rows."""
+        return sum(part.waited for part in self.parts)
+
+    @property
+    def n_delivered(self) -> int:
+        """Batches so far."""
+        return self.parts[0].n_delivered
+
+    def next(self) -> list[Tensor]:
+        """The next batch of each."""
+        return [part.next() for part in self.parts]
+
+    def __enter__(self) -> Feeds:
+        for part in self.parts:
+            self.stack.enter_context(part)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stack.close()
 
 
 def one_torch_thread() -> None:

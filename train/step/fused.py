@@ -23,7 +23,7 @@ from pipeline.base.progress import say
 from train.config import TrainConfig
 from train.step import objectives
 from train.step.graphs import Capture
-from train.step.member import Batch, Member, normalise_batch
+from train.step.member import Batch, Member, Target, normalise_batch
 from train.step.scratch import Scratch
 from train.step.selection import MARGIN
 from train.step.sums import Sums
@@ -74,8 +74,11 @@ def make_member(
     scratch: Scratch,
     group: dist.ProcessGroup | None = None,
     capture: Capture | None = None,
+    target: Target | None = None,
 ) -> Member:
-    """The member that is fastest on its device; arguments as those of `Member`."""
+    """The member that is fastest on its device; arguments as those of `Member`. Transcoders have no fused step."""
+    if target is not None:
+        return Member(config, d_model, center, scale, device, scratch, group, capture, target)
     kind = FusedMember if fuses(config, device) else Member
     return kind(config, d_model, center, scale, device, scratch, group, capture)
 

@@ -5,6 +5,9 @@
 
 G is the suffix sum of the levels' residuals (`objectives`). The gradient of b_dec through the encoder is −W_enc Σ_rows ∂a,
 a product with a vector. Products are in bf16 (or float32), weights, moments, statistics and everything else in float32.
+
+A transcoder makes other rows y than the x it reads: y stands for x in the residuals, a is x W_enc, so that b_dec has no
+gradient through the encoder, and with a skip connection x̂_l has x W_skip beside b_dec, whose gradient is xᵀ G of level 0.
 """
 
 from __future__ import annotations
@@ -43,8 +46,22 @@ class Batch:
 
     x: Tensor  # [row, d_model] float32, centred and scaled (members subtract b_dec and cast to bf16 themselves)
     norm: Tensor  # [row] ‖x‖
-    total: Tensor  # [d_model] float64 Σ x
-    square: Tensor  # [] float64 Σ ‖x‖²
+    total: Tensor  # [d_made] float64 Σ of the rows to be made: x, or a transcoder's y
+    square: Tensor  # [] float64 Σ ‖·‖² of the same
+    y: Tensor | None = None  # [row, d_out] as x, of the rows that a transcoder is to make
+
+    @property
+    def made(self) -> Tensor:
+        """The rows to be made."""
+        return self.x if self.y is None else self.y
+
+
+@dataclass(frozen=True)
+class Target:
+    """The training space of the rows that a transcoder makes: centre [d_out], on the member's device, and scale."""
+
+    center: Tensor
+    scale: float
 
 
 def normalise_batch(
@@ -66,6 +83,21 @@ def normalise_batch(
     return out
 
 
+class Pairs:
+    """Prepares batches of transcoders: the rows that are read and those to be made, each in its own space."""
+
+    def __init__(self, center: Float[Tensor, " d_model"], scale: float, target: Target) -> None:
+        self.center, self.scale, self.target = center, scale, target
+        self.read: Batch | None = None
+        self.made: Batch | None = None
+
+    def normalise(self, x_raw: Float[Tensor, "row d_model"], y_raw: Float[Tensor, "row d_out"]) -> Batch:
+        """As `normalise_batch`; the buffers of the batch before are written again."""
+        self.read = normalise_batch(x_raw, self.center, self.scale, self.read)
+        self.made = normalise_batch(y_raw, self.target.center, self.target.scale, self.made)
+        return Batch(self.read.x, self.read.norm, self.made.total, self.made.square, self.made.x)
+
+
 class Member:
     """One SAE in training. All randomness is a function of config.seed and the step; the same values on every device.
 
@@ -73,6 +105,7 @@ class Member:
     group: for data-parallel training; each process steps on its own rows of the global batch, gradients and counts are
     summed over processes, threshold and clip are those of the global batch. None: one process.
     capture: records steps to replay them (`graphs.py`); None: every step runs operation by operation.
+    target: the space of the rows that it makes, where it is a transcoder.
     `n_steps` is the optimiser steps done, `n_rows` the rows seen by all processes together.
     """
 
@@ -86,9 +119,12 @@ class Member:
         scratch: Scratch,
         group: dist.ProcessGroup | None = None,
         capture: Capture | None = None,
+        target: Target | None = None,
     ) -> None:
         self.config = config
-        self.shape = config.sae_config(d_model)
+        self.target = target
+        d_out = None if target is None else len(target.center)
+        self.shape = config.sae_config(d_model, d_out)
         self.scratch = scratch
         self.group = group
         self.dtype = product_dtype(config.dtype)
@@ -99,7 +135,8 @@ class Member:
         self.n_steps = 0
         self.n_rows = 0
         self.draws_thresholds = config.activation == "jumprelu"
-        self.weights = {name: weight.to(device, self.wide) for name, weight in initial_weights(config, d_model).items()}
+        drawn = initial_weights(config, d_model, d_out)
+        self.weights = {name: weight.to(device, self.wide) for name, weight in drawn.items()}
         self.adam = Adam(self.weights, self.dtype, config)
         self.schedule = Schedule(config, device)
         self.recorded = Recorded(capture)
@@ -111,7 +148,7 @@ class Member:
         self.threshold = torch.zeros((), dtype=self.wide, device=device)
         self.explained = torch.zeros(3, dtype=torch.float64, device=device)  # Σ errors: shared, whole; Σ ‖x‖²
         scalars = dict.fromkeys(("steps", "rows", "square", "loss", "l0", "aux", "grad_norm", "clipped"), 1)
-        vectors = {"total": d_model, "errors": self.shape.n_levels, "l1": 2}
+        vectors = {"total": self.shape.d_made, "errors": self.shape.n_levels, "l1": 2}
         self.sums = Sums.zeros(scalars | vectors, device)  # since the last `metrics`
 
     def step(self, batch: Batch) -> None:
@@ -153,9 +190,14 @@ class Member:
 
     def _before_selection(self, x: Tensor) -> Tensor:
         """Latents of normalised rows, at most a batch, before topk, batchtopk or a threshold; in scratch memory."""
-        x_low = self._take("x", len(x), self.shape.d_model).copy_(x - self.weights["b_dec"])
+        x_low = self._encoder_input(x)
         a = torch.mm(x_low, self.adam.low["W_enc"], out=self._take("a", len(x), self.config.width))
         return self.latents.before_selection(a, torch.linalg.vector_norm(x, dim=1, dtype=self.wide))
+
+    def _encoder_input(self, x: Tensor) -> Tensor:
+        """What the encoder is given of normalised rows, in the products' dtype, in scratch memory."""
+        x_low = self._take("x", len(x), self.shape.d_model)
+        return x_low.copy_(x if self.target is not None else x - self.weights["b_dec"])
 
     def _nth_largest(self, z: Tensor, n: int) -> Tensor:
         """The value that n entries of each process's z, all processes' together, are not below."""
@@ -206,15 +248,16 @@ class Member:
         return Sums.of(counts=fired.counts, l1=fired.l1, errors=errors, total=batch.total, square=batch.square, aux=aux)
 
     def _forward(self, batch: Batch) -> Forward:
-        config, low, b_dec = self.config, self.adam.low, self.weights["b_dec"]
+        config, low = self.config, self.adam.low
         n_local, n_rows = len(batch.x), self._n_rows(batch)
         pool = objectives.auxiliary_pool(config, self.rows_since_fired) if self._may_have_dead else None
-        x_low = self._take("x", n_local, self.shape.d_model).copy_(batch.x - b_dec)
+        x_low = self._encoder_input(batch.x)
         a = torch.mm(x_low, low["W_enc"], out=self._take("a", n_local, config.width))
         fired = self.latents.forward(a, batch.norm, pool, self._kept, n_rows)
         terms = objectives.reconstruction_terms(config, self.shape.levels, self.n_steps)
+        rest = batch.made - (x_low @ low["W_skip"]).to(self.wide) if config.skip else batch.made
         decoded = objectives.reconstruct(
-            self.latents.z, low["W_dec"], b_dec, batch.x, terms, n_rows, self.scratch, pool is not None
+            self.latents.z, low["W_dec"], self.weights["b_dec"], rest, terms, n_rows, self.scratch, pool is not None
         )
         factor = self.schedule.ramp * self.controller.factor
         return Forward(n_rows, x_low, pool, terms, fired, decoded, factor)
@@ -222,7 +265,7 @@ class Member:
     def _backward(self, forward: Forward) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients by name, and the value of the auxiliary loss."""
         z, low, config = self.latents.z, self.adam.low, self.config
-        w_dec = self._take("W_dec", config.width, self.shape.d_model)
+        w_dec = self._take("W_dec", config.width, self.shape.d_made)
         dz = self._take("dz", len(z), config.width)
         for block, gradient in zip(forward.terms.blocks, forward.decoded.gradients):
             torch.mm(z[:, block].T, gradient, out=w_dec[block])
@@ -231,8 +274,11 @@ class Member:
         penalty = Penalty(config.penalty, self.penalty * (forward.factor / forward.n_rows).to(self.wide))
         gradients = self.latents.backward(dz, penalty, auxiliary)
         w_enc = torch.mm(forward.x_low.T, dz, out=self._take("W_enc", self.shape.d_model, config.width))
-        b_dec = forward.decoded.b_dec - self.weights["W_enc"] @ gradients["b_enc"]
-        return {"W_enc": w_enc, "W_dec": w_dec, "b_dec": b_dec} | gradients, aux
+        b_dec = forward.decoded.b_dec
+        if self.target is None:
+            b_dec = b_dec - self.weights["W_enc"] @ gradients["b_enc"]
+        skip = {"W_skip": forward.x_low.T @ forward.decoded.gradients[0]} if config.skip else {}
+        return {"W_enc": w_enc, "W_dec": w_dec, "b_dec": b_dec} | skip | gradients, aux
 
     def _auxiliary(self, forward: Forward, w_dec: Tensor) -> tuple[Tensor, PoolGradient | None]:
         """The auxiliary loss and its gradient for latents; its decoder gradient is added to `w_dec`."""
@@ -392,6 +438,8 @@ class Member:
         self._calibrate()
         shape, names = self.shape, tuple(self.weights)
         tensors = {"center": self.center, "scale": torch.tensor(self.scale)}
+        if self.target is not None:
+            tensors |= {"target_center": self.target.center, "target_scale": torch.tensor(self.target.scale)}
         if shape.activation == "batchtopk":
             tensors["threshold"] = self.threshold.clone().expand(self.config.width)
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from train.config import TrainConfig
 
+MATRICES = ("W_enc", "W_dec", "W_skip")
+"""Weights that products read."""
+
 CHUNK_NUMBERS = 1 << 18
 """Numbers of a weight matrix that a CPU updates at a time: with gradient and both moments about 4 MB."""
 
@@ -31,7 +34,7 @@ class Adam:
         self.first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self.second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self.n_updates = torch.zeros((), dtype=torch.float32, device=weights["W_dec"].device)
-        self.low = {name: weights[name].to(low_dtype) for name in ("W_enc", "W_dec")}
+        self.low = {name: weight.to(low_dtype) for name, weight in weights.items() if name in MATRICES}
 
     def state(self) -> dict[str, Tensor]:
         """Moments, count of updates and weights by name, not copied."""

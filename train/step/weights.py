@@ -13,35 +13,46 @@ from pipeline.base.errors import CheckpointError
 from pipeline.base.files import hash_file
 from pipeline.base.runtime import torch_rng
 from pipeline.sae.foreign import foreign_sha256, is_foreign
-from pipeline.sae.nested import NestedSAE
+from pipeline.sae.nested import NestedSAE, SAEConfig
 from train.config import TrainConfig, selects
 
 
-def initial_shapes(config: TrainConfig, d_model: int) -> dict[str, tuple[int, ...]]:
-    """Trained tensors by name."""
-    width = config.width
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_model, width), "b_enc": (width,), "W_dec": (width, d_model)}
-    shapes["b_dec"] = (d_model,)
+def initial_shapes(config: TrainConfig, d_model: int, d_out: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Trained tensors by name; with `d_out` those of a transcoder."""
+    width, made = config.width, d_model if d_out is None else d_out
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_model, width), "b_enc": (width,), "W_dec": (width, made)}
+    shapes["b_dec"] = (made,)
+    if config.skip:
+        shapes["W_skip"] = (d_model, made)
     if config.layernorm != "none":
         shapes |= {"ln_gain": (width,), "ln_bias": (width,)}
     return shapes | ({"log_threshold": (width,)} if config.activation == "jumprelu" else {})
 
 
-def initial_weights(config: TrainConfig, d_model: int) -> dict[str, Tensor]:
+def initial_weights(config: TrainConfig, d_model: int, d_out: int | None = None) -> dict[str, Tensor]:
     """Decoder rows uniform on the unit sphere, the encoder its transpose times `encoder_scale`, biases 0 but LayerNorm's; a
-    function of the config alone. jumprelu's thresholds are found on the first batch (`Member`)."""
-    weights = {name: torch.zeros(shape) for name, shape in initial_shapes(config, d_model).items()}
-    w_dec = weights["W_dec"].normal_(generator=torch_rng("init", config.seed))
-    w_dec /= torch.linalg.vector_norm(w_dec, dim=1, keepdim=True)
+    function of the config alone. jumprelu's thresholds are found on the first batch (`Member`). A transcoder (`d_out`) reads
+    other rows than it makes, so its encoder is drawn as the decoder is, on its own; a skip connection begins at 0."""
+    weights = {name: torch.zeros(shape) for name, shape in initial_shapes(config, d_model, d_out).items()}
+    w_dec = unit_rows(weights["W_dec"], torch_rng("init", config.seed))
+    rows = w_dec
+    if d_out is not None:
+        rows = unit_rows(torch.empty(config.width, d_model), torch_rng("init encoder", config.seed))
     scale = config.encoder_scale or best_scale(config, d_model) * part_of_best(config)
     if config.layernorm == "none":
-        weights["W_enc"].copy_(w_dec.T * scale)
+        weights["W_enc"].copy_(rows.T * scale)
         return weights
-    weights["W_enc"].copy_(w_dec.T)
+    weights["W_enc"].copy_(rows.T)
     weights["ln_gain"].fill_(scale)
     if config.layernorm == "pre":
         weights["ln_bias"].fill_(scale * config.layernorm_bias)
     return weights
+
+
+def unit_rows(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """A matrix [row, dimension] filled, in place, with directions uniform on the unit sphere."""
+    weight.normal_(generator=generator)
+    return weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True))
 
 
 QUICKER, MANY_LEVELS = 0.4, 1.6
@@ -114,14 +125,19 @@ def mapped_weights(source: NestedSAE, target: NestedSAE) -> dict[str, Tensor]:
 
     With x' = ρ x + δ between the spaces (ρ = s'/s, δ = (c − c') s'): b_dec = (b_dec' − δ)/ρ, and latents are divided by
     ρ, so b_enc and thresholds are too. Levels and activation may differ: they are the target's. Raises CheckpointError
-    when the shape or LayerNorm differs, or when LayerNorm's row scale ‖x‖ would be about another centre.
+    when the shape or LayerNorm differs, when LayerNorm's row scale ‖x‖ would be about another centre, or for a transcoder
+    of other spaces.
     """
     a, b = source.config, target.config
+    if (a.d_out, a.skip) != (b.d_out, b.skip):
+        raise CheckpointError(f"init_from holds {kind_of(a)}, this trains {kind_of(b)}; choose another one")
     if (a.d_model, a.width, a.layernorm) != (b.d_model, b.width, b.layernorm):
         raise CheckpointError(
             f"init_from holds d_model {a.d_model}, width {a.width}, layernorm {a.layernorm}; this training has "
             f"{b.d_model}, {b.width}, {b.layernorm}; choose another SAE or match its shape"
         )
+    if a.is_transcoder:
+        return transcoder_weights(source, target)
     rho = source.scale / target.scale
     delta = (target.center - source.center) * source.scale
     if a.layernorm != "none" and b.layernorm_rescale and bool(delta.abs().max() > 1e-6):
@@ -135,4 +151,25 @@ def mapped_weights(source: NestedSAE, target: NestedSAE) -> dict[str, Tensor]:
         if a.activation == b.activation == "jumprelu":
             threshold_scale = rho if a.layernorm == "none" or not b.layernorm_rescale else 1.0
             weights["log_threshold"] = (source.threshold / threshold_scale).log()
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+def kind_of(config: SAEConfig) -> str:
+    """In words, what a config is of."""
+    if not config.is_transcoder:
+        return "an SAE"
+    return f"a transcoder to {config.d_out} dimensions {'with' if config.skip else 'without'} a skip connection"
+
+
+def transcoder_weights(source: NestedSAE, target: NestedSAE) -> dict[str, Tensor]:
+    """The weights of a transcoder for another one of the very same spaces. Raises CheckpointError where they differ."""
+    for name in ("center", "scale", "target_center", "target_scale"):
+        if not torch.allclose(getattr(source, name), getattr(target, name), rtol=1e-6, atol=1e-6):
+            raise CheckpointError(
+                f"init_from is of other stores ({name} differs); a transcoder goes on in its own alone"
+            )
+    left_out = ("center", "scale", "target_center", "target_scale", "threshold")
+    weights = {name: weight for name, weight in source.state_dict().items() if name not in left_out}
+    if source.config.activation == target.config.activation == "jumprelu":
+        weights["log_threshold"] = source.threshold.log()
     return {name: weight.detach().clone() for name, weight in weights.items()}

@@ -1,0 +1,94 @@
+"""What a training reads: a store, and for transcoders a second one that holds the rows to be made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.base.errors import UsageError
+from pipeline.store.layout import SplitLayout
+from pipeline.store.pair import require_same_rows
+from pipeline.store.reader import Store
+from pipeline.store.split import Split
+from train.config import TrainConfig
+from train.step.member import Target
+
+
+def multiple_of(store: Store, max_norm: float | None) -> float | None:
+    """Which multiple of the median norm rows are left out beyond, of the option alone: None is the store's own, 0 (and a
+    result of None) leaves none out."""
+    return store.statistics.massive_multiple if max_norm is None else max_norm or None
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The rows that members read, and those that transcoders make; of SAEs both are one. Made by `open`."""
+
+    read: Store
+    target: Store | None = None
+
+    @staticmethod
+    def open(store: Path, target: Path | None = None) -> Stores:
+        """Raises what `Store.open` does, and MismatchError where the rows of the two are not of the same tokens."""
+        found = Stores(Store.open(store), None if target is None else Store.open(target))
+        if found.target is not None:
+            require_same_rows(found.read, found.target)
+        return found
+
+    @property
+    def all(self) -> tuple[Store, ...]:
+        """One store, or two: that of the rows that are read first."""
+        return (self.read,) if self.target is None else (self.read, self.target)
+
+    @property
+    def train(self) -> Split:
+        """The training rows that are read."""
+        return self.read.train
+
+    @property
+    def target_layout(self) -> SplitLayout | None:
+        """The training rows that transcoders make."""
+        return None if self.target is None else self.target.train.shape
+
+    def kept(self, name: str, max_norm: float | None) -> npt.NDArray[np.bool_]:
+        """Rows of a split ("train" or "eval") that count in every store. max_norm: the option."""
+        masks = [getattr(store, name).kept(multiple_of(store, max_norm)) for store in self.all]
+        kept: npt.NDArray[np.bool_] = np.logical_and.reduce(masks)
+        return kept
+
+    def space(self, config: TrainConfig, device: torch.device) -> tuple[Tensor, float]:
+        """Centre, on the device, and scale of the training space of the rows that are read."""
+        return space_of(self.read, config, device)
+
+    def target_space(self, config: TrainConfig, device: torch.device) -> Target | None:
+        """The same of the rows that transcoders make."""
+        return None if self.target is None else Target(*space_of(self.target, config, device))
+
+    def identity(self, config: TrainConfig) -> dict[str, Any]:
+        """What checkpoints say of the store they were trained on: FORMAT.md, `provenance.store`. Raises UsageError for a skip
+        connection without a target."""
+        if config.skip and self.target is None:
+            raise UsageError("--skip is of transcoders; give --target, the store of the rows that they are to make")
+        found = identity_of(self.read, config)
+        return found if self.target is None else found | {"target": identity_of(self.target, config)}
+
+
+def identity_of(store: Store, config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint says of one store."""
+    names = ("model", "revision", "weights_sha256", "layer", "d_model", "context")
+    own = {name: store.config[name] for name in names}
+    own |= {"hook": store.config["hook"]} if "hook" in store.config else {}
+    measured = {"massive_multiple": store.statistics.massive_multiple, "mean_share": store.statistics.mean_share}
+    return {"id": store.id, **own, **measured, "max_norm": multiple_of(store, config.max_norm)}
+
+
+def space_of(store: Store, config: TrainConfig, device: torch.device) -> tuple[Tensor, float]:
+    """Centre and scale of the training space of a store's rows."""
+    center, scale = store.mean_and_scale(multiple_of(store, config.max_norm))
+    return center.to(device, torch.float64 if config.dtype == "float64" else torch.float32), scale
