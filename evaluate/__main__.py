@@ -25,6 +25,11 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 @click.option(
     "--store", required=True, type=click.Path(path_type=Path), help="Activation store; its eval split is used."
 )
+@click.option(
+    "--target",
+    type=click.Path(path_type=Path),
+    help="For transcoders: the store of the rows that they make of those of --store, which is where they are spliced in.",
+)
 @click.option("--model", help="Folder or Hub id of the model that made the store.  [default: the one the store names]")
 @click.option("--revision", help="Of a Hub model.  [default: the store's]")
 @click.option("--out", required=True, type=OUT_FOLDER, help="Folder for results; may hold others already.")

@@ -24,7 +24,8 @@ from pipeline.base.runtime import DTYPES
 class EvaluateConfig:
     """One evaluation job. Raises UsageError when fields contradict.
 
-    store, out: paths. model: folder or Hub id, None: the one the store names; revision: None: the store's.
+    store, out: paths. target: the store of the rows that transcoders make of those of `store`; None: SAEs.
+    model: folder or Hub id, None: the one the store names; revision: None: the store's.
     scores: families of SCORES. levels: all, last, or indices like 0,1. rows: residual rows of the evaluation split, rounded
     up to whole sequences; None: all. dtype: of the language model, `store` takes what made the store; SAEs run in float32.
     probing: texts for scr, tpp and k-sparse probing; None: none. latents: also write pages of every latent of members
@@ -50,6 +51,7 @@ class EvaluateConfig:
     latents: str = ""
     allow_other_store: bool = False
     allow_other_model: bool = False
+    target: Path | None = None
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.scores) - set(SCORES)):

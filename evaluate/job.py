@@ -30,16 +30,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation: the first `n_sequences` sequences of the store's eval split, on `device`. Made by `of`."""
+    """One evaluation: the first `n_sequences` sequences of the store's eval split, on `device`. Made by `of`.
+
+    `store` holds the rows that are rebuilt and spliced, `source` those that are encoded: the same one, but for transcoders.
+    """
 
     config: EvaluateConfig
     store: Store
     device: torch.device
     n_sequences: int
     models: Models
+    source: Store
 
     @staticmethod
-    def of(config: EvaluateConfig, store: Store) -> Job:
+    def of(config: EvaluateConfig, store: Store, source: Store | None = None) -> Job:
         """Raises UsageError when the evaluation split is empty or has fewer rows than asked for."""
         device, there = resolve_device(config.device), store.eval.n_sequences
         asked = there if config.rows is None else -(-config.rows // store.context)
@@ -49,7 +53,7 @@ class Job:
             )
         if not there:
             raise UsageError(f"{store.path}: its evaluation split is empty; harvest with --eval-tokens")
-        return Job(config, store, device, asked, Models(config, store, device))
+        return Job(config, store, device, asked, Models(config, store, device), source or store)
 
     def only(self, families: Sequence[str]) -> Job:
         """The same job for some of its score families; models are shared."""

@@ -138,6 +138,7 @@ def sizes(
     more = more or Sizes(0, 0, 0, 0)
     width, levels = max(c.width for c in configs), max(c.n_levels for c in configs)
     weights = 4 * (2 * d_model * width + 4 * width + 2 * d_model)
+    weights += 4 * d_model * d_model * any(c.skip for c in configs)
     groups = -(-n_sequences // GROUP_SEQUENCES)
     survey = 2 * groups * (d_model + 3) * 8 * 2
     counts = (2 + levels) * width * 8 + levels * 3 * 8 * groups + 2 * min(2 * N_SAMPLED, width) ** 2 * 8
@@ -182,7 +183,8 @@ def suffix_passes(checkpoints: Sequence[Checkpoint], levels: str) -> int:
 
 def sae_flop(config: SAEConfig) -> float:
     """Floating-point operations a token takes to encode and decode: every level is decoded from the one before."""
-    return 4.0 * config.d_model * config.width
+    skip = 2.0 * config.d_model * config.d_made * config.skip
+    return 2.0 * (config.d_model + config.d_made) * config.width + skip
 
 
 SAE_TIME_OVER_PRODUCTS = 2.0

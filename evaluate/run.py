@@ -32,6 +32,7 @@ from pipeline.base.errors import PipelineError
 from pipeline.base.files import require_writable
 from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import rank, world_size
+from pipeline.store.pair import require_same_rows
 from pipeline.store.reader import Store
 
 __all__ = ["EvaluateConfig", "Outcome", "run"]
@@ -56,9 +57,12 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
 
     Raises PipelineError for what concerns all of them: store, model, texts, memory.
     """
-    store, outcome = Store.open(config.store), Outcome()
+    source, outcome = Store.open(config.store), Outcome()
+    store = source if config.target is None else Store.open(config.target)
+    if store is not source:
+        require_same_rows(source, store)
     config, unfit = only_fitting_scores(config, store)
-    job = Job.of(config, store)
+    job = Job.of(config, store, source)
     paths, lost = find_checkpoints(places, all_steps)
     outcome.fail([*unfit, *lost] if rank() == 0 else ())
     if not dry_run:

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evaluate.checkpoints.find import Checkpoint, Failure, loss_curve, open_checkpoint, require_fit, resolve_levels
+from evaluate.checkpoints.find import (
+    Checkpoint,
+    Failure,
+    loss_curve,
+    open_checkpoint,
+    require_fit,
+    require_kind,
+    resolve_levels,
+)
 from evaluate.config import EvaluateConfig
 from evaluate.job import Job
 from evaluate.models import Models
@@ -32,12 +40,17 @@ def select(job: Job, paths: Sequence[Path]) -> Selection:
     for path in paths:
         try:
             checkpoint = open_checkpoint(path)
-            require_fit(
-                checkpoint,
-                job.store,
-                allow_other_store=job.config.allow_other_store,
-                allow_other_model=job.config.allow_other_model,
-            )
+            require_kind(checkpoint, job.source is not job.store)
+            for store, makes in (
+                ((job.source, False), (job.store, True)) if job.config.target else ((job.store, False),)
+            ):
+                require_fit(
+                    checkpoint,
+                    store,
+                    allow_other_store=job.config.allow_other_store,
+                    allow_other_model=job.config.allow_other_model,
+                    makes=makes,
+                )
             resolve_levels(job.config.levels, checkpoint)
             missing = job.missing(checkpoint)
             loss_curve(checkpoint)  # read again when results are written: what is wrong with it is better known now
@@ -57,6 +70,11 @@ def only_fitting_scores(config: EvaluateConfig, store: Store) -> tuple[EvaluateC
         )
         raise UsageError(
             f"{asked}: the rows of {config.store} are of no text, so there is nothing to show or read; leave it out"
+        )
+    if config.target is not None and config.probing is not None:
+        raise UsageError(
+            f"--scores {','.join(config.probing.scores)}: texts are read at the point whose rows are rebuilt, and a transcoder "
+            "reads another; leave them out"
         )
     unfit = unfit_scores(config.scores, store)
     if "absorption" in config.scores and "absorption" not in unfit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,8 +46,11 @@ def plan(job: Job, todo: Sequence[Checkpoint], held: int) -> planning.Plan:
     held_here = held if job.device.type == "cpu" else 0
     saes, n_rows = [c.sae for c in todo], job.n_sequences * store.context
     n_features = len(store.extra("truth/parent")) if "truth" in config.scores else 0
-    more = planning.kept(config.scores, saes, store.d_model, store.context, n_rows, n_features)
-    parts = planning.sizes(saes, lm, store.d_model, store.context, job.n_sequences, held_here, more)
+    widest = max(store.d_model, job.source.d_model)
+    more = planning.kept(config.scores, saes, widest, store.context, n_rows, n_features)
+    if job.source is not store:
+        more = dataclasses.replace(more, sequence=more.sequence + store.context * job.source.d_model * 8)
+    parts = planning.sizes(saes, lm, widest, store.context, job.n_sequences, held_here, more)
     share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     limit = planning.memory_limit(config.max_memory, job.device, available_memory(), share)
     batch, vocab = min(config.batch_size, job.n_sequences), lm.vocab if lm is not None else 0
@@ -73,7 +77,7 @@ def prepare_probing(job: Job, texts: Sequence[Texts]) -> Probing | None:
 def prepare_work(job: Job, planned: planning.Plan, probing: Probing | None) -> Work:
     """Read the rows once, and run what of the model no batch changes."""
     planning.settle_freed_memory(planned)
-    sample = Sample(job.store, job.n_sequences, planned.batch, job.device)
+    sample = Sample(job.store, job.n_sequences, planned.batch, job.device, job.source)
     reference = None
     if job.lm is not None:
         rows = planned.batch * job.store.context

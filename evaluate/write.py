@@ -12,6 +12,7 @@ from evaluate.results import add_result, definitions
 from evaluate.scores.scorer import Scorer
 from evaluate.work import Work
 from pipeline.base.runtime import git_state, versions
+from pipeline.store.reader import Store
 
 
 @torch.inference_mode()
@@ -35,8 +36,7 @@ def results(work: Work, scorer: Scorer) -> dict[str, Any]:
     return {
         "key": job.key(scorer.checkpoint),
         "checkpoint": scorer.checkpoint.to_dict(),
-        "store": {"id": store.id, "d_model": store.d_model, "context": store.context}
-        | {name: store.config[name] for name in ("model", "revision", "weights_sha256", "layer", "corpus")},
+        "store": about(store) | ({} if job.source is store else {"source": about(job.source)}),
         "evaluation": job.identity,
         "sample": sample_facts(work),
         "baselines": baselines[0] | {"without_massive": baselines[1]} if baselines else {},
@@ -49,6 +49,13 @@ def results(work: Work, scorer: Scorer) -> dict[str, Any]:
         "versions": versions(),
         "git": git_state(),
     }
+
+
+def about(store: Store) -> dict[str, Any]:
+    """What results say of a store."""
+    found = {"id": store.id, "d_model": store.d_model, "context": store.context}
+    found |= {name: store.config[name] for name in ("model", "revision", "weights_sha256", "layer", "corpus")}
+    return found | ({"hook": store.config["hook"]} if "hook" in store.config else {})
 
 
 def sample_facts(work: Work) -> dict[str, Any]:
@@ -77,4 +84,4 @@ def write_latents(work: Work, scorer: Scorer) -> None:
     suffix = job.models.suffix
     unembedding = suffix.readout() if suffix is not None else None
     folder = latents_folder(job.path(scorer.checkpoint))
-    write_pages(scorer.sae, job.store, job.models.tokenizer, folder, unembedding=unembedding, quiet=True)
+    write_pages(scorer.sae, job.source, job.models.tokenizer, folder, unembedding=unembedding, quiet=True)

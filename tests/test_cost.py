@@ -46,7 +46,7 @@ def test_measured_model_reads_no_weight() -> None:
 def test_seeds_are_one_kind(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of each kind of member is measured once; what is left of each member is multiplied by it."""
     timed: list[TrainConfig] = []
-    monkeypatch.setattr(plan, "step_seconds", lambda config, d_model, device: timed.append(config) or config.k)
+    monkeypatch.setattr(plan, "step_seconds", lambda config, *_: timed.append(config) or config.k)
     rows: SplitLayout = Store.open(tiny_store).train.shape
     base = RECIPES["batchtopk"](k=4, width=32, steps=10)
     members = [base, dataclasses.replace(base, seed=1), dataclasses.replace(base, k=8)]

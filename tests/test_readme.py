@@ -51,6 +51,8 @@ TOY |= {
     "512k": "1k",
     "500k": "1k",
     "100k": "256",
+    "mlp/layer_19.mlp_in.zarr": "mlp/layer_3.mlp_in.zarr",
+    "mlp/layer_19.mlp_out.zarr": "mlp/layer_3.mlp_out.zarr",
     "16384": "64",
     "65536": "128",
 }
@@ -149,6 +151,8 @@ BEFORE = {
     "evaluate/README.md": [
         "python -m harvest --model google/gemma-2-2b --layer 19 --tokens 10M --store acts.zarr",
         "python -m train --store acts.zarr --out runs/l19 --alpha 0 --alpha 0.2",
+        "python -m harvest --model google/gemma-2-2b --layer 19 --hook mlp_in --hook mlp_out --tokens 10M --store mlp",
+        "python -m train --store mlp/layer_19.mlp_in.zarr --target mlp/layer_19.mlp_out.zarr --out runs/mlp --skip",
     ],
 }
 """What a page takes for granted: a store, a training."""

@@ -418,7 +418,7 @@ def test_checkpoints_say_where_they_come_from(tiny_store: Path, alone: list[Outc
     header, store = read_header(alone[1].final), Store.open(tiny_store)
     p = header.provenance
     assert (header.step, p["member"], p["rows_seen"]) == (23, member_name(GRID[1]), 23 * 64)
-    assert p["train"] == GRID[1].to_dict()
+    assert TrainConfig.from_dict(p["train"]) == GRID[1]
     assert (p["store"]["id"], p["store"]["layer"], p["store"]["max_norm"]) == (store.id, 3, 3.0)
     assert p["fired_rows"] == 500  # dead_after_rows, of the 1472 that there were
     assert 0 <= p["dead"] <= 1

@@ -162,23 +162,30 @@ def member_checkpoints(folder: Path, all_steps: bool) -> list[Path]:
 
 
 def require_fit(
-    checkpoint: Checkpoint, store: Store, *, allow_other_store: bool = False, allow_other_model: bool = False
+    checkpoint: Checkpoint,
+    store: Store,
+    *,
+    allow_other_store: bool = False,
+    allow_other_model: bool = False,
+    makes: bool = False,
 ) -> None:
-    """Raise CheckpointError, naming both sides, unless the checkpoint was trained on rows like the store's.
+    """Raise CheckpointError, naming both sides, unless the checkpoint was trained on rows like the store's: to read them, or
+    where `makes`, of a transcoder, to make them.
 
     Checked are width of the rows, hook and layer (unless nobody named the store's), and, unless they are allowed to differ,
     model, weights and the store itself: another store may have trained it on what is this one's evaluation split. What an SAE
     made elsewhere does not say is not checked; its model's name is compared without its owner.
     """
     where, trained = f"{checkpoint.path}", checkpoint.provenance.get("store") or {}
+    trained, d_model = (
+        (trained.get("target") or {}, checkpoint.sae.d_made) if makes else (trained, checkpoint.sae.d_model)
+    )
     if "id" in trained:  # a store of this pipeline, which names no hook where it is the stream after the layer
         trained = {"hook": "resid_post"} | trained
-    if checkpoint.sae.is_transcoder:
-        raise CheckpointError(f"{where}: is a transcoder, which this cannot score")
-    if checkpoint.sae.d_model != store.d_model:
+    if d_model != store.d_model:
         raise CheckpointError(
-            f"{where}: its rows have {checkpoint.sae.d_model} dimensions, those of store {store.path} have {store.d_model}; "
-            "use the store it was trained on"
+            f"{where}: its rows have {d_model} dimensions, those of store {store.path} have {store.d_model}; use the store it "
+            "was trained on"
         )
     here = {"hook": store.config.get("hook", "resid_post"), "layer": store.config["layer"]}
     if here["hook"] is None:  # rows that others made, of a place that nobody named
@@ -202,6 +209,17 @@ def require_fit(
                 f"{where}: trained on {words.get(name, name)} {trained[name]!r}, store {store.path} has {value!r}{named}; "
                 f"use the store it was trained on{hints.get(name, '')}"
             )
+
+
+def require_kind(checkpoint: Checkpoint, has_target: bool) -> None:
+    """Raise CheckpointError for a transcoder without the store of what it makes, and for an SAE beside one."""
+    if checkpoint.sae.is_transcoder and not has_target:
+        raise CheckpointError(
+            f"{checkpoint.path}: is a transcoder; give the store of the rows that it reads as --store, of those that it makes "
+            "as --target"
+        )
+    if has_target and not checkpoint.sae.is_transcoder:
+        raise CheckpointError(f"{checkpoint.path}: is an SAE, which makes the rows that it reads; leave --target out")
 
 
 def agree(name: str, one: object, other: object) -> bool:

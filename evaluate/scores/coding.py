@@ -40,7 +40,7 @@ class SparseCoding:
                 continue
             top = importance[:, :m].topk(ns[-1], dim=1).indices
             kept = z.gather(1, top)
-            x_hat = self.sae.b_dec.expand(len(z), -1)
+            x_hat = self.sae.base(batch.encoded).expand(len(z), -1)
             for i, (a, b) in enumerate(zip([0, *ns], ns)):
                 x_hat = x_hat + decode_some(self.sae.W_dec, top[:, a:b], kept[:, a:b])
                 error = row_squares(batch.x - self.sae.denormalize(x_hat)).double()

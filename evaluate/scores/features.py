@@ -87,13 +87,17 @@ def utilisation(density: Float[Tensor, " latent"]) -> dict[str, float | None]:
 
 
 def geometry(sae: NestedSAE) -> dict[str, Any]:
-    """Cosine of each encoder column with its decoder row, and of each decoder row with its nearest neighbours, per block."""
+    """Cosine of each encoder column with its decoder row (not of a transcoder, where they are of different points), and of
+    each decoder row with its nearest neighbours, per block."""
     decoder = torch.nn.functional.normalize(sae.W_dec.float(), dim=1)
-    own = (torch.nn.functional.normalize(sae.W_enc.float(), dim=0).T * decoder).sum(1)
+    own = None
+    if not sae.config.is_transcoder:
+        own = (torch.nn.functional.normalize(sae.W_enc.float(), dim=0).T * decoder).sum(1)
     found: dict[str, Any] = {"edges": COSINE_EDGES, "encoder_decoder": {}, "nearest": {}}
     names = blocks(sae.config)
     for name, block in names.items():
-        found["encoder_decoder"][name] = describe(own[block]) | {"histogram": histogram(own[block], COSINE_EDGES)}
+        if own is not None:
+            found["encoder_decoder"][name] = describe(own[block]) | {"histogram": histogram(own[block], COSINE_EDGES)}
         for other, of in names.items():
             best = nearest(decoder, block, of)
             key = f"within {name}" if other == name else f"{name} to {other}"

@@ -28,7 +28,8 @@ class Batch:
 
     `weights` [2, row] is 1 where a kept row counts: always; unless it is massive. `targets` is the next token of the
     same sequence, −1 after the last position; where rows are of no text, `tokens` and `targets` are −1. `group` numbers
-    each row's group of GROUP_SEQUENCES sequences.
+    each row's group of GROUP_SEQUENCES sequences. `read`: of transcoders, the kept rows that are encoded, where `residual` and
+    `x` are those to be made.
     """
 
     first: int
@@ -39,16 +40,24 @@ class Batch:
     weights: Float[Tensor, "2 row"]
     targets: Int[Tensor, " row"]
     group: Int[Tensor, " row"]
+    read: Float[Tensor, "row d_in"] | None = None
+
+    @property
+    def encoded(self) -> Float[Tensor, "row d_in"]:
+        """The kept rows that are encoded."""
+        return self.x if self.read is None else self.read
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The first `n_sequences` sequences of a store's eval split, read in batches to a device."""
+    """The first `n_sequences` sequences of a store's eval split, read in batches to a device; `source`: the store of the same
+    sequences whose rows are encoded, where that is another."""
 
     store: Store
     n_sequences: int
     batch_size: int
     device: torch.device
+    source: Store | None = None
 
     @property
     def n_groups(self) -> int:
@@ -76,6 +85,10 @@ class Sample:
         targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], 1)[kept]
         group = (torch.arange(first, stop) // GROUP_SEQUENCES)[:, None].expand_as(kept)[kept]
         kept = kept.to(self.device)
+        read = None
+        if self.source is not None and self.source is not self.store:
+            raw = self.source.eval.read(rows.start, rows.stop).to(self.device)
+            read = raw.view(stop - first, context, -1)[kept].float()
         return Batch(
             first=first,
             residual=residual,
@@ -85,6 +98,7 @@ class Sample:
             weights=torch.stack([torch.ones_like(normal), normal]).double().to(self.device),
             targets=targets.to(self.device),
             group=group.to(self.device),
+            read=read,
         )
 
 

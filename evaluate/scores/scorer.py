@@ -111,9 +111,9 @@ class Scorer:
     def update(self, lm: SplitLM | None, shared: Batched, chunk: int) -> None:
         """Add a batch."""
         batch = shared.batch
-        z = self.sae.encode(batch.x)
+        z = self.sae.encode(batch.encoded)
         self.firing.update(z, batch)
-        for level, x_hat in enumerate(self.sae.decode_levels(z)):
+        for level, x_hat in enumerate(self.sae.decode_levels(z, batch.encoded)):
             if level not in self.levels:
                 continue
             self.reconstruction[level].update(batch, x_hat, shared.spread)
