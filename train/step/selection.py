@@ -17,6 +17,9 @@ from torch import Tensor
 
 MARGIN = 0.97
 """The last batch's threshold times this sorts out most latents before the exact search; it changes no result."""
+LOWER = (1.0, 0.9, 0.7, 0.4)
+"""Shares of a guess that are tried in turn: small batches' thresholds differ by more than the margin, and a search of all
+entries takes twenty times as long as another look (9 ms against 0.4 for 512 rows × 768 latents)."""
 
 
 def row_thresholds(z: Float[Tensor, "row latent"], k: int) -> Float[Tensor, "row 1"]:
@@ -31,16 +34,18 @@ def row_thresholds(z: Float[Tensor, "row latent"], k: int) -> Float[Tensor, "row
 def batch_threshold(z: Float[Tensor, "row latent"], n: int, guess: float = 0.0) -> Float[Tensor, ""]:
     """The n-th largest of all entries of non-negative z: equal to the last value of `torch.topk(z.flatten(), n)`.
 
-    On a CPU only entries above `guess` are searched, when at least n of them are; else all are. torch's own top-k over
-    the flattened batch runs on one thread and takes as long as a matrix product.
+    On a CPU only entries above `guess` are searched, or above a share of it, when at least n of them are; else all are.
+    torch's own top-k over the flattened batch runs on one thread and takes as long as a matrix product.
     """
     if z.device.type != "cpu":
         return z.flatten().topk(n, sorted=False).values.amin()
     numbers = ordered_numbers(z).reshape(-1)
-    bound = ordered_numbers(torch.tensor([guess], dtype=z.dtype))[0]
-    survivors = numbers[np.flatnonzero(numbers > bound)]
-    if len(survivors) < n:
-        survivors = numbers
+    survivors = numbers
+    for bound in ordered_numbers(torch.tensor([guess * share for share in LOWER if guess > 0], dtype=z.dtype)):
+        places = np.flatnonzero(numbers > bound)
+        if len(places) >= n:
+            survivors = numbers[places]
+            break
     kth = len(survivors) - n
     return from_ordered_numbers(np.partition(survivors, kth)[kth : kth + 1], z.dtype)[0]
 
