@@ -31,6 +31,7 @@ RECIPES = {
     "paper": ("paper", *TARGET),
     "paper, no LayerNorm": ("paper", "--layernorm=none", *TARGET),
 }
+TICKS = (20, 32, 50, 100, 200, 400)
 SHAPES = {"flat": "0", "two levels": "0.2"}
 
 
@@ -72,6 +73,8 @@ def draw(path: Path, lines: dict[str, dict[int, float]], wanted: int) -> None:
         ax.axhspan(wanted * 0.95, wanted * 1.05, color="0.9")
         ax.set(yscale="log", xlabel="step", title=f"{shape}: {wanted} latents a row wanted (grey: within 5 %)")
         ax.title.set_fontsize(9)
+        ax.set_yticks(TICKS, [str(tick) for tick in TICKS])
+        ax.minorticks_off()
     axes[0].set_ylabel("latents a row at inference")
     axes[1].legend(fontsize=8)
     figure.tight_layout()
