@@ -14,23 +14,25 @@ from typing import Any
 
 import click
 
-from pipeline.base.cli import COUNT, OUT_FOLDER, SIZE, main, print_json
+from pipeline.base.cli import COUNT, NAMED_SOURCE, NAMED_SOURCES, OUT_FOLDER, SIZE, SOURCE, main, print_json
 from pipeline.base.errors import UsageError
 
 PROBING = ("scr", "tpp", "k_sparse_probe")
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("places", metavar="CHECKPOINT_OR_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("places", metavar="CHECKPOINT_OR_DIR...", nargs=-1, required=True, type=SOURCE)
+@click.option("--store", required=True, type=SOURCE, help="Activation store; its eval split is used.")
 @click.option(
-    "--store", required=True, type=click.Path(path_type=Path), help="Activation store; its eval split is used."
+    "--model",
+    type=NAMED_SOURCE,
+    help="Folder or Hub id of the model that made the store.  [default: the one the store names]",
 )
 @click.option(
     "--target",
-    type=click.Path(path_type=Path),
+    type=SOURCE,
     help="For transcoders: the store of the rows that they make of those of --store, which is where they are spliced in.",
 )
-@click.option("--model", help="Folder or Hub id of the model that made the store.  [default: the one the store names]")
 @click.option("--revision", help="Of a Hub model.  [default: the store's]")
 @click.option("--out", required=True, type=OUT_FOLDER, help="Folder for results; may hold others already.")
 @click.option(
@@ -46,7 +48,13 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N.")
 @click.option("--dtype", default="store", help="Of the language model: store, bf16, float32. SAEs run in float32.")
 @click.option("--seed", default=0, help="Draws the latents whose correlations are taken.")
-@click.option("--scr", "sources", multiple=True, help="Texts with two attributes: folder, TRAIN,TEST or Hub id.")
+@click.option(
+    "--scr",
+    "sources",
+    type=NAMED_SOURCES,
+    multiple=True,
+    help="Texts with two attributes: folder, TRAIN,TEST or Hub id.",
+)
 @click.option("--scr-text", help="Column of the text, where it is not plain.")
 @click.option("--scr-attributes", help="Two columns, like profession,gender, where they are not plain.")
 @click.option(

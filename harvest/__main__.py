@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from harvest.config import HarvestConfig
-from pipeline.base.cli import COUNT, OUT_STORE, main, print_json
+from pipeline.base.cli import COUNT, NAMED_SOURCE, OUT_STORE, main, print_json
 from pipeline.base.errors import UsageError
 from pipeline.model.points import HOOKS
 
@@ -34,9 +34,10 @@ class Names(click.ParamType[tuple[str, ...]]):
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.option(
     "--truth",
+    type=NAMED_SOURCE,
     help="Rows of known features instead of a model: a spec (TOML), or the name of a shipped one: tree, forest, large.",
 )
-@click.option("--model", default=DEFAULTS["model"], help="Hugging Face model: a folder or a Hub id.")
+@click.option("--model", type=NAMED_SOURCE, default=DEFAULTS["model"], help="Hugging Face model: a folder or a Hub id.")
 @click.option(
     "--revision", help="Branch, tag or commit of a Hub model. [default: its main branch; the commit is recorded]"
 )
@@ -60,6 +61,7 @@ class Names(click.ParamType[tuple[str, ...]]):
 )
 @click.option(
     "--corpus",
+    type=NAMED_SOURCE,
     default=DEFAULTS["corpus"],
     help="A Hub data set, streamed, or a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt; those of text also .zst, "
     ".gz, .bz2, .xz), a folder of them, or one that datasets saved.",
@@ -89,7 +91,9 @@ class Names(click.ParamType[tuple[str, ...]]):
     "--skip-bad", type=COUNT, default=DEFAULTS["skip_bad"], help="Records that may be passed over, each named."
 )
 @click.option(
-    "--eval-corpus", help="Separate corpus for the evaluation split. [default: the first documents of --corpus]"
+    "--eval-corpus",
+    type=NAMED_SOURCE,
+    help="Separate corpus for the evaluation split. [default: the first documents of --corpus]",
 )
 @click.option(
     "--tokens",
@@ -146,6 +150,12 @@ class Names(click.ParamType[tuple[str, ...]]):
     default=DEFAULTS["codec"],
     help="Compression. Measured: lz4 1.2 times smaller and read 4 times slower, zstd 1.27 and 8 times; training can map "
     "only none.",
+)
+@click.option(
+    "--mixed",
+    is_flag=True,
+    help="Go on with another torch, transformers or GPU than made the rows that are there: they differ in their last bits. The "
+    "store records all of them.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how large it would be, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON, for train --planned.")

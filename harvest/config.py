@@ -19,7 +19,8 @@ class HarvestConfig:
 
     `tokens` and `eval_tokens` count BOS; `batch_size` is in sequences, `shard_rows` and `chunk_rows` in tokens,
     `max_buffer` in documents, `skip_bad` in records. `bos`: auto, none, or a token id. `dtype` is what the model computes in,
-    `store_dtype` what is stored: `auto` is what `dtype` says, and bf16 where that is `auto` too.
+    `store_dtype` what is stored: `auto` is what `dtype` says, and bf16 where that is `auto` too. `mixed`: other versions or
+    another device than made the rows that are there may go on with them.
     """
 
     store: str
@@ -51,6 +52,7 @@ class HarvestConfig:
     shard_rows: int | None = None
     chunk_rows: int | None = None
     codec: Literal["none", "lz4", "zstd"] = "none"
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) != len(self.layers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pipeline.base import network
 from pipeline.base.errors import CorpusError
 from pipeline.base.files import disk_errors, hash_file, sha256
 from pipeline.base.progress import say
-from pipeline.base.record_files import TEXT, expected, is_read, record_files
+from pipeline.base.record_files import TEXT, expected, is_read, listed, record_files
 from pipeline.base.records import (
     Record,
     Unread,
@@ -65,7 +66,8 @@ class LocalCorpus:
         with disk_errors(self.root):
             self.files = record_files(self.root, source.split, source.subset)
             self.hashes = {path: hash_file(path) for path in self.files}
-            self.sha256 = sha256("".join(f"{self._name(path)} {found}\n" for path, found in self.hashes.items()))
+            named = (os.fsencode(self._name(path)) + f" {found}\n".encode() for path, found in self.hashes.items())
+            self.sha256 = sha256(b"".join(named))  # a name need not be text
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix() if self.root.is_dir() else path.name
@@ -227,14 +229,17 @@ def document_of(where: str, record: Record | Unread | Any, field: str) -> Docume
     try:
         value = value_at(record, field)
     except KeyError:
-        names = ", ".join(map(repr, record)) or "none"
-        return CorpusError(f"{where}: no field {field!r}; fields found: {names}; choose --text-field")
+        return CorpusError(
+            f"{where}: no field {field[:80]!a}; fields found: {listed(list(record))}; choose --text-field"
+        )
     if isinstance(value, str):
         return Document(where, well_formed(value))
     if is_ids(value) or is_chat(value):
         return Document(where, value)
     kind = "null" if value is None else type(value).__name__
-    return CorpusError(f"{where}: field {field!r} is {kind}, expected text, token ids or messages; choose --text-field")
+    return CorpusError(
+        f"{where}: field {field[:80]!a} is {kind}, expected text, token ids or messages; choose --text-field"
+    )
 
 
 def value_at(record: Mapping[str, Any], field: str) -> Any:

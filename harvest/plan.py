@@ -177,7 +177,8 @@ def shared_config(
 ) -> dict[str, Any]:
     """What the stores of all layers record, without the corpus and the layer. FORMAT.md lists the fields.
 
-    A model that moved to another folder but has the same bytes keeps the name it has on record.
+    A model that moved to another folder but has the same bytes keeps the name it has on record. Of a harvest that goes on
+    elsewhere (`mixed`), `device_type` stays where it began.
     """
     files = {"weights_sha256": info.weights_sha256, "tokenizer_sha256": tokenizer_sha256(info.folder)}
     same = all(held.get(name) == value for name, value in files.items())
@@ -198,7 +199,7 @@ def shared_config(
             "attention": config.attention,
             "compile": config.compile,
             "batch_size": config.batch_size,
-            "device_type": device.type,
+            "device_type": held["device_type"] if config.mixed and held else device.type,
             "shard_rows": config.shard_rows,
             "chunk_rows": config.chunk_rows,
             "codec": config.codec,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from harvest import announce
@@ -17,14 +17,17 @@ from harvest.plan import Plan, make_plan
 from harvest.splits import Splits, make_tokens, stored_tokens
 from pipeline.base.errors import MismatchError
 from pipeline.base.progress import Progress, say, silenced
-from pipeline.base.runtime import rank, versions, world_size
+from pipeline.base.runtime import maker, rank, versions, world_size
 from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM
 from pipeline.model.trial import try_model
+from pipeline.store.makers import Maker, record_makers, require_extender
 from pipeline.store.prepare import locked, prepare, require_space, resume
 from pipeline.store.writer import StoreWriter
 
 Barrier = Callable[[], None]
+COMPUTE = ("torch", "transformers")
+"""The packages that compute rows."""
 
 
 def run(config: HarvestConfig, *, repair: bool = False, quiet: bool = False) -> list[str]:
@@ -34,13 +37,14 @@ def run(config: HarvestConfig, *, repair: bool = False, quiet: bool = False) -> 
     """
     with workers() as barrier, silenced(quiet):
         plan = make_plan(config, repair=repair)
+        makers = gathered(maker(plan.device, COMPUTE))
         if rank() == 0:
             say(announce.describe(plan))
         with locked(plan.stores.values()) if rank() == 0 else contextlib.nullcontext():
             if rank() == 0:
                 require_space(plan.config.store, plan.stores.values(), plan.estimate)
                 try_cuts(plan)
-                prepare_stores(plan, repair)
+                prepare_stores(plan, makers, repair)
             barrier()
             make_shards(plan)
             barrier()
@@ -74,6 +78,17 @@ def workers() -> Iterator[Barrier]:
         dist.destroy_process_group()
 
 
+def gathered(mine: Maker) -> list[Maker]:
+    """What every process of torchrun says of itself, by rank."""
+    if world_size() == 1:
+        return [mine]
+    import torch.distributed as dist
+
+    found: list[Maker] = [{}] * world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
 def try_cuts(plan: Plan) -> None:
     """Before a new store is begun: the model, cut at its layers, must compute what it computes whole. Raises ModelError."""
     c = plan.config
@@ -83,15 +98,19 @@ def try_cuts(plan: Plan) -> None:
         say("note     the model does not fit here whole: that it can be scored from there was not tried")
 
 
-def prepare_stores(plan: Plan, repair: bool) -> None:
+def prepare_stores(plan: Plan, makers: Sequence[Maker], repair: bool) -> None:
     """Make every layer's store ready for its shards; tokenises only when a store needs it."""
     made: Splits | None = None
+    for path in () if repair else plan.stores.values():
+        require_extender(path, plan.n_train, makers, mixed=plan.config.mixed)
     for point, path in plan.stores.items():
         writer = None if repair else resume(path, plan.configs[point], plan.n_train, plan.n_eval)
         if writer is None:
             made = made or tokens_for(plan, path, repair)
             writer = prepare(path, plan.configs[point], *made, versions(), repair=repair)
         writer.sweep()
+        if writer.pending("train") or writer.pending("eval"):
+            record_makers(writer.store, makers, mixed=plan.config.mixed)
 
 
 def tokens_for(plan: Plan, path: str, repair: bool) -> Splits:

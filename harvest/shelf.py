@@ -24,6 +24,8 @@ from pipeline.base.records import (
     read_text,
 )
 
+MARK = b"!"
+"""What a record in the copy begins with that cannot be read."""
 COPIED = 64 << 20
 """Bytes that are copied between two looks at the free space."""
 
@@ -65,8 +67,8 @@ class Shelf:
         """Where the i-th record is, for messages, and the record."""
         path, number = self.paths[self.file[i]], self.number[i]
         data = self._read(path, self.start[i], self.length[i])
-        if data.startswith(b"!"):
-            where, _, reason = data[1:].decode().partition("\0")
+        if data.startswith(MARK) and not lies_open(path):
+            where, _, reason = os.fsdecode(data[1:]).partition("\0")
             return where, Unread(reason)
         return f"{path}:{number}" if lies_open(path) else f"{path}, record {number}", parse_object(data)
 
@@ -76,7 +78,11 @@ class Shelf:
         if kind == TEXT:
             yield json.dumps({self.columns[0]: read_text(path)}).encode()
         elif kind in (".jsonl", ".ndjson"):
-            yield from (line for _, _, line in raw_lines(path))
+            for number, _, line in raw_lines(path):
+                marked = line.startswith(
+                    MARK
+                )  # no record begins so, and what `as_json` says of those that are none does
+                yield as_json(f"{path}:{number}", parse_object(line), self.columns) if marked else line
         else:
             yield from (as_json(*found, self.columns) for found in read_records(path, self.columns))
 
@@ -115,9 +121,9 @@ def lies_open(path: Path) -> bool:
 def as_json(where: str, record: Record | Unread, columns: Sequence[str]) -> bytes:
     """A record's wanted columns, or all its names where it has none of them; `!`, where it is and why it cannot be read."""
     if isinstance(record, Unread):
-        return f"!{where}\0{record.reason}".encode()
+        return MARK + os.fsencode(f"{where}\0{record.reason}")
     wanted = {name: record[name] for name in columns if name in record} or dict.fromkeys(record)
     try:
         return json.dumps(wanted).encode()
-    except (TypeError, ValueError) as error:
-        return f"!{where}\0{error}".encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        return MARK + os.fsencode(f"{where}\0{error}")

@@ -14,13 +14,11 @@ from typing import Any
 
 import click
 
-from pipeline.base.cli import COUNT, OUT_FILE, OUT_FOLDER, main, print_json
+from pipeline.base.cli import COUNT, NAMED_SOURCE, OUT_FILE, OUT_FOLDER, OUT_STORE, SOURCE, main, print_json
 from pipeline.base.errors import DamagedError, UsageError
 from pipeline.base.progress import say
 from pipeline.experiment import experiment as experiments
 from pipeline.experiment import stages
-
-PATH = click.Path(path_type=Path)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -51,7 +49,7 @@ def demo(out: Path, seed: tuple[int, ...]) -> None:
 
 
 @cli.command()
-@click.argument("experiment", type=PATH)
+@click.argument("experiment", type=SOURCE)
 @click.option("--out", type=OUT_FOLDER, help="Folder that everything goes to.  [default: runs/NAME OF THE FILE]")
 @click.option("--dry-run", is_flag=True, help="Print the plan with disk, memory and time; do nothing.")
 @click.option(
@@ -87,7 +85,7 @@ def run(experiment: Path, out: Path | None, dry_run: bool, machine: str, sbatch:
 
 
 @cli.command()
-@click.argument("path")
+@click.argument("path", type=NAMED_SOURCE)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def describe(path: str, as_json: bool) -> None:
     """Print what a store, checkpoint, training folder or results file is and what made it."""
@@ -101,7 +99,7 @@ def describe(path: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("path")
+@click.argument("path", type=NAMED_SOURCE)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def verify(path: str, as_json: bool) -> None:
     """Check that what lies at PATH is whole: a store, a checkpoint, a member, its metrics, results, latent pages, a report, an
@@ -128,10 +126,14 @@ def verify(path: str, as_json: bool) -> None:
         raise DamagedError(f"{path}: {n} problem{'s' * (n > 1)} found")
     if not as_json:
         click.echo(f"{path}: whole")
+        say(
+            "whole: what was written is what is there, by digests that lie beside it. They say nothing of who wrote it: whoever "
+            "can change a file can change its digest too, unless you kept one elsewhere (describe shows ids and hashes)"
+        )
 
 
 @cli.command()
-@click.argument("runs", type=PATH)
+@click.argument("runs", type=SOURCE)
 @click.option("--page", type=OUT_FILE, help="Write an HTML page that renews itself instead; open it in a browser.")
 @click.option("--every", type=click.FloatRange(min=0.5), default=5.0, show_default=True, help="Seconds between looks.")
 @click.option("--once", is_flag=True, help="Look once and stop.")
@@ -159,8 +161,8 @@ def watch(runs: Path, page: Path | None, every: float, once: bool) -> None:
 @click.argument(
     "kind", metavar="FORMAT", type=click.Choice(["npy", "safetensors", "saelens", "saev", "dictionary-learning"])
 )
-@click.argument("path", type=PATH)
-@click.option("--store", required=True, help="Where to write the store.")
+@click.argument("path", type=SOURCE)
+@click.option("--store", type=OUT_STORE, required=True, help="Where to write the store.")
 @click.option("--rows", type=COUNT, help="Rows to take, the first ones.  [default: all]")
 @click.option(
     "--eval-rows",
@@ -173,7 +175,9 @@ def watch(runs: Path, page: Path | None, every: float, once: bool) -> None:
     "--layer", type=int, help="Layer they were taken at; of a saev folder: the one to take.  [default: what it says]"
 )
 @click.option("--hook", help="Where in the layer: resid_post, mlp_out, …  [default: what it says]")
-@click.option("--model", help="Model they were taken from, for the record and checks.  [default: what it says]")
+@click.option(
+    "--model", type=NAMED_SOURCE, help="Model they were taken from, for the record and checks.  [default: what it says]"
+)
 @click.option("--special-ids", default="", help="Of saelens: tokens whose rows are not trained on, like 0,50256.")
 @click.option(
     "--dtype",
@@ -217,7 +221,7 @@ def import_rows(
 
 
 @cli.command()
-@click.argument("url")
+@click.argument("url", type=NAMED_SOURCE)
 @click.argument("path", type=OUT_FOLDER)
 def stage(url: str, path: Path) -> None:
     """Copy a store from object storage to a local disk for training; every shard is checked against its commit record.
@@ -257,7 +261,7 @@ def report(words: tuple[str, ...]) -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("checkpoint", type=PATH)
+@click.argument("checkpoint", type=SOURCE)
 @click.option(
     "--format",
     "kind",
@@ -267,7 +271,11 @@ def report(words: tuple[str, ...]) -> None:
 )
 @click.option("--out", type=OUT_FOLDER, required=True, help="Folder to write.")
 @click.option("--level", default=None, help="A level of the dictionary, 0 the innermost, or `all`: a folder each.")
-@click.option("--store", help="neuronpedia: whose rows and tokens are shown. Further options of it come behind.")
+@click.option(
+    "--store",
+    type=NAMED_SOURCE,
+    help="neuronpedia: whose rows and tokens are shown. Further options of it come behind.",
+)
 @click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="")
 def export(checkpoint: Path, kind: str, out: Path, level: str | None, store: str | None, more: tuple[str, ...]) -> None:
     """Write a checkpoint as a folder that SAELens or dictionary_learning loads; centre and scale are folded in.
@@ -297,9 +305,9 @@ def export(checkpoint: Path, kind: str, out: Path, level: str | None, store: str
 
 
 @cli.command()
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=NAMED_SOURCE)
 @click.option("--text", required=True, help="What the model reads.")
-@click.option("--model", help="Folder or Hub id.  [default: the one that made the SAE's store]")
+@click.option("--model", type=NAMED_SOURCE, help="Folder or Hub id.  [default: the one that made the SAE's store]")
 @click.option("--layer", type=COUNT, help="The SAE sits after this layer.  [default: that of the SAE's store]")
 @click.option("--top", type=COUNT, default=5, show_default=True, help="Latents of each level to show at a token.")
 @click.option("--out", type=OUT_FILE, help="Write an HTML page instead of lines.")
@@ -324,9 +332,9 @@ def inspect(
 
 
 @cli.command()
-@click.argument("checkpoint", type=PATH)
+@click.argument("checkpoint", type=SOURCE)
 @click.argument("repository")
-@click.option("--results", type=PATH, help="Its results file; the scores go into the model card.")
+@click.option("--results", type=SOURCE, help="Its results file; the scores go into the model card.")
 @click.option("--private", is_flag=True, help="Make the repository private.")
 def push(checkpoint: Path, repository: str, results: Path | None, private: bool) -> None:
     """Upload a checkpoint to the Hugging Face Hub with a model card made from its provenance and results.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,20 @@ from safetensors.torch import load_file, save_file
 import harvest.forward
 import harvest.plan
 import harvest.run
+import harvest.truth.run
 from harvest.__main__ import command
 from harvest.config import HarvestConfig
 from harvest.plan import settle
 from harvest.run import dry_run, run
+from harvest.truth.run import TruthConfig, run_truth
 from pipeline.base import runtime
 from pipeline.base.errors import CorpusError, DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
 from pipeline.base.files import lock_folder
 from pipeline.model.split_lm import SplitLM, load_tokenizer
-from pipeline.store.reader import Store
-from pipeline.store.writer import ShardWriter
+from pipeline.store.makers import record_makers
+from pipeline.store.reader import Store, describe_store
+from pipeline.store.root import write_root
+from pipeline.store.writer import ShardWriter, StoreWriter
 from support import tiny_models
 from support.harvests import BATCH, CONTEXT, harvest_config, plain_rows, store_bytes
 
@@ -374,9 +380,106 @@ def test_repair_remakes_only_damaged_shards(copy: HarvestConfig, monkeypatch: py
         harvest.forward, "batches", lambda w, shard, n: made.append((shard.split, shard.k)) or original(w, shard, n)
     )
     run(copy, quiet=True, repair=True)
+    if kind == "root":  # it alone says who made the rows
+        assert Store.load(copy.store).made_by == []
+        store = Store.load(copy.store)
+        write_root(store.files, store.attributes | {"made_by": [HERE]})
     assert store_bytes(Path(copy.store)) == before
     redone = {"body": [("train", 2)], "deleted": [("train", 2)], "truncated": [("train", 2)], "commit": [("train", 3)]}
     assert made == (redone | {"norm": [("train", 4)], "eval": [("eval", 0)]}).get(kind, [])
+
+
+HERE = {"torch": version("torch"), "transformers": version("transformers"), "device": "cpu"}
+OTHERS = [HERE | {"torch": "1.0"}, HERE | {"transformers": "1.0"}, HERE | {"device": "Voodoo 2"}]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_rows_of_another_maker_are_refused(
+    copy: HarvestConfig, monkeypatch: pytest.MonkeyPatch, other: dict[str, str]
+) -> None:
+    """After an upgrade of torch or transformers, or on another GPU, a stopped harvest is refused, and goes on when asked to:
+    the store then says both."""
+    StoreWriter.open(copy.store).give_up("train", 2)
+    before = store_bytes(Path(copy.store))
+    monkeypatch.setattr(harvest.run, "maker", lambda device, packages: other)
+    name = next(name for name in HERE if other[name] != HERE[name])
+    with pytest.raises(
+        MismatchError, match=f"made by others \\({name}: {re.escape(HERE[name])}, here {other[name]}\\)"
+    ):
+        run(copy, quiet=True)
+    assert store_bytes(Path(copy.store)) == before
+    run(copy.replace(mixed=True), quiet=True)
+    assert Store.open(copy.store).verify() == []
+    assert describe_store(Store.load(copy.store))["made_by"] == [HERE, other]
+    monkeypatch.undo()
+    StoreWriter.open(copy.store).give_up("train", 3)
+    run(copy, quiet=True)  # who is on record may go on
+    assert Store.open(copy.store).made_by == [HERE, other]
+
+
+def test_finished_stores_need_no_maker(copy: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a finished store nothing is made, so another torch changes nothing, not a byte; to extend it is refused before a
+    shard is given up."""
+    before = store_bytes(Path(copy.store))
+    monkeypatch.setattr(harvest.run, "maker", lambda device, packages: OTHERS[0])
+    run(copy, quiet=True)
+    assert store_bytes(Path(copy.store)) == before
+    longer = copy.replace(tokens=copy.tokens + 160)
+    with pytest.raises(MismatchError, match=r"made by others \(torch: "):
+        run(longer, quiet=True)
+    assert store_bytes(Path(copy.store)) == before
+    run(longer.replace(mixed=True), quiet=True)
+    assert Store.open(copy.store).made_by == [HERE, OTHERS[0]]
+
+
+def test_makers_of_a_lost_root_are_unknown(copy: HarvestConfig) -> None:
+    """A root that was lost took with it who made the rows: further ones are refused, or stand beside an unknown maker's."""
+    damage("root", Path(copy.store))
+    run(copy, quiet=True, repair=True)
+    StoreWriter.open(copy.store).give_up("train", 2)
+    with pytest.raises(MismatchError, match="made by others \\(device: unknown, here cpu"):
+        run(copy, quiet=True)
+    run(copy.replace(mixed=True), quiet=True)
+    assert Store.open(copy.store).made_by == [dict.fromkeys(HERE, "unknown"), HERE]
+
+
+def test_a_harvest_without_shards_takes_any_maker(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A harvest that was killed before its first shard goes on after an upgrade: no row is of the old version."""
+    monkeypatch.setattr(harvest.run, "maker", lambda device, packages: OTHERS[0])
+    monkeypatch.setattr(harvest.run, "make_shards", lambda plan: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(config, quiet=True)
+    assert Store.load(config.store).made_by == [OTHERS[0]]
+    monkeypatch.undo()
+    run(config, quiet=True)
+    assert Store.open(config.store).made_by == [HERE]
+
+
+def test_processes_of_a_harvest_are_equal(tmp_path: Path, tiny_store: Path) -> None:
+    """Processes of torchrun on two kinds of GPU are refused for a new store too, unless that is asked for."""
+    store = Store.load(shutil.copytree(tiny_store, tmp_path / "s.zarr"))
+    for split in store.splits:
+        for k in range(split.n_shards):
+            StoreWriter.open(store.path).give_up(split.name, k)
+    with pytest.raises(MismatchError, match=r"processes of this harvest differ \(device: cpu, here Voodoo 2\)"):
+        record_makers(store, [HERE, OTHERS[2]], mixed=False)
+    record_makers(store, [HERE, OTHERS[2], HERE], mixed=True)
+    assert Store.load(store.path).made_by == [HERE, OTHERS[2]]
+
+
+def test_a_truth_knows_its_maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of known features, which torch and numpy make, are of one maker too."""
+    config = TruthConfig("tree", store=str(tmp_path / "t.zarr"), tokens=640, eval_tokens=320, context=16, chunk_rows=64)
+    run_truth(config)
+    here = {"torch": version("torch"), "numpy": version("numpy"), "device": "cpu"}
+    assert Store.open(config.store).made_by == [here]
+    StoreWriter.open(config.store).give_up("eval", 0)
+    monkeypatch.setattr(harvest.truth.run, "maker", lambda device, packages: here | {"numpy": "1.0"})
+    for changes in ({}, {"tokens": 800}):
+        with pytest.raises(MismatchError, match=r"made by others \(numpy: "):
+            run_truth(dataclasses.replace(config, **changes))
+    run_truth(dataclasses.replace(config, mixed=True))
+    assert Store.open(config.store).made_by == [here, here | {"numpy": "1.0"}]
 
 
 def test_shard_repair_needs_no_corpus(copy: HarvestConfig) -> None:

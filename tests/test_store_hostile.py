@@ -24,7 +24,7 @@ from pipeline.store.backend import LocalFiles
 from pipeline.store.prepare import resume, segments
 from pipeline.store.reader import Store, describe_store
 from pipeline.store.staging import stage
-from support.fuzzing import as_bytes, mutated, one_line_or_none
+from support.fuzzing import as_bytes, hurt, mutated, one_line_or_none
 from support.stores import make_store
 from test_format import canonical
 from test_store import SMALL, tree
@@ -118,20 +118,6 @@ def fuzz_files(path: Path, folder: Path, n: int, seed: int) -> int:
         refused += one_line_each(store, folder / "a_target", rng)
         file.write_bytes(whole)
     return refused
-
-
-def hurt(whole: bytes, rng: random.Random) -> bytes:
-    """Bytes cut short, lengthened, or a few of them replaced."""
-    data = bytearray(whole)
-    kind = rng.random()
-    if kind < 0.2:
-        return bytes(data[: rng.randrange(len(data))])
-    if kind < 0.3:
-        return bytes(data) + rng.randbytes(rng.randrange(1, 100))
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(data)) if rng.random() < 0.5 else max(0, len(data) - rng.randrange(1, 80))
-        data[at : at + 8] = rng.choice([b"\xff" * 8, b"\0" * 8, rng.randbytes(8)])[: len(data) - at]
-    return bytes(data)
 
 
 def resealed(data: bytes) -> bytes:

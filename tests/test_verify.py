@@ -22,6 +22,9 @@ from pipeline.sae.export import export
 from pipeline.sae.foreign import load_sae
 from support import lm_stores
 from support.train_crasher import small
+from test_checkpoint_hostile import PROVENANCE
+from test_sae import KINDS, random_sae
+from test_store_hostile import change_root
 from train.plan import RunConfig
 from train.run import run as train
 
@@ -75,6 +78,11 @@ def swap(one: Path, other: Path) -> None:
     one.with_name("between").rename(other)
 
 
+def reseal(path: Path, field: str, value: object) -> None:
+    """Change a field of a sealed file, and its seal with it."""
+    write_json(path, sealed(json.loads(path.read_text()) | {field: value}))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped byte of the store": (lambda r: flip(first(r, "stores/*/train/resid/c/0/0")), "resid"),
     "an EV of results": (lambda r: replace(first(r, "results/*.json"), r'"ev": 0\.', '"ev": 9.'), "what it says changed"),
@@ -103,6 +111,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another member's final checkpoint": (
         lambda r: swap(*(first(r, "runs/*/checkpoints/*", n) for n in (0, 3))),
         "a checkpoint of 'alpha0.25-seed1",
+    ),
+    "statistics of a store, sealed anew": (
+        lambda r: change_root(first(r, "stores/*"), lambda attributes: attributes["statistics"].update(scale=0.5)),
+        "its statistics say scale 0.5, its rows",
+    ),
+    "a config sealed anew": (
+        lambda r: reseal(first(r, "runs/*/config.json"), "order", {"mode": "window", "window_rows": 64}),
+        "config.json: not the config that was recorded",
+    ),
+    "a field of complete.json": (
+        lambda r: replace(first(r, "runs/*/complete.json"), r'"metrics_sha256": "..', '"metrics_sha256": "xx'),
+        "complete.json: what it says changed",
     ),
     "a checkpoint under another step": (
         lambda r: shutil.copy(
@@ -216,11 +236,12 @@ def test_foreign_paths_are_named(tmp_path: Path) -> None:
 
 def test_older_artefacts_are_not_vouched_for(root: Path) -> None:
     """Results and configs of before there were seals are read, and listed as what nobody can vouch for."""
-    for path in (first(root, "results/*.json"), first(root, "runs/*/config.json")):
-        write_json(path, {name: value for name, value in json.loads(path.read_text()).items() if name != "seal"})
+    for path in (first(root, "results/*.json"), first(root, "runs/*/config.json"), first(root, "runs/*/complete.json")):
+        data = json.loads(path.read_text())
+        write_json(path, {name: data[name] for name in data if name not in ("seal", "config_sha256")})
     found = verify(str(root))
     assert found.problems == []
-    assert sum("older version" in line for line in found.unvouched) == 2
+    assert sum("older version" in line for line in found.unvouched) == 3
 
 
 def test_digests_lead_nowhere_else(tmp_path: Path) -> None:
@@ -257,6 +278,41 @@ def test_other_members_checkpoint_not_scored(root: Path, tmp_path: Path) -> None
     config = EvaluateConfig(store=first(root, "stores/*"), out=tmp_path / "r", scores=("ev",), device="cpu")
     outcome = evaluate(config, [here])
     assert "lies in the folder of" in str(outcome.failed[0][1])
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda m: replace(m / "metrics.jsonl", r'"loss":\d', '"loss":7'), r"metrics\.jsonl: not the lines that were recorded"),
+        (lambda m: replace(m / "metrics.jsonl", r"\A.*\n", ""), r"metrics\.jsonl: not the lines that were recorded"),
+        (lambda m: reseal(m / "config.json", "order", {"mode": "window"}), r"config\.json: not the config that was recorded"),
+        (lambda m: reseal(m / "complete.json", "metrics_sha256", 3), r"complete\.json: 'metrics_sha256' should be text"),
+        (lambda m: replace(m / "complete.json", r'"config_sha256": "..', '"config_sha256": "xx'), "what it says changed"),
+    ],
+)  # fmt: skip
+def test_finished_members_are_compared_before_scoring(
+    root: Path, tmp_path: Path, harm: Callable[[Path], object], says: str
+) -> None:
+    """Metrics, config or complete.json of a finished member that changed cost that member alone, before anything is scored."""
+    harm(first(root, "runs/*"))
+    config = EvaluateConfig(store=first(root, "stores/*"), out=tmp_path / "r", scores=("ev",), device="cpu")
+    outcome = evaluate(config, [root / "runs"])
+    assert len(outcome.results) == 1
+    assert [re.search(says, str(error)) is not None for _, error in outcome.failed] == [True], outcome.failed
+
+
+def test_changed_exports_are_not_loaded(tmp_path: Path) -> None:
+    """What our own export's digests do not vouch for is no SAE; nor is an export whose digests changed."""
+    save_checkpoint(tmp_path / "mine.safetensors", random_sae(KINDS["relu"]), 5, PROVENANCE)
+    (exported,) = export(tmp_path / "mine.safetensors", "saelens", tmp_path / "exported")
+    load_sae(exported)
+    for harm, says in (
+        (lambda: replace(exported / "cfg.json", r'"context_size": \d+', '"context_size": 7'), r"cfg\.json: SHA-256"),
+        (lambda: replace(exported / "digests.json", '"name": "', '"name": "x'), "what it says changed"),
+    ):
+        harm()
+        with pytest.raises(DamagedError, match=says):
+            load_sae(exported)
 
 
 def test_results_of_checkpoints_elsewhere_are_said(root: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from pipeline.base.cli import COUNT, OUT_FOLDER, main, print_json
+from pipeline.base.cli import COUNT, OUT_FOLDER, SOURCE, main, print_json
 from pipeline.base.errors import DivergedError, UsageError
 from pipeline.base.files import read_json
 from pipeline.base.runtime import rank, resolve_device
@@ -32,17 +32,17 @@ from train.trainee import Outcome
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--store", type=click.Path(path_type=Path), required=True, help="Activation store that harvest made.")
+@click.option("--store", type=SOURCE, required=True, help="Activation store that harvest made.")
 @click.option(
     "--target",
-    type=click.Path(path_type=Path),
+    type=SOURCE,
     help="Train transcoders: from the rows of --store to those of this store, of the same tokens. One pass of harvest --hook "
     "mlp_in --hook mlp_out makes both.",
 )
 @click.option("--out", type=OUT_FOLDER, required=True, help="Folder of the members; it may grow.")
 @click.option(
     "--config",
-    type=click.Path(path_type=Path),
+    type=SOURCE,
     is_eager=True,
     callback=read_config_file,
     expose_value=False,
@@ -96,7 +96,7 @@ from train.trainee import Outcome
 @click.option("--dry-run", is_flag=True, help="Print members, memory, disk and a rough time; train nothing.")
 @click.option(
     "--planned",
-    type=click.Path(path_type=Path),
+    type=SOURCE,
     metavar="FILE",
     help="With --dry-run, for a store that is not there yet: what harvest --dry-run --json printed.",
 )

@@ -227,9 +227,10 @@ class Folder:
         record = {
             "final": str(final.relative_to(self.path)),
             "sha256": hash_file(final),
+            "config_sha256": hash_file(self.path / "config.json"),
             "metrics_sha256": hash_file(self.path / "metrics.jsonl"),
         }
-        write_json(self.path / "complete.json", record)
+        write_json(self.path / "complete.json", sealed(record))
         if not keep.state:
             self.drop_state()
 

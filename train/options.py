@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
-from pipeline.base.cli import COUNT, read_toml
+from pipeline.base.cli import COUNT, NAMED_SOURCE, read_toml
 from pipeline.base.errors import UsageError
 from train.config import DEFAULT, RECIPES, TrainConfig
 
@@ -63,6 +63,8 @@ def option_type(name: str) -> click.ParamType[Any]:
         return click.Choice(list(RECIPES))
     if name == "levels":
         return Levels()
+    if name == "init_from":
+        return NAMED_SOURCE
     if NoneType in choices:
         return NumberOr(*(word for choice in choices for word in get_args(choice)))
     if choices:

@@ -13,7 +13,7 @@ from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import hash_file
 from pipeline.sae.foreign import foreign_sha256, is_foreign, load_sae, read_sae
-from pipeline.sae.member import final_checkpoint, read_completion, read_config
+from pipeline.sae.member import final_checkpoint, read_completion, read_config, require_recorded
 from pipeline.sae.nested import NestedSAE, SAEConfig
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def require_own(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for a checkpoint that lies in the folder of another member, as its config tells."""
+    """Raise CheckpointError for a checkpoint that lies in the folder of another member, as its config tells, and DamagedError
+    where a finished member's config or metrics, of which results take over parts, are not those that completed it."""
     folder = checkpoint.path.parent.parent
     if checkpoint.path.parent.name != "checkpoints" or not (folder / "config.json").is_file():
         return
@@ -87,6 +88,8 @@ def require_own(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.path}: is of member {checkpoint.member[:100]!a}, lies in the folder of {folder.name}; put it back"
         )
+    if (completion := read_completion(folder)) is not None:
+        require_recorded(folder, completion)
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from pipeline.base.cli import COUNT, OUT_FILE, main
+from pipeline.base.cli import COUNT, NAMED_SOURCE, OUT_FILE, SOURCE, main
 from pipeline.base.errors import UsageError
 from pipeline.base.files import write_bytes, write_json
 from pipeline.base.progress import say
@@ -24,24 +24,22 @@ FORMAT, VERSION = "nested-sae-explanations", 1
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=SOURCE)
+@click.option("--store", required=True, type=SOURCE, help="Store of its model; the eval split is read.")
 @click.option(
-    "--store", required=True, type=click.Path(path_type=Path), help="Store of its model; the eval split is read."
+    "--model", type=NAMED_SOURCE, help="Folder or Hub id, for its tokenizer.  [default: the one the store names]"
 )
-@click.option("--model", help="Folder or Hub id, for its tokenizer.  [default: the one the store names]")
 @click.option("--latents", default="", help="Which, like 3,17,40.  [default: --sample of them]")
 @click.option("--sample", default=50, type=COUNT, help="How many to draw by --seed, where --latents names none.")
 @click.option("--prompts", type=OUT_FILE, help="Write prompts: the explainer's, or, with its --answers, the judge's.")
 @click.option(
     "--answers",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=SOURCE,
     help="What a model answered, to the explainer's prompts and to the judge's; repeat it.",
 )
 @click.option("--out", type=OUT_FILE, help="Write labels and scores (JSON), the rule-based baseline's beside them.")
-@click.option(
-    "--pages", type=click.Path(path_type=Path), help="Folder of its latent pages (….latents) to show labels on."
-)
+@click.option("--pages", type=SOURCE, help="Folder of its latent pages (….latents) to show labels on.")
 @click.option("--rows", default=131_072, type=COUNT, help="Rows of the eval split to look for examples in.")
 @click.option("--seed", default=0, help="Draws latents, examples and their order; the same in every call.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N.")

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from evaluate.checkpoints.find import open_checkpoint, require_fit
 from evaluate.latents.collect import choose_chunks, stream
-from pipeline.base.cli import COUNT, OUT_FOLDER, main
+from pipeline.base.cli import COUNT, NAMED_SOURCE, OUT_FOLDER, SOURCE, main
 from pipeline.base.digests import DIGESTS, write_digests
 from pipeline.base.errors import DiskError, ModelError, UsageError
 from pipeline.base.files import PARTIAL, hash_file, lock_folder, safe_name, sweep_partials, write_bytes
@@ -470,10 +470,10 @@ def load_readout(store: Store, model: str | None) -> tuple[Tensor, TokenText, in
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--store", "store_path", type=click.Path(path_type=Path), required=True, help="Its rows and tokens.")
+@click.argument("checkpoint", type=SOURCE)
+@click.option("--store", "store_path", type=SOURCE, required=True, help="Its rows and tokens.")
 @click.option("--out", type=OUT_FOLDER, required=True, help="Folder to write.")
-@click.option("--model", help="Folder or Hub id of the model.  [default: the store's]")
+@click.option("--model", type=NAMED_SOURCE, help="Folder or Hub id of the model.  [default: the store's]")
 @click.option("--model-id", help="What Neuronpedia calls it.  [default: the last part of the model's name]")
 @click.option("--set", "set_name", help="Name of the source set.  [default: nested-res-WIDTH]")
 @click.option("--creator", default="", help="Who made the SAE, as shown.")

@@ -21,7 +21,7 @@ from evaluate.report.pages import Latents, latents_page, report_page
 from evaluate.report.runs import Results, read_results
 from evaluate.report.table import PRIMARY, Table, make_table, table_rows
 from evaluate.report.usage import UsageLine, usage_lines, usage_rows
-from pipeline.base.cli import OUT_FILE
+from pipeline.base.cli import OUT_FILE, SOURCE
 from pipeline.base.digests import DIGESTS, write_digests
 from pipeline.base.errors import UsageError
 from pipeline.base.files import hash_file, sha256, write_bytes, write_csv
@@ -88,7 +88,7 @@ def write_latents(folder: Path, results: Results) -> Latents:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("results", nargs=-1, type=click.Path(path_type=Path), metavar="RESULTS...", required=True)
+@click.argument("results", nargs=-1, type=SOURCE, metavar="RESULTS...", required=True)
 @click.option("--out", type=OUT_FILE, required=True, help="The HTML file; a folder NAME_files goes beside it.")
 @click.option("--title", default="Nested sparse autoencoders", show_default=True, help="Heading of the report.")
 @click.option(

@@ -5,30 +5,34 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from harvest.announce import finished
-from harvest.run import workers
+from harvest.run import gathered, workers
 from harvest.truth.forest import make_directions
 from harvest.truth.rows import BLOCK, Rows
 from harvest.truth.spec import Spec, load_spec
 from pipeline.base.errors import DamagedError, StoreError, UsageError
 from pipeline.base.files import hash_config, human_bytes
 from pipeline.base.progress import Progress, format_seconds, say, silenced
-from pipeline.base.runtime import rank, versions, world_size
+from pipeline.base.runtime import maker, rank, versions, world_size
 from pipeline.store.layout import CHUNK_ROWS, EVAL_SHARE, SHARD_CHUNKS, estimate_bytes
+from pipeline.store.makers import Maker, record_makers, require_extender
 from pipeline.store.prepare import SplitTokens, locked, prepare, require_space, resume
 from pipeline.store.reader import Store
 from pipeline.store.writer import StoreWriter
 
+COMPUTE = ("torch", "numpy")
+"""The packages that compute rows."""
 ROWS_PER_SECOND = 200_000
 """What one core makes of `forest`, less what disks take: for estimates of time."""
 
@@ -48,6 +52,7 @@ class TruthConfig:
     shard_rows: int | None = None
     chunk_rows: int | None = None
     codec: Literal["none", "lz4", "zstd"] = "none"
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         if self.context < 1:
@@ -91,12 +96,13 @@ def run_truth(config: TruthConfig, *, repair: bool = False, quiet: bool = False)
     """
     with workers() as barrier, silenced(quiet):
         plan = make_plan(config)
+        makers = gathered(maker(torch.device("cpu"), COMPUTE))
         if rank() == 0:
             say(describe(plan))
         with locked([config.store]) if rank() == 0 else contextlib.nullcontext():
             if rank() == 0:
                 require_space(config.store, [config.store], plan.estimate)
-                prepare_store(plan, repair)
+                prepare_store(plan, makers, repair)
             barrier()
             write_shards(StoreWriter.open(config.store), plan)
             barrier()
@@ -162,9 +168,11 @@ def describe(plan: TruthPlan) -> str:
     )
 
 
-def prepare_store(plan: TruthPlan, repair: bool) -> None:
+def prepare_store(plan: TruthPlan, makers: Sequence[Maker], repair: bool) -> None:
     """Make the store ready for its shards, its truth written beside them."""
-    path = plan.config.store
+    path, mixed = plan.config.store, plan.config.mixed
+    if not repair:
+        require_extender(path, plan.n_train, makers, mixed=mixed)
     writer = None if repair else resume(path, plan.store_config, plan.n_train, plan.n_eval)
     if writer is None:
         train, evaluation = (
@@ -172,6 +180,8 @@ def prepare_store(plan: TruthPlan, repair: bool) -> None:
         )
         writer = prepare(path, plan.store_config, train, evaluation, versions(), extras=truth_of(plan), repair=repair)
     writer.sweep()
+    if writer.pending("train") or writer.pending("eval"):
+        record_makers(writer.store, makers, mixed=mixed)
 
 
 def truth_of(plan: TruthPlan) -> dict[str, npt.NDArray[Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -14,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from pipeline.base.errors import DiskError, PipelineError, UsageError, explain, one_line
+from pipeline.base.errors import ADVICE, DiskError, PipelineError, UsageError, explain, one_line
 from pipeline.base.progress import log_line, say
 from pipeline.base.startup import INTERRUPTED, heard
 
@@ -50,6 +52,51 @@ class Size(Count):
 COUNT, SIZE = Count(), Size()
 
 
+class Source(click.ParamType[Any]):
+    """A path to read, looked at before anything else is done; with `names`, text that may also be a Hub id, a URL or a name of
+    ours; with `several`, some of these with commas between. Raises DiskError for what the operating system refuses to look at,
+    and where a link leads nowhere."""
+
+    name = "path"
+
+    def __init__(self, *, names: bool = False, several: bool = False) -> None:
+        self.names, self.several = names, several
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A Path; text as it is where names are taken."""
+        for one in str(value).split(",") if self.several else [str(value)]:
+            if not (self.names and "://" in one):
+                require_readable(Path(one))
+        return str(value) if self.names else Path(value)
+
+
+SOURCE, NAMED_SOURCE, NAMED_SOURCES = Source(), Source(names=True), Source(names=True, several=True)
+
+
+def require_readable(path: Path) -> None:
+    """Raise DiskError for a path that is there and cannot be read, or that can never be there; what is not there passes."""
+    place = require_text(path).expanduser()
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(place)
+            os.stat(place)
+            if not os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0)):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    except OSError as error:
+        raise DiskError(explain(error) or str(error)) from error
+    if place.is_symlink() and not place.exists():
+        raise DiskError(f"{path}: a link that leads to nothing; {ADVICE[errno.ENOENT]}")
+
+
+def require_text(path: Path) -> Path:
+    """The path. Raises DiskError for one that is not UTF-8: no artefact could record it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise DiskError(f"{str(path)!a}: a name that is not UTF-8; rename it") from error
+    return path
+
+
 class Output(click.ParamType[Any]):
     """A path to write to, a file or a folder, looked at before anything else is done. A URL is left as it is.
 
@@ -81,7 +128,7 @@ def require_place(path: Path, *, folder: bool) -> None:
     """Raise DiskError unless a file or folder can be made at `path`, or is there and can be written. Raises OSError for what
     the operating system says of the path itself: links in a circle, names that are too long."""
     kind = "folder" if folder else "file"
-    place = path.absolute()
+    place = require_text(path).absolute()
     there = next(one for one in (place, *place.parents) if os.path.lexists(one))
     if not there.exists():
         os.stat(there)

@@ -221,12 +221,19 @@ def sweep_partials(folder: Path) -> list[Path]:
     return left
 
 
+MOST_NAMED = 10
+"""Fields that a message names, of however many that differ."""
+
+
 def require_same(path: Path, found: Mapping[str, Any], asked: Mapping[str, Any], what: str) -> None:
-    """Raise MismatchError naming every field in which the config on disk differs from the one asked for."""
+    """Raise MismatchError naming the fields in which the config on disk differs from the one asked for."""
     found, asked = flattened(found), flattened(asked)
     names = sorted(name for name in found.keys() | asked.keys() if found.get(name) != asked.get(name))
     if names:
-        detail = "; ".join(f"{n}: there {found.get(n)!r}, asked {asked.get(n)!r}" for n in names)
+        shown = [
+            f"{n[:80]}: there {repr(found.get(n))[:80]}, asked {repr(asked.get(n))[:80]}" for n in names[:MOST_NAMED]
+        ]
+        detail = "; ".join(shown) + (f"; and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
         raise MismatchError(f"{path}: {what} was made with another config ({detail}); use its config or another path")
 
 

@@ -8,12 +8,13 @@ every file is read. Hidden files, readmes and licences never are.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import CorpusError
-from pipeline.base.files import read_json
+from pipeline.base.fields import Fields, require_plain
+from pipeline.base.files import read_json, safe_name
 from pipeline.base.records import COMPRESSED, READERS, kind_of
 
 ABOUT = (
@@ -37,7 +38,8 @@ def record_files(root: Path, split: str, subset: str | None) -> list[Path]:
     if not root.is_dir():
         return [require_kind(root)]
     if (root / "dataset_dict.json").is_file():
-        return saved_files(one_of(root, "split", split, read_json(root / "dataset_dict.json").get("splits", ())), split)
+        index = read_fields(root / "dataset_dict.json")
+        return saved_files(one_of(root, "split", split, index.list_of_texts("splits")), split)
     if (root / "state.json").is_file():
         return saved_files(root, split)
     if configs := card_configs(root):
@@ -64,26 +66,47 @@ def expected() -> str:
     return f"{', '.join((*READERS, TEXT))}, or compressed ({', '.join(COMPRESSED)})"
 
 
-def one_of(root: Path, what: str, asked: str, there: Any) -> Path:
+def one_of(root: Path, what: str, asked: str, there: Iterable[str]) -> Path:
     """The folder of a split or subset. Raises CorpusError naming those that are there."""
-    names = [str(name) for name in there]
+    names = list(there)
     if asked not in names:
-        raise CorpusError(f"{root}: no {what} {asked!r}; there are {', '.join(names) or 'none'}; choose --{what}")
+        raise CorpusError(f"{root}: no {what} {asked[:80]!r}; there are {listed(names)}; choose --{what}")
     return root / asked
+
+
+MOST_LISTED = 20
+"""Names that a message lists, of however many that there are."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of a file's, for a message of one line."""
+    shown = [ascii(name[:40]) for name in names[:MOST_LISTED]]
+    return (", ".join(shown) + (f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else "")) or "none"
+
+
+def read_fields(path: Path) -> Fields:
+    """A JSON object that `datasets` wrote. Raises DamagedError."""
+    require_plain(path, data := read_json(path))
+    return Fields(path, data)
 
 
 def saved_files(folder: Path, split: str) -> list[Path]:
     """The Arrow files that `Dataset.save_to_disk` wrote, in its order."""
-    state = read_json(folder / "state.json")
-    held = state.get("_split")
+    if not (folder / "state.json").is_file():
+        raise CorpusError(f"{folder}/state.json: gone; save the data set again")
+    state = read_fields(folder / "state.json")
+    held = state.some_text("_split")
     if held is not None and held != split:
-        raise CorpusError(f"{folder}: holds the split {held!r}, not {split!r}; choose --split {held}")
-    files = state.get("_data_files")
-    if not isinstance(files, list) or not all(
-        isinstance(f, Mapping) and isinstance(f.get("filename"), str) for f in files
-    ):
+        raise CorpusError(f"{folder}: holds the split {held[:80]!a}, not {split[:80]!r}; choose --split")
+    names = [file.text("filename") for file in state.objects("_data_files")]
+    if not names:
         raise CorpusError(f"{folder}/state.json: does not list its files; save the data set again")
-    found = [folder / f["filename"] for f in files]
+    for name in names:
+        if safe_name(name) != name:
+            raise CorpusError(
+                f"{name[:80]!a}: named by {folder}/state.json and no file's name; save the data set again"
+            )
+    found = [folder / name for name in names]
     for path in found:
         if path.parent != folder or not path.is_file():
             raise CorpusError(f"{path}: named by {folder}/state.json and not there; save the data set again")
@@ -91,36 +114,61 @@ def saved_files(folder: Path, split: str) -> list[Path]:
 
 
 def card_configs(root: Path) -> list[dict[str, Any]]:
-    """The configurations that a data set's card names, if any."""
+    """The configurations that a data set's card names, if any: each with a name and data files."""
+    import yaml
     from huggingface_hub import metadata_load
 
     card = root / "README.md"
     try:
-        found = (metadata_load(card) or {}) if card.is_file() else {}
-    except (ValueError, OSError) as error:
+        found: Any = metadata_load(card) if card.is_file() else None
+    except (ValueError, OSError, RecursionError, yaml.YAMLError) as error:
         raise CorpusError(f"{card}: its header cannot be read ({type(error).__name__}); mend or remove it") from error
     configs = found.get("configs") if isinstance(found, dict) else None
-    return [c for c in configs or () if isinstance(c, dict) and c.get("data_files")]
+    return (
+        [c for c in configs or () if isinstance(c, dict) and c.get("data_files")] if isinstance(configs, list) else []
+    )
 
 
 def card_files(root: Path, configs: list[dict[str, Any]], split: str, subset: str | None) -> list[Path]:
     """The files that a card names for a subset's split."""
-    by_name = {str(c.get("config_name", "default")): c for c in configs}
-    default = next((name for name, c in by_name.items() if c.get("default") or name == "default"), None)
+    by_name = {text_of(root, c.get("config_name", "default")): c for c in configs}
+    default = next((name for name, c in by_name.items() if c.get("default") is True or name == "default"), None)
     chosen = subset or default or (next(iter(by_name)) if len(by_name) == 1 else None)
     if chosen is None or chosen not in by_name:
-        raise CorpusError(f"{root}: which subset? there are {', '.join(by_name)}; choose --subset")
+        raise CorpusError(f"{root}: which subset? there are {listed(list(by_name))}; choose --subset")
     given = by_name[chosen]["data_files"]
     entries = (
         given
         if isinstance(given, list) and given and isinstance(given[0], dict)
         else [{"split": "train", "path": given}]
     )
-    patterns = {str(e.get("split", "train")): e.get("path") for e in entries if isinstance(e, dict)}
+    patterns = {text_of(root, e.get("split", "train")): e.get("path") for e in entries if isinstance(e, dict)}
     one_of(root, "split", split, patterns)
     wanted = patterns[split]
-    found = [p for pattern in ([wanted] if isinstance(wanted, str) else wanted or ()) for p in root.glob(str(pattern))]
+    found = [path for pattern in (wanted if isinstance(wanted, list) else [wanted]) for path in matches(root, pattern)]
     return existing(root, [p for p in found if p.is_file() and root.resolve() in p.resolve().parents], split)
+
+
+def text_of(root: Path, value: object) -> str:
+    """A name or pattern of a card. Raises CorpusError for what is no text."""
+    if not isinstance(value, str):
+        raise CorpusError(
+            f"{root}/README.md: its header has a {type(value).__name__} where a name should be; mend or remove it"
+        )
+    return value
+
+
+def matches(root: Path, value: object) -> list[Path]:
+    """The files of a card's pattern. Raises CorpusError for one that is none, or that leads out of the folder."""
+    pattern = text_of(root, value)
+    try:
+        if ".." in Path(pattern).parts:
+            raise ValueError("it leads out of the folder")
+        return list(root.glob(pattern))
+    except (ValueError, NotImplementedError, OSError, RecursionError) as error:
+        raise CorpusError(
+            f"{root}/README.md: {pattern[:80]!a} is no pattern of its files ({str(error)[:80]}); mend or remove it"
+        ) from error
 
 
 def folder_files(root: Path, split: str) -> list[Path]:

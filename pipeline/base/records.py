@@ -176,7 +176,10 @@ def read_csv(path: Path, _columns: Sequence[str] | None) -> Iterator[Found]:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         rows = csv.reader(text, strict=True, delimiter="\t" if kind_of(path) == ".tsv" else ",")
         try:
-            names = next(rows, [])
+            try:
+                names = next(rows, [])
+            except csv.Error as error:
+                raise CorpusError(f"{path}:{rows.line_num}: its header is not CSV ({error}); mend it") from error
             while True:
                 try:
                     row = next(rows)
@@ -212,7 +215,7 @@ def read_arrow(path: Path, columns: Sequence[str] | None) -> Iterator[Found]:
     """Rows of an Arrow file: the stream that `datasets` saves, or the file format."""
     import pyarrow
 
-    with arrow_errors(path, "Arrow"), pyarrow.memory_map(str(path)) as file:
+    with arrow_errors(path, "Arrow"), pyarrow.OSFile(str(path)) as file:  # mapped, one cut short would end the process
         if file.read(6) == b"ARROW1":
             table = pyarrow.ipc.open_file(file)
             batches: Iterable[Any] = (table.get_batch(i) for i in range(table.num_record_batches))
@@ -229,12 +232,24 @@ def narrowed(batch: Any, columns: Sequence[str] | None) -> Any:
 
 
 def rows_of(path: Path, batches: Iterable[Any]) -> Iterator[Found]:
-    """Rows of record batches, numbered through."""
+    """Rows of record batches, numbered through. A batch is checked whole before any of it is touched: offsets that lead out
+    of its memory would end the process."""
     n = 0
     for batch in batches:
-        for row in batch.to_pylist():
+        batch.validate(full=True)
+        for row in as_rows(batch):
             yield f"{path}, row {n}", row
             n += 1
+
+
+def as_rows(batch: Any) -> list[Record | Unread]:
+    """The rows of a batch; one with a value that Python cannot hold, as a date of the year 100,000, is unread."""
+    try:
+        return list(batch.to_pylist())
+    except (OverflowError, ValueError) as error:
+        if len(batch) == 1:
+            return [Unread(f"holds a value that cannot be read ({error})")]
+    return [row for i in range(len(batch)) for row in as_rows(batch.slice(i, 1))]
 
 
 @contextlib.contextmanager

@@ -167,6 +167,12 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     return found
 
 
+def maker(device: torch.device, packages: tuple[str, ...]) -> dict[str, str]:
+    """What the last bits of a computation depend on: versions of the packages that compute, and the GPU's name, or cpu."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return versions(packages) | {"device": name}
+
+
 @cache
 def git_state() -> str:
     """Commit of this checkout, `-dirty` when it has uncommitted changes, `unknown` outside a checkout."""

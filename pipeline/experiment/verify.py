@@ -1,8 +1,12 @@
 """Whether what lies at a path is whole: any path that this project writes, up to the folder of a whole experiment.
 
 Every artefact carries a digest of what it says: a store its seal, commit records and checksums, a checkpoint and a state a
-crc32c, config.json and results a seal, metrics a hash in complete.json or the state, latent pages, reports and exports a
-file of digests. Names are compared with what lies under them. What carries none is listed, never called whole.
+crc32c, config.json, complete.json and results a seal, metrics a hash in complete.json or the state, latent pages, reports and
+exports a file of digests. Names are compared with what lies under them, a store's statistics with its rows' norms and moments.
+What carries none is listed, never called whole.
+
+None of this vouches against a forger: whoever can write the files can write their digests too, and no secret is involved. Only
+a hash kept elsewhere (a store's id, a checkpoint's SHA-256 in a paper) says more.
 """
 
 from __future__ import annotations
@@ -246,11 +250,14 @@ def check_completion(path: Path, found: Findings) -> None:
             held = member.read_state(state)
             require_metrics(metrics, member.hash_lines(member.lines_until(metrics, held.step)), held.metrics_sha256)
         return
+    if not completion.is_sealed:
+        found.unseal(path / "complete.json", "carries no digest (written by an older version)")
     member.final_checkpoint(path, completion)
     if completion.metrics_sha256 is None:
         found.unseal(metrics, "complete.json holds no digest of it (written by an older version)")
-    else:
-        require_metrics(metrics, hash_file(metrics) if metrics.exists() else "", completion.metrics_sha256)
+    elif not metrics.exists():
+        require_metrics(metrics, "", completion.metrics_sha256)
+    member.require_recorded(path, completion)
 
 
 def require_metrics(path: Path, found: str, recorded: str) -> None:

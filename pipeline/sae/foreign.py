@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.base.digests import DIGESTS, require_digests
 from pipeline.base.errors import CheckpointError, DamagedError, PipelineError, UsageError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import hash_file, read_json, sha256
@@ -190,9 +191,10 @@ def load_foreign(folder: Path) -> tuple[NestedSAE, dict[str, Any]]:
     """The SAE, and a provenance {member, source, config, store: what it says of hook, layer and model}.
 
     Raises CheckpointError for what cannot be expressed or tensors that do not agree, DamagedError for a file that cannot
-    be read.
+    be read, or of an export of ours is not what its digests say.
     """
     kind = require_format(folder)
+    require_digests(folder / DIGESTS, folder)
     data: Mapping[str, Any] = {}
     if kind.config:
         data = Fields(folder / kind.config, read_json(folder / kind.config)).data

@@ -56,11 +56,14 @@ def read_config(folder: Path) -> Fields:
 
 @dataclass(frozen=True)
 class Completion:
-    """What complete.json says: the final checkpoint, its hash, and that of metrics.jsonl where it was kept."""
+    """What complete.json says: the final checkpoint and its hash, and those of config.json and metrics.jsonl; None, as without
+    a seal, where an older version wrote it."""
 
     final: Path
     sha256: str
+    config_sha256: str | None
     metrics_sha256: str | None
+    is_sealed: bool
 
 
 def read_completion(folder: Path) -> Completion | None:
@@ -68,9 +71,21 @@ def read_completion(folder: Path) -> Completion | None:
     path = folder / "complete.json"
     if not path.exists():
         return None
-    fields = Fields(path, read_json(path))
+    require_plain(path, data := read_json(path))
+    fields = Fields(path, data)
     final = folder / "checkpoints" / Path(fields.text("final")).name
-    return Completion(final, fields.text("sha256"), fields.some_text("metrics_sha256"))
+    hashes = (fields.text("sha256"), fields.some_text("config_sha256"), fields.some_text("metrics_sha256"))
+    return Completion(final, *hashes, is_sealed(path, fields.data))
+
+
+def require_recorded(folder: Path, completion: Completion) -> None:
+    """Raise DamagedError unless config.json and metrics.jsonl of a finished member, where they are there, are those that
+    complete.json recorded."""
+    recorded = {"config.json": completion.config_sha256, "metrics.jsonl": completion.metrics_sha256}
+    for name, digest in recorded.items():
+        if digest is not None and (folder / name).is_file() and hash_file(folder / name) != digest:
+            what = "lines that were" if name == "metrics.jsonl" else "config that was"
+            raise DamagedError(f"{folder / name}: not the {what} recorded; restore it, or train this member again")
 
 
 def final_checkpoint(folder: Path, completion: Completion) -> Path:

@@ -139,11 +139,13 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("bf16", "float32"):
-            raise UsageError(f"a store holds bf16 or float32, not {self.dtype!r}")
+            raise UsageError(f"a store holds bf16 or float32, not {self.dtype[:40]!r}")
         if self.kind not in KINDS:
-            raise UsageError(f"a store is of kind {' or '.join(KINDS)}, not {self.kind!r}; another release made it")
+            raise UsageError(
+                f"a store is of kind {' or '.join(KINDS)}, not {self.kind[:40]!r}; another release made it"
+            )
         if self.codec not in CODECS:
-            raise UsageError(f"codec {self.codec!r} is not one of {', '.join(CODECS)}")
+            raise UsageError(f"codec {self.codec[:40]!r} is not one of {', '.join(CODECS)}")
         if min(self.d_model, self.context, self.shard_rows, self.chunk_rows) < 1:
             raise UsageError("d_model, context, shard_rows and chunk_rows must be at least 1")
         if self.shard_rows % self.chunk_rows or self.chunk_rows % self.context:

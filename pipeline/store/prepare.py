@@ -330,6 +330,7 @@ def new_attributes(
             key: sha256(data) for key, data in metadata_files(config, n_sequences, cumulative, described).items()
         },
         "versions": dict(previous["versions"] if previous else versions),
+        **({"made_by": previous["made_by"]} if previous and "made_by" in previous else {}),
     }
 
 

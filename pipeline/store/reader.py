@@ -9,6 +9,7 @@ Nothing that is missing or changed is ever read as data: it raises DamagedError.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,13 +25,15 @@ from pipeline.base.files import PARTIAL, hash_parts, sha256
 from pipeline.base.progress import Progress
 from pipeline.store.backend import Files
 from pipeline.store.layout import SPLITS, Layout, SplitLayout, extras_of
-from pipeline.store.moments import Statistics, mean_and_scale, merge, norms_and_moments
+from pipeline.store.moments import Statistics, mean_and_scale, median_of, merge, norms_and_moments
 from pipeline.store.objects import open_files
 from pipeline.store.root import MOST_BYTES, read_root
 from pipeline.store.split import Split as Split
 from pipeline.store.split import read_array, read_part, to_numpy
 
 Check = tuple[str, Callable[[], None]]
+SAME = 1e-9
+"""Relative difference within which float64 sums over the same rows agree, in whatever order a machine adds."""
 
 
 class Store:
@@ -82,6 +85,11 @@ class Store:
         if self._statistics is None:
             raise StoreError(f"{self.where}: {self.progress()}, so it has no statistics; finish the harvest")
         return self._statistics
+
+    @property
+    def made_by(self) -> list[dict[str, str]]:
+        """Who made its rows (makers.py), in the order in which they began; empty where nobody knows."""
+        return list(self.attributes.get("made_by", ()))
 
     @property
     def splits(self) -> tuple[Split, Split]:
@@ -145,6 +153,8 @@ class Store:
                     yield f"{split.name} shard {k}", partial(split.check_shard, k, bodies)
         if self.complete:
             yield "mean", self._check_mean
+        if self.complete and bodies:
+            yield "statistics", self._check_statistics
 
     def check(self) -> None:
         """Raise DamagedError for the first thing that is not as it was written; the bodies of shards are not read."""
@@ -190,12 +200,27 @@ class Store:
                 f"{self.files.where('mean')}: not the mean that its statistics name; run harvest --repair"
             )
 
+    def _check_statistics(self) -> None:
+        """Measured again from norms, masks and moments: counts and median exactly, sums but for the order of their terms."""
+        mean, found = measure(self, self.statistics.massive_multiple)
+        held, here = self.statistics.to_dict(), found.to_dict()
+        for name in sorted(held.keys() - {"mean_sha256"}):
+            if not math.isclose(held[name], here[name], rel_tol=SAME, abs_tol=0.0):
+                raise DamagedError(
+                    f"{self.where}: its statistics say {name} {held[name]:.10g}, its rows {here[name]:.10g}; whoever sealed them "
+                    "anew changed them; run harvest --repair, or do not use it"
+                )
+        if np.abs(mean - self.mean64).max() > SAME * np.abs(mean).max():
+            raise DamagedError(f"{self.files.where('mean')}: not the mean of its rows; run harvest --repair")
+
     def verify(self, *, bodies: bool = True, quiet: bool = False) -> list[str]:
         """Every problem there is, one line each; empty when the store is whole. `bodies` reads every byte."""
         problems = [] if self.complete else [f"{self.where}: {self.progress()}"]
         checks = list(self.checks(bodies=bodies))
         with Progress(len(checks), "verify", "check", quiet=quiet) as bar:
             for name, check in checks:
+                if name == "statistics" and problems:
+                    continue  # of what is damaged nothing can be measured
                 try:
                     check()
                 except PipelineError as error:
@@ -223,6 +248,35 @@ def moments_without(split: Split, massive: npt.NDArray[np.int64]) -> npt.NDArray
     return total
 
 
+def measure(store: Store, multiple: float) -> tuple[npt.NDArray[np.float64], Statistics]:
+    """Mean (float64 [d_model]) and statistics of a store's training split, for massive rows beyond `multiple`.
+
+    Reads one shard's norms and special mask at a time, so that memory does not grow with the store.
+    """
+    split = store.train
+    shards = range(split.n_shards)
+    n_usable = sum(np.count_nonzero(split.shard_usable(k)) for k in shards)
+    if not n_usable:
+        raise StoreError(
+            f"{store.where}: every training row is special, so nothing can be trained; check --context and --bos"
+        )
+    median = median_of(lambda: (split.shard_norm(k)[split.shard_usable(k)] for k in shards))
+    massive = split.massive(multiple, median)
+    mean, scale, share = mean_and_scale(moments_without(split, massive), store.where)
+    statistics = Statistics(
+        n_rows=split.n_rows,
+        n_special=split.n_rows - int(n_usable),
+        n_massive=len(massive),
+        n_kept=int(n_usable) - len(massive),
+        massive_multiple=multiple,
+        median_norm=median,
+        mean_sha256=sha256(mean.tobytes()),
+        scale=scale,
+        mean_share=share,
+    )
+    return mean, statistics
+
+
 def describe_store(store: Store) -> dict[str, Any]:
     """Everything a store says about itself, as plain JSON data: all that is needed to make it again, rows, bytes, scale."""
     held = {key: store.files.size(key) or 0 for key in store.files.keys() if not key.endswith(PARTIAL)}  # noqa: SIM118
@@ -246,6 +300,7 @@ def describe_store(store: Store) -> dict[str, Any]:
         "segments",
         "tokens_sha256",
         "versions",
+        *(["made_by"] if store.made_by else []),
     )
     described = {name: store.attributes[name] for name in names} | {"splits": splits, "bytes": sum(held.values())}
     if store.extras:

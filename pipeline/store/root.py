@@ -30,7 +30,22 @@ MOST_BYTES = 1 << 26
 MOST_CHUNK, MOST_SHARDS = 1 << 31, 1 << 20
 """Bytes of a chunk, which is read whole, and shards of a split, which are looked at one by one."""
 REQUIRED = ("state", "id", "config", "segments", "n_sequences", "tokens_sha256", "special_sha256", "files", "versions")
-KNOWN = (*REQUIRED, "format", "version", "origin", "extras", "statistics", "seal")
+KNOWN = (
+    *(
+        "format",
+        "version",
+        "state",
+        "id",
+        "origin",
+        "config",
+        "segments",
+        "n_sequences",
+        "tokens_sha256",
+        "special_sha256",
+    ),
+    *("extras", "files", "versions", "made_by", "seal", "statistics"),
+)
+"""All attributes, in the order in which they are written."""
 ABOUT = {"truth": "truth", "rows": "source"}
 """Kind → the object of the config that says what rows of no text are; who makes them reads it further."""
 EXTRA_TYPES = ("int32", "int64", "float32", "float64")
@@ -67,7 +82,8 @@ def read_root(files: Files) -> dict[str, Any]:
 
 def write_root(files: Files, attributes: Mapping[str, Any]) -> None:
     """Write the root's zarr.json, sealed: the one file that says what state the store is in."""
-    files.write(ROOT_KEY, group_metadata({**attributes, "seal": seal(attributes)}))
+    sealed = {**attributes, "seal": seal(attributes)}
+    files.write(ROOT_KEY, group_metadata({name: sealed[name] for name in sorted(sealed, key=KNOWN.index)}))
 
 
 def seal(attributes: Mapping[str, Any]) -> str:
@@ -115,6 +131,9 @@ def require_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
     require_extras(root, layout, n_sequences)
     require_id(root, layout)
     root.texts("versions")
+    for maker in root.objects("made_by"):
+        for name in maker.data:
+            maker.text(name)
     require_files(root, n_sequences)
     if "statistics" in attributes or attributes["state"] == "complete":
         require_statistics(root.inner("statistics"))

@@ -24,11 +24,11 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from pipeline.base.errors import DamagedError, ModelError, StoreError, UsageError
-from pipeline.base.files import PARTIAL, sha256
+from pipeline.base.files import PARTIAL
 from pipeline.store.backend import Files
 from pipeline.store.layout import COMMITTED, pad_rows
-from pipeline.store.moments import MASSIVE_MULTIPLE, Statistics, mean_and_scale, median_of, merge, norms_and_moments
-from pipeline.store.reader import Store, moments_without
+from pipeline.store.moments import MASSIVE_MULTIPLE, merge, norms_and_moments
+from pipeline.store.reader import Store, measure
 from pipeline.store.root import write_root
 from pipeline.store.shards import ShardStream, digest, with_crc
 from pipeline.store.split import Split, commit_tags, to_numpy
@@ -209,32 +209,3 @@ def sweep(files: Files) -> None:
     for key in files.keys():  # noqa: SIM118 (not a dict)
         if key.endswith(PARTIAL):
             files.delete(key)
-
-
-def measure(store: Store, multiple: float) -> tuple[npt.NDArray[np.float64], Statistics]:
-    """Mean (float64 [d_model]) and statistics of a store's training split, for massive rows beyond `multiple`.
-
-    Reads one shard's norms and special mask at a time, so that memory does not grow with the store.
-    """
-    split = store.train
-    shards = range(split.n_shards)
-    n_usable = sum(np.count_nonzero(split.shard_usable(k)) for k in shards)
-    if not n_usable:
-        raise StoreError(
-            f"{store.where}: every training row is special, so nothing can be trained; check --context and --bos"
-        )
-    median = median_of(lambda: (split.shard_norm(k)[split.shard_usable(k)] for k in shards))
-    massive = split.massive(multiple, median)
-    mean, scale, share = mean_and_scale(moments_without(split, massive), store.where)
-    statistics = Statistics(
-        n_rows=split.n_rows,
-        n_special=split.n_rows - int(n_usable),
-        n_massive=len(massive),
-        n_kept=int(n_usable) - len(massive),
-        massive_multiple=multiple,
-        median_norm=median,
-        mean_sha256=sha256(mean.tobytes()),
-        scale=scale,
-        mean_share=share,
-    )
-    return mean, statistics

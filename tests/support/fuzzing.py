@@ -64,6 +64,20 @@ def as_bytes(data: Any, rng: random.Random) -> bytes:
     return bytes(raw)
 
 
+def hurt(whole: bytes, rng: random.Random) -> bytes:
+    """Bytes cut short, lengthened, or a few of them replaced."""
+    data = bytearray(whole)
+    kind = rng.random()
+    if kind < 0.2:
+        return bytes(data[: rng.randrange(len(data))])
+    if kind < 0.3:
+        return bytes(data) + rng.randbytes(rng.randrange(1, 100))
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(data)) if rng.random() < 0.5 else max(0, len(data) - rng.randrange(1, 80))
+        data[at : at + 8] = rng.choice([b"\xff" * 8, b"\0" * 8, rng.randbytes(8)])[: len(data) - at]
+    return bytes(data)
+
+
 def one_line_or_none(work: Callable[[], object], path: Path) -> bool:
     """Whether the work was refused; a refusal must be one line that names the file or its folder."""
     try:
