@@ -216,14 +216,14 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_hostile_corpora_end_in_one_line(tmp_path: Path, kind: str) -> None:
+def test_corpora_end_in_one_line(tmp_path: Path, kind: str) -> None:
     """Whatever a corpus holds, it is read or refused in one line that names it."""
     assert 10 < fuzz(kind, tmp_path, 60, seed=1) < 60
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
-def test_many_hostile_corpora_end_in_one_line(tmp_path: Path, kind: str) -> None:
+def test_many_corpora_end_in_one_line(tmp_path: Path, kind: str) -> None:
     """Likewise, ten thousand of each format."""
     assert 1000 < fuzz(kind, tmp_path, 10_000, seed=2) < 10_000
 
@@ -236,7 +236,7 @@ def test_many_hostile_corpora_end_in_one_line(tmp_path: Path, kind: str) -> None
         ("a.jsonl", b'{"%s": 1}\n' % (b"x" * 100_000), r"no field 'text'; fields found: .{1,200}; choose"),
     ],
 )
-def test_odd_files_are_refused_by_name(tmp_path: Path, name: str, data: bytes, says: str) -> None:
+def test_odd_files_are_refused(tmp_path: Path, name: str, data: bytes, says: str) -> None:
     """A header with NUL, a line that looks like a mark of ours, and a name without end are each one line of some length."""
     (tmp_path / name).write_bytes(data)
     with pytest.raises(CorpusError, match=says):

@@ -394,7 +394,7 @@ OTHERS = [HERE | {"torch": "1.0"}, HERE | {"transformers": "1.0"}, HERE | {"devi
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_rows_of_another_maker_are_refused(
+def test_rows_of_others_are_refused(
     copy: HarvestConfig, monkeypatch: pytest.MonkeyPatch, other: dict[str, str]
 ) -> None:
     """After an upgrade of torch or transformers, or on another GPU, a stopped harvest is refused, and goes on when asked to:
@@ -432,7 +432,7 @@ def test_finished_stores_need_no_maker(copy: HarvestConfig, monkeypatch: pytest.
     assert Store.open(copy.store).made_by == [HERE, OTHERS[0]]
 
 
-def test_makers_of_a_lost_root_are_unknown(copy: HarvestConfig) -> None:
+def test_lost_roots_forget_their_makers(copy: HarvestConfig) -> None:
     """A root that was lost took with it who made the rows: further ones are refused, or stand beside an unknown maker's."""
     damage("root", Path(copy.store))
     run(copy, quiet=True, repair=True)
@@ -443,7 +443,7 @@ def test_makers_of_a_lost_root_are_unknown(copy: HarvestConfig) -> None:
     assert Store.open(copy.store).made_by == [dict.fromkeys(HERE, "unknown"), HERE]
 
 
-def test_a_harvest_without_shards_takes_any_maker(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_shards_need_no_maker(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A harvest that was killed before its first shard goes on after an upgrade: no row is of the old version."""
     monkeypatch.setattr(harvest.run, "maker", lambda device, packages: OTHERS[0])
     monkeypatch.setattr(harvest.run, "make_shards", lambda plan: 1 / 0)
@@ -455,7 +455,7 @@ def test_a_harvest_without_shards_takes_any_maker(config: HarvestConfig, monkeyp
     assert Store.open(config.store).made_by == [HERE]
 
 
-def test_processes_of_a_harvest_are_equal(tmp_path: Path, tiny_store: Path) -> None:
+def test_processes_are_equal(tmp_path: Path, tiny_store: Path) -> None:
     """Processes of torchrun on two kinds of GPU are refused for a new store too, unless that is asked for."""
     store = Store.load(shutil.copytree(tiny_store, tmp_path / "s.zarr"))
     for split in store.splits:

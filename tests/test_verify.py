@@ -290,7 +290,7 @@ def test_other_members_checkpoint_not_scored(root: Path, tmp_path: Path) -> None
         (lambda m: replace(m / "complete.json", r'"config_sha256": "..', '"config_sha256": "xx'), "what it says changed"),
     ],
 )  # fmt: skip
-def test_finished_members_are_compared_before_scoring(
+def test_finished_members_are_compared_first(
     root: Path, tmp_path: Path, harm: Callable[[Path], object], says: str
 ) -> None:
     """Metrics, config or complete.json of a finished member that changed cost that member alone, before anything is scored."""
