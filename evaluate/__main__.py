@@ -46,7 +46,11 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 @click.option("--batch-size", default=16, type=COUNT, help="Sequences a batch; changes speed and rounding only.")
 @click.option("--max-memory", type=SIZE, help="Bytes, like 8GB.  [default: four fifths of what is free]")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N.")
-@click.option("--dtype", default="store", help="Of the language model: store, bf16, float32. SAEs run in float32.")
+@click.option(
+    "--dtype",
+    default="store",
+    help="Of the language model: store, bf16, float32 (exact). SAEs run in float32; on CUDA they encode in TF32.",
+)
 @click.option("--seed", default=0, help="Draws the latents whose correlations are taken.")
 @click.option(
     "--scr",

@@ -113,8 +113,8 @@ class Names(click.ParamType[tuple[str, ...]]):
     "--dtype",
     type=click.Choice(["auto", "bf16", "float32"]),
     default=DEFAULTS["dtype"],
-    help="What the model computes in. auto: bf16 where the hardware multiplies it, else float32; what a store was made with, "
-    "when it goes on.",
+    help="What the model computes in. auto: bf16 where the hardware multiplies it, else float32 (exact: never TF32); what "
+    "a store was made with, when it goes on.",
 )
 @click.option(
     "--store-dtype",

@@ -17,7 +17,7 @@ from harvest.tokens import Packing
 from pipeline.base.errors import DamagedError, StoreError
 from pipeline.base.fields import Fields
 from pipeline.base.files import hash_config, read_json
-from pipeline.base.runtime import local_rank, resolve_device, resolve_dtype
+from pipeline.base.runtime import resolve_device, resolve_dtype
 from pipeline.model.files import tokenizer_sha256
 from pipeline.model.points import Point
 from pipeline.model.specials import resolve_bos, resolve_separator, special_ids
@@ -137,8 +137,6 @@ def recorded_store(stores: Mapping[Point, str], repair: bool) -> Store | None:
 def settle(config: HarvestConfig, held: Mapping[str, Any]) -> tuple[HarvestConfig, torch.device]:
     """Replace every `auto` and None: by what the store on disk was made with, else by what suits the machine."""
     device = resolve_device(held.get("device_type", "auto") if config.device == "auto" else config.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local_rank())
     chunk = config.chunk_rows or held.get("chunk_rows") or max(CHUNK_ROWS // config.context, 1) * config.context
     shard = config.shard_rows or held.get("shard_rows") or SHARD_CHUNKS * chunk
     fitting = max(1, min(BATCH_ROWS.get(device.type, BATCH_ROWS["cpu"]), shard) // config.context)

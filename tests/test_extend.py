@@ -18,7 +18,7 @@ from train.trainee import Outcome
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KEEP = "last:3,every:1000,state"
+KEEP: dict[str, Any] = {"keep_state": True}
 
 
 def trained(store: Path, out: Path, config: TrainConfig, **options: Any) -> Outcome:
@@ -37,7 +37,7 @@ def trained(store: Path, out: Path, config: TrainConfig, **options: Any) -> Outc
 def test_extended_training_is_the_long(tiny_store: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Weights and metrics of 24 steps and then 40 are those of 40 asked for at first."""
     changes |= {"eval_every": 10, "log_every": 4}
-    trained(tiny_store, tmp_path / "out", small(steps=24, **changes), keep=KEEP)
+    trained(tiny_store, tmp_path / "out", small(steps=24, **changes), **KEEP)
     longer = trained(tiny_store, tmp_path / "out", small(steps=40, **changes), extend=True)
     whole = trained(tiny_store, tmp_path / "whole", small(steps=40, **changes))
     assert longer.final is not None
@@ -48,7 +48,7 @@ def test_extended_training_is_the_long(tiny_store: Path, tmp_path: Path, changes
 
 def test_it_does_not_begin_anew(tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second run reads 16 steps of rows; the shorter member stays as it was."""
-    short = trained(tiny_store, tmp_path, small(steps=24), keep=KEEP)
+    short = trained(tiny_store, tmp_path, small(steps=24), **KEEP)
     before = {path: path.read_bytes() for path in short.folder.rglob("*") if path.is_file()}
     capsys.readouterr()
     trained(tiny_store, tmp_path, small(steps=40), extend=True)
@@ -60,7 +60,7 @@ def test_it_does_not_begin_anew(tiny_store: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("first", "then", "keep", "said"),
     [
-        ({}, {}, "last:3", "its state was not kept"),
+        ({}, {}, {}, "its state was not kept"),
         ({"lr_decay_steps": 8}, {"lr_decay_steps": 8}, KEEP, "from step 17 on its schedules are others"),
         ({"lr_decay_steps": 8}, {"lr_decay_steps": 0}, KEEP, "lr_decay_steps was 8, now 0"),
         ({"seed": 1}, {}, KEEP, "holds no shorter training"),
@@ -75,10 +75,10 @@ def test_it_does_not_begin_anew(tiny_store: Path, tmp_path: Path, capsys: pytest
     ],
 )
 def test_other_schedules_are_not_extended(
-    tiny_store: Path, tmp_path: Path, first: dict[str, Any], then: dict[str, Any], keep: str, said: str
+    tiny_store: Path, tmp_path: Path, first: dict[str, Any], then: dict[str, Any], keep: dict[str, Any], said: str
 ) -> None:
     """In one line, before anything of the longer one is written."""
-    trained(tiny_store, tmp_path, small(**{"steps": 24, "log_every": 4} | first), keep=keep)
+    trained(tiny_store, tmp_path, small(**{"steps": 24, "log_every": 4} | first), **keep)
     with pytest.raises(UsageError, match=said):
         trained(tiny_store, tmp_path, small(**{"steps": 1000, "log_every": 4} | then), extend=True)
     assert len(list(tmp_path.glob("*/config.json"))) == 1
@@ -87,15 +87,15 @@ def test_other_schedules_are_not_extended(
 def test_other_stores_are_not_extended(tiny_store: Path, tmp_path: Path) -> None:
     """The same config on other rows."""
     make_store(tmp_path / "other.zarr", seed=3)
-    trained(tmp_path / "other.zarr", tmp_path / "out", small(steps=24), keep=KEEP)
+    trained(tmp_path / "other.zarr", tmp_path / "out", small(steps=24), **KEEP)
     with pytest.raises(MismatchError, match="id"):
         trained(tiny_store, tmp_path / "out", small(steps=40), extend=True)
 
 
 def test_kept_state_stays_when_asked(tiny_store: Path, tmp_path: Path) -> None:
-    """The same command again keeps it; without `state` it goes, as nothing needs it."""
-    short = trained(tiny_store, tmp_path, small(steps=8), keep=KEEP)
-    trained(tiny_store, tmp_path, small(steps=8), keep=KEEP)
+    """The same command again keeps it; without the option it goes, as nothing needs it."""
+    short = trained(tiny_store, tmp_path, small(steps=8), **KEEP)
+    trained(tiny_store, tmp_path, small(steps=8), **KEEP)
     assert (short.folder / "state.safetensors").exists()
     trained(tiny_store, tmp_path, small(steps=8))
     assert not (short.folder / "state.safetensors").exists()

@@ -123,6 +123,7 @@ def alike(config: TrainConfig, n_steps: int) -> int:
         for name, tensor in plain.state().items():
             assert torch.equal(tensor, taped.state()[name]), f"{name} differs after step {step + 1}"
     assert plain.metrics() == taped.metrics()
+    assert taped.recorded.is_trusted or not recorded
     return len(recorded)
 
 
@@ -177,12 +178,54 @@ def test_tape_catches_python_reads_and_fetches() -> None:
         count[0] += 1
         x.add_(count[0])
 
-    steps = Recorded(tape)
+    steps = Recorded(tape, dict)
     for _ in range(4):
         steps.run("kind", reads_python)
     assert x[0] != 1 + 2 + 3 + 4  # frozen at what was recorded
     with pytest.raises(RuntimeError, match="fetches a value"), Tape():
         float(x.sum())
+
+
+def test_frozen_step_is_not_trusted(capsys: pytest.CaptureFixture[str]) -> None:
+    """A record that reads Python is found out where it is first replayed; what it left is put right, and steps run as ever."""
+    x, count = torch.zeros(1), [0]
+
+    def reads_python() -> None:
+        count[0] += 1
+        x.add_(count[0])
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        kept = x.clone(), count[0]
+        replay = tape(step)
+        x.copy_(kept[0])
+        count[0] = kept[1]
+        return replay
+
+    steps = Recorded(capture, lambda: {"x": x})
+    for _ in range(6):
+        steps.run("kind", reads_python)
+    assert x == 1 + 2 + 3 + 4 + 5 + 6
+    assert capsys.readouterr().err.count("a recorded step differs from the step itself in x") == 1
+    assert len(recorded) == 1
+
+
+def test_record_is_trusted_after_one_comparison() -> None:
+    """The third step of a kind is replayed and run, NaN or not; further ones are replayed alone."""
+    x, runs, replays = torch.tensor([1.0, float("nan")]), [0], [0]
+
+    def step() -> None:
+        runs[0] += 1
+        x.mul_(2)
+
+    def replay() -> None:
+        replays[0] += 1
+        x.mul_(2)
+
+    steps = Recorded(lambda step: replay, lambda: {"x": x})
+    for _ in range(7):
+        steps.run("kind", step)
+    assert x[0] == 2.0**7
+    assert (runs, replays) == ([3], [5])
 
 
 def test_unrecordable_step_runs_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +234,7 @@ def test_unrecordable_step_runs_and_says_so(capsys: pytest.CaptureFixture[str]) 
     def refuse(step: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("no such thing here")
 
-    x, steps = torch.zeros(()), Recorded(refuse)
+    x, steps = torch.zeros(()), Recorded(refuse, lambda: {"x": x})
     for _ in range(5):
         steps.run("kind", lambda: x.add_(1))
     assert x == 5

@@ -434,20 +434,87 @@ def train_one_of_two(rank: int, folder: str) -> None:
         for step in range(8):
             half = raw_rows(step)[rank * ROWS // 2 : (rank + 1) * ROWS // 2]
             member.step(normalise_batch(half, member.center, member.scale))
-        if rank == 0:
-            save_file(member.state(), f"{folder}/{recipe}.safetensors")
+        save_file(member.state(), f"{folder}/{recipe}{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Two processes train as one does on the global batch."""
+    """Two processes train as one does on the global batch, and have one another's bits."""
     torch.multiprocessing.spawn(train_one_of_two, args=(str(tmp_path),), nprocs=2)
     for recipe in RECIPES:
         alone = member_of(config_of(recipe, dtype="float64", **RECIPE_CHANGES[recipe]))
         train(alone, 0, 8)
-        together = load_file(tmp_path / f"{recipe}.safetensors")
+        together, other = (load_file(tmp_path / f"{recipe}{rank}.safetensors") for rank in range(2))
         for name, tensor in alone.state().items():
+            assert torch.equal(together[name], other[name]), name
             torch.testing.assert_close(together[name], tensor, rtol=1e-6, atol=1e-8)
+
+
+GRADIENTS = {"W_dec": (WIDTH, D_MODEL), "W_enc": (D_MODEL, WIDTH), "dz": (ROWS, WIDTH)}
+
+
+class Sent:
+    """A sum over two processes that have equal rows, which is done when it is waited for and not before."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.then = tensor, tensor.clone()
+
+    def wait(self) -> None:
+        assert torch.equal(self.tensor, self.then), "changed on its way"
+        self.tensor.mul_(2)
+
+
+def sums_of_two(monkeypatch: pytest.MonkeyPatch, events: list[Any]) -> Any:
+    """A group that stands for two processes with equal rows; sums and products are noted, in their order."""
+    group, mm = torch.distributed.ProcessGroup(0, 2), torch.mm
+
+    def all_reduce(tensor: Tensor, *, group: Any, async_op: bool) -> Sent:
+        assert async_op
+        events.append(("sum", tensor.data_ptr(), tensor.nbytes))
+        return Sent(tensor)
+
+    def noted(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+        events.append(("product", out.data_ptr(), out.nbytes))
+        return mm(a, b, out=out)
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch, "mm", noted)
+    monkeypatch.setattr("train.step.reduce.BUCKET_BYTES", 1000)
+    return group
+
+
+def test_gradients_overlap_with_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder's gradient is on its way before that of latents is computed, the encoder's goes bucket by bucket behind each
+    product; every number is summed once, untouched meanwhile, and two processes of equal rows do what one does."""
+    config = config_of("paper", dtype="float64", **RECIPE_CHANGES["paper"] | {"target_l0": 0.0})
+    alone = member_of(config)
+    train(alone, 0, 3)
+    events: list[Any] = []
+    with monkeypatch.context() as patch:
+        group = sums_of_two(patch, events)
+        member = Member(config, D_MODEL, alone.center, alone.scale, CPU, Scratch(CPU), group)
+        for step in range(3):
+            events.clear()
+            member.step(normalise_batch(raw_rows(step), member.center, member.scale))
+    for name, weight in alone.weights.items():
+        torch.testing.assert_close(member.weights[name], weight, rtol=1e-12, atol=1e-12)
+    taken = {name: member._take(name, *shape) for name, shape in GRADIENTS.items()}
+    spans = {name: (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for name, tensor in taken.items()}
+    where = {
+        (kind, name): [
+            i for i, (what, at, _) in enumerate(events) if what == kind and spans[name][0] <= at < spans[name][1]
+        ]
+        for kind in ("sum", "product")
+        for name in GRADIENTS
+    }
+    assert len(where["sum", "W_dec"]) > 3
+    assert max(where["product", "W_dec"]) < where["sum", "W_dec"][0]
+    assert where["sum", "W_dec"][-1] < min(where["product", "dz"])
+    assert where["sum", "W_enc"] == [i + 1 for i in where["product", "W_enc"]]
+    assert len(where["sum", "W_enc"]) > 3
+    for name in ("W_enc", "W_dec"):
+        assert sum(events[i][2] for i in where["sum", name]) == taken[name].nbytes
 
 
 @pytest.mark.gpu
@@ -527,9 +594,9 @@ def test_cuda_graph_is_the_step(recipe: str, fused: bool) -> None:
     plain = kind(config, D_MODEL, center, 1.7, cuda, Scratch(cuda))
     recorded = kind(config, D_MODEL, center, 1.7, cuda, Scratch(cuda), None, cuda_capture(cuda))
     batch = None
-    for step in range(8):
+    for step in range(12):
         batch = normalise_batch(raw_rows(step).to(cuda), center, 1.7, out=batch)
         plain.step(batch)
         recorded.step(batch)
-    assert recorded.recorded.replay is not None
+    assert recorded.recorded.is_trusted
     assert_same_state(plain, recorded)

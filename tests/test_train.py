@@ -6,6 +6,7 @@ import errno
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ from pipeline.base.errors import (
     StoreError,
     UsageError,
 )
+from pipeline.base.runtime import resolve_device, tf32
 from pipeline.sae.checkpoint import load_checkpoint, read_header
 from pipeline.store.reader import Store
 from support.stores import make_store
@@ -42,9 +44,10 @@ from train.feed.order import Order
 from train.feed.resident import Place, place_for
 from train.folder import Folder, Keep, member_name
 from train.log import scalars
-from train.parallel import current
+from train.parallel import Processes
 from train.plan import RunConfig, make_order
-from train.run import run
+from train.run import make_plan, run
+from train.step.member import Member
 from train.trainee import Outcome, Trainee
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -290,16 +293,85 @@ def test_rows_on_the_device_are_checked(tiny_store: Path, tmp_path: Path, monkey
 
 
 def test_device_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On every way to a training on CUDA its device is numbered and made the current one; without a number, by the rank."""
+    """Whatever is asked for, a device on CUDA is numbered and made the current one; without a number, by the rank."""
     made: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert [current(torch.device(name)) for name in ("cuda", "cuda:1", "cpu")] == [
-        torch.device("cuda:3"),
-        torch.device("cuda:1"),
-        torch.device("cpu"),
+    assert [str(resolve_device(name)) for name in ("cuda", "auto", "cuda:1", "cpu")] == [
+        "cuda:3",
+        "cuda:3",
+        "cuda:1",
+        "cpu",
     ]
-    assert made == [torch.device("cuda:3"), torch.device("cuda:1")]
+    assert list(map(str, made)) == ["cuda:3", "cuda:3", "cuda:1"]
+
+
+def test_products_may_be_tf32_on_cuda(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of a training on CUDA runs where float32 products may be TF32, and nothing does before, behind or on a CPU."""
+    seen, step = set[str](), Member.step
+
+    def noted(self: Member, batch: Any) -> None:
+        seen.add(torch.get_float32_matmul_precision())
+        step(self, batch)
+
+    monkeypatch.setattr(Member, "step", noted)
+    train(tiny_store, tmp_path / "cpu", small(steps=4))
+    assert seen == {"highest"}
+    monkeypatch.setattr("train.run.tf32", lambda device: tf32(torch.device("cuda")))
+    train(tiny_store, tmp_path / "cuda", small(steps=4))
+    assert seen == {"highest", "high"}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def group_of_two(monkeypatch: pytest.MonkeyPatch) -> tuple[Processes, Processes]:
+    """Two processes of a group in one: what the first, asked first, broadcasts comes to the second."""
+    group, sent = torch.distributed.ProcessGroup(0, 2), list[Tensor]()
+    first, second = (Processes(rank, 2, torch.device("cpu"), group) for rank in range(2))
+    told = Processes.told
+
+    def broadcast(tensor: Tensor, source: int, group: Any) -> None:
+        assert source == 0
+        if asked[0] is first:
+            sent.append(tensor.clone())
+        else:
+            tensor.copy_(sent.pop(0))
+
+    asked: list[Processes | None] = [None]
+
+    def noted(self: Processes, make: Any) -> Any:
+        asked[0] = self
+        return told(self, make)
+
+    monkeypatch.setattr(Processes, "told", noted)
+    monkeypatch.setattr(Processes, "least", lambda self, number: number)
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    return first, second
+
+
+def test_first_process_plans_for_all(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of processes that train together all follow the first one's plan, whatever memory they see themselves."""
+    first, second = group_of_two(monkeypatch)
+    job = RunConfig(tiny_store, tmp_path / "out", GRID, device="cpu")
+    store = Store.open(tiny_store)
+    monkeypatch.setattr("train.plan.free_memory", lambda device: 5_700_000)
+    tasks, passes = make_plan(job, store, GRID, first)
+    monkeypatch.setattr("train.plan.free_memory", lambda device: 10_000)  # not even one would fit
+    monkeypatch.setattr("train.feed.loader.available_memory", lambda: 0)  # a window would be its own order
+    assert make_plan(job, store, GRID, second) == (tasks, passes)
+    assert len(passes) > 1
+    assert {task.order["mode"] for task in tasks} == {"global"}
+
+
+def test_failed_plan_fails_in_all(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first process cannot plan, none waits for it."""
+    first, second = group_of_two(monkeypatch)
+    job, store = RunConfig(tiny_store, tmp_path / "out", GRID, device="cpu"), Store.open(tiny_store)
+    monkeypatch.setattr("train.plan.free_memory", lambda device: 10_000)
+    with pytest.raises(PipelineError, match="needs"):
+        make_plan(job, store, GRID, first)
+    with pytest.raises(PipelineError, match="the first process made no plan"):
+        make_plan(job, store, GRID, second)
 
 
 def test_unusable_store_is_refused(tmp_path: Path) -> None:
@@ -504,6 +576,63 @@ def test_retention_never_deletes_the_final(tiny_store: Path, tmp_path: Path) -> 
     assert sorted(path.name for path in outcome.folder.glob("checkpoints/*")) == [
         f"step_{step:06d}.safetensors" for step in (8, 16, 22, 23)
     ]
+
+
+def clocked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A clock on which every step takes a minute; the steps whose training state is written, as they are."""
+    minutes, written = [0], list[int]()
+    step, write_state = Member.step, Folder.write_state
+
+    def one_minute(self: Member, batch: Any) -> None:
+        step(self, batch)
+        minutes[0] += 1
+
+    def noted(self: Folder, state: Any, step: int, metrics_sha256: str) -> None:
+        written.append(step)
+        write_state(self, state, step, metrics_sha256)
+
+    monkeypatch.setattr(Member, "step", one_minute)
+    monkeypatch.setattr(Folder, "write_state", noted)
+    clock = types.SimpleNamespace(monotonic=lambda: 60.0 * minutes[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr("train.trainee.time", clock)
+    return written
+
+
+def test_states_are_written_by_the_clock(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --checkpoint-minutes the training state follows the clock, and SAEs their steps as ever."""
+    written = clocked(monkeypatch)
+    (outcome,) = train(tiny_store, tmp_path / "out", small(), keep="all", checkpoint_minutes=3)
+    assert written == [3, 6, 9, 12, 16, 19, 22, 23]  # at 15 there is a checkpoint: the state a step later
+    assert [int(path.stem[-6:]) for path in sorted(outcome.folder.glob("checkpoints/*"))] == [5, 10, 15, 20, 23]
+
+
+def test_run_goes_on_from_clocked_state(
+    tiny_store: Path, tmp_path: Path, alone: list[Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ends between two of them goes on from the first, behind the last checkpoint, with the same bits."""
+    with monkeypatch.context() as patch:
+        written = clocked(patch)
+        after_step = Trainee.after_step
+
+        def crash(self: Trainee, clock: Any) -> None:
+            after_step(self, clock)
+            if self.member.n_steps == 16:
+                self.writer.finish()
+                raise MemoryError
+
+        patch.setattr(Trainee, "after_step", crash)
+        with pytest.raises(MemoryError):
+            train(tiny_store, tmp_path / "out", GRID[2], checkpoint_minutes=7)
+        assert written == [7, 14]
+    (outcome,) = train(tiny_store, tmp_path / "out", GRID[2], checkpoint_minutes=1000)
+    assert_same(outcome, alone[2])
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, math.inf, math.nan])
+def test_impossible_minutes_are_refused(tmp_path: Path, minutes: float) -> None:
+    """A time that never comes, or always has, is refused."""
+    with pytest.raises(UsageError, match="--checkpoint-minutes"):
+        RunConfig(tmp_path, tmp_path, (small(),), checkpoint_minutes=minutes)
 
 
 def test_folder_name_follows_config_content() -> None:

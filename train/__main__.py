@@ -64,8 +64,14 @@ from train.trainee import Outcome
     "--keep",
     default="last:3,every:1000",
     show_default=True,
-    help="Checkpoints that stay: the last so many, those at multiples of so many steps, or all. The final one always. With "
-    ",state behind it a finished member's training state stays too, for --extend.",
+    help="Checkpoints that stay: the last so many, those at multiples of so many steps, or all. The final one always.",
+)
+@click.option("--keep-state", is_flag=True, help="A finished member's training state stays too, for --extend.")
+@click.option(
+    "--checkpoint-minutes",
+    type=click.FLOAT,
+    help="Write the training state, three times an SAE's bytes, from which a stopped run goes on, every so many minutes.  [with "
+    "every checkpoint of the SAE, --checkpoint-every steps]",
 )
 @click.option(
     "--extend",
@@ -112,6 +118,8 @@ def command(
     threads: int,
     device: str,
     keep: str,
+    keep_state: bool,
+    checkpoint_minutes: float | None,
     extend: bool,
     log: tuple[str, ...],
     data_parallel: bool,
@@ -144,6 +152,8 @@ def command(
         window_rows,
         threads,
         keep,
+        keep_state,
+        checkpoint_minutes,
         log,
         verify_first,
         data_parallel,

@@ -152,7 +152,9 @@ class TrainConfig:
         None, "leave out rows beyond this multiple of the median norm; none: as the store says; 0: keep all"
     )
     dtype: Dtype = option(
-        "auto", "of matrix products; auto is bf16 where the hardware multiplies it, weights are float32 always"
+        "auto",
+        "of matrix products; auto is bf16 where the hardware multiplies it, float32 is TF32 on CUDA, float64 exact; weights are "
+        "float32 at least",
     )
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     eval_every: int = option(

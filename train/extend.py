@@ -69,7 +69,7 @@ def differences(one: Folder, longer: Folder) -> Iterator[str]:
     """Why a training would not have come to this state had it been asked for more steps, reason by reason."""
     a, b = one.config, longer.config
     if not one.state_path.exists():
-        yield "its state was not kept; train it with --keep last:3,every:1000,state"
+        yield "its state was not kept; train it with --keep-state"
         return
     for name in FOLLOW_STEPS:
         if (there := getattr(a, name)) != (asked := getattr(b, name)):

@@ -6,7 +6,6 @@ command goes on from there to the same bytes.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import re
@@ -75,27 +74,19 @@ def member_name(config: TrainConfig) -> str:
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the `last` so many, those at multiples of `every` steps (0: none), and always the final one.
-
-    state: a finished member's training state stays too, so that it can be extended.
-    """
+    """Which checkpoints stay: the `last` so many, those at multiples of `every` steps (0: none), and always the final one."""
 
     last: int
     every: int
-    state: bool = False
 
     @staticmethod
     def parse(text: str) -> Keep:
-        """Read `last:3,every:1000`, either part alone, or `all`, and `,state` behind any. Raises UsageError."""
-        if text.endswith(",state"):
-            return dataclasses.replace(Keep.parse(text.removesuffix(",state")), state=True)
+        """Read `last:3,every:1000`, either part alone, or `all`. Raises UsageError."""
         if text == "all":
             return Keep(1, 1)
         parts = dict(re.findall(r"(last|every):(\d+)", text))
         if not parts or ",".join(f"{name}:{n}" for name, n in parts.items()) != text or not int(parts.get("last", 1)):
-            raise UsageError(
-                f"--keep {text}: write last:3,every:1000, or one of the two with last at least 1, or all; ,state behind"
-            )
+            raise UsageError(f"--keep {text}: write last:3,every:1000, or one of the two with last at least 1, or all")
         return Keep(int(parts.get("last", 1)), int(parts.get("every", 0)))
 
     def kept(self, steps: Iterable[int]) -> set[int]:
@@ -220,7 +211,7 @@ class Folder:
         for step in there.keys() - kept:
             there[step].unlink()
 
-    def finish(self, keep: Keep) -> None:
+    def finish(self, keep: Keep, keep_state: bool) -> None:
         """Name the final checkpoint in complete.json and drop the rolling state, unless it is to be kept."""
         self.retain(keep)  # again: a kill may have come between the last checkpoint and what it puts an end to
         final = self.checkpoint_path(self.config.steps)
@@ -231,7 +222,7 @@ class Folder:
             "metrics_sha256": hash_file(self.path / "metrics.jsonl"),
         }
         write_json(self.path / "complete.json", sealed(record))
-        if not keep.state:
+        if not keep_state:
             self.drop_state()
 
     def drop_state(self) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipeline.base.errors import UsageError
-from pipeline.base.runtime import local_rank, rank, world_size
+from pipeline.base.errors import PipelineError, UsageError
+from pipeline.base.runtime import rank, world_size
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,36 @@ class Processes:
         """Until all processes of the group are here."""
         if self.group is not None:
             self.any(False)
+
+    def told(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns in the first process of the group, JSON data, in all of them; alone, what it returns here.
+
+        Raises what `make` raises in the first process, and PipelineError in the others then.
+        """
+        if self.group is None:
+            return make()
+        if self.rank == 0:
+            try:
+                text = json.dumps(make()).encode()
+            except BaseException:
+                self._broadcast(b"")
+                raise
+            return json.loads(self._broadcast(text))
+        text = self._broadcast(b"")
+        if not text:
+            raise PipelineError("the first process made no plan of the training; its error says why")
+        return json.loads(text)
+
+    def _broadcast(self, text: bytes) -> bytes:
+        """The first process's bytes in all."""
+        n_bytes = torch.tensor(len(text), dtype=torch.int64, device=self.device)
+        dist.broadcast(n_bytes, 0, group=self.group)
+        found = torch.zeros(int(n_bytes), dtype=torch.uint8, device=self.device)
+        if self.rank == 0:
+            found.copy_(torch.tensor(list(text), dtype=torch.uint8))
+        if len(found):
+            dist.broadcast(found, 0, group=self.group)
+        return bytes(found.tolist())
 
     def least(self, number: int) -> int:
         """The smallest of the processes' numbers."""
@@ -72,20 +104,10 @@ def is_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def current(device: torch.device) -> torch.device:
-    """The device, by its number on CUDA, and made the current one there: streams, graphs and kernels go to the current one."""
-    if device.type != "cuda":
-        return device
-    numbered = torch.device("cuda", local_rank() if device.index is None else device.index)
-    torch.cuda.set_device(numbered)
-    return numbered
-
-
 @contextlib.contextmanager
 def join(data_parallel: bool, device: torch.device) -> Iterator[Processes]:
     """The processes of this torchrun; just this one outside of it. Raises UsageError when the environment names none."""
     require_launched(data_parallel)
-    device = current(device)
     if not data_parallel or world_size() == 1:
         yield Processes(rank(), world_size(), device, None)
         return

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,12 @@ class RunConfig:
 
     mode, window_rows: the order of rows (`order.py`); a member that is there goes on in its own unless another is asked
     for. threads: that gather rows. keep: which checkpoints stay (`Keep`). log: besides metrics.jsonl, which is always
-    written. data_parallel: all processes of torchrun train every member together, instead of sharing members out.
-    cuda_graphs: record steps and replay them, on CUDA; for small SAEs, whose kernels take longer to launch than to run.
-    extend: a new member begins with the state of a shorter one that is the same but for its steps (`extend.py`).
-    target: members are transcoders, from the rows of `store` to those of this one.
+    written. keep_state: a finished member's training state stays too, so that it can be extended. checkpoint_minutes: write
+    the training state every so many minutes, and not with every checkpoint of the SAE. data_parallel: all processes of
+    torchrun train every member together, instead of sharing members out. cuda_graphs: record steps and replay them, on
+    CUDA; for small SAEs, whose kernels take longer to launch than to run. extend: a new member begins with the state of a
+    shorter one that is the same but for its steps (`extend.py`). target: members are transcoders, from the rows of `store` to
+    those of this one.
     """
 
     store: Path
@@ -56,6 +59,8 @@ class RunConfig:
     window_rows: int | None = None
     threads: int = 2
     keep: str = "last:3,every:1000"
+    keep_state: bool = False
+    checkpoint_minutes: float | None = None
     log: tuple[str, ...] = ("jsonl",)
     verify_first: bool = False
     data_parallel: bool = False
@@ -74,6 +79,8 @@ class RunConfig:
             raise UsageError(f"--batch-size {odd[0]} does not divide evenly over {world_size()} processes")
         if self.target is None and any(config.skip for config in self.members):
             raise UsageError("--skip is of transcoders; give --target, the store of the rows that they are to make")
+        if self.checkpoint_minutes is not None and not 0 < self.checkpoint_minutes < math.inf:
+            raise UsageError(f"--checkpoint-minutes {self.checkpoint_minutes}: must be above 0")
         Keep.parse(self.keep)
 
 
@@ -115,12 +122,9 @@ def make_order(stores: Stores, task: Task) -> Order:
     return Order(kept, stores.train.chunk_rows, task.config.data_seed, task.order.get("window_rows"))
 
 
-def make_tasks(
-    job: RunConfig, stores: Stores, members: Sequence[TrainConfig], least: Callable[[int], int] = int
-) -> list[Task]:
-    """Where every member stands. `members` have their dtype resolved; `least` is the smallest of the numbers of all processes
-    that train a member together and have to agree on its order. Raises MismatchError for a folder of another config."""
-    new, target = new_order(job, stores.train.shape, least), stores.target_layout
+def make_tasks(job: RunConfig, stores: Stores, members: Sequence[TrainConfig]) -> list[Task]:
+    """Where every member stands. `members` have their dtype resolved. Raises MismatchError for a folder of another config."""
+    new, target = new_order(job, stores.train.shape), stores.target_layout
     return [make_task(job, Folder(job.out, config, stores.identity(config)), new, target) for config in members]
 
 
@@ -138,9 +142,25 @@ def planned_tasks(
     return tasks
 
 
-def new_order(job: RunConfig, rows: SplitLayout, least: Callable[[int], int] = int) -> dict[str, Any]:
-    """The order of rows of a member that is new (`order.py`); `least` as in `make_tasks`."""
-    mode = "global" if least(resolve_mode(job.mode, rows) == "global") else "window"
+def as_data(tasks: Sequence[Task], passes: Sequence[Sequence[Task]]) -> dict[str, Any]:
+    """What a process that plans for others tells them, as JSON data; without the configs, which all have."""
+    stand = [{"order": dict(task.order), "step": task.step, "finished": task.finished} for task in tasks]
+    return {"tasks": stand, "passes": [[tasks.index(task) for task in group] for group in passes]}
+
+
+def from_data(
+    job: RunConfig, stores: Stores, members: Sequence[TrainConfig], data: Mapping[str, Any]
+) -> tuple[list[Task], list[list[Task]]]:
+    """The tasks of these members, and the passes, that another process told."""
+    folders = [Folder(job.out, config, stores.identity(config)) for config in members]
+    stands = zip(folders, data["tasks"], strict=True)
+    tasks = [Task(folder, target=stores.target_layout, **stand) for folder, stand in stands]
+    return tasks, [[tasks[n] for n in group] for group in data["passes"]]
+
+
+def new_order(job: RunConfig, rows: SplitLayout) -> dict[str, Any]:
+    """The order of rows of a member that is new (`order.py`)."""
+    mode = resolve_mode(job.mode, rows)
     return {"mode": mode} | ({"window_rows": job.window_rows or WINDOW_ROWS} if mode == "window" else {})
 
 

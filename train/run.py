@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.base.files import human_bytes, require_free
 from pipeline.base.progress import Progress, say
-from pipeline.base.runtime import rank, resolve_device, resolve_dtype
+from pipeline.base.runtime import rank, resolve_device, resolve_dtype, tf32
 from train import plan
 from train.announce import announce, say_second_epoch, say_share
 from train.config import TrainConfig
@@ -53,15 +53,12 @@ def run(job: RunConfig) -> list[Outcome]:
     stores = Stores.open(job.store, job.target)
     with (
         join(job.data_parallel, resolve_device(job.device)) as processes,
+        tf32(processes.device),
         BodyCheck(*(store.train for store in stores.all)) as check,
         stop_on_signals() as stop,
     ):
         device, members = processes.device, own_members(job, processes)
-        if job.extend and processes.writes:
-            extend(job, stores, members)
-        processes.wait()
-        tasks = plan.make_tasks(job, stores, members, processes.least)
-        passes = plan.make_passes(stores.train.shape, tasks, device, processes.least(plan.free_memory(device)))
+        tasks, passes = make_plan(job, stores, members, processes)
         require_free(job.out, plan.disk_bytes(stores.train.shape, tasks, Keep.parse(job.keep)), "training")
         say_share(job, tasks, processes)
         if processes.writes:
@@ -69,11 +66,26 @@ def run(job: RunConfig) -> list[Outcome]:
         if job.verify_first and passes:
             say("checking every byte of the training shards")
             check.require()
-        keeps_state = Keep.parse(job.keep).state
-        outcomes = {task.folder.name: standing(task, processes, keeps_state) for task in tasks}
+        outcomes = {task.folder.name: standing(task, processes, job.keep_state) for task in tasks}
         for group in passes:
             outcomes |= Pass(job, stores, processes, group, check, stop).run()
     return list(outcomes.values())
+
+
+def make_plan(
+    job: RunConfig, stores: Stores, members: Sequence[TrainConfig], processes: Processes
+) -> tuple[list[Task], list[list[Task]]]:
+    """Where every member stands, and the passes over the store that are left; of processes that train together the first one
+    decides for all, by the least memory that one of them has."""
+    rows, free = stores.train.shape, processes.least(plan.free_memory(processes.device))
+
+    def first() -> Any:
+        if job.extend:
+            extend(job, stores, members)
+        tasks = plan.make_tasks(job, stores, members)
+        return plan.as_data(tasks, plan.make_passes(rows, tasks, processes.device, free))
+
+    return plan.from_data(job, stores, members, processes.told(first))
 
 
 def standing(task: Task, processes: Processes, keeps_state: bool) -> Outcome:
@@ -236,4 +248,4 @@ class Pass:
         say("stopping: writing the state of every member")
         for trainee in trainees:
             if not trainee.problem and trainee.member.n_steps > trainee.saved:
-                trainee.save(checkpoint=False)
+                trainee.save(sae=False)

@@ -62,7 +62,8 @@ class Trainee:
         self.held_out = held_out if writes else None
         self.problem = ""
         self.logged = task.step  # the last step that was logged
-        self.saved = task.step  # the last step whose state was handed to the writer
+        self.saved = task.step  # the last step whose state was handed to the writer, and when that was
+        self.saved_at = time.monotonic()
         self.metrics: dict[str, Any] = {}
         self.stack = contextlib.ExitStack()
         self.logs: list[Log] = []
@@ -119,9 +120,14 @@ class Trainee:
         last = step == config.steps
         if last or step % config.log_every == 0:
             self.log(clock)
+        minutes = self.job.checkpoint_minutes
         if last or step % config.checkpoint_every == 0:
             self.require_finite(self.member.is_finite())
-            self.save(checkpoint=True)
+            self.save(sae=True, state=minutes is None or last)
+        elif minutes is not None and self.writes and time.monotonic() - self.saved_at >= 60 * minutes:
+            self.saved_at = time.monotonic()
+            if self.member.is_finite():  # else it ends at its next line, in all processes at once
+                self.save(sae=False)
 
     def require_finite(self, finite: bool) -> None:
         """Raise DivergedError when a loss or gradient since the last logged step was not `finite`."""
@@ -150,25 +156,28 @@ class Trainee:
         for log in self.logs:
             log.write(self.metrics)
 
-    def save(self, checkpoint: bool) -> None:
-        """Snapshot the member and have it written in the background: checkpoint first, then state, then retention."""
+    def save(self, *, sae: bool, state: bool = True) -> None:
+        """Snapshot the member and have it written in the background: a checkpoint of the SAE first, then the training state,
+        those asked for, then retention."""
         step, folder = self.member.n_steps, self.folder
-        self.saved = step
+        if state:
+            self.saved, self.saved_at = step, time.monotonic()
         if not self.writes:
             return
-        metrics_sha256 = hash_file(folder.path / "metrics.jsonl")
-        snapshot = Snapshot(self.member.state())
-        make_sae, provenance = (self.member.sae_of_state(), self.provenance()) if checkpoint else (None, {})
+        metrics_sha256 = hash_file(folder.path / "metrics.jsonl") if state else ""
+        snapshot = Snapshot(self.member.state() if state else self.member.weights)
+        make_sae, provenance = (self.member.sae_of_state(), self.provenance()) if sae else (None, {})
 
         def write() -> None:
-            state = snapshot.tensors()
+            tensors = snapshot.tensors()
             with disk_errors(folder.path):
                 if make_sae is not None:
-                    folder.write_checkpoint(make_sae(state), step, provenance)
-                folder.write_state(state, step, metrics_sha256)
+                    folder.write_checkpoint(make_sae(tensors), step, provenance)
+                if state:
+                    folder.write_state(tensors, step, metrics_sha256)
                 folder.retain(self.keep)
 
-        sae_bytes = sum(4 * weight.numel() for weight in self.member.weights.values()) if checkpoint else 0
+        sae_bytes = sum(4 * weight.numel() for weight in self.member.weights.values()) if sae else 0
         self.writer.submit(write, snapshot.n_bytes + sae_bytes)
 
     def provenance(self) -> dict[str, Any]:
@@ -189,7 +198,7 @@ class Trainee:
         """The end: a finished member's final checkpoint is named on disk."""
         final = self.folder.checkpoint_path(self.task.config.steps) if not self.problem else None
         if final is not None and self.writes:
-            self.folder.finish(self.keep)
+            self.folder.finish(self.keep, self.job.keep_state)
         return Outcome(self.folder.path, self.member.n_steps, final, self.problem)
 
 

@@ -23,6 +23,7 @@ from evaluate.scores.sample import WEIGHTINGS, Batch, Survey
 from evaluate.scores.structure import Hierarchy, meta_dictionary
 from evaluate.scores.truth import Truth, TruthScore
 from pipeline.base.errors import CheckpointError, PipelineError, UsageError
+from pipeline.base.runtime import tf32
 
 if TYPE_CHECKING:
     from pipeline.model.split_lm import SplitLM
@@ -111,7 +112,8 @@ class Scorer:
     def update(self, lm: SplitLM | None, shared: Batched, chunk: int) -> None:
         """Add a batch."""
         batch = shared.batch
-        z = self.sae.encode(batch.encoded)
+        with tf32(batch.x.device):
+            z = self.sae.encode(batch.encoded)
         self.firing.update(z, batch)
         for level, x_hat in enumerate(self.sae.decode_levels(z, batch.encoded)):
             if level not in self.levels:

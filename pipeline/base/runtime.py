@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -20,9 +21,10 @@ DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA when there is one, else the CPU. Raises UsageError for a device that is not there."""
+    """`auto` is CUDA when there is one, else the CPU; on CUDA with its number, and made the current device. Raises UsageError
+    for a device that is not there."""
     if name == "auto":
-        return torch.device(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
+        return current(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -33,7 +35,32 @@ def resolve_device(name: str) -> torch.device:
         )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: no CUDA device is visible here; use --device cpu or auto")
-    return device
+    return current(device)
+
+
+def current(device: torch.device) -> torch.device:
+    """The device, by its number on CUDA (without one: this process's on its node), and made the current one there: streams,
+    graphs and kernels go to the current one."""
+    if device.type != "cuda":
+        return device
+    numbered = torch.device("cuda", local_rank() if device.index is None else device.index)
+    torch.cuda.set_device(numbered)
+    return numbered
+
+
+@contextlib.contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """On CUDA, float32 products within the block may round what they multiply to TF32's 10 bits (torch's own default is that
+    they may not); on a CPU nothing changes."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @cache

@@ -190,6 +190,10 @@ class FusedMember(Member):
     def _wide(self, name: str, *shape: int) -> Tensor:
         return self.scratch.take(name, shape, torch.float32)
 
+    def _changed(self) -> dict[str, Tensor]:
+        bins = {f"bins{n}": bins for n, bins in enumerate(self.bins)}
+        return super()._changed() | bins | {"search": self.search}
+
     def _step(self, batch: Batch) -> None:
         step = FusedStep(self, batch)
         step.forward()
@@ -499,10 +503,12 @@ class FusedStep:
         dz = member._take("dz", self.n_rows, self.width)
         for block, gradient in zip(self.terms.blocks, self.decoded):
             torch.mm(self.z[:, block].T, gradient, out=self.w_dec[block])
-            torch.mm(gradient, low["W_dec"][block].T, out=dz[:, block])
         self._auxiliary_backward()
+        member.reducer.add_whole(self.w_dec)
+        for block, gradient in zip(self.terms.blocks, self.decoded):
+            torch.mm(gradient, low["W_dec"][block].T, out=dz[:, block])
         self._latents_backward(dz)
-        torch.mm(self.x_low.T, dz, out=self.w_enc)
+        member.reducer.product(self.x_low.T, dz, out=self.w_enc)
         self._b_dec()
 
     def _auxiliary_backward(self) -> None:
@@ -622,9 +628,9 @@ class FusedStep:
         """Sums over processes, the optimiser, counters."""
         member = self.member
         now = self._collect()
-        if member.group is not None:
-            for tensor in (self.gradients, self.vectors, now.flat):
-                dist.all_reduce(tensor, group=member.group)
+        member.reducer.add(self.vectors)
+        member.reducer.add(now.flat)
+        member.reducer.wait()
         self._optimise()
         self._account(now)
 

@@ -30,6 +30,7 @@ from train.step import objectives, schedules
 from train.step.graphs import Capture, Recorded
 from train.step.latents import Fired, Latents, Penalty, PoolGradient
 from train.step.optim import Adam
+from train.step.reduce import Reducer
 from train.step.sample import Sample
 from train.step.schedules import Controller, Schedule
 from train.step.scratch import Scratch
@@ -139,7 +140,8 @@ class Member:
         self.weights = {name: weight.to(device, self.wide) for name, weight in drawn.items()}
         self.adam = Adam(self.weights, self.dtype, config)
         self.schedule = Schedule(config, device)
-        self.recorded = Recorded(capture)
+        self.recorded = Recorded(capture, self._changed)
+        self.reducer = Reducer(group)
         self.latents = Latents(config, self.shape, self.weights, scratch, self.dtype, group)
         self.penalty = objectives.penalty_weights(config, self.shape.n_shared).to(device, self.wide)
         self.rows_since_fired = torch.zeros(config.width, dtype=torch.int64, device=device)
@@ -267,13 +269,17 @@ class Member:
         z, low, config = self.latents.z, self.adam.low, self.config
         w_dec = self._take("W_dec", config.width, self.shape.d_made)
         dz = self._take("dz", len(z), config.width)
-        for block, gradient in zip(forward.terms.blocks, forward.decoded.gradients):
+        parts = list(zip(forward.terms.blocks, forward.decoded.gradients))
+        for block, gradient in parts:
             torch.mm(z[:, block].T, gradient, out=w_dec[block])
-            torch.mm(gradient, low["W_dec"][block].T, out=dz[:, block])
         aux, auxiliary = self._auxiliary(forward, w_dec)
+        self.reducer.add_whole(w_dec)
+        for block, gradient in parts:
+            torch.mm(gradient, low["W_dec"][block].T, out=dz[:, block])
         penalty = Penalty(config.penalty, self.penalty * (forward.factor / forward.n_rows).to(self.wide))
         gradients = self.latents.backward(dz, penalty, auxiliary)
-        w_enc = torch.mm(forward.x_low.T, dz, out=self._take("W_enc", self.shape.d_model, config.width))
+        w_enc = self._take("W_enc", self.shape.d_model, config.width)
+        self.reducer.product(forward.x_low.T, dz, out=w_enc)
         b_dec = forward.decoded.b_dec
         if self.target is None:
             b_dec = b_dec - self.weights["W_enc"] @ gradients["b_enc"]
@@ -291,12 +297,13 @@ class Member:
         )
 
     def _add_processes(self, gradients: dict[str, Tensor], sums: Sums) -> None:
-        """Losses were divided by the rows of all processes, so gradients add up to those of the global batch."""
-        if self.group is None:
-            return
-        for gradient in gradients.values():
-            dist.all_reduce(gradient, group=self.group)
-        dist.all_reduce(sums.flat, group=self.group)
+        """Losses were divided by the rows of all processes, so gradients add up to those of the global batch. Those of the
+        matrices are on their way already."""
+        for name, gradient in gradients.items():
+            if name not in ("W_enc", "W_dec"):
+                self.reducer.add(gradient)
+        self.reducer.add(sums.flat)
+        self.reducer.wait()
 
     def _account(self, forward: Forward, sums: Sums, norm: Tensor) -> None:
         """Counters, running estimates and the sums that `metrics` reports."""
@@ -403,6 +410,10 @@ class Member:
             position |= {"n_shared": torch.tensor(self.shape.n_shared), "explained": self.explained}
         return self.adam.state() | estimates | counters | position
 
+    def _changed(self) -> dict[str, Tensor]:
+        """All tensors that a step changes and a later one reads."""
+        return self.state() | {f"low.{name}": low for name, low in self.adam.low.items()}
+
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from `state()` of a member of the same config. Raises CheckpointError when names or shapes differ."""
         own = self.state()
@@ -434,7 +445,8 @@ class Member:
         return self.sae_of_state()(self.weights)
 
     def sae_of_state(self) -> Callable[[Mapping[str, Tensor]], NestedSAE]:
-        """What makes the SAE as it stands from a copy of `state()` of this moment, at any time and in any thread (syncs now)."""
+        """What makes the SAE as it stands from a copy of `state()`, or of the weights alone, of this moment, at any time and
+        in any thread (syncs now)."""
         self._calibrate()
         shape, names = self.shape, tuple(self.weights)
         tensors = {"center": self.center, "scale": torch.tensor(self.scale)}
