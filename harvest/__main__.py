@@ -123,7 +123,11 @@ class Names(click.ParamType[tuple[str, ...]]):
     help="What is stored. auto: what --dtype says, and bf16 without it.",
 )
 @click.option("--device", default=DEFAULTS["device"], help="auto, cpu, cuda or cuda:N.")
-@click.option("--batch-size", type=int, help="Sequences of a forward pass. [default: for the device; recorded]")
+@click.option(
+    "--batch-size",
+    type=int,
+    help="Sequences of a forward pass. [default: for the device, halved on a GPU until it fits; recorded]",
+)
 @click.option("--seed", type=int, default=DEFAULTS["seed"], help="Order of documents, then of sequences.")
 @click.option(
     "--bos",

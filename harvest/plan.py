@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,7 +61,8 @@ class Corpora:
 @dataclass(frozen=True)
 class Plan:
     """A harvest with nothing left open. `stores`: point → path; `configs`: point → the config its store records;
-    `segments`: cumulative training sequences, this harvest's last; `is_new`: no store of it is there yet."""
+    `segments`: cumulative training sequences, this harvest's last; `is_new`: no store of it is there yet;
+    `asked_batch_size`: that of the config was asked for."""
 
     config: HarvestConfig
     info: ModelInfo
@@ -74,6 +76,12 @@ class Plan:
     stores: Mapping[Point, str]
     configs: Mapping[Point, dict[str, Any]]
     is_new: bool
+    asked_batch_size: bool
+
+    def with_batch_size(self, batch_size: int) -> Plan:
+        """The same with batches of so many sequences, as the stores will record."""
+        configs = {point: config | {"batch_size": batch_size} for point, config in self.configs.items()}
+        return dataclasses.replace(self, config=self.config.replace(batch_size=batch_size), configs=configs)
 
     @property
     def reader(self) -> Reader:
@@ -98,6 +106,7 @@ def make_plan(config: HarvestConfig, *, repair: bool = False) -> Plan:
     tokenizer = load_tokenizer(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     recorded = recorded_store(stores, repair)
     held: dict[str, Any] = recorded.config if recorded else {}
+    asked_batch_size = bool(config.batch_size)
     config, device = settle(config, held)
     packing = make_packing(config, tokenizer)
     shared = shared_config(config, info, device, packing, special_ids(tokenizer, packing.bos, packing.separator), held)
@@ -118,6 +127,7 @@ def make_plan(config: HarvestConfig, *, repair: bool = False) -> Plan:
         stores=stores,
         configs={point: shared | point.recorded for point in stores},
         is_new=recorded is None,
+        asked_batch_size=asked_batch_size,
     )
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from harvest import announce
 from harvest.config import HarvestConfig
-from harvest.forward import harvest_shards, pending_shards
+from harvest.forward import fitting_batch, harvest_shards, pending_shards
 from harvest.plan import Plan, make_plan
 from harvest.splits import Splits, make_tokens, stored_tokens
 from pipeline.base.errors import MismatchError
 from pipeline.base.progress import Progress, say, silenced
-from pipeline.base.runtime import maker, rank, versions, world_size
+from pipeline.base.runtime import DTYPES, maker, rank, versions, world_size
 from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM
 from pipeline.model.trial import try_model
@@ -41,12 +41,16 @@ def run(config: HarvestConfig, *, repair: bool = False, quiet: bool = False) -> 
         if rank() == 0:
             say(announce.describe(plan))
         with locked(plan.stores.values()) if rank() == 0 else contextlib.nullcontext():
+            lm: SplitLM | None = None
             if rank() == 0:
                 require_space(plan.config.store, plan.stores.values(), plan.estimate)
                 try_cuts(plan)
+                if finds_batch_size(plan):
+                    lm = load_prefix(plan, list(plan.stores))
+                    plan = plan.with_batch_size(found_batch_size(plan, lm))
                 prepare_stores(plan, makers, repair)
             barrier()
-            make_shards(plan)
+            make_shards(plan, lm)
             barrier()
             if rank() == 0:
                 finish_stores(plan)
@@ -98,6 +102,21 @@ def try_cuts(plan: Plan) -> None:
         say("note     the model does not fit here whole: that it can be scored from there was not tried")
 
 
+def finds_batch_size(plan: Plan) -> bool:
+    """Whether the size of a batch is found by trying: on a GPU, for a new store, where none was asked for."""
+    return plan.is_new and not plan.asked_batch_size and plan.device.type == "cuda"
+
+
+def found_batch_size(plan: Plan, lm: SplitLM) -> int:
+    """Sequences of a batch that fit, the planned number at most."""
+    c = plan.config
+    assert c.batch_size is not None, "settled by the plan"
+    found = fitting_batch(lm, c.context, c.batch_size, DTYPES[c.store_dtype])
+    if found < c.batch_size:
+        say(f"batch    {found} sequences, as {c.batch_size} do not fit into the memory of {plan.device}")
+    return found
+
+
 def prepare_stores(plan: Plan, makers: Sequence[Maker], repair: bool) -> None:
     """Make every layer's store ready for its shards; tokenises only when a store needs it."""
     made: Splits | None = None
@@ -119,30 +138,37 @@ def tokens_for(plan: Plan, path: str, repair: bool) -> Splits:
     return held if held is not None else make_tokens(plan)
 
 
-def make_shards(plan: Plan) -> None:
-    """Make this process's shards. Layers after the last one that still needs a shard are not loaded."""
+def make_shards(plan: Plan, lm: SplitLM | None = None) -> None:
+    """Make this process's shards in batches of the size on record. Layers after the last one that still needs a shard are not
+    loaded; `lm`: a prefix of all layers that is loaded already."""
     writers = {point: StoreWriter.open(path) for point, path in plan.stores.items()}
     require_same_tokens(writers)
     shards = pending_shards(writers, rank(), world_size())
     if not shards:
         return
+    lm = lm or load_prefix(plan, sorted({point for shard in shards for point in shard.points}))
+    batch_size = int(next(iter(writers.values())).store.config["batch_size"])
+    n_rows = sum(shard.n_rows for shard in shards)
+    label = "harvest" if world_size() == 1 else f"harvest, worker {rank()}"
+    with Progress(n_rows, label, "row") as bar:
+        harvest_shards(lm, writers, shards, batch_size, bar)
+
+
+def load_prefix(plan: Plan, points: Sequence[Point]) -> SplitLM:
+    """The model up to the last of the points, compiled where that was asked for."""
     c = plan.config
-    assert c.batch_size is not None, "settled by the plan"
     lm = SplitLM.load(
         str(plan.info.folder),
         dtype=c.dtype,
         device=plan.device,
         part="prefix",
-        layers=sorted({point for shard in shards for point in shard.points}),
+        layers=points,
         attention=c.attention,
         trust_remote_code=c.trust_remote_code,
     )
     if c.compile:
         lm.compile()
-    n_rows = sum(shard.n_rows for shard in shards)
-    label = "harvest" if world_size() == 1 else f"harvest, worker {rank()}"
-    with Progress(n_rows, label, "row") as bar:
-        harvest_shards(lm, writers, shards, c.batch_size, bar)
+    return lm
 
 
 def require_same_tokens(writers: Mapping[Point, StoreWriter]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -24,14 +25,17 @@ import harvest.run
 import harvest.truth.run
 from harvest.__main__ import command
 from harvest.config import HarvestConfig
+from harvest.forward import Block, HostCopies, Sequences, Shard
 from harvest.plan import settle
 from harvest.run import dry_run, run
 from harvest.truth.run import TruthConfig, run_truth
 from pipeline.base import runtime
 from pipeline.base.errors import CorpusError, DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
 from pipeline.base.files import lock_folder
+from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.store.makers import record_makers
+from pipeline.store.moments import Measured, measure_rows
 from pipeline.store.reader import Store, describe_store
 from pipeline.store.root import write_root
 from pipeline.store.writer import ShardWriter, StoreWriter
@@ -565,11 +569,11 @@ def test_writer_error_leaves_nothing_half(
     """An error of the writing thread ends the harvest and leaves nothing half."""
     original, calls = ShardWriter.write, []
 
-    def full(writer: ShardWriter, rows: torch.Tensor) -> None:
+    def full(writer: ShardWriter, rows: torch.Tensor, measured: Measured | None) -> None:
         calls.append(1)
         if len(calls) == 8:
             raise OSError(28, "No space left on device")
-        original(writer, rows)
+        original(writer, rows, measured)
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "write", full)
@@ -578,6 +582,86 @@ def test_writer_error_leaves_nothing_half(
     assert not list(Path(config.store).rglob("*.partial"))
     run(config, quiet=True)
     assert store_bytes(Path(config.store)) == store_bytes(Path(finished.store))
+
+
+def test_one_stores_error_ends_all(config: HarvestConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the thread of one store of several ends the harvest, and leaves nothing half of any."""
+    original = ShardWriter.write
+
+    def full(writer: ShardWriter, rows: torch.Tensor, measured: Measured | None) -> None:
+        if "layer_0" in str(writer.stream.file.name) and writer.n_written:
+            raise OSError(28, "No space left on device")
+        original(writer, rows, measured)
+
+    monkeypatch.setattr(ShardWriter, "write", full)
+    with pytest.raises(DiskError, match="the disk is full"):
+        run(config.replace(layers=(0, 1), store=str(tmp_path / "two")), quiet=True)
+    assert not list(tmp_path.rglob("*.partial"))
+    assert threading.active_count() == 1
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are measured where they are computed, and not by the thread that writes them."""
+    original = HostCopies.to_host
+
+    def to_host(self: HostCopies, shard: Shard, residuals: Any, sequences: Sequences) -> dict[Point, Block]:
+        blocks = original(self, shard, residuals, sequences)
+        return {
+            point: dataclasses.replace(block, measured=measure_rows(block.rows, sequences.special))
+            for point, block in blocks.items()
+        }
+
+    monkeypatch.setattr(HostCopies, "to_host", to_host)
+
+
+def test_device_sums_are_the_writers(
+    config: HarvestConfig, finished: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms that a device takes are those of the thread that writes, bit for bit, and so are all files but the sums, which
+    are added in another order."""
+    as_on_a_gpu(monkeypatch)
+    run(config, quiet=True)
+    found, expected = Store.open(config.store), Store.open(finished.store)
+    for mine, theirs in zip(found.splits, expected.splits):
+        assert (mine.norm == theirs.norm).all()
+        assert mine.moments == pytest.approx(theirs.moments, rel=1e-12, abs=1e-12)
+        assert torch.equal(mine.read(0, mine.n_rows), theirs.read(0, theirs.n_rows))
+    assert found.statistics.scale == pytest.approx(expected.statistics.scale, rel=1e-12)
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """As on a GPU whose memory holds so many sequences of a forward pass."""
+    original = SplitLM.prefix
+
+    def prefix(lm: SplitLM, tokens: torch.Tensor) -> Any:
+        if len(tokens) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(lm, tokens)
+
+    monkeypatch.setattr(SplitLM, "prefix", prefix)
+    monkeypatch.setattr(harvest.run, "try_cuts", lambda plan: None)
+    monkeypatch.setattr(harvest.run, "finds_batch_size", lambda plan: plan.is_new and not plan.asked_batch_size)
+
+
+def test_batch_size_is_halved_and_recorded(
+    config: HarvestConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a batch size the largest that fits is found before the store is begun, and is what the store records."""
+    short_of_memory(monkeypatch, 5)
+    run(config.replace(batch_size=None))
+    assert Store.open(config.store).config["batch_size"] == 4
+    assert "4 sequences, as 16 do not fit" in capsys.readouterr().err
+    asked = config.replace(batch_size=4, store=str(tmp_path / "asked.zarr"))
+    run(asked, quiet=True)
+    assert store_bytes(Path(config.store)) == store_bytes(Path(asked.store))
+
+
+def test_too_little_memory_is_said(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where not even one sequence fits, that is the error, and no store is begun."""
+    short_of_memory(monkeypatch, 0)
+    with pytest.raises(ModelError, match="not even one sequence of 16 tokens"):
+        run(config.replace(batch_size=None), quiet=True)
+    assert not Path(config.store).exists()
 
 
 def test_ctrl_c_resumes_cleanly(

@@ -1,6 +1,7 @@
 """What goes into a store comes out, bit for bit; anybody's Zarr reads it; statistics are those of the rows."""
 
 import json
+import math
 import shutil
 import tracemalloc
 import warnings
@@ -19,7 +20,7 @@ from harvest.tokens import scratch_array
 from pipeline.base.errors import DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
 from pipeline.model.specials import mark_special
 from pipeline.store.layout import Layout, estimate_bytes
-from pipeline.store.moments import median_of, norms_and_moments
+from pipeline.store.moments import measure_rows, median_of, norms_and_moments
 from pipeline.store.prepare import SplitTokens, prepare, resume, segments
 from pipeline.store.reader import Store, describe_store
 from pipeline.store.split import Split, to_numpy
@@ -190,6 +191,35 @@ def test_moments_leave_out_special_rows() -> None:
     norm, moments = norms_and_moments(rows, np.array([False, True, False]))
     assert norm == pytest.approx([5**0.5, 20000**0.5, 10**0.5])
     assert moments.tolist() == [2, 15, 4, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_device_measures_rows_exactly(dtype: torch.dtype) -> None:
+    """An accelerator's float64 sums: norms are the exact ones rounded to float32, as the writer's are, moments within 1e-14."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5000, 33, generator=generator) * torch.logspace(-3, 4, 5000)[:, None]
+    rows, special = rows.to(dtype), torch.rand(5000, generator=generator) < 0.1
+    rows[7], special[7] = torch.inf, True
+    measured = measure_rows(rows, special)
+    norm, moments = norms_and_moments(to_numpy(rows), special.numpy())
+    assert torch.equal(measured.norm, torch.from_numpy(norm))
+    assert measured.moments.numpy() == pytest.approx(moments, rel=1e-12)
+    kept = rows[~special].double()
+    exact = [math.fsum(column) for column in kept.T.tolist()]
+    scale = kept.abs().sum(0)
+    assert ((measured.moments[2:] - torch.tensor(exact, dtype=torch.float64)).abs() <= 1e-14 * scale).all()
+    for row in range(0, 5000, 501):
+        exact_norm = math.sqrt(math.fsum(value * value for value in rows[row].double().tolist()))
+        assert float(measured.norm[row]) == float(np.float32(exact_norm))
+
+
+def test_partly_measured_shard_is_refused(tmp_path: Path) -> None:
+    """A shard whose rows are measured in part only is refused."""
+    writer = prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5)
+    rows = torch.zeros(4, 6)
+    with pytest.raises(UsageError, match="with some rows"), writer.shard("train", 0) as shard:
+        shard.write(rows.to(writer.layout.torch_dtype))
+        shard.write(rows.to(writer.layout.torch_dtype), measure_rows(rows, torch.zeros(4, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize("multiple", [None, 3.0, 1.1])

@@ -316,10 +316,10 @@ def test_products_may_be_tf32_on_cuda(tiny_store: Path, tmp_path: Path, monkeypa
         step(self, batch)
 
     monkeypatch.setattr(Member, "step", noted)
-    train(tiny_store, tmp_path / "cpu", small(steps=4))
+    train(tiny_store, tmp_path / "cpu", small(steps=8))
     assert seen == {"highest"}
     monkeypatch.setattr("train.run.tf32", lambda device: tf32(torch.device("cuda")))
-    train(tiny_store, tmp_path / "cuda", small(steps=4))
+    train(tiny_store, tmp_path / "cuda", small(steps=8))
     assert seen == {"highest", "high"}
     assert torch.get_float32_matmul_precision() == "highest"
 

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
 
 from pipeline.base.errors import StoreError
 
@@ -73,6 +76,33 @@ def norms_and_moments(
         total += np.add.reduce(x, axis=0)
     moments = np.concatenate([[np.count_nonzero(~special), squares[~special].sum()], total])
     return np.sqrt(squares).astype(np.float32), moments
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of some rows, where they lie: float32 [row] norms, float64 [2 + d_model] moments of those that are not special."""
+
+    norm: Tensor
+    moments: Tensor
+
+
+MEASURED_BLOCK = 4096
+"""Rows that an accelerator converts to float64 at a time."""
+
+
+def measure_rows(rows: Shaped[Tensor, "row d_model"], special: Bool[Tensor, " row"]) -> Measured:
+    """What `norms_and_moments` says, by the device that holds the rows (bf16 or float32), in float64: nothing is fetched.
+
+    The order of the sums is the device's and is a function of the shape: equal batches of rows have equal moments.
+    """
+    squares, total = [], torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for block, is_special in zip(*(torch.split(part, MEASURED_BLOCK) for part in (rows, special))):
+        x = block.double()
+        squares.append(x.square().sum(1))
+        total += x.masked_fill_(is_special[:, None], 0.0).sum(0)
+    square = torch.cat(squares)
+    usable = torch.stack([(~special).sum().double(), square.masked_fill(special, 0.0).sum()])
+    return Measured(square.sqrt().float(), torch.cat([usable, total]))
 
 
 def not_massive(norm: npt.NDArray[np.float32], multiple: float, median: float) -> npt.NDArray[np.bool_]:

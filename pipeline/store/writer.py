@@ -27,7 +27,7 @@ from pipeline.base.errors import DamagedError, ModelError, StoreError, UsageErro
 from pipeline.base.files import PARTIAL
 from pipeline.store.backend import Files
 from pipeline.store.layout import COMMITTED, pad_rows
-from pipeline.store.moments import MASSIVE_MULTIPLE, merge, norms_and_moments
+from pipeline.store.moments import MASSIVE_MULTIPLE, Measured, merge, norms_and_moments
 from pipeline.store.reader import Store, measure
 from pipeline.store.root import write_root
 from pipeline.store.shards import ShardStream, digest, with_crc
@@ -129,14 +129,16 @@ class ShardWriter:
         self.padding = split.arrays["resid"].padding
         self.special = ~split.shard_usable(k)
         self.norm = np.empty(self.n_rows, np.float32)
+        self.is_measured: bool | None = None  # whether norms and moments come with the rows; None before the first
         self.moments: list[npt.NDArray[np.float64]] = []
         self.held = np.empty((layout.chunk_rows, layout.d_model), split.arrays["resid"].numpy_dtype)
         self.n_held = 0
 
-    def write(self, rows: Shaped[Tensor, "row d_model"]) -> None:
+    def write(self, rows: Shaped[Tensor, "row d_model"], measured: Measured | None = None) -> None:
         """Append rows, CPU, contiguous, the store's dtype, in order; blocks may be of any size.
 
-        Whole chunks are written from the caller's memory; only what does not fill one is copied. Raises UsageError for
+        Whole chunks are written from the caller's memory; only what does not fill one is copied. measured: norms and moments
+        of these rows, on the CPU, for all blocks of a shard or for none, whose are then taken here. Raises UsageError for
         rows of another kind or too many of them, ModelError for one that is not finite.
         """
         layout = self.layout
@@ -146,6 +148,11 @@ class ShardWriter:
             )
         if self.n_written + self.n_held + len(rows) > self.n_rows:
             raise UsageError(f"{self.name}: a shard of {self.n_rows} rows, more were written")
+        if self.is_measured not in (None, measured is not None):
+            raise UsageError(f"{self.name}: norms came with some rows of a shard and not with others")
+        self.is_measured = measured is not None
+        if measured is not None:
+            self._note(self.n_written + self.n_held, measured.norm.numpy(), measured.moments.numpy())
         left = to_numpy(rows.contiguous())
         while len(left):
             room = layout.chunk_rows - self.n_held
@@ -163,16 +170,20 @@ class ShardWriter:
         self._append(self.held[:n])
 
     def _append(self, rows: npt.NDArray[Any]) -> None:
-        """One chunk: its norms and moments, then its bytes; a ragged one is padded."""
-        span = slice(self.n_written, self.n_written + len(rows))
-        norm, moments = norms_and_moments(rows, self.special[span])
-        if not (finite := np.isfinite(norm)).all():
-            row = self.first_row + self.n_written + int(np.argmin(finite))
-            raise ModelError(f"{self.name}: the model's residual at row {row} is not finite; try --dtype float32")
-        self.norm[span] = norm
-        self.moments.append(moments)
+        """One chunk: its norms and moments, unless they are there, then its bytes; a ragged one is padded."""
+        if not self.is_measured:
+            special = self.special[self.n_written : self.n_written + len(rows)]
+            self._note(self.n_written, *norms_and_moments(rows, special))
         self.stream.append(pad_rows(rows, self.layout.chunk_rows, self.padding))
         self.n_written += len(rows)
+
+    def _note(self, first: int, norm: npt.NDArray[np.float32], moments: npt.NDArray[np.float64]) -> None:
+        """Keep norms and moments of rows from the shard's row `first` on. Raises ModelError for one that is not finite."""
+        if not (finite := np.isfinite(norm)).all():
+            row = self.first_row + first + int(np.argmin(finite))
+            raise ModelError(f"{self.name}: the model's residual at row {row} is not finite; try --dtype float32")
+        self.norm[first : first + len(norm)] = norm
+        self.moments.append(moments)
 
     def end(self) -> int:
         """Write what is held and the index; returns the digest of the file. Raises UsageError when rows are missing."""

@@ -5,12 +5,15 @@
 Bare: the truncated Hugging Face model over the same token ids in batches of the same size, nothing kept. Harvest: the
 whole command from text to a finished store, less the loading of the model, which both do alike and which a real run
 pays once. The last column is the memory that harvest takes at its peak beyond the bare loop's, in shards.
+
+    python tests/bench/bench_harvest.py --rounds 0 --writer-rows 120k --folder /dev/shm      # what writing alone takes
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -28,12 +31,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import harvest.plan
 import harvest.run
 from harvest.config import HarvestConfig
+from harvest.forward import Block, ShardThreads, pending_shards
 from pipeline.base.cli import COUNT
 from pipeline.base.runtime import resolve_device, resolve_dtype
 from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM
+from pipeline.store.moments import measure_rows
 from pipeline.store.reader import Store
 from support import tiny_models
+from support.stores import prepare_store, store_config
 
 
 @contextlib.contextmanager
@@ -86,6 +92,35 @@ def harvest_rows_per_s(config: HarvestConfig, lm: SplitLM) -> float:
     return (store.train.n_rows + store.eval.n_rows) / seconds
 
 
+def writer_figures(d_model: int, n_stores: int, n_rows: int, place: Path) -> dict[str, float]:
+    """Rows of made-up blocks, measured as a GPU does it, into so many stores at once, a thread each: rows of all stores a second
+    of the clock, and seconds of processor a million rows, this program's own and the kernel's (which writes to the disk)."""
+    context, batch = 128, 64
+    rows = torch.randn(batch * context, d_model, generator=torch.Generator().manual_seed(0)).bfloat16()
+    config = store_config(d_model=d_model, context=context, shard_rows=512 * context, chunk_rows=8 * context)
+    writers = {
+        Point(layer): prepare_store(place / f"writer{layer}.zarr", config, n_rows // context, batch)
+        for layer in range(n_stores)
+    }
+    measured = measure_rows(rows, torch.zeros(len(rows), dtype=torch.bool))
+    start, before = time.perf_counter(), os.times()
+    with ShardThreads(writers) as threads:
+        for shard in pending_shards(writers, 0, 1):
+            left = shard.n_rows
+            while left:
+                n = min(left, len(rows))
+                left -= n
+                some = measured if n == len(rows) else measure_rows(rows[:n], torch.zeros(n, dtype=torch.bool))
+                threads.put({point: Block(shard, rows[:n], some, left == 0) for point in writers})
+    seconds, after = time.perf_counter() - start, os.times()
+    n_all = n_stores * sum(split.n_rows for split in next(iter(writers.values())).store.splits)
+    return {
+        "writer_rows_per_s": n_all / seconds,
+        "writer_own_cpu_s_per_million": (after.user - before.user) / n_all * 1e6,
+        "writer_kernel_cpu_s_per_million": (after.system - before.system) / n_all * 1e6,
+    }
+
+
 @click.command(context_settings={"show_default": True})
 @click.option("--architecture", type=click.Choice(tiny_models.KINDS), default="gemma2")
 @click.option("--d-model", default=1024, help="Width of the residual stream; the MLP is four times as wide.")
@@ -95,16 +130,27 @@ def harvest_rows_per_s(config: HarvestConfig, lm: SplitLM) -> float:
 @click.option("--batch-size", type=int, help="Sequences a forward pass. [default: as harvest chooses]")
 @click.option("--dtype", default="auto", help="auto: bf16 where the hardware multiplies it, else float32.")
 @click.option("--device", default="auto")
-@click.option("--rounds", default=3, help="How often each is measured, in turn.")
+@click.option("--rounds", default=3, help="How often each is measured, in turn; 0: the writer alone.")
+@click.option(
+    "--writer-rows", type=COUNT, default=0, help="Rows a store for the writer alone, three stores; 0: not measured."
+)
+@click.option("--writer-d-model", default=2304)
 @click.option(
     "--folder", type=click.Path(path_type=Path), help="Where stores are written. [default: the temporary folder]"
 )
 def main(
     architecture: str, d_model: int, layers: int, tokens: int, context: int, batch_size: int | None, dtype: str, device: str,
-    rounds: int, folder: Path | None,
+    rounds: int, writer_rows: int, writer_d_model: int, folder: Path | None,
 ) -> None:  # fmt: skip
     """Measure harvest over the bare forward pass with a randomly initialised model."""
     dtype = resolve_dtype(dtype, resolve_device(device))
+    writer = {}
+    if writer_rows:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            writer = writer_figures(writer_d_model, 3, writer_rows, Path(place))
+    if not rounds:
+        print(json.dumps(writer))
+        return
     with tempfile.TemporaryDirectory(dir=folder) as place:
         shape = {"hidden_size": d_model, "intermediate_size": 4 * d_model, "num_hidden_layers": layers}
         shape |= {"num_attention_heads": d_model // 64, "num_key_value_heads": d_model // 128, "head_dim": 64}
@@ -143,7 +189,7 @@ def main(
     ratio = statistics.median(whole) / statistics.median(bare)
     figures = {"bare_rows_per_s": statistics.median(bare), "harvest_rows_per_s": statistics.median(whole)}
     figures |= {"harvest_over_bare": round(ratio, 4), "extra_memory_shards": round(max(extra), 2)}
-    print(json.dumps(figures | {"device": str(lm.device), "d_model": d_model}))
+    print(json.dumps(figures | writer | {"device": str(lm.device), "d_model": d_model}))
 
 
 if __name__ == "__main__":
