@@ -30,7 +30,9 @@ def batches_of(x: torch.Tensor, sizes: Sequence[int], massive: torch.Tensor | No
         nothing = torch.zeros(size, dtype=torch.int64)
         weights = torch.stack([torch.ones(size, dtype=torch.float64), normal[rows]])
         kept = torch.ones(size, 1, dtype=torch.bool)
-        found.append(Batch(start, x[rows, None], nothing[:, None], kept, x[rows], weights, nothing, nothing))
+        found.append(
+            Batch(start, x[rows, None], nothing[:, None], kept, x[rows], weights, nothing, nothing, torch.arange(size))
+        )
         start += size
     return found
 

@@ -180,9 +180,20 @@ def test_summary_is_what_structure_reports(written: Path, activations: np.ndarra
     z = torch.from_numpy(activations).float()
     kept = torch.ones(z.shape[:2], dtype=torch.bool)
     rows = z.flatten(0, 1)
-    nothing = torch.zeros(len(rows), dtype=torch.int64)
+    nothing, index = torch.zeros(len(rows), dtype=torch.int64), torch.arange(len(rows))
     hierarchy.update(
-        rows, Batch(0, z[..., :1], nothing.view_as(kept), kept, rows[:, :1], torch.ones(2, len(rows)), nothing, nothing)
+        rows,
+        Batch(
+            0,
+            z[..., :1],
+            nothing.view_as(kept),
+            kept,
+            rows[:, :1],
+            torch.ones(2, len(rows)),
+            nothing,
+            nothing,
+            index,
+        ),
     )
     expected, found = hierarchy.features()["level"], read_summary(written)["containment"]
     assert found["n"] == expected["n"] > 20

@@ -14,7 +14,7 @@ from torch import Tensor
 from evaluate.probing.job import Probing, ProbingConfig, ProbingScores, prepare, read_texts
 from evaluate.probing.probes import ProbeConfig
 from evaluate.probing.series import merge, series
-from evaluate.probing.texts import TextModel, make_bank, pool_latents, text_model, whole_texts
+from evaluate.probing.texts import TextModel, make_bank, pool_latents, segment_means, text_model, whole_texts
 from pipeline.base.errors import CorpusError, UsageError
 from pipeline.model.specials import resolve_bos
 from pipeline.model.split_lm import SplitLM, load_tokenizer
@@ -179,6 +179,16 @@ def test_chunk_changes_no_pooled_latent(limit: int, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(pool_latents(sae, bank).mean, whole.mean, rtol=1e-5, atol=1e-5)
     one_by_one = sae.encode(bank.rows).split(bank.n_real.tolist())
     torch.testing.assert_close(whole.mean, torch.stack([part.mean(0) for part in one_by_one]), rtol=1e-5, atol=1e-5)
+
+
+def test_segment_means_are_one_launch() -> None:
+    """What an accelerator does in one launch for all texts is what a CPU does text by text."""
+    lengths = torch.tensor([3, 1, 40, 7])
+    values = torch.randn(51, 6, generator=torch.Generator().manual_seed(0))
+    found = torch.empty(4, 6)
+    segment_means(values, lengths, out=found)
+    torch.testing.assert_close(found, torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True))
+    torch.testing.assert_close(found[2], values[4:44].mean(0))
 
 
 def test_chunks_are_whole_texts() -> None:

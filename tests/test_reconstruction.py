@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from evaluate.scores.behaviour import splice
+from evaluate.scores.firing import Firing
 from evaluate.scores.reconstruction import SCORES, Reconstruction, row_numbers, spread_in_group
 from evaluate.scores.sample import GROUP_SEQUENCES, Batch, Sample, Survey, survey
 from pipeline.store.reader import Store
@@ -38,7 +43,9 @@ def batch_of(x: torch.Tensor, weights: torch.Tensor | None = None) -> tuple[Batc
     n = len(x)
     both = torch.ones(2, n, dtype=torch.float64) if weights is None else torch.stack([torch.ones(n).double(), weights])
     nothing = torch.zeros(n, dtype=torch.int64)
-    batch = Batch(0, x[:, None], nothing[:, None], torch.ones(n, 1, dtype=torch.bool), x, both, nothing, nothing)
+    batch = Batch(
+        0, x[:, None], nothing[:, None], torch.ones(n, 1, dtype=torch.bool), x, both, nothing, nothing, torch.arange(n)
+    )
     return batch, survey([batch], 1, x.shape[1], CPU)
 
 
@@ -75,6 +82,34 @@ def test_batch_size_changes_no_score(tiny_store: Path, batch_size: int) -> None:
     for one, other in zip(scored(sample_of(tiny_store, batch_size)), scored(sample_of(tiny_store, 16))):
         for name, value in one.items():
             assert value == pytest.approx(other[name], rel=1e-6), name
+
+
+class NoFetch(TorchDispatchMode):
+    """Raises where an accelerator would have to be waited for: a value, a mask's places, a histogram's length."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        masks = [leaf for leaf in tree_leaves(args[1:]) if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.bool]
+        if name in ("_local_scalar_dense", "nonzero", "bincount") or (name.startswith("index") and masks):
+            raise RuntimeError(f"{name} fetches")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_is_scored_without_fetching(tiny_store: Path) -> None:
+    """Kept rows are found once, as the batch is read: splicing, reconstruction and firing wait for nothing."""
+    sample = sample_of(tiny_store, 5)
+    found, batch = sample.survey(), next(iter(sample.batches()))
+    sums, firing = Reconstruction(found), Firing((4, 10), CPU)
+    z = torch.randn(len(batch.x), 10, generator=torch.Generator().manual_seed(0)).relu()
+    with NoFetch():
+        sums.update(batch, rebuilt(batch.x), spread_in_group(batch, found))
+        firing.update(z, batch)
+        spliced = splice(batch, rebuilt(batch.x))
+    with pytest.raises(RuntimeError, match="fetches"), NoFetch():
+        spliced[batch.kept]
+    assert torch.equal(spliced[batch.kept], rebuilt(batch.x).to(spliced.dtype))
+    assert torch.equal(spliced[~batch.kept], batch.residual[~batch.kept])
+    assert firing.l0_counts.sum(1).tolist() == [len(batch.x)] * 2
 
 
 def test_kept_rows_know_their_next_token(tiny_store: Path) -> None:

@@ -236,7 +236,7 @@ def hand_made() -> tuple[Batch, Clean, torch.Tensor]:
     tokens = torch.tensor([[0, 1]])
     kept, weights = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
     x, group = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
-    return Batch(0, x[None], tokens, kept, x, weights, torch.tensor([1, -1]), group), clean, q.log()
+    return Batch(0, x[None], tokens, kept, x, weights, torch.tensor([1, -1]), group, torch.arange(2)), clean, q.log()
 
 
 def test_kl_runs_clean_to_spliced() -> None:

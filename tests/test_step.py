@@ -468,8 +468,10 @@ def sums_of_two(monkeypatch: pytest.MonkeyPatch, events: list[Any]) -> Any:
     """A group that stands for two processes with equal rows; sums and products are noted, in their order."""
     group, mm = torch.distributed.ProcessGroup(0, 2), torch.mm
 
-    def all_reduce(tensor: Tensor, *, group: Any, async_op: bool) -> Sent:
-        assert async_op
+    def all_reduce(tensor: Tensor, *, group: Any, async_op: bool = False) -> Sent | None:
+        if not async_op:
+            tensor.mul_(2)
+            return None
         events.append(("sum", tensor.data_ptr(), tensor.nbytes))
         return Sent(tensor)
 
@@ -478,7 +480,13 @@ def sums_of_two(monkeypatch: pytest.MonkeyPatch, events: list[Any]) -> Any:
         return mm(a, b, out=out)
 
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+
+    def all_gather(parts: list[Tensor], own: Tensor, *, group: Any) -> None:
+        for part in parts:
+            part.copy_(own)
+
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
     monkeypatch.setattr(torch, "mm", noted)
     monkeypatch.setattr("train.step.reduce.BUCKET_BYTES", 1000)
     return group

@@ -18,9 +18,19 @@ CONTEXT = 8
 def batch_of(first: int, z: Tensor) -> Batch:
     """Sequences whose rows are all kept."""
     kept = torch.ones(len(z) // CONTEXT, CONTEXT, dtype=torch.bool)
-    nothing = torch.zeros(len(z), dtype=torch.int64)
+    nothing, index = torch.zeros(len(z), dtype=torch.int64), torch.arange(len(z))
     weights = torch.ones(2, len(z), dtype=torch.float64)
-    return Batch(first, torch.zeros(*kept.shape, 1), nothing.view_as(kept), kept, z[:, :1], weights, nothing, nothing)
+    return Batch(
+        first,
+        torch.zeros(*kept.shape, 1),
+        nothing.view_as(kept),
+        kept,
+        z[:, :1],
+        weights,
+        nothing,
+        nothing,
+        index,
+    )
 
 
 def hierarchy(z: Tensor, levels: tuple[int, ...]) -> Hierarchy:

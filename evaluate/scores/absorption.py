@@ -91,7 +91,7 @@ class AbsorptionScore:
     def update(self, z: Float[Tensor, "row latent"], batch: Batch) -> None:
         """Take the labelled rows out of a batch's kept rows."""
         first = batch.first * self.context
-        position = first + batch.kept.flatten().nonzero()[:, 0].cpu().numpy()
+        position = first + batch.index.cpu().numpy()
         wanted = self.probes.rows.position
         a, b = np.searchsorted(wanted, [first, first + batch.kept.numel()])
         some = z[torch.from_numpy(np.searchsorted(position, wanted[a:b])).to(z.device)]

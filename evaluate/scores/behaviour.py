@@ -44,12 +44,12 @@ class TokenScores:
 
 def splice(batch: Batch, x_hat: Float[Tensor, "row d_model"]) -> Float[Tensor, "seq pos d_model"]:
     """The residual stream with its kept rows replaced, in the residual's dtype; special positions stay as they are."""
-    return splicing.splice(batch.residual, batch.kept, x_hat)
+    return splicing.splice_at(batch.residual, batch.index, x_hat)
 
 
 def kept_hidden(lm: SplitLM, batch: Batch, residual: Float[Tensor, "seq pos d_model"]) -> Float[Tensor, "row d_model"]:
     """Normed hidden states of the kept rows after the model's remaining layers: what `unembed` takes."""
-    return lm.suffix(residual, batch.tokens)[batch.kept]
+    return lm.suffix(residual, batch.tokens).flatten(0, 1)[batch.index]
 
 
 def log_probabilities(lm: SplitLM, hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
@@ -139,7 +139,7 @@ def log_probabilities_by_position(
 
 def score_by_position(batch: Batch, clean: Clean, log_q: Float[Tensor, "pos vocab"], chunk: int) -> TokenScores:
     """Compare a changed model whose output depends on the position alone with the clean model on every kept row."""
-    position = batch.kept.nonzero()[:, 1]
+    position = batch.index % batch.kept.shape[1]
     parts = [compare(clean, rows, log_q[position[rows]], batch.targets[rows]) for rows in chunks(len(position), chunk)]
     return joined(parts, clean)
 

@@ -35,7 +35,7 @@ class Firing:
         self.l1 += batch.weights @ self._cumulative(z.abs()).double()
         self.fired += (batch.weights.float() @ active).double()  # exact: counts of a batch are below 2^24
         for level, count in enumerate(counts.T.long()):
-            self.l0_counts[level] += torch.bincount(count, minlength=self.l0_counts.shape[1])
+            self.l0_counts[level].index_add_(0, count, torch.ones_like(count))
 
     def _cumulative(self, values: Float[Tensor, "row latent"]) -> Float[Tensor, "row level"]:
         """Sums over the latents of each level, float32."""

@@ -28,8 +28,8 @@ class Batch:
 
     `weights` [2, row] is 1 where a kept row counts: always; unless it is massive. `targets` is the next token of the
     same sequence, −1 after the last position; where rows are of no text, `tokens` and `targets` are −1. `group` numbers
-    each row's group of GROUP_SEQUENCES sequences. `read`: of transcoders, the kept rows that are encoded, where `residual` and
-    `x` are those to be made.
+    each row's group of GROUP_SEQUENCES sequences. `index`: each kept row's place among all positions, sequence by sequence.
+    `read`: of transcoders, the kept rows that are encoded, where `residual` and `x` are those to be made.
     """
 
     first: int
@@ -40,6 +40,7 @@ class Batch:
     weights: Float[Tensor, "2 row"]
     targets: Int[Tensor, " row"]
     group: Int[Tensor, " row"]
+    index: Int[Tensor, " row"]
     read: Float[Tensor, "row d_in"] | None = None
 
     @property
@@ -84,20 +85,20 @@ class Sample:
         normal = torch.from_numpy(split.kept()[rows]).view_as(kept)[kept]
         targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], 1)[kept]
         group = (torch.arange(first, stop) // GROUP_SEQUENCES)[:, None].expand_as(kept)[kept]
-        kept = kept.to(self.device)
+        index = kept.flatten().nonzero()[:, 0].to(self.device)
         read = None
         if self.source is not None and self.source is not self.store:
-            raw = self.source.eval.read(rows.start, rows.stop).to(self.device)
-            read = raw.view(stop - first, context, -1)[kept].float()
+            read = self.source.eval.read(rows.start, rows.stop).to(self.device)[index].float()
         return Batch(
             first=first,
             residual=residual,
             tokens=tokens.to(self.device),
-            kept=kept,
-            x=residual[kept].float(),
+            kept=kept.to(self.device),
+            x=residual.flatten(0, 1)[index].float(),
             weights=torch.stack([torch.ones_like(normal), normal]).double().to(self.device),
             targets=targets.to(self.device),
             group=group.to(self.device),
+            index=index,
             read=read,
         )
 

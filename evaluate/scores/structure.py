@@ -105,7 +105,7 @@ class Hierarchy:
         if self.n_firings >= MAX_FIRINGS:
             return
         row, latent = (z != 0).nonzero(as_tuple=True)
-        position = batch.first * self.context + batch.kept.flatten().nonzero()[:, 0]
+        position = batch.first * self.context + batch.index
         self.rows.append(position[row].cpu().numpy())
         self.latents.append(latent.cpu().numpy())
         self.n_firings += len(row)

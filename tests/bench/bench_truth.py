@@ -1,4 +1,4 @@
-"""How fast what nesting buys is measured: python tests/bench/bench_truth.py [WIDTH]
+"""How fast what nesting buys is measured: python tests/bench/bench_truth.py [--width 16384] [--device cuda]
 
 Prints rows/s of `forest` into a store; seconds of the matching and of all truth scores of a dictionary of WIDTH latents
 against WIDTH features in 768 dimensions (half of them found); seconds of absorption's probes, and of its scores of a
@@ -9,12 +9,12 @@ of processor that it took, all threads together: on a busy machine those say mor
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 
@@ -23,6 +23,7 @@ from evaluate.scores.labels import LABELS, MAX_ROWS, PER_TYPE, Labelled, Probes,
 from evaluate.scores.matching import best_matching
 from evaluate.scores.truth import Truth, TruthScore
 from harvest.truth.run import TruthConfig, run_truth
+from pipeline.base.runtime import resolve_device
 from pipeline.sae.nested import NestedSAE, SAEConfig
 
 D_MODEL, N_ROWS = 768, 400_000
@@ -43,20 +44,21 @@ def written() -> dict[str, float]:
     return found | {"rows_per_second": N_ROWS / found["seconds"], "rows_per_cpu_second": N_ROWS / found["cpu_seconds"]}
 
 
-def scored(width: int) -> dict[str, dict[str, float]]:
+def scored(width: int, device: torch.device) -> dict[str, dict[str, float]]:
     """The matching alone, and making and reading all scores of one level."""
     g = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(width, D_MODEL, generator=g), dim=1)
     sae = NestedSAE(SAEConfig(d_model=D_MODEL, width=width, levels=(width,))).requires_grad_(False)
     sae.W_dec.data = torch.nn.functional.normalize(torch.randn(width, D_MODEL, generator=g), dim=1)
     sae.W_dec.data[: width // 2] += 3 * directions[: width // 2]
-    nothing = torch.full((width,), -1)
-    rows = torch.zeros(129, dtype=torch.int64)
-    truth = Truth(directions, nothing, nothing + 1, torch.full((width,), 0.01).double(), rows, rows[:0])
+    sae, directions = sae.to(device), directions.to(device)
+    nothing = torch.full((width,), -1, device=device)
+    rows = torch.zeros(129, dtype=torch.int64, device=device)
+    truth = Truth(directions, nothing, nothing + 1, torch.full((width,), 0.01, device=device).double(), rows, rows[:0])
 
     def whole() -> None:
         score = TruthScore(sae, truth)
-        score.update(torch.zeros(128, width), 0)
+        score.update(torch.zeros(128, width, device=device), 0)
         score.scores(0)
 
     cosine = (torch.nn.functional.normalize(sae.W_dec, dim=1) @ directions.T).abs()
@@ -79,12 +81,12 @@ def labelled() -> tuple[Labelled, torch.Tensor]:
     return rows, 6 * on @ directions + torch.randn(len(types), D_MODEL, generator=g) / 4
 
 
-def absorbed(width: int) -> dict[str, dict[str, float]]:
+def absorbed(width: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Probes, once a job; and the scores of one flat checkpoint."""
     rows, x = labelled()
     found: list[Probes] = []
-    probes = timed(lambda: found.append(train_probes(x, rows)))
-    sae = NestedSAE(SAEConfig(d_model=D_MODEL, width=width, levels=(width,))).requires_grad_(False)
+    probes = timed(lambda: found.append(train_probes(x.to(device), rows)))
+    sae = NestedSAE(SAEConfig(d_model=D_MODEL, width=width, levels=(width,))).requires_grad_(False).to(device)
     score, rng = AbsorptionScore(sae, found[0], 128), np.random.default_rng(0)
     latents = rng.integers(len(LABELS), width, (len(x), 64))
     value, i = rows.label, np.arange(len(LABELS))
@@ -95,11 +97,19 @@ def absorbed(width: int) -> dict[str, dict[str, float]]:
     return {"absorption_once": probes, "absorption_checkpoint": timed(lambda: score.results([0]))}
 
 
-if __name__ == "__main__":
-    width = int(sys.argv[1]) if len(sys.argv) > 1 else 16_384
-    results = {"forest": written(), **scored(width), **absorbed(width)}
+@click.command()
+@click.option("--width", default=16_384, show_default=True, help="Latents, and features.")
+@click.option("--device", default="cpu", show_default=True)
+def main(width: int, device: str) -> None:
+    """Measure what the module's docstring lists; the last line is JSON."""
+    where = resolve_device(device)
+    results = {"forest": written(), **scored(width, where), **absorbed(width, where)}
     print(f"{'width ' + str(width):24}{'seconds':>10}{'cpu':>10}")
     for name, row in results.items():
         print(f"{name:24}{row['seconds']:10.2f}{row['cpu_seconds']:10.2f}")
     print(f"forest: {results['forest']['rows_per_second']:,.0f} rows/s into a store")
-    print(json.dumps({"width": width, "threads": torch.get_num_threads(), **results}))
+    print(json.dumps({"width": width, "threads": torch.get_num_threads(), "device": str(where), **results}))
+
+
+if __name__ == "__main__":
+    main()

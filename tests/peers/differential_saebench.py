@@ -237,7 +237,7 @@ def make_batch(lm: SplitLM, tokens: Tensor, first: int) -> Batch:
     targets = torch.cat([own[:, 1:], torch.full_like(own[:, :1], -1)], 1)[kept]
     weights = torch.ones(2, int(kept.sum()), dtype=torch.float64)
     group = torch.full((weights.shape[1],), first // 16)
-    return Batch(first, residual, own, kept, residual[kept], weights, targets, group)
+    return Batch(first, residual, own, kept, residual[kept], weights, targets, group, kept.flatten().nonzero()[:, 0])
 
 
 # ---- rows of the data sets ----
