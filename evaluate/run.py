@@ -26,7 +26,7 @@ from evaluate.job import Job
 from evaluate.probing.job import Texts, read_texts
 from evaluate.results import tabulate, working_in
 from evaluate.select import only_fitting_scores, select
-from evaluate.work import groups, plan, prepare_probing, prepare_work, score_group, text_bytes
+from evaluate.work import groups, plan, pool_texts, prepare_probing, prepare_work, score_group, text_bytes
 from evaluate.write import write
 from pipeline.base.errors import PipelineError
 from pipeline.base.files import require_writable
@@ -78,7 +78,8 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
             texts = read_texts(part.config.probing) if part.config.probing is not None else ()
             announce_texts(part, todo, texts)
             if dry_run:
-                announce(part, todo, plan(part, todo, text_bytes(part, texts)))
+                n_texts = sum(len(one.texts) for one in texts)
+                announce(part, todo, plan(part, todo, text_bytes(part, texts), n_texts))
             else:
                 score_all(part, todo, texts, outcome)
     if not dry_run and outcome.results:
@@ -89,16 +90,16 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
 def score_all(job: Job, todo: Sequence[Checkpoint], texts: Sequence[Texts], outcome: Outcome) -> None:
     """Score checkpoints in groups that fit in memory, writing each group's results when its pass is over."""
     probing = prepare_probing(job, texts)
-    planned = plan(job, todo, probing.n_bytes if probing is not None else 0)
+    planned = plan(job, todo, *((probing.n_bytes, probing.n_texts) if probing is not None else (0, 0)))
     announce(job, todo, planned)
     work = prepare_work(job, planned, probing)
     with Progress(len(todo) * job.n_sequences, "evaluate", "sequence") as bar:
         for group in groups(todo, planned):
             scorers, failed = score_group(work, group, bar)
             outcome.fail(failed)
-            for scorer in scorers:
+            for scorer, pooled in zip(scorers, pool_texts(work, scorers)):
                 try:
-                    write(work, scorer)
+                    write(work, scorer, pooled)
                 except PipelineError as error:
                     outcome.fail([(scorer.checkpoint.path, error)])
                 else:

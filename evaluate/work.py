@@ -13,10 +13,12 @@ from evaluate import plan as planning
 from evaluate.checkpoints.find import Checkpoint, Failure
 from evaluate.job import Job
 from evaluate.probing.job import Probing, Texts, most_bytes, prepare
+from evaluate.probing.texts import PooledLatents, pooling_bytes
 from evaluate.scores.behaviour import Reference
 from evaluate.scores.sample import Sample, Survey
 from evaluate.scores.scorer import Scorer, shared_work
-from pipeline.base.errors import PipelineError
+from pipeline.base.errors import PipelineError, UsageError
+from pipeline.base.files import human_bytes
 from pipeline.base.progress import Progress
 from pipeline.base.runtime import DTYPES, available_memory
 
@@ -40,9 +42,16 @@ def text_bytes(job: Job, texts: Sequence[Texts]) -> int:
     return 0 if job.config.probing is None else most_bytes(job.config.probing, texts, job.store.d_model, itemsize)
 
 
-def plan(job: Job, todo: Sequence[Checkpoint], held: int) -> planning.Plan:
-    """Batch, chunk and group that hold the memory limit; texts hold so many bytes. Raises UsageError when nothing fits."""
+def plan(job: Job, todo: Sequence[Checkpoint], held: int, n_texts: int = 0) -> planning.Plan:
+    """Batch, chunk and group that hold the memory limit; `held`: bytes of the host that the residuals of so many texts take.
+    Raises UsageError when nothing fits."""
     store, config, lm = job.store, job.config, job.lm
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if job.device.type != "cpu" and held > (free := available_memory() // share * 4 // 5):
+        raise UsageError(
+            f"residuals of {n_texts:,} texts take {human_bytes(held)} of the host's memory, {human_bytes(free)} may be used; "
+            "lower --scr-train-size, --scr-seeds or --scr-context"
+        )
     held_here = held if job.device.type == "cpu" else 0
     saes, n_rows = [c.sae for c in todo], job.n_sequences * store.context
     n_features = len(store.extra("truth/parent")) if "truth" in config.scores else 0
@@ -50,8 +59,11 @@ def plan(job: Job, todo: Sequence[Checkpoint], held: int) -> planning.Plan:
     more = planning.kept(config.scores, saes, widest, store.context, n_rows, n_features)
     if job.source is not store:
         more = dataclasses.replace(more, sequence=more.sequence + store.context * job.source.d_model * 8)
+    if config.probing is not None:
+        width = max(sae.width for sae in saes)
+        once, each = pooling_bytes(n_texts, config.probing.context, job.source.d_model, width, job.device.type)
+        more = dataclasses.replace(more, fixed=more.fixed + once, checkpoint=more.checkpoint + each)
     parts = planning.sizes(saes, lm, widest, store.context, job.n_sequences, held_here, more)
-    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     limit = planning.memory_limit(config.max_memory, job.device, available_memory(), share)
     batch, vocab = min(config.batch_size, job.n_sequences), lm.vocab if lm is not None else 0
     return planning.make_plan(parts, len(todo), batch, store.context, vocab, limit, job.device.type)
@@ -129,6 +141,14 @@ def load_group(work: Work, group: Sequence[Checkpoint]) -> tuple[list[Scorer], l
         except PipelineError as error:
             failed.append((checkpoint.path, error))
     return scorers, failed
+
+
+@torch.inference_mode()
+def pool_texts(work: Work, scorers: Sequence[Scorer]) -> list[tuple[PooledLatents, ...] | None]:
+    """What each checkpoint makes of the texts, which are read once for all; None where no score reads texts."""
+    if work.probing is None or not scorers:
+        return [None for _ in scorers]
+    return list(work.probing.pool([scorer.sae for scorer in scorers]))
 
 
 def not_finite(scorer: Scorer) -> PipelineError | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from evaluate.checkpoints.find import loss_curve
 from evaluate.latents.files import latents_folder
+from evaluate.probing.texts import PooledLatents
 from evaluate.results import add_result, definitions
 from evaluate.scores.scorer import Scorer
 from evaluate.work import Work
@@ -16,21 +18,24 @@ from pipeline.store.reader import Store
 
 
 @torch.inference_mode()
-def write(work: Work, scorer: Scorer) -> None:
-    """Compute what is left of one checkpoint and write its files. Raises CheckpointError, DamagedError, DiskError."""
-    data = results(work, scorer)
+def write(work: Work, scorer: Scorer, pooled: Sequence[PooledLatents] | None) -> None:
+    """Compute what is left of one checkpoint and write its files; `pooled`: its latents over texts, where scores read some.
+
+    Raises CheckpointError, DamagedError, DiskError.
+    """
+    data = results(work, scorer, pooled)
     if work.job.config.wants_latents(scorer.checkpoint.member):
         write_latents(work, scorer)
     add_result(work.job.path(scorer.checkpoint), data)
 
 
-def results(work: Work, scorer: Scorer) -> dict[str, Any]:
+def results(work: Work, scorer: Scorer, pooled: Sequence[PooledLatents] | None) -> dict[str, Any]:
     """Everything FORMAT.md lists under "Results" but format and version."""
     job, store = work.job, work.job.store
     baselines = [work.reference.baselines.numbers(k) for k in range(2)] if work.reference is not None else None
     series, features = scorer.series(), scorer.features()
     if work.probing is not None:
-        probed = work.probing.score(scorer.sae, scorer.levels)
+        probed = work.probing.score(scorer.sae, scorer.levels, pooled)
         series |= {name: [dict(row) for row in rows] for name, rows in probed.series.items()}
         features = {**features, "probing": probed.tasks}
     return {

@@ -142,6 +142,11 @@ class Names(click.ParamType[tuple[str, ...]]):
 @click.option(
     "--compile", is_flag=True, help="torch.compile the layers. Rows are then not bit for bit the plain model's."
 )
+@click.option(
+    "--device-map",
+    type=click.Choice(["auto", "balanced", "sequential"]),
+    help="Spread the layers of a model too large for one GPU over all of them, as transformers does it (needs accelerate).",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @click.option(
     "--max-buffer", type=COUNT, default=DEFAULTS["max_buffer"], help="Documents of a streamed corpus's shuffle buffer."

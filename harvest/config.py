@@ -48,6 +48,7 @@ class HarvestConfig:
     batch_size: int | None = None
     attention: str = "eager"
     compile: bool = False
+    device_map: Literal["auto", "balanced", "sequential"] | None = None
     trust_remote_code: bool = False
     shard_rows: int | None = None
     chunk_rows: int | None = None

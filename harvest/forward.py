@@ -152,7 +152,7 @@ class HostCopies:
 
     def to_host(self, shard: Shard, residuals: Mapping[Point, Tensor], sequences: Sequences) -> dict[Point, Block]:
         """The residuals as a block of rows a point; on a GPU they are still on their way until the block's event."""
-        rows = {point: residuals[point].flatten(0, 1).to(self.dtype) for point in shard.points}
+        rows = {point: residuals[point].flatten(0, 1).to(self.device, self.dtype) for point in shard.points}
         if self.stream is None:
             return {point: Block(shard, of_point, None, sequences.last) for point, of_point in rows.items()}
         special = self.to_device(sequences.special)

@@ -164,6 +164,7 @@ def load_prefix(plan: Plan, points: Sequence[Point]) -> SplitLM:
         part="prefix",
         layers=points,
         attention=c.attention,
+        device_map=c.device_map,
         trust_remote_code=c.trust_remote_code,
     )
     if c.compile:

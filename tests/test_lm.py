@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from pipeline.base.errors import ModelError, UsageError
 from pipeline.base.runtime import resolve_device
 from pipeline.model import files as model_files
 from pipeline.model.specials import resolve_bos, special_ids
-from pipeline.model.split_lm import ModelInfo, SplitLM, load_tokenizer, truncated
+from pipeline.model.split_lm import ModelInfo, SplitLM, load_tokenizer, placement, truncated
 from support import tiny_models
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -484,3 +485,30 @@ def test_readout_folds_the_final_norm(kind: str, tmp_path: Path) -> None:
     layernorm = kind in ("gpt2", "gpt_neox")
     rms = (centred if layernorm else x).square().mean(1, keepdim=True).sqrt()
     torch.testing.assert_close((plus - minus) / 2, x @ lm.readout().T / rms, rtol=1e-3, atol=1e-4)
+
+
+def test_spread_model_is_the_plain(lm_folder: Folder) -> None:
+    """Layers that accelerate has spread, each behind hooks of its own, give the same rows bit for bit; on a CPU all lie there."""
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
+    folder = str(lm_folder("gemma2"))
+    tokens = torch.arange(3, 35).view(2, 16)
+    rows = SplitLM.load(folder, part="prefix", layers=[1]).prefix(tokens)[1]
+    mapped = SplitLM.load(folder, part="prefix", layers=[1], device_map="auto")
+    assert torch.equal(mapped.prefix(tokens)[1], rows)
+    accelerate.dispatch_model(mapped.model, {"": "cpu"}, force_hooks=True)
+    assert torch.equal(mapped.prefix(tokens)[1], rows)
+
+
+def test_weights_go_straight_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With accelerate a prefix comes to a GPU from its file; a suffix, which is cut first, and all on a CPU, by the host; a map
+    without accelerate is an error."""
+    cuda, cpu = torch.device("cuda:1"), torch.device("cpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert placement(cuda, "prefix", None) == {"": cuda}
+    assert placement(cuda, "suffix", None) is None
+    assert placement(cpu, "prefix", None) is None
+    assert placement(cuda, "whole", "balanced") == "balanced"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert placement(cuda, "prefix", None) is None
+    with pytest.raises(UsageError, match="pip install accelerate"):
+        placement(cuda, "prefix", "auto")

@@ -14,10 +14,20 @@ from torch import Tensor
 from evaluate.probing.job import Probing, ProbingConfig, ProbingScores, prepare, read_texts
 from evaluate.probing.probes import ProbeConfig
 from evaluate.probing.series import merge, series
-from evaluate.probing.texts import TextModel, make_bank, pool_latents, segment_means, text_model, whole_texts
+from evaluate.probing.texts import (
+    CHUNK_ELEMENTS,
+    TextModel,
+    make_bank,
+    pool_all,
+    pool_latents,
+    segment_means,
+    text_model,
+    whole_texts,
+)
 from pipeline.base.errors import CorpusError, UsageError
 from pipeline.model.specials import resolve_bos
 from pipeline.model.split_lm import SplitLM, load_tokenizer
+from pipeline.sae.nested import NestedSAE
 from support import tiny_models
 from support.probing_cases import random_sae
 
@@ -179,6 +189,28 @@ def test_chunk_changes_no_pooled_latent(limit: int, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(pool_latents(sae, bank).mean, whole.mean, rtol=1e-5, atol=1e-5)
     one_by_one = sae.encode(bank.rows).split(bank.n_real.tolist())
     torch.testing.assert_close(whole.mean, torch.stack([part.mean(0) for part in one_by_one]), rtol=1e-5, atol=1e-5)
+
+
+def test_texts_are_read_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of texts outside, SAEs of any width inside: what each makes of them is what it makes alone."""
+    bank = make_bank(["abcb", "xaab", "abcdefgh", "zz"], plain_model(), 10, 2, "x")
+    saes = [random_sae(d=3), random_sae(d=3)]
+    saes[1].W_enc.data.mul_(-1)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 7)
+    order: list[int] = []
+    encode = type(saes[0]).encode
+
+    def noted(self: NestedSAE, x: Tensor) -> Tensor:
+        order.append(saes.index(self))
+        return encode(self, x)
+
+    monkeypatch.setattr(type(saes[0]), "encode", noted)
+    together = pool_all(saes, bank)
+    assert order[:6] == [0, 1, 0, 1, 0, 1]
+    for sae, found in zip(saes, together):
+        alone = pool_latents(sae, bank)
+        for name, tensor in vars(alone).items():
+            torch.testing.assert_close(vars(found)[name], tensor, msg=name)
 
 
 def test_segment_means_are_one_launch() -> None:

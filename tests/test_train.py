@@ -48,6 +48,7 @@ from train.parallel import Processes
 from train.plan import RunConfig, make_order
 from train.run import make_plan, run
 from train.step.member import Member
+from train.stores import Stores
 from train.trainee import Outcome, Trainee
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -353,12 +354,12 @@ def test_first_process_plans_for_all(tiny_store: Path, tmp_path: Path, monkeypat
     """Of processes that train together all follow the first one's plan, whatever memory they see themselves."""
     first, second = group_of_two(monkeypatch)
     job = RunConfig(tiny_store, tmp_path / "out", GRID, device="cpu")
-    store = Store.open(tiny_store)
+    stores = Stores.open(tiny_store, None)
     monkeypatch.setattr("train.plan.free_memory", lambda device: 5_700_000)
-    tasks, passes = make_plan(job, store, GRID, first)
+    tasks, passes = make_plan(job, stores, GRID, first)
     monkeypatch.setattr("train.plan.free_memory", lambda device: 10_000)  # not even one would fit
     monkeypatch.setattr("train.feed.loader.available_memory", lambda: 0)  # a window would be its own order
-    assert make_plan(job, store, GRID, second) == (tasks, passes)
+    assert make_plan(job, stores, GRID, second) == (tasks, passes)
     assert len(passes) > 1
     assert {task.order["mode"] for task in tasks} == {"global"}
 
@@ -366,12 +367,12 @@ def test_first_process_plans_for_all(tiny_store: Path, tmp_path: Path, monkeypat
 def test_failed_plan_fails_in_all(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the first process cannot plan, none waits for it."""
     first, second = group_of_two(monkeypatch)
-    job, store = RunConfig(tiny_store, tmp_path / "out", GRID, device="cpu"), Store.open(tiny_store)
+    job, stores = RunConfig(tiny_store, tmp_path / "out", GRID, device="cpu"), Stores.open(tiny_store, None)
     monkeypatch.setattr("train.plan.free_memory", lambda device: 10_000)
     with pytest.raises(PipelineError, match="needs"):
-        make_plan(job, store, GRID, first)
+        make_plan(job, stores, GRID, first)
     with pytest.raises(PipelineError, match="the first process made no plan"):
-        make_plan(job, store, GRID, second)
+        make_plan(job, stores, GRID, second)
 
 
 def test_unusable_store_is_refused(tmp_path: Path) -> None:

@@ -313,8 +313,8 @@ def test_longer_transcoder_extends_shorter(pair: tuple[Path, Path], tmp_path: Pa
     """--extend goes on with a transcoder bit for bit, as with an SAE."""
     short = small("topk", skip=True, steps=12, lr_decay_steps=0, lr_warmup_steps=4, eval_every=0)
     longer = dataclasses.replace(short, steps=20)
-    trained(pair, tmp_path / "out", short, keep="last:3,state")
-    (extended,) = trained(pair, tmp_path / "out", longer, keep="last:3,state", extend=True)
+    trained(pair, tmp_path / "out", short, keep="last:3", keep_state=True)
+    (extended,) = trained(pair, tmp_path / "out", longer, keep="last:3", keep_state=True, extend=True)
     (at_once,) = trained(pair, tmp_path / "at_once", longer)
     assert extended.final is not None
     assert at_once.final is not None

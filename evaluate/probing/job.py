@@ -8,8 +8,8 @@
 Preparing runs the language model's prefix once over every text that any task uses, keeps the residuals of real positions,
 and trains every linear probe. A checkpoint then costs one encode of those rows.
 
-Memory: for the whole job Σ over groups of (rows · d_model · itemsize + texts · d_model · 4) bytes, real positions only and
-in the model's dtype; while scoring, texts · width · 4 bytes of the largest group, and a few chunks (16 MiB on a CPU).
+Memory: on the host, for the whole job, Σ over groups of (rows · d_model · itemsize + texts · d_model · 4) bytes, real positions
+only and in the model's dtype; where checkpoints are, what `texts.pooling_bytes` says. Both are in the job's plan (`work.plan`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from evaluate.probing.scr import DIRECTIONS, scr_scores
 from evaluate.probing.series import Scores, SeriesRow, merge, series
 from evaluate.probing.sparse_probing import k_sparse_scores, residual_accuracy
 from evaluate.probing.tasks import Contrast, SetSizes, Task, class_tasks, scr_task
-from evaluate.probing.texts import PooledLatents, TextBank, TextModel, make_bank, pool_latents, raw_decoder
+from evaluate.probing.texts import PooledLatents, TextBank, TextModel, make_bank, pool_all, raw_decoder
 from evaluate.probing.tpp import tpp_scores
 from pipeline.base.errors import UsageError
 from pipeline.sae.nested import NestedSAE
@@ -132,18 +132,30 @@ class Probing:
         """Rows that a checkpoint encodes."""
         return sum(len(group.bank.rows) for group in self.groups)
 
+    @property
+    def n_texts(self) -> int:
+        """Texts of all groups."""
+        return sum(len(group.bank.n_real) for group in self.groups)
+
+    def pool(self, saes: Sequence[NestedSAE]) -> list[tuple[PooledLatents, ...]]:
+        """What `score` takes of each SAE, one a group of texts: every text comes to the device once for all of them."""
+        by_group = [pool_all(saes, group.bank) for group in self.groups]
+        return list(zip(*by_group))
+
     @torch.no_grad()
-    def score(self, sae: NestedSAE, levels: Sequence[int] | None = None) -> ProbingScores:
+    def score(
+        self, sae: NestedSAE, levels: Sequence[int] | None = None, pooled: Sequence[PooledLatents] | None = None
+    ) -> ProbingScores:
         """Every score of one SAE at some levels (indices, default all); only a level's latents are ablated or probed there.
 
         Deterministic. The SAE's device does the encoding; weights are used as they are (float32 unless they were cast).
+        `pooled`: what `pool` gave for it; None: taken now.
         """
         by_task: dict[str, Scores] = {}
         sizes = {
             level: sae.config.levels[level] for level in (range(sae.config.n_levels) if levels is None else levels)
         }
-        for group in self.groups:
-            latents = pool_latents(sae, group.bank)
+        for group, latents in zip(self.groups, pooled or self.pool([sae])[0], strict=True):
             for task in group.tasks:
                 by_task[task.name] = self.score_task(task, group, latents, sae, sizes)
         return ProbingScores(

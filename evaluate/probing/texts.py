@@ -144,23 +144,45 @@ class PooledLatents:
         return self.mean[texts[:, None], latents] + self.masked_share[texts, None] * self.at_zero[latents]
 
 
-@torch.no_grad()
 def pool_latents(sae: NestedSAE, bank: TextBank) -> PooledLatents:
-    """Encode every row once and average it over its text. Memory: texts · width · 4 bytes, and the chunk's."""
-    device = sae.W_enc.device
-    chunk_rows = max(CHUNK_ELEMENTS[device.type] // sae.config.width, int(bank.n_real.max()))
-    mean = torch.empty(len(bank.n_real), sae.config.width, device=device)
+    """Encode every row once and average it over its text."""
+    return pool_all([sae], bank)[0]
+
+
+def pooling_bytes(n_texts: int, longest: int, d_model: int, width: int, device: str) -> tuple[int, int]:
+    """Memory that `pool_all` takes on its device: once, and for each SAE, whose widest is `width`.
+
+        once      chunk · (6 · d_model + 12 · width)      a chunk's rows as stored and in float32; latents, a copy, a mask
+        an SAE    texts · (4 · width + 4) + 4 · width     pooled latents
+
+    chunk: rows of whole texts that make CHUNK_ELEMENTS latents, but at least one text's.
+    """
+    chunk = max(CHUNK_ELEMENTS[device] // width, longest)
+    return chunk * (6 * d_model + 12 * width), n_texts * (4 * width + 4) + 4 * width
+
+
+@torch.no_grad()
+def pool_all(saes: Sequence[NestedSAE], bank: TextBank) -> list[PooledLatents]:
+    """Pooled latents of every SAE, all on one device: chunks of texts outside, which come to the device once, SAEs inside.
+
+    Memory: `pooling_bytes` says.
+    """
+    device, width = saes[0].W_enc.device, max(sae.config.width for sae in saes)
+    chunk_rows = max(CHUNK_ELEMENTS[device.type] // width, int(bank.n_real.max()))
+    means = [torch.empty(len(bank.n_real), sae.config.width, device=device) for sae in saes]
     lengths = bank.n_real.tolist()
     first_text = first_row = 0
     while first_text < len(lengths):
         n_texts, n_rows = whole_texts(lengths[first_text:], chunk_rows)
-        with tf32(device):
-            latents = sae.encode(bank.rows[first_row : first_row + n_rows].to(device)).float()
-        texts = slice(first_text, first_text + n_texts)
-        segment_means(latents, bank.n_real[texts], out=mean[texts])
+        rows, texts = bank.rows[first_row : first_row + n_rows].to(device), slice(first_text, first_text + n_texts)
+        for sae, mean in zip(saes, means):
+            with tf32(device):
+                latents = sae.encode(rows).float()
+            segment_means(latents, bank.n_real[texts], out=mean[texts])
         first_text, first_row = first_text + n_texts, first_row + n_rows
-    at_zero = sae.encode(torch.zeros(1, sae.config.d_model, device=device)).float()[0]
-    return PooledLatents(mean, at_zero, (bank.n_masked / bank.n_real).to(device))
+    masked_share = (bank.n_masked / bank.n_real).to(device)
+    zeros = [sae.encode(torch.zeros(1, sae.config.d_model, device=device)).float()[0] for sae in saes]
+    return [PooledLatents(mean, at_zero, masked_share) for mean, at_zero in zip(means, zeros)]
 
 
 def segment_means(

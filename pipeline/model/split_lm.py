@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pipeline.base.errors import ModelError
+from pipeline.base.errors import ModelError, UsageError
 from pipeline.base.runtime import DTYPES, resolve_device, resolve_dtype
 from pipeline.model.anatomy import Anatomy, Reached, forward, logits_of, own_parameters, residual_of
 from pipeline.model.files import hub_errors, model_folder, weights_sha256
@@ -151,19 +152,26 @@ class SplitLM:
         part: Part = "whole",
         layers: Sequence[int | Point],
         attention: str = "eager",
+        device_map: str | None = None,
         trust_remote_code: bool = False,
     ) -> SplitLM:
         """Load a part of a model from a folder or a Hub id. A layer is the stream after it, a Point may be inside one.
 
+        device_map: `auto`, `balanced` or `sequential` spreads the layers over all GPUs, as transformers and accelerate do it.
+        Where accelerate is installed, a prefix or a whole model for a GPU comes there from its file tensor by tensor, without a
+        copy in host memory; a suffix is cut on the host first.
+
         `prefix`: layers after the last of `layers` are neither loaded nor run. `suffix`: only the layers after layers[0] and
         the head are kept, for a point inside a layer all of them; `whole`: everything, cut at layers[0]. Raises ModelError
-        when the model is missing, gated, of a code that needs trust_remote_code, incomplete, or has no such layer or point.
+        when the model is missing, gated, of a code that needs trust_remote_code, incomplete, or has no such layer or point, and
+        UsageError for a device map without accelerate.
         """
         info = ModelInfo.read(model, revision, trust_remote_code=trust_remote_code)
         last = max(as_point(layer).layer for layer in layers)
         info.require_layers([as_point(layer).layer for layer in layers])
         device = resolve_device(str(device))
         auto: Any = transformers.AutoModelForCausalLM
+        mapped = placement(device, part, device_map)
         with hub_errors(model), quiet(), contextlib.ExitStack() as stack:
             if part == "prefix":
                 with torch.device("meta"):
@@ -177,12 +185,13 @@ class SplitLM:
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
+                **({} if mapped is None else {"device_map": mapped}),
             )
         require_complete(model, report, layers_after(loaded, info.n_layers, last) if part == "prefix" else ())
         split = SplitLM(loaded.eval().requires_grad_(False), info, part, layers)
         split._drop_unused()
         for tensor in (*loaded.parameters(), *loaded.buffers()):
-            if not tensor.is_meta:
+            if mapped is None and not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
         return split
 
@@ -405,6 +414,21 @@ class SplitLM:
         assert self._anatomy is not None
         blocks = list(self._blocks[: layer + 1])
         return overridden({block: self._anatomy.returning(n, residual) for n, block in enumerate(blocks)})
+
+
+DEVICE_MAPS = ("auto", "balanced", "sequential")
+"""How a model's layers may be spread over GPUs, by transformers' names."""
+
+
+def placement(device: torch.device, part: Part, device_map: str | None) -> str | dict[str, torch.device] | None:
+    """Where transformers is to put weights as it reads them; None: on the host, to be moved. Raises UsageError."""
+    has_accelerate = importlib.util.find_spec("accelerate") is not None
+    if device_map is not None and not has_accelerate:
+        raise UsageError(f"--device-map {device_map}: needs accelerate; pip install accelerate")
+    if device_map is not None:
+        return device_map
+    straight = has_accelerate and device.type == "cuda" and part != "suffix"
+    return {"": device} if straight else None
 
 
 def as_point(at: int | Point) -> Point:

@@ -9,6 +9,7 @@ of processor that it took, all threads together: on a busy machine those say mor
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from evaluate.scores.absorption import AbsorptionScore
 from evaluate.scores.labels import LABELS, MAX_ROWS, PER_TYPE, Labelled, Probes, labels_of, train_probes
