@@ -368,7 +368,7 @@ def test_numbers_show_digits_of_their_interval() -> None:
     assert (p_text(0.0312), p_text(1e-9)) == ("0.031", "under 0.0001")
 
 
-def test_hooks_of_a_layer_are_told_apart(tmp_path: Path) -> None:
+def test_hooks_have_places_of_their_own(tmp_path: Path) -> None:
     """Results of two hook points of one layer stand in places of their own, which say so."""
     write_results(tmp_path / "a", alphas=(0.0,), seeds=(0,), steps=(100,))
     for path in write_results(tmp_path / "b", alphas=(0.0,), seeds=(0,), steps=(100,)):
