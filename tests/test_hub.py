@@ -17,6 +17,7 @@ from pipeline.base.files import hash_file, write_json
 from pipeline.sae import hub
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.export import export
+from pipeline.sae.nested import NestedSAE, SAEConfig
 from test_sae import KINDS, random_sae
 
 TOKEN = "hf_secret_of_the_test"
@@ -214,6 +215,19 @@ def test_pulled_results_are_of_the_checkpoint(stand_in: type[StandIn], tmp_path:
     with pytest.raises(CheckpointError, match="results of another checkpoint"):
         hub.pull("owner/name", tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
+
+
+def test_transcoder_card_runs(tmp_path: Path) -> None:
+    """The card of a transcoder names both points, and its example is one that runs."""
+    sae = NestedSAE(SAEConfig(8, 16, (4, 16), d_out=6, skip=True))
+    of = {"store": {"layer": 19, "hook": "mlp_in", "target": {"layer": 19, "hook": "mlp_out"}}}
+    save_checkpoint(tmp_path / "c.safetensors", sae, 1, of)
+    card = hub.model_card(tmp_path / "c.safetensors", None, "owner/name")
+    assert "A nested (Matryoshka) transcoder" in card
+    assert "mlp_in of layer 19 to mlp_out of layer 19" in card
+    names = {"sae": sae, "x": torch.zeros(2, 8)}
+    exec("\n".join(line for line in card.splitlines() if line.startswith(("z =", "y_hat ="))), names)
+    assert names["y_hat"].shape == (2, 6)
 
 
 def test_model_card_says_the_essentials(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from evaluate.latents import neuronpedia
 from evaluate.latents.collect import choose_chunks
-from evaluate.latents.neuronpedia import Sample, Source, choose, command, export_neuronpedia, gather, groups
+from evaluate.latents.neuronpedia import Sample, Source, Together, choose, command, export_neuronpedia, gather, groups
 from pipeline.__main__ import cli
 from pipeline.base.errors import DiskError, UsageError
 from pipeline.base.token_text import TokenText
@@ -113,6 +113,45 @@ def test_features_say_what_is_the_case(store: Store, sae: NestedSAE, tmp_path: P
     assert len({one["id"] for one in of_this}) == len(of_this)
     top = sorted((one["maxValue"] for one in of_this if one["binContains"] == -1), reverse=True)
     assert top[0] == feature["maxActApprox"]
+
+
+def test_correlated_latents_are_numpys(store: Store, sae: NestedSAE, tmp_path: Path) -> None:
+    """The three latents that correlate most with each, Pearson and cosine, are numpy's over rows that count; silent ones have
+    none and are none's."""
+    features, _, _ = written(store, sae, tmp_path)
+    z = dense(store, sae)[store.eval.kept()].astype(np.float64)
+    alive = z.std(0) > 0
+    with np.errstate(invalid="ignore"):
+        pearson = np.corrcoef(z.T)
+    np.fill_diagonal(pearson, -np.inf)
+    pearson[:, ~alive] = -np.inf
+    assert alive.sum() > 20
+    for latent, feature in enumerate(features):
+        if not alive[latent]:
+            assert feature["correlated_features_indices"] == []
+            continue
+        top = np.sort(pearson[latent])[::-1][:3]
+        np.testing.assert_allclose(feature["correlated_features_pearson"], top, atol=1e-4)
+        for other, value in zip(feature["correlated_features_indices"], feature["correlated_features_l1"]):
+            cosine = z[:, latent] @ z[:, other] / np.linalg.norm(z[:, latent]) / np.linalg.norm(z[:, other])
+            assert value == pytest.approx(cosine, abs=1e-4)
+
+
+def test_coincidences_stay_within_memory(store: Store, sae: NestedSAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose firings do not fit are left out, and correlations are those of the rows before."""
+    z = dense(store, sae)
+    counted = sample_of(store).counted()
+    rows = torch.from_numpy(z[counted][:40])
+    monkeypatch.setattr(neuronpedia, "MOST_TOGETHER", int((rows != 0).sum()))
+    together = Together(sae.config.width)
+    for block in torch.from_numpy(z[counted]).split(20):
+        together.update(block)
+    assert together.n_rows == 40
+    alive = np.flatnonzero(rows.double().std(0, correction=0).numpy() > 0)
+    expected = np.corrcoef(rows.numpy().T.astype(np.float64)[alive])
+    np.fill_diagonal(expected, -np.inf)
+    (found,) = together.most_alike(int(alive[0]), int(alive[0]) + 1)
+    assert found["correlated_features_pearson"][0] == pytest.approx(expected[0].max(), abs=1e-4)
 
 
 def test_examples_carry_their_tokens(store: Store, sae: NestedSAE, tmp_path: Path) -> None:
@@ -261,6 +300,8 @@ def test_dashboard_agrees(real: tuple[Store, Path], tmp_path: Path) -> None:
     found = json.loads(run.stdout.splitlines()[-1])
     assert found.pop("features") == 0
     assert found.pop("live") > 200
+    assert found.pop("correlated") > 200
+    assert found.pop("examples") > 2000
     assert found.pop("logits_hist_data_bar_heights") <= 1, found  # a value on the edge of two bars
     assert found.pop("freq_hist_data_bar_heights") <= 1, found
     assert max(found.values()) < 6e-4, found  # theirs rounds to three decimals

@@ -14,6 +14,7 @@ from torch import Tensor
 import harvest.run
 from evaluate.config import EvaluateConfig
 from evaluate.probing.job import ProbingConfig
+from evaluate.report.runs import read_results
 from evaluate.run import Outcome
 from evaluate.run import run as evaluate
 from pipeline.base.errors import MismatchError, UsageError
@@ -129,6 +130,16 @@ def test_results_name_both_stores(made: Path, results: list[dict[str, Any]]) -> 
         assert result["features"]["geometry"]["encoder_decoder"] == {}
         assert result["features"]["geometry"]["nearest"]
         assert result["structure"]["meta"]
+
+
+def test_report_tells_it_from_an_sae(made: Path, results: list[dict[str, Any]], tmp_path: Path) -> None:
+    """An SAE of the same settings on the rows that a transcoder makes is another group of a report, not the same run twice."""
+    config = EvaluateConfig(made / "stores/layer_1.mlp_out.zarr", tmp_path, device="cpu", scores=("ev", "l0"))
+    assert not evaluate(config, [made / "sae"]).failed
+    found = read_results([tmp_path, Path(results[1]["at"])])
+    assert len(found.groups) == 2
+    (reads,) = {group.settings["reads"] for group in found.groups if "reads" in group.settings}
+    assert reads.startswith("mlp_in of layer 1")
 
 
 def test_latent_pages_read_the_source(results: list[dict[str, Any]], made: Path) -> None:

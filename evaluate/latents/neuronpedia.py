@@ -10,7 +10,8 @@ Meanings are those of sae-dashboard 0.8: a latent is taken along its unit decode
 of a sequence is not shown, and special and massive rows do not fire; examples are the N_TOP largest activations, then up to
 N_RANDOM positions drawn from each of N_INTERVALS equal parts of 0 to the maximum, the highest part first. Three things differ:
 the logit lens is less its mean over the vocabulary for every model, random examples of the lowest part are drawn from rows that
-count, and correlations, which need all pairs of latents, are left empty.
+count, and correlations of latents are over rows that count and among all latents, not those of a minibatch of them. Correlations
+with dimensions of the stream, which Neuronpedia calls neurons, are left empty.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float
+from scipy.sparse import csc_matrix
 from torch import Tensor
 
 from evaluate.checkpoints.find import open_checkpoint, require_fit
@@ -57,6 +59,8 @@ N_DRAWN = 64
 """Rows drawn for the lowest part's examples, of which those in higher parts are left out."""
 MOST_FIRINGS = 50_000_000
 """Firings held at once (12 bytes each); more latents than fit take another pass over the rows."""
+MOST_TOGETHER, N_CORRELATED = 16_000_000, 3
+"""Firings whose coincidences are counted (16 bytes each); rows beyond are left out. Latents named that fire most alike."""
 DEFAULT_CREATOR = "clkht01d40000jv08hvalcvly"
 """The user that a fresh installation of Neuronpedia imports as."""
 
@@ -216,13 +220,14 @@ def write_batches(
     quiet: bool,
 ) -> None:
     """Stream the rows and write BATCH latents at a time, in both formats."""
-    tokens, counted = sample.split.tokens, sample.counted()
+    tokens, counted, together = sample.split.tokens, sample.counted(), Together(sae.config.width)
     readable = lru_cache(maxsize=None)(text.plain)
-    for first, found in gather(sae, sample, quiet):
+    for first, found in gather(sae, sample, quiet, together):
         features, lines, examples = [], [], []
+        alike = together.most_alike(first, first + len(found))
         for latent, (rows, values) in enumerate(found, first):
             own = {"feature_index": latent, "frac_nonzero": len(values) / sample.n_rows}
-            about = lens.about(latent, readable) | histogram(values, "freq_hist_data") | own
+            about = lens.about(latent, readable) | histogram(values, "freq_hist_data") | own | alike[latent - first]
             rng = numpy_rng(seed, "neuronpedia", latent)
             shown = [show(e, rows, values, tokens, readable) for e in choose(rows, values, counted, sample.n_rows, rng)]
             features.append(dashboard_feature(about, shown, source))
@@ -245,16 +250,77 @@ Firing = tuple[Rows, Values]
 """A latent's rows, ascending, and its values there, in raw units."""
 
 
-def gather(sae: NestedSAE, sample: Sample, quiet: bool) -> Iterator[tuple[int, list[Firing]]]:
+class Together:
+    """Which latents fire together, over the first rows that count whose firings are at most MOST_TOGETHER."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.n_rows, self.n_firings, self.full = width, 0, 0, False
+        self.parts: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], Values]] = []
+
+    def update(self, z: Float[Tensor, "row latent"]) -> None:
+        """Take in rows that count, unless some were left out before."""
+        row, latent = z.nonzero(as_tuple=True)
+        self.full = self.full or self.n_firings + len(row) > MOST_TOGETHER
+        if self.full:
+            return
+        values = z[row, latent].cpu().numpy()
+        self.parts.append(((row.cpu() + self.n_rows).numpy(), latent.int().cpu().numpy(), values))
+        self.n_rows += len(z)
+        self.n_firings += len(row)
+
+    @cached_property
+    def firings(self) -> csc_matrix:
+        """Latents [row, latent], float64. Ask when all rows are in."""
+        columns = zip(*self.parts) if self.parts else ([], [], [])
+        rows, latents, values = (np.concatenate([*column, np.empty(0, np.int64)]) for column in columns)
+        self.parts.clear()
+        places = (rows.astype(np.int64), latents.astype(np.int64))
+        return csc_matrix((values.astype(np.float64), places), shape=(self.n_rows, self.width))
+
+    @cached_property
+    def sums(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Σ z and Σ z² of every latent."""
+        return np.asarray(self.firings.sum(0)).ravel(), np.asarray(self.firings.power(2).sum(0)).ravel()
+
+    def most_alike(self, first: int, stop: int) -> list[dict[str, list[Any]]]:
+        """Of latents `first` to `stop` − 1, the others whose latents correlate most with theirs, as SAEDashboard names it:
+        Pearson's coefficient and, as `l1`, the cosine. Latents that are silent on these rows, or never are, have none."""
+        total, square = self.sums
+        products = (self.firings[:, first:stop].T @ self.firings).toarray()
+        deviation = np.sqrt(np.maximum(self.n_rows * square - total * total, 0))
+        varies = deviation > 1e-9 * self.n_rows * np.sqrt(np.maximum(square, 1e-300))
+        found = []
+        for latent, product in zip(range(first, stop), products):
+            others = varies.copy()
+            others[latent] = False
+            which = np.flatnonzero(others) if varies[latent] else np.empty(0, np.int64)
+            covariance = self.n_rows * product[which] - total[latent] * total[which]
+            pearson = covariance / (deviation[latent] * deviation[which])
+            best = np.argsort(-pearson, kind="stable")[:N_CORRELATED]
+            cosine = product[which[best]] / np.sqrt(square[latent] * square[which[best]])
+            values = ([short(x) for x in column.tolist()] for column in (pearson[best], cosine))
+            names = (f"correlated_features_{what}" for what in ("pearson", "l1"))
+            found.append({"correlated_features_indices": which[best].tolist(), **dict(zip(names, values))})
+        return found
+
+
+def gather(
+    sae: NestedSAE, sample: Sample, quiet: bool, together: Together | None = None
+) -> Iterator[tuple[int, list[Firing]]]:
     """Where and how strongly latents fire, BATCH latents at a time: the first one's number, and all of theirs.
 
-    One pass over the rows counts; each further one takes as many latents as fit into MOST_FIRINGS.
+    One pass over the rows counts, and fills `together`; each further one takes as many latents as fit into MOST_FIRINGS.
     """
-    width, unit = sae.config.width, (sae.W_dec.detach().float().norm(dim=1) / sae.scale.float()).cpu()
+    config, kept = sae.config, torch.from_numpy(sample.split.kept())
+    scale = sae.target_scale if config.is_transcoder else sae.scale
+    width, unit = config.width, (sae.W_dec.detach().float().norm(dim=1) / scale.float()).cpu()
     counts = torch.zeros(width, dtype=torch.int64)
     with Progress(sample.n_rows, "latents, counting", "row", quiet=quiet) as bar:
-        for z, _ in stream(sae, sample.split, sample.context, sample.chunks):
+        for z, first in stream(sae, sample.split, sample.context, sample.chunks):
             counts += (z != 0).sum((0, 1)).cpu()
+            if together is not None:
+                rows_of = slice(first * sample.context, first * sample.context + z.shape[0] * z.shape[1])
+                together.update(z.flatten(0, 1)[kept[rows_of].to(z.device)])
             bar.advance(z.shape[0] * z.shape[1])
     for start, stop in groups(counts.tolist()):
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -378,9 +444,8 @@ def show(example: Example, rows: Rows, values: Values, tokens: Tokens, text: Cal
 
 
 def dashboard_feature(about: dict[str, Any], shown: list[dict[str, Any]], source: Source) -> dict[str, Any]:
-    """A latent as SAEDashboard writes it; correlations, which need all pairs of latents, are empty."""
-    kinds = ("correlated_neurons", "correlated_features")
-    empty: dict[str, Any] = {f"{kind}_{what}": [] for kind in kinds for what in ("indices", "l1", "pearson")}
+    """A latent as SAEDashboard writes it; correlations with dimensions of the stream are empty."""
+    empty: dict[str, Any] = {f"correlated_neurons_{what}": [] for what in ("indices", "l1", "pearson")}
     rows = {"n_prompts_total": source.n_sequences, "n_tokens_in_prompt": source.context, "dataset": source.dataset}
     return about | empty | rows | {"decoder_weights_dist": [], "activations": shown, "vector": []}
 

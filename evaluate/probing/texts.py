@@ -46,26 +46,18 @@ class TextModel:
 
 
 def text_model(
-    lm: SplitLM,
-    tokenizer: Any,
-    layer: int | Point,
-    bos: int | None,
-    *,
-    parse_special: bool = False,
-    special: Sequence[int] | None = None,
+    lm: SplitLM, tokenizer: Any, layer: int | Point, bos: int | None, *, parse_special: bool = False
 ) -> TextModel:
-    """A SplitLM's prefix and its Hugging Face tokenizer as a TextModel; `bos`, `parse_special` and ids that are `special` as
-    the store has them, by default what the tokenizer declares and the BOS."""
-    ids = special_ids(tokenizer, bos, *(special or ()))
+    """A SplitLM's prefix and its Hugging Face tokenizer as a TextModel; `bos` and `parse_special` as the store has them."""
     point = as_point(layer)
     lm_identity = {"weights_sha256": lm.weights_sha256, **point.recorded, "dtype": str(lm.dtype), "bos": bos}
-    lm_identity |= {"parse_special": parse_special, "special": ids}
+    lm_identity |= {"parse_special": parse_special}
     options = {"add_special_tokens": False, "split_special_tokens": not parse_special}
     return TextModel(
         tokenize=lambda texts: tokenizer(list(texts), **options)["input_ids"],
         residual=lambda tokens: lm.prefix(tokens.to(lm.device))[layer],
         bos=bos,
-        special=tuple(ids),
+        special=tuple(special_ids(tokenizer, bos)),
         identity=lm_identity,
     )
 

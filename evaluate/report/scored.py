@@ -123,14 +123,13 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """The rows that it was scored on."""
+    """The rows that it was scored on. `reads`: where a transcoder reads, in words; of an SAE nothing."""
 
     id: str
     model: str
     layer: int | None
     corpus: object
-    hook: str | None = None
-    """None: the stream after the layer, or rows of a place that nobody named."""
+    reads: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,9 +213,8 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What may differ between experiments, by name; not α, levels or seed."""
         settings: dict[str, Any] = {"model": self.store.model or None, "layer": self.store.layer}
-        settings |= {"hook": self.store.hook} if self.store.hook else {}
         settings |= {name: value for name, value in self.train.items() if name not in NOT_SETTINGS}
-        settings |= {"store": self.store.id[:10]}
+        settings |= {"store": self.store.id[:10]} | ({"reads": self.store.reads} if self.store.reads else {})
         if not self.train:
             source = "/".join(Path(self.checkpoint.path).parts[-3:])
             settings |= {"recipe": "made elsewhere", "source": source, "weights": self.checkpoint.sha256[:10]}
@@ -229,9 +227,9 @@ class Run:
         return canonical_json([self.checkpoint.sha256 or str(self.path), self.store.id])
 
     @property
-    def place(self) -> tuple[str, int | None, str, str]:
-        """Model, layer, hook and store: only scores of one place are compared."""
-        return self.store.model, self.store.layer, self.store.hook or "", self.store.id
+    def place(self) -> tuple[str, int | None, str]:
+        """Model, layer and store: only scores of one place are compared."""
+        return self.store.model, self.store.layer, self.store.id
 
     @cached_property
     def has_latents(self) -> bool:
@@ -326,7 +324,7 @@ def make_run(path: Path, data: Mapping[str, Any]) -> Run:
             store.text("model", ""),
             store.some_whole("layer"),
             store.data.get("corpus"),
-            store.some_text("hook"),
+            reads_of(store.inner("source")),
         ),
         fields.inner("evaluation").data,
         {name: n for name, n in fields.inner("sample").data.items() if isinstance(n, int) and not isinstance(n, bool)},
@@ -447,6 +445,13 @@ def points_of(fields: Fields, name: str) -> tuple[Point, ...]:
     """A series; undefined values are left out."""
     points = [(p, p.some_number("value")) for p in fields.objects(name)]
     return tuple(Point(p.whole("n"), p.some_whole("level"), value) for p, value in points if value is not None)
+
+
+def reads_of(source: Fields) -> str:
+    """The point that a transcoder reads, of which store."""
+    if not source.data:
+        return ""
+    return f"{source.text('hook', 'resid_post')} of layer {source.some_whole('layer')} ({source.text('id', '')[:8]})"
 
 
 def density_of(fields: Fields) -> dict[str, Histogram]:

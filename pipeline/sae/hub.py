@@ -191,14 +191,6 @@ def repository_files(checkpoint: Path, results: Path | None, repo_id: str) -> di
     return files
 
 
-def hook_point(store: Mapping[str, Any]) -> str:
-    """Where an SAE's rows come from, in words."""
-    hook = store.get("hook", "resid_post")
-    if hook is None:
-        return "rows of a place that nobody named"
-    return f"{'residual stream after' if hook == 'resid_post' else f'{hook} of'} layer {store.get('layer')}"
-
-
 def model_card(checkpoint: Path, results: Fields | None, repo_id: str) -> str:
     """Markdown with the Hub's front matter: what the SAE is, what made it, its scores, and how to load it."""
     header = read_header(checkpoint)
@@ -207,7 +199,7 @@ def model_card(checkpoint: Path, results: Fields | None, repo_id: str) -> str:
     rows_seen = header.provenance.get("rows_seen") or 0
     facts = {
         "model": f"{store.get('model')} (revision {store.get('revision') or 'not pinned'})",
-        "hook point": hook_point(store),
+        "hook point": point_text(store) + (f" to {point_text(store.get('target') or {})}" if sae.is_transcoder else ""),
         "width": f"{sae.width:,} latents in levels of {levels}",
         "activation": sae.activation + (f", k = {sae.k}" if sae.k else "") + f", LayerNorm {sae.layernorm}",
         "recipe": f"{train.get('recipe')}, α = {train.get('alpha')}, seed {train.get('seed')}",
@@ -215,6 +207,8 @@ def model_card(checkpoint: Path, results: Fields | None, repo_id: str) -> str:
         "code": header.provenance.get("git"),
     }
     rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    kind, made = ("transcoder", "y_hat") if sae.is_transcoder else ("sparse autoencoder", "x_hat")
+    rows_too = ", x" if sae.skip else ""
     return "\n".join(
         [
             "---",
@@ -224,7 +218,7 @@ def model_card(checkpoint: Path, results: Fields | None, repo_id: str) -> str:
             "---",
             f"# {repo_id.split('/')[-1]}",
             "",
-            "A nested (Matryoshka) sparse autoencoder: every prefix of its dictionary is a dictionary too.",
+            f"A nested (Matryoshka) {kind}: every prefix of its dictionary is a dictionary too.",
             "",
             "| | |",
             "|---|---|",
@@ -233,13 +227,20 @@ def model_card(checkpoint: Path, results: Fields | None, repo_id: str) -> str:
             *score_table(results),
             "```python",
             "import pipeline",
-            f'sae = pipeline.load("{repo_id}")  # takes raw residuals',
-            "z = sae.encode(residual)",
-            "x_hat = sae.decode(z)  # sae.decode_level(z, 0): the shared dictionary alone",
+            f'sae = pipeline.load("{repo_id}")  # takes raw rows',
+            "z = sae.encode(x)",
+            f"{made} = sae.decode(z{rows_too})  # sae.decode_level(z, 0{rows_too}): the shared dictionary alone",
             "```",
             "",
         ]
     )
+
+
+def point_text(store: Mapping[str, Any]) -> str:
+    """A store's hook point in words."""
+    hook = store.get("hook", "resid_post")
+    where = f"layer {store.get('layer')}"
+    return f"residual stream after {where}" if hook == "resid_post" else f"{hook or 'rows'} of {where}"
 
 
 def score_table(results: Fields | None) -> list[str]:

@@ -2,18 +2,22 @@
 own runner and converter write for the same SAE, rows and tokens.
 
     python -m venv dash && dash/bin/pip install --no-deps sae-dashboard eindex-callum 'dataclasses-json<0.7' marshmallow==3.26.1 \
-        typing-inspect mypy-extensions           # beside sae-lens and its dependencies, and matplotlib
+        typing-inspect mypy-extensions neuronpedia python-dotenv    # beside sae-lens and its dependencies, and matplotlib
     DASHBOARD_PYTHON=dash/bin/python python -m pytest tests/test_neuronpedia.py -m slow
 
 FOLDER holds `given.safetensors` (tokens, rows, lm_head, gain), `saelens/` (the SAE), `out/` (our export), `special.json`. Prints
 one JSON line: field → largest difference, or whether it is the same.
 """
 
+import gzip
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+from neuronpedia.np_activation import Activation
+from neuronpedia.np_feature import Feature, Logit
 from sae_dashboard.components_config import (
     ActsHistogramConfig,
     Column,
@@ -29,6 +33,7 @@ from sae_dashboard.neuronpedia.neuronpedia_dashboard import NeuronpediaDashboard
 from sae_dashboard.neuronpedia.neuronpedia_runner_config import NeuronpediaRunnerConfig
 from sae_dashboard.sae_vis_data import SaeVisConfig
 from sae_dashboard.sae_vis_runner import SaeVisRunner
+from sae_dashboard.utils_fns import RollingCorrCoef
 from sae_lens import SAE
 from safetensors.torch import load_file
 
@@ -124,4 +129,29 @@ for a, b in zip(ours, theirs):
         chosen = [o for o in a.activations if o.bin_min == low and o.bin_contains == share]
         inside = [o.values[o.qualifying_token_index] for o in chosen]
         worst("examples outside their interval", max(max(low - v, v - high, 0) for v in inside))
+# Its own correlations are of all rows, special ones too, and of a minibatch of latents: its class is asked of those that count.
+counts = ~torch.isin(given["tokens"], torch.tensor(sorted(special)))
+with torch.inference_mode():
+    z = sae.encode(given["rows"][counts]).T.double()
+    together = RollingCorrCoef(with_self=True, dtype=torch.float64)
+    together.update(z, z)
+    pearson, cosine = together.corrcoef()
+for a in ours:
+    for k, (other, found) in enumerate(zip(a.correlated_features_indices, a.correlated_features_pearson)):
+        worst("pearson", abs(found - float(pearson[a.feature_index].sort(descending=True).values[k])))
+        worst("cosine", abs(a.correlated_features_l1[k] - float(cosine[a.feature_index, other])))
+differences["correlated"] = sum(bool(a.correlated_features_indices) for a in ours)
+
+# What its database holds of an example and a latent, read by the client that Neuronpedia publishes.
+read = lambda kind: [json.loads(line) for path in folder.glob(f"out/*/*/{kind}/batch-*.jsonl.gz")  # noqa: E731
+                     for line in gzip.decompress(path.read_bytes()).splitlines()]  # fmt: skip
+# It calls the table's column `layer` `source`, and knows no −1, which SAEDashboard gives the share of the strongest.
+known = [line | {"source": line["layer"], "binContains": max(line["binContains"], 0)} for line in read("activations")]
+examples = [Activation.from_np_db_json(line) for line in known]
+for line in read("features"):
+    logits = [Logit(token, value) for token, value in zip(line["pos_str"], line["pos_values"])]
+    mine = [one for one in examples if one.index == int(line["index"])]
+    Feature(line["modelId"], line["layer"], int(line["index"]), line["frac_nonzero"], logits, activations=mine)
+    worst("its examples' maximum", abs(max((max(one.values) for one in mine), default=0.0) - line["maxActApprox"]))
+differences["examples"] = len(examples)
 print(json.dumps(differences))
