@@ -80,7 +80,9 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
     help="Also write pages of every latent (contexts, logit lens, relatives) of members whose name begins so, or all.",
 )
 @click.option("--allow-other-store", is_flag=True, help="Evaluate on a store other than the one trained on.")
-@click.option("--allow-other-model", is_flag=True, help="Evaluate SAEs that were trained on another model's rows.")
+@click.option(
+    "--allow-other-model", is_flag=True, help="Evaluate SAEs of another model's rows, and texts with another tokenizer."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run the model's own code from its folder or the Hub.")
 @click.option("--dry-run", is_flag=True, help="Print what it would take, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print {results, failed} to stdout as JSON.")

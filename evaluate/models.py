@@ -85,7 +85,14 @@ class Models:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's."""
+        """The model's. Raises ModelError when its files are not those that made the store's tokens, unless that is allowed."""
+        from pipeline.model.files import tokenizer_sha256
         from pipeline.model.split_lm import load_tokenizer
 
+        recorded, found = self.store.config.get("tokenizer_sha256"), tokenizer_sha256(self.info.folder)
+        if recorded not in (None, found) and not self.config.allow_other_model:
+            raise ModelError(
+                f"{self.name}: its tokenizer's files ({found[:10]}…) are not those that made the tokens of store "
+                f"{self.store.path} ({recorded[:10]}…); give that model, or --allow-other-model if they are meant to be alike"
+            )
         return load_tokenizer(self.name, self.revision, trust_remote_code=self.config.trust_remote_code)

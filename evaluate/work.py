@@ -81,6 +81,7 @@ def prepare_probing(job: Job, texts: Sequence[Texts]) -> Probing | None:
         job.models.point,
         job.store.config["bos"],
         parse_special=bool(job.store.config.get("parse_special")),
+        special=job.store.config.get("special_ids"),
     )
     return prepare(job.config.probing, texts, model, job.config.out / "probes")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.base.errors import UsageError
-from pipeline.model.points import HOOKS, Point, canonical
+from pipeline.model.points import HOOKS, Point, canonical, site_name
 from pipeline.store.backend import is_url
 
 
@@ -81,7 +81,7 @@ class HarvestConfig:
         named: dict[Point, str] = {}
         for layer in self.layers:
             for hook in self.hooks:
-                name = f"layer_{layer}.zarr" if hook == "resid_post" else f"layer_{layer}.{hook}.zarr"
+                name = f"{site_name(layer, hook)}.zarr"
                 if (point := canonical(layer, hook)) in named:
                     raise UsageError(f"--layer {layer} --hook {hook}: the same point as {named[point]}; give each once")
                 named[point] = name

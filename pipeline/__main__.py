@@ -308,14 +308,24 @@ def export(checkpoint: Path, kind: str, out: Path, level: str | None, store: str
 @click.argument("checkpoint", type=NAMED_SOURCE)
 @click.option("--text", required=True, help="What the model reads.")
 @click.option("--model", type=NAMED_SOURCE, help="Folder or Hub id.  [default: the one that made the SAE's store]")
-@click.option("--layer", type=COUNT, help="The SAE sits after this layer.  [default: that of the SAE's store]")
+@click.option("--layer", type=COUNT, help="The SAE sits at this layer.  [default: that of the SAE's store]")
+@click.option("--hook", help="Where in it, as harvest names it.  [default: that of the SAE's store, else resid_post]")
 @click.option("--top", type=COUNT, default=5, show_default=True, help="Latents of each level to show at a token.")
 @click.option("--out", type=OUT_FILE, help="Write an HTML page instead of lines.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto.")
 def inspect(
-    checkpoint: str, text: str, model: str | None, layer: int | None, top: int, out: Path | None, device: str
+    checkpoint: str,
+    text: str,
+    model: str | None,
+    layer: int | None,
+    hook: str | None,
+    top: int,
+    out: Path | None,
+    device: str,
 ) -> None:
     """Show which latents a text wakes: every token with its strongest shared and specialised latents.
+
+    The text becomes a row as the SAE's store has them: its BOS first, its special tokens left alone, read at its hook.
 
     \b
     Example: python -m pipeline inspect runs/l19/alpha0.2-seed0-1a2b3c4d5e --text "The capital of France is Paris"
@@ -323,7 +333,7 @@ def inspect(
     from pipeline.base.files import write_bytes
     from pipeline.live.inspect import as_lines, as_page, block_names, inspect_checkpoint
 
-    sae, tokens = inspect_checkpoint(checkpoint, text, model, layer, top, device)
+    sae, tokens = inspect_checkpoint(checkpoint, text, model, layer, hook, top, device)
     if out is None:
         click.echo("\n".join(as_lines(tokens)))
         return

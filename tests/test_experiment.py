@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from harvest.config import HarvestConfig
 from pipeline.base.errors import PipelineError, UsageError
 from pipeline.experiment import experiment as experiments
 from pipeline.experiment import stages
@@ -108,13 +110,31 @@ def test_several_layers_get_own_folders(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('[harvest]\nmodel = "m"\nlayer = [3, 5]\n[train]\nalpha = 0.2\n')
     read = experiments.Experiment.read(tmp_path / "a.toml")
     places = experiments.Places.of(read, tmp_path / "out")
-    words = experiments.train_words(read.train[0], places, 5)
+    words = experiments.train_words(read.train[0], places, "layer_5")
     assert words[-4:] == [
         "--store",
         str(tmp_path / "out/stores/layer_5.zarr"),
         "--out",
         str(tmp_path / "out/checkpoints/layer_5"),
     ]
+
+
+def test_hooks_get_stores_of_their_own(tmp_path: Path) -> None:
+    """Several layers and hooks get a store each, by the names that harvest gives them, and folders of their own."""
+    hooks = ("resid_post", "mlp_out")
+    (tmp_path / "a.toml").write_text(
+        f'[harvest]\nmodel = "m"\nlayer = [3, 5]\nhook = {json.dumps(hooks)}\n[train]\nalpha = 0.2\n'
+    )
+    read = experiments.Experiment.read(tmp_path / "a.toml")
+    assert read.sites == ["layer_3", "layer_3.mlp_out", "layer_5", "layer_5.mlp_out"]
+    places = experiments.Places.of(read, tmp_path / "out")
+    assert [str(places.store_of(site)) for site in read.sites] == list(
+        HarvestConfig(str(places.store), layers=(3, 5), hooks=hooks).stores().values()
+    )
+    assert len({places.checkpoints(site) for site in read.sites} | {places.results(site) for site in read.sites}) == 8
+    with pytest.raises(UsageError, match=r"harvest\.hook is 'hook_z', known are resid_post"):
+        (tmp_path / "b.toml").write_text('[harvest]\nmodel = "m"\nhook = ["hook_z"]\n[train]\nalpha = 0.2\n')
+        experiments.Experiment.read(tmp_path / "b.toml")
 
 
 PART = '[[part]]\nname = "known"\nharvest.truth = "forest"\n[[part.train]]\nalpha = 0\n[part.evaluate]\nscores = "ev,truth"\n'
@@ -147,9 +167,9 @@ def test_parts_of_layers_differ_in_name(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(f'{HARVEST}{TRAIN}[[part]]\nname = "p"\nharvest.layer = [1, 2]\ntrain.width = 8\n')
     experiment = experiments.Experiment.read(tmp_path / "a.toml")
     (_, own), (_, part) = experiments.with_parts(experiment, tmp_path)
-    folders = [own.checkpoints(1), part.checkpoints(1), part.checkpoints(2)]
+    folders = [own.checkpoints("layer_1"), part.checkpoints("layer_1"), part.checkpoints("layer_2")]
     assert [folder.name for folder in folders] == ["layer_1", "p-layer_1", "p-layer_2"]
-    assert part.store_of(2) == tmp_path / "stores/p/layer_2.zarr"
+    assert part.store_of("layer_2") == tmp_path / "stores/p/layer_2.zarr"
 
 
 def test_dry_run_estimates_every_stage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +183,7 @@ def test_dry_run_estimates_every_stage(tmp_path: Path, capfd: pytest.CaptureFixt
         "4 members, 1 passes over 7,936 rows of a store still to be made",
         r"4 side by side, memory: .*optimiser",
         "disk: at most",
-        r"4 members, at most 10 passes of the layers after 3 over 896 rows: about \d+ s",
+        r"4 members, at most 10 passes of what follows layer_3 over 896 rows: about \d+ s",
     ):
         assert re.search(part, said), (part, said)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"logs"}
@@ -278,5 +298,5 @@ def test_models_have_a_default(tmp_path: Path) -> None:
     """An experiment that names no model takes harvest's, in evaluation too."""
     (tmp_path / "e.toml").write_text(f"[harvest]\nlayer = [1]\n{TRAIN}")
     experiment = experiments.Experiment.read(tmp_path / "e.toml")
-    words = experiments.evaluate_words(experiment, experiments.Places.of(experiment, tmp_path), 1, ["x"])
+    words = experiments.evaluate_words(experiment, experiments.Places.of(experiment, tmp_path), "layer_1", ["x"])
     assert "--model" not in words

@@ -55,10 +55,10 @@ def read_everything(path: Path) -> None:
     for part in (read, *read.parts):
         places = experiments.Places.of(part, path.parent / "out", part.name if part is not read else "")
         words = experiments.harvest_words(part, places)
-        for layer in part.layers:
+        for site in part.sites:
             for grid in part.train:
-                words += experiments.train_words(grid, places, layer)
-            words += experiments.evaluate_words(part, places, layer, ["x"])
+                words += experiments.train_words(grid, places, site)
+            words += experiments.evaluate_words(part, places, site, ["x"])
         assert "--trust-remote-code" not in words
         assert not any("\0" in word for word in words)
         stages.show("harvest", words)

@@ -34,7 +34,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_strongest_are_those_of_encode(checkpoint: Path) -> None:
     """Numbers and activations are those of `encode` on the residual of a plain prefix, block by block."""
-    sae, tokens = inspect_checkpoint(str(checkpoint), "It was late", None, None, 3, "cpu")
+    sae, tokens = inspect_checkpoint(str(checkpoint), "It was late", None, None, None, 3, "cpu")
     ids = load_tokenizer(MODEL)("It was late", return_tensors="pt")["input_ids"]
     residual = SplitLM.load(MODEL, dtype="auto", part="whole", layers=[3]).prefix(ids)[3][0]
     assert tokens[0].blocks == ()
@@ -75,12 +75,12 @@ def test_unnamed_model_is_asked_for(tmp_path: Path) -> None:
     """A checkpoint that does not say where it is from needs --model and --layer."""
     save_checkpoint(tmp_path / "sae.safetensors", NestedSAE(SAEConfig(8, 4, (4,))), 1, {})
     with pytest.raises(UsageError, match="--model and --layer"):
-        inspect_checkpoint(str(tmp_path / "sae.safetensors"), "x", None, None, 3, "cpu")
+        inspect_checkpoint(str(tmp_path / "sae.safetensors"), "x", None, None, None, 3, "cpu")
 
 
 def test_tokens_are_visible(checkpoint: Path) -> None:
     """Line ends and the space before a word are seen."""
-    _, tokens = inspect_checkpoint(str(checkpoint), "It was\n", None, None, 3, "cpu")
+    _, tokens = inspect_checkpoint(str(checkpoint), "It was\n", None, None, None, 3, "cpu")
     assert [token.text for token in tokens] == ["<bos>", "It", " was", "↵"]
 
 

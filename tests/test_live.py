@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import pipeline
-from pipeline.base.errors import UsageError
+from pipeline.base.errors import ModelError, UsageError
 from pipeline.live.attach import Attached, attach
 from pipeline.live.edits import ablate, clamp, steer
+from pipeline.model.points import canonical
 from pipeline.model.splicing import splice
 from pipeline.model.split_lm import SplitLM, find_layers
 from pipeline.sae.nested import NestedSAE, SAEConfig
@@ -119,6 +120,92 @@ def test_splice_is_that_of_evaluation(lm_folder: Callable[[str], Path], dtype: s
         evaluated = lm.unembed(lm.suffix(splice(residual, kept, sae(residual[kept].float())), tokens))
     with attach(lm.model, sae, LAYER):
         assert torch.equal(logits(lm.model, tokens), evaluated)
+
+
+HOOKED = [
+    ("gemma2", ("resid_pre", "resid_mid", "attn_out", "mlp_in", "mlp_out", "embed")),
+    ("gpt2", ("resid_mid", "attn_out", "mlp_in", "mlp_out")),
+    ("gpt_neox", ("attn_out", "mlp_in", "mlp_out")),
+    ("mixtral", ("resid_mid", "mlp_out")),
+]
+
+
+@pytest.mark.parametrize(("kind", "hooks"), HOOKED, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_hook_is_evaluations(
+    lm_folder: Callable[[str], Path], kind: str, hooks: tuple[str, ...], sae: NestedSAE
+) -> None:
+    """At every hook point the attached logits, latents and kept error are those that evaluation has there, bit for bit."""
+    folder, tokens = str(lm_folder(kind)), inputs()
+    kept = torch.ones_like(tokens, dtype=torch.bool)
+    kept[:, 0] = False
+    for hook in hooks:
+        lm = SplitLM.load(folder, dtype="float32", part="whole", layers=[point := canonical(LAYER, hook)])
+        rows = lm.prefix(tokens)[point]
+        with torch.no_grad():
+            evaluated = lm.unembed(lm.suffix(splice(rows, kept, sae(rows[kept])), tokens))
+        plain = logits(lm.model, tokens)
+        with attach(lm.model, sae, LAYER, hook=hook) as live:
+            assert torch.equal(logits(lm.model, tokens), evaluated), hook
+        assert torch.equal(live.latents[kept], sae.encode(rows[kept])), hook
+        with attach(lm.model, sae, LAYER, hook=hook, keep_error=True):
+            assert torch.equal(logits(lm.model, tokens), plain), hook
+        assert not torch.equal(plain, evaluated), hook
+
+
+@pytest.mark.parametrize("hook", ["resid_mid", "mlp_out"])
+def test_hooks_generate_with_a_cache(whole: Callable[..., Any], hook: str, sae: NestedSAE) -> None:
+    """At a point inside a layer a cache changes no token that is generated, nor gradients what is computed."""
+    model, tokens = whole(), inputs()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with attach(model, sae, LAYER, hook=hook):
+        cached, plain = (model.generate(tokens, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, plain)
+    with attach(model, sae, LAYER, hook=hook) as live:
+        expected = logits(model, tokens)
+    with attach(model, sae, LAYER, hook=hook, gradients=True) as live:
+        found = model(tokens).logits
+        found.sum().backward()
+    assert torch.equal(found, expected)
+    assert live.z is not None
+    assert live.z.grad is not None
+    assert live.z.grad.abs().sum() > 0
+
+
+def test_acts_where_it_was_trained(whole: Callable[..., Any], sae: NestedSAE) -> None:
+    """Without a layer or hook it is where the checkpoint says; what is asked for goes first."""
+    model, tokens = whole(), inputs()
+    with attach(model, sae, 2, hook="mlp_out"):
+        expected = logits(model, tokens)
+    with attach(model, sae, 1):
+        other = logits(model, tokens)
+    sae.made_for = {"id": "x", "layer": 2, "hook": "mlp_out"}
+    with attach(model, sae):
+        assert torch.equal(logits(model, tokens), expected)
+    with attach(model, sae, 1, hook="resid_post"):
+        assert torch.equal(logits(model, tokens), other)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "options", "says"),
+    [
+        ({}, {}, "does not say which layer"),
+        ({"layer": 0, "hook": None}, {}, "rows of a place that nobody named"),
+        ({"layer": 1}, {"hook": "hook_z"}, "hook hook_z: known are resid_post"),
+    ],
+)
+def test_unknown_places_are_refused(
+    whole: Callable[..., Any], sae: NestedSAE, recorded: dict[str, Any], options: dict[str, Any], says: str
+) -> None:
+    """Where nobody says where an SAE belongs, it is asked for."""
+    sae.made_for = recorded
+    with pytest.raises(UsageError, match=says):
+        attach(whole(), sae, **options)
+
+
+def test_missing_points_are_refused(whole: Callable[..., Any], sae: NestedSAE) -> None:
+    """A layer whose parts run beside each other has no resid_mid to attach to."""
+    with pytest.raises(ModelError, match=r"resid_mid was not found in layer 1 \(found: attn_out, mlp_out, mlp_in\)"):
+        attach(whole("gpt_neox"), sae, LAYER, hook="resid_mid")
 
 
 def test_special_positions_stay(whole: Callable[..., Any], sae: NestedSAE) -> None:

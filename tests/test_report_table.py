@@ -366,3 +366,14 @@ def test_numbers_show_digits_of_their_interval() -> None:
     assert plus_minus(Estimate(0.52345, None, 1)) == "0.5234"
     assert number(-0.5, 0.01) == "−0.500"
     assert (p_text(0.0312), p_text(1e-9)) == ("0.031", "under 0.0001")
+
+
+def test_hooks_have_places_of_their_own(tmp_path: Path) -> None:
+    """Results of two hook points of one layer stand in places of their own, which say so."""
+    write_results(tmp_path / "a", alphas=(0.0,), seeds=(0,), steps=(100,))
+    for path in write_results(tmp_path / "b", alphas=(0.0,), seeds=(0,), steps=(100,)):
+        data = read_json(path)
+        write_json(path, data | {"store": data["store"] | {"id": "other", "hook": "mlp_out"}})
+    results = read_results([tmp_path])
+    assert [name for name, _ in results.places] == ["layer 3", "mlp_out of layer 3"]
+    assert sorted(str(group.settings.get("hook")) for group in results.groups) == ["None", "mlp_out"]

@@ -12,7 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import harvest.run
 from pipeline.base.errors import ModelError
 from pipeline.model import trial
-from pipeline.model.split_lm import ModelInfo, SplitLM, plain_token, require_complete
+from pipeline.model.specials import plain_token
+from pipeline.model.split_lm import ModelInfo, SplitLM, require_complete
 from support import sweep_models, tiny_models
 from support.harvests import harvest_config
 

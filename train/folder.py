@@ -263,9 +263,14 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+TOKENS = ("tokenizer_sha256", "bos", "special_ids", "parse_special")
+"""How a store's tokens were made, which a live model needs. Its id fixes them, and members of before they were recorded go on."""
+
+
 def identity(description: Fields) -> dict[str, Any]:
     """What of config.json must not change while a member is trained."""
-    return {part: dict(description.inner(part).data) for part in ("config", "store", "order")}
+    parts = {part: dict(description.inner(part).data) for part in ("config", "store", "order")}
+    return parts | {"store": {name: value for name, value in parts["store"].items() if name not in TOKENS}}
 
 
 def check_out(out: Path) -> None:

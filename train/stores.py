@@ -17,6 +17,7 @@ from pipeline.store.pair import require_same_rows
 from pipeline.store.reader import Store
 from pipeline.store.split import Split
 from train.config import TrainConfig
+from train.folder import TOKENS
 from train.step.member import Target
 
 
@@ -83,7 +84,7 @@ def identity_of(store: Store, config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint says of one store."""
     names = ("model", "revision", "weights_sha256", "layer", "d_model", "context")
     own = {name: store.config[name] for name in names}
-    own |= {"hook": store.config["hook"]} if "hook" in store.config else {}
+    own |= {name: store.config[name] for name in ("hook", *TOKENS) if name in store.config}
     measured = {"massive_multiple": store.statistics.massive_multiple, "mean_share": store.statistics.mean_share}
     return {"id": store.id, **own, **measured, "max_norm": multiple_of(store, config.max_norm)}
 

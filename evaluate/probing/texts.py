@@ -46,18 +46,26 @@ class TextModel:
 
 
 def text_model(
-    lm: SplitLM, tokenizer: Any, layer: int | Point, bos: int | None, *, parse_special: bool = False
+    lm: SplitLM,
+    tokenizer: Any,
+    layer: int | Point,
+    bos: int | None,
+    *,
+    parse_special: bool = False,
+    special: Sequence[int] | None = None,
 ) -> TextModel:
-    """A SplitLM's prefix and its Hugging Face tokenizer as a TextModel; `bos` and `parse_special` as the store has them."""
+    """A SplitLM's prefix and its Hugging Face tokenizer as a TextModel; `bos`, `parse_special` and ids that are `special` as
+    the store has them, by default what the tokenizer declares and the BOS."""
+    ids = special_ids(tokenizer, bos, *(special or ()))
     point = as_point(layer)
     lm_identity = {"weights_sha256": lm.weights_sha256, **point.recorded, "dtype": str(lm.dtype), "bos": bos}
-    lm_identity |= {"parse_special": parse_special}
+    lm_identity |= {"parse_special": parse_special, "special": ids}
     options = {"add_special_tokens": False, "split_special_tokens": not parse_special}
     return TextModel(
         tokenize=lambda texts: tokenizer(list(texts), **options)["input_ids"],
         residual=lambda tokens: lm.prefix(tokens.to(lm.device))[layer],
         bos=bos,
-        special=tuple(special_ids(tokenizer, bos)),
+        special=tuple(ids),
         identity=lm_identity,
     )
 

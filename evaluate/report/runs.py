@@ -18,6 +18,7 @@ from pipeline.definitions import METRICS, Metric
 FIRST_SETTINGS = (
     "model",
     "layer",
+    "hook",
     "reads",
     "recipe",
     "objective",
@@ -99,10 +100,13 @@ class Results:
     @cached_property
     def places(self) -> list[tuple[str, list[Run]]]:
         """Runs of each model, layer and store, under what tells it from the others: nothing where there is one."""
-        by_place: dict[tuple[str, int | None, str], list[Run]] = {}
+        by_place: dict[tuple[str, int | None, str, str], list[Run]] = {}
         for run in sorted(self.runs, key=lambda run: [in_order(part) for part in run.place]):
             by_place.setdefault(run.place, []).append(run)
-        parts = [(short_name(model), f"layer {layer}", f"store {id[:8]}") for model, layer, id in by_place]
+        parts = [
+            (short_name(model), f"{hook} of layer {layer}" if hook else f"layer {layer}", f"store {id[:8]}")
+            for model, layer, hook, id in by_place
+        ]
         told = [i for i in range(3) if len({part[i] for part in parts}) > 1]
         if len({tuple(part[i] for i in told[:-1]) for part in parts}) == len(parts):
             told = told[:-1]

@@ -129,6 +129,8 @@ class StoreFacts:
     model: str
     layer: int | None
     corpus: object
+    hook: str | None = None
+    """None: the stream after the layer, or rows of a place that nobody named."""
     reads: str = ""
 
 
@@ -213,6 +215,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What may differ between experiments, by name; not α, levels or seed."""
         settings: dict[str, Any] = {"model": self.store.model or None, "layer": self.store.layer}
+        settings |= {"hook": self.store.hook} if self.store.hook else {}
         settings |= {name: value for name, value in self.train.items() if name not in NOT_SETTINGS}
         settings |= {"store": self.store.id[:10]} | ({"reads": self.store.reads} if self.store.reads else {})
         if not self.train:
@@ -227,9 +230,9 @@ class Run:
         return canonical_json([self.checkpoint.sha256 or str(self.path), self.store.id])
 
     @property
-    def place(self) -> tuple[str, int | None, str]:
-        """Model, layer and store: only scores of one place are compared."""
-        return self.store.model, self.store.layer, self.store.id
+    def place(self) -> tuple[str, int | None, str, str]:
+        """Model, layer, hook and store: only scores of one place are compared."""
+        return self.store.model, self.store.layer, self.store.hook or "", self.store.id
 
     @cached_property
     def has_latents(self) -> bool:
@@ -324,6 +327,7 @@ def make_run(path: Path, data: Mapping[str, Any]) -> Run:
             store.text("model", ""),
             store.some_whole("layer"),
             store.data.get("corpus"),
+            store.some_text("hook"),
             reads_of(store.inner("source")),
         ),
         fields.inner("evaluation").data,

@@ -1,7 +1,7 @@
 """An experiment file: one TOML names harvest, training grids and evaluation; running it does what is missing.
 
     out/
-      stores/         acts.zarr, or layer_L.zarr for each of several layers (or wherever `store` says)
+      stores/         acts.zarr, or layer_L.zarr, layer_L.HOOK.zarr for each of several (or wherever `store` says)
       checkpoints/    layer_L/<member>/…
       results/        layer_L/<member>-step_N-<key>.json, results.csv
       logs/           a file a stage
@@ -27,6 +27,7 @@ from pipeline.base.errors import UsageError
 from pipeline.base.files import read_json, write_json
 from pipeline.base.progress import format_seconds, say
 from pipeline.experiment import stages
+from pipeline.model.points import HOOKS, site_name
 
 SHIPPED = Path(__file__).parent
 OPTION = re.compile("[A-Za-z][A-Za-z0-9-]*")
@@ -73,10 +74,11 @@ class Experiment:
         return replace(parse(path, data, TABLES, "", trust_remote_code), parts=tuple(read))
 
     @property
-    def layers(self) -> list[int]:
-        """The layers harvested; one store each."""
+    def sites(self) -> list[str]:
+        """What is harvested, one store each, by the names that harvest gives them: layer_19, layer_19.mlp_out."""
         layer = self.harvest.get("layer", 0 if "truth" in self.harvest else 19)  # rows of known features have no layer
-        return list(layer) if isinstance(layer, list) else [layer]
+        hook = self.harvest.get("hook", "resid_post")
+        return [site_name(one, where) for one in as_list(layer) for where in as_list(hook)]
 
 
 def parse(path: Path, data: Mapping[str, Any], known: Set[str], where: str, trust_remote_code: bool) -> Experiment:
@@ -118,11 +120,18 @@ def table(path: Path, name: str, found: Any) -> dict[str, Any]:
         for one in value if isinstance(value, list) else [value]:
             require_value(f"{path}: {name}.{key[:60]}", one)
         options[option] = value
+    if name == "harvest" and (unknown := [hook for hook in as_list(options.get("hook", [])) if hook not in HOOKS]):
+        raise UsageError(f"{path}: {name}.hook is {str(unknown[0])[:60]!a}, known are {', '.join(HOOKS)}")
     if "layer" in options:
-        layers = options["layer"] if isinstance(options["layer"], list) else [options["layer"]]
+        layers = as_list(options["layer"])
         if not layers or not all(type(layer) is int and abs(layer) < 10_000 for layer in layers):
             raise UsageError(f"{path}: {name}.layer is {str(options['layer'])[:60]!a}, expected whole numbers")
     return options
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list as it is, anything else as a list of one."""
+    return list(value) if isinstance(value, list) else [value]
 
 
 def require_value(where: str, value: Any) -> None:
@@ -162,7 +171,7 @@ class Places:
     @staticmethod
     def of(experiment: Experiment, out: Path, part: str = "") -> Places:
         """Stores go to `harvest.store` when the file names it, so that experiments can share one."""
-        several = len(experiment.layers) > 1
+        several = len(experiment.sites) > 1
         out = out.absolute()
         default = out / "stores" / part if several else out / "stores" / f"{part or 'acts'}.zarr"
         if "://" in str(experiment.harvest.get("store", "")):
@@ -172,20 +181,18 @@ class Places:
             )
         return Places(out, Path(experiment.harvest.get("store", default)).absolute(), several, part)
 
-    def store_of(self, layer: int) -> Path:
-        return self.store / f"layer_{layer}.zarr" if self.several else self.store
+    def store_of(self, site: str) -> Path:
+        return self.store / f"{site}.zarr" if self.several else self.store
 
-    def folder(self, layer: int) -> str:
-        """The name that a layer has among others: layer_3, or the part's."""
-        return "-".join(
-            ([self.part] if self.part else []) + ([f"layer_{layer}"] if self.several or not self.part else [])
-        )
+    def folder(self, site: str) -> str:
+        """The name that a site has among others: layer_3, layer_3.mlp_out, or the part's."""
+        return "-".join(([self.part] if self.part else []) + ([site] if self.several or not self.part else []))
 
-    def checkpoints(self, layer: int) -> Path:
-        return self.out / "checkpoints" / self.folder(layer)
+    def checkpoints(self, site: str) -> Path:
+        return self.out / "checkpoints" / self.folder(site)
 
-    def results(self, layer: int) -> Path:
-        return self.out / "results" / self.folder(layer)
+    def results(self, site: str) -> Path:
+        return self.out / "results" / self.folder(site)
 
     @property
     def report(self) -> Path:
@@ -200,18 +207,18 @@ def harvest_words(experiment: Experiment, places: Places) -> list[str]:
     return stages.options({**experiment.harvest, "store": places.store})
 
 
-def train_words(grid: dict[str, Any], places: Places, layer: int) -> list[str]:
-    """Options of one training grid on one layer."""
-    settings = {**grid, "store": places.store_of(layer), "out": places.checkpoints(layer)}
+def train_words(grid: dict[str, Any], places: Places, site: str) -> list[str]:
+    """Options of one training grid on one site."""
+    settings = {**grid, "store": places.store_of(site), "out": places.checkpoints(site)}
     return stages.options(settings, negatable=True)
 
 
-def evaluate_words(experiment: Experiment, places: Places, layer: int, members: list[str]) -> list[str]:
+def evaluate_words(experiment: Experiment, places: Places, site: str, members: list[str]) -> list[str]:
     """Options of one evaluation job: the members that the file asks for, by folder."""
     model = {"model": experiment.harvest["model"]} if "model" in experiment.harvest else {}
     settings = {**model, **experiment.evaluate}
-    places_of_layer = {"store": places.store_of(layer), "out": places.results(layer)}
-    return [*members, *stages.options({**settings, **places_of_layer})]
+    places_of_site = {"store": places.store_of(site), "out": places.results(site)}
+    return [*members, *stages.options({**settings, **places_of_site})]
 
 
 def with_parts(experiment: Experiment, out: Path) -> list[tuple[Experiment, Places]]:
@@ -226,9 +233,9 @@ def run(experiment: Experiment, out: Path) -> Path:
     check(experiment, every)
     for one, places in every:
         stages.run_stage("harvest", harvest_words(one, places), places.log("harvest"))
-        for layer in one.layers:
-            members = train_layer(one, places, layer)
-            words = evaluate_words(one, places, layer, members)
+        for site in one.sites:
+            members = train_site(one, places, site)
+            words = evaluate_words(one, places, site, members)
             done = stages.ask_stage("evaluate", words, places.log("evaluate"))
             results += [result["path"] for result in done["results"]]
     places = every[0][1]
@@ -241,20 +248,20 @@ def check(experiment: Experiment, every: Sequence[tuple[Experiment, Places]]) ->
     """Have every stage's own parser read every option before the first stage starts. Raises UsageError naming the stage."""
     commands: list[tuple[str, list[str]]] = []
     for one, places in every:
-        layer = one.layers[0]
+        site = one.sites[0]
         commands.append(("harvest", harvest_words(one, places)))
-        commands += [("train", train_words(grid, places, layer)) for grid in one.train]
-        commands.append(("evaluate", evaluate_words(one, places, layer, [str(places.out)])))
+        commands += [("train", train_words(grid, places, site)) for grid in one.train]
+        commands.append(("evaluate", evaluate_words(one, places, site, [str(places.out)])))
     places = every[0][1]
     words = [str(places.out), *stages.options({"out": places.report, **experiment.report})]
     stages.check([*commands, ("evaluate.report", words)])
 
 
-def train_layer(experiment: Experiment, places: Places, layer: int) -> list[str]:
-    """Train every grid on one layer; the member folders asked for, in order, each once."""
+def train_site(experiment: Experiment, places: Places, site: str) -> list[str]:
+    """Train every grid on one site; the member folders asked for, in order, each once."""
     members: dict[str, None] = {}
     for grid in experiment.train:
-        done = stages.ask_stage("train", train_words(grid, places, layer), places.log("train"))
+        done = stages.ask_stage("train", train_words(grid, places, site), places.log("train"))
         members |= {member["folder"]: None for member in done["members"]}
     return list(members)
 
@@ -277,18 +284,18 @@ def dry_run_part(experiment: Experiment, places: Places) -> None:
     planned = stages.ask_stage("harvest", [*words, "--dry-run"], log)
     plan_file = log.with_name(f"{places.part}-harvest-plan.json" if places.part else "harvest-plan.json")
     write_json(plan_file, planned)
-    for layer in experiment.layers:
+    for site in experiment.sites:
         n_members = 0
         for grid in experiment.train:
-            words = train_words(grid, places, layer)
+            words = train_words(grid, places, site)
             say(f"2. {stages.show('train', words)}")
-            there = is_complete(places.store_of(layer))
+            there = is_complete(places.store_of(site))
             done = stages.ask_stage(
                 "train", [*words, "--dry-run", *([] if there else ["--planned", str(plan_file)])], log
             )
             n_members += len(done["members"])
-        say(f"3. {stages.show('evaluate', evaluate_words(experiment, places, layer, ['MEMBERS']))}")
-        say(evaluate_cost(experiment, planned, layer, n_members))
+        say(f"3. {stages.show('evaluate', evaluate_words(experiment, places, site, ['MEMBERS']))}")
+        say(evaluate_cost(experiment, planned, site, n_members))
 
 
 def is_complete(store: Path) -> bool:
@@ -297,15 +304,15 @@ def is_complete(store: Path) -> bool:
     return root.exists() and read_json(root)["attributes"]["state"] == "complete"
 
 
-def evaluate_cost(experiment: Experiment, planned: Mapping[str, Any], layer: int, n_members: int) -> str:
+def evaluate_cost(experiment: Experiment, planned: Mapping[str, Any], site: str, n_members: int) -> str:
     """A line on what scoring takes: a pass of the layers after the cut a member and level, clean and mean ablation."""
-    store = next(one for one in planned["stores"] if one["layer"] == layer)
+    store = planned["stores"][experiment.sites.index(site)]
     rows = store["n_sequences"]["eval"] * store["config"]["context"]
     if "truth" in experiment.harvest:
         return f"   {n_members} members on {rows:,} rows of known features; no language model runs"
     passes = 2 * n_members + 2
     seconds = passes * rows * planned["cost"]["suffix_seconds"]
     return (
-        f"   {n_members} members, at most {passes} passes of the layers after {layer} over {rows:,} rows: about "
+        f"   {n_members} members, at most {passes} passes of what follows {site} over {rows:,} rows: about "
         f"{format_seconds(seconds)} for KL, more for scores of texts; memory: four fifths of what is free at most"
     )

@@ -37,10 +37,10 @@ def write_jobs(experiment: experiments.Experiment, file: Path, out: Path, sbatch
     for i, (one, places) in enumerate(every):
         harvest = f"harvest_{i}" if i else "harvest"
         write_job(folder, harvest, "harvest", experiments.harvest_words(one, places), sbatch)
-        for layer in one.layers:
+        for site in one.sites:
             for grid in one.train:
                 train = f"train_{len(needs)}"
-                write_job(folder, train, "train", experiments.train_words(grid, places, layer), sbatch)
+                write_job(folder, train, "train", experiments.train_words(grid, places, site), sbatch)
                 needs[train] = harvest
     words = ["run", str(file.absolute() if file.exists() else file), "--out", str(every[0][1].out)]
     write_job(folder, "finish", "pipeline", words, sbatch)

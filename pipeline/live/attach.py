@@ -1,13 +1,14 @@
-"""An SAE spliced into a live model: any Hugging Face causal LM, any layer, in plain forward passes and in `generate`.
+"""An SAE spliced into a live model: any Hugging Face causal LM, any layer and hook point, in plain passes and in `generate`.
 
-    with attach(model, sae, layer=19) as live:                                  # x → x̂
+    with attach(model, sae) as live:                                            # x → x̂, where the SAE was trained
         logits = model(**inputs).logits
         live.latents                                                            # z of this forward
     with attach(model, sae, layer=19, keep_error=True, edit=steer(7, 4.0)):     # x → x + (x̂(edited z) − x̂(z))
         model.generate(**inputs)
 
 What is spliced is what evaluation splices: rows that are not special. Special are the ids that the model's config names
-(BOS, EOS, PAD; or `special_ids`), each text's first position, and padding; they stay as they are.
+(BOS, EOS, PAD) and those that the SAE's checkpoint records of its store (or `special_ids` alone), each text's first position,
+and padding; they stay as they are. Points are harvest's: an SAE of mlp_out acts on what the MLP adds to the stream.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 from pipeline.base.errors import ModelError, UsageError
 from pipeline.live.edits import Edit
+from pipeline.model.places import Place, find_place, first_of, stream_of, with_stream
+from pipeline.model.points import HOOKS, Point, canonical
 from pipeline.model.specials import config_special_ids
 from pipeline.model.splicing import splice
 from pipeline.model.split_lm import find_layers
@@ -31,37 +34,69 @@ from pipeline.sae.nested import NestedSAE
 def attach(
     model: Any,
     sae: NestedSAE,
-    layer: int,
+    layer: int | None = None,
     *,
+    hook: str | None = None,
     level: int = -1,
     keep_error: bool = False,
     edit: Edit | Sequence[Edit] | None = None,
     special_ids: Sequence[int] | None = None,
     gradients: bool = False,
 ) -> Attached:
-    """A context in which the residual stream after `layer` goes through the SAE; several may be open at once.
+    """A context in which the rows at a hook point go through the SAE; several may be open at once.
 
-    level: which nested dictionary decodes (−1: the whole); latents and edits are restricted to it. keep_error: add only
-    what the edits change, x + (x̂(edit(z)) − x̂(z)); without an edit the model computes bit for bit what it does untouched.
-    edit: one function of z [row, latent], or several applied in order. gradients: `live.z` keeps its gradient after a
-    backward pass (attribution); with keep_error the error x − x̂ is then a constant, so that all of the gradient is z's.
+    layer, hook: where; by default where the SAE's checkpoint says that its rows came from, the stream after the layer
+    where it names no hook. level: which nested dictionary decodes (−1: the whole); latents and edits are restricted to it.
+    keep_error: add only what the edits change, x + (x̂(edit(z)) − x̂(z)); without an edit the model computes bit for bit what
+    it does untouched. edit: one function of z [row, latent], or several applied in order. gradients: `live.z` keeps its
+    gradient after a backward pass (attribution); with keep_error the error x − x̂ is then a constant, so that all of the
+    gradient is z's.
 
-    The SAE computes in its own dtype (float32 as loaded), outside any autocast. Raises ModelError for a model whose layers
-    cannot be found, UsageError for a layer, level or width that does not fit, or for gradients under no_grad.
+    The SAE computes in its own dtype (float32 as loaded), outside any autocast. Points inside a layer are looked for with
+    three tokens, here. Raises ModelError for a model whose layers or point cannot be found, UsageError for a layer, hook,
+    level or width that does not fit or is not known, or for gradients under no_grad.
     """
     text = model.config.get_text_config()
     n_layers, d_model = int(text.num_hidden_layers), int(text.hidden_size)
-    if not 0 <= layer < n_layers:
-        raise UsageError(f"layer {layer} is out of range; the model has layers 0 to {n_layers - 1}")
     if sae.config.is_transcoder:
         raise UsageError("the SAE is a transcoder, which makes rows of another point than it reads; attach takes none")
+    point = point_of(sae, layer, hook)
+    if not 0 <= point.layer < n_layers:
+        raise UsageError(f"layer {point.layer} is out of range; the model has layers 0 to {n_layers - 1}")
     if sae.config.d_model != d_model:
         raise UsageError(f"the SAE is of a residual stream of {sae.config.d_model}, the model's has {d_model}")
     if not -sae.config.n_levels <= level < sae.config.n_levels:
         raise UsageError(f"level {level} is out of range; the SAE has levels 0 to {sae.config.n_levels - 1}")
     edits = () if edit is None else (edit,) if callable(edit) else tuple(edit)
-    ids = config_special_ids(model) if special_ids is None else tuple(special_ids)
-    return Attached(model, find_layers(model, n_layers)[layer], sae, level, keep_error, edits, ids, gradients)
+    recorded = sae.made_for.get("special_ids") or ()
+    ids = (*config_special_ids(model), *recorded) if special_ids is None else tuple(special_ids)
+    return Attached(model, place_of(model, point, n_layers, d_model), sae, level, keep_error, edits, ids, gradients)
+
+
+def point_of(sae: NestedSAE, layer: int | None, hook: str | None) -> Point:
+    """Where an SAE acts: as asked, else where its checkpoint says its rows came from.
+
+    Raises UsageError where neither says a layer, for an unknown hook, and for rows of a place that nobody named.
+    """
+    recorded = sae.made_for
+    layer = recorded.get("layer") if layer is None else layer
+    if layer is None and (hook or recorded.get("hook")) != "embed":
+        raise UsageError("the SAE does not say which layer it is for; give a layer")
+    if hook is None and "hook" in recorded and recorded["hook"] is None:
+        raise UsageError("the SAE is of rows of a place that nobody named; give a hook")
+    hook = hook or recorded.get("hook", "resid_post")
+    if hook not in HOOKS:
+        raise UsageError(f"hook {hook}: known are {', '.join(HOOKS)}")
+    return canonical(layer or 0, hook)
+
+
+def place_of(model: Any, point: Point, n_layers: int, d_model: int) -> Place:
+    """The module at a point and which side of it. Raises ModelError where the layer has none that could be found."""
+    block = find_layers(model, n_layers)[point.layer]
+    if not point.is_inside:
+        return Place(block, is_output=point.hook == "resid_post")
+    device = model.get_input_embeddings().weight.device
+    return find_place(model, type(model).__name__, block, point, device, d_model)
 
 
 class Attached:
@@ -70,7 +105,7 @@ class Attached:
     def __init__(
         self,
         model: nn.Module,
-        block: nn.Module,
+        place: Place,
         sae: NestedSAE,
         level: int,
         keep_error: bool,
@@ -78,7 +113,7 @@ class Attached:
         special_ids: Sequence[int],
         gradients: bool,
     ) -> None:
-        self.model, self.block, self.sae = model, block, sae
+        self.model, self.place, self.sae = model, place, sae
         self.n_latents = sae.config.levels[level]
         self.keep_error, self.edits, self.special_ids, self.gradients = keep_error, tuple(edits), special_ids, gradients
         self.handles: list[Any] = []
@@ -89,9 +124,12 @@ class Attached:
     def __enter__(self) -> Attached:
         if self.handles:
             raise UsageError("this SAE is attached already; make another with attach(…)")
+        module = self.place.module
         self.handles = [
             self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True),
-            self.block.register_forward_hook(self._replace),
+            module.register_forward_hook(self._replace_output)
+            if self.place.is_output
+            else module.register_forward_pre_hook(self._replace_input, with_kwargs=True),
         ]
         return self
 
@@ -146,18 +184,41 @@ class Attached:
             may &= attended[:, -shape[1] :].bool()
         self.positions = may
 
-    def _replace(self, _block: nn.Module, _args: Any, output: Any) -> Any:
-        """After the layer: the residual stream with its kept rows replaced."""
-        residual: Tensor = output if isinstance(output, Tensor) else output[0]
-        assert self.positions is not None, "the model's own forward runs first"
-        self.kept = self.positions.to(residual.device)
-        if self.gradients and not torch.is_grad_enabled():
-            raise UsageError("gradients=True, but gradients are off here; leave torch.no_grad or inference_mode")
-        with torch.autocast(residual.device.type, enabled=False):
-            changed = self._changed(residual, self.kept)
-        if changed is residual:
+    def _replace_output(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """After the module: the rows it returns, with the kept ones replaced."""
+        there = stream_of(first_of(output), {}, self._shape, type(self.model).__name__)
+        changed = self._spliced(there)
+        if changed is there:
             return None
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+    def _replace_input(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Before the module: the rows it is given, with the kept ones replaced; in place where others hold them too."""
+        there = stream_of(args, kwargs, self._shape, type(self.model).__name__)
+        changed = self._spliced(there)
+        if changed is there:
+            return None
+        if self.place.in_place:
+            there.copy_(changed)
+            return None
+        return with_stream(args, kwargs, self._shape, changed)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """Of the rows at the point, in this forward pass."""
+        assert self.positions is not None, "the model's own forward runs first"
+        return (*self.positions.shape, self.sae.config.d_model)
+
+    def _spliced(self, there: Tensor) -> Tensor:
+        """The rows with the kept ones replaced, in the shape that they have there; the same tensor where nothing changes."""
+        assert self.positions is not None
+        self.kept = self.positions.to(there.device)
+        if self.gradients and not torch.is_grad_enabled():
+            raise UsageError("gradients=True, but gradients are off here; leave torch.no_grad or inference_mode")
+        rows = there.reshape(self._shape)
+        with torch.autocast(there.device.type, enabled=False):
+            changed = self._changed(rows, self.kept)
+        return there if changed is rows else changed.reshape(there.shape)
 
     def _changed(self, residual: Tensor, kept: Tensor) -> Tensor:
         """The residual stream after encoding, editing and decoding its kept rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from pipeline.base.errors import UsageError
+from pipeline.base.progress import say
 from pipeline.base.runtime import resolve_device
 from pipeline.base.token_text import TokenText
-from pipeline.live.attach import attach
+from pipeline.live.attach import attach, point_of
+from pipeline.model.files import tokenizer_sha256
+from pipeline.model.points import Point
+from pipeline.model.specials import special_ids
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.foreign import load_sae
 from pipeline.sae.hub import find_checkpoint
@@ -38,39 +42,70 @@ class Token:
 
 
 def inspect_checkpoint(
-    source: str, text: str, model: str | None, layer: int | None, top: int, device: str
+    source: str, text: str, model: str | None, layer: int | None, hook: str | None, top: int, device: str
 ) -> tuple[NestedSAE, list[Token]]:
     """Load a checkpoint (`pipeline.load` says what may name one) and its model, and read the latents of a text.
 
-    Raises UsageError when neither the caller nor the checkpoint names the model or layer, ModelError, CheckpointError.
+    Raises UsageError when neither the caller nor the checkpoint names the model, layer or hook, ModelError, CheckpointError.
     """
     path = find_checkpoint(source)
     where = resolve_device(device)
-    sae, header = load_sae(path, where)
-    store = header.provenance.get("store") or {}
-    model, layer = model or store.get("model"), layer if layer is not None else store.get("layer")
-    if model is None or layer is None:
-        raise UsageError(f"{path}: does not say which model and layer it is for; give --model and --layer")
-    if (hook := store.get("hook", "resid_post")) != "resid_post":
-        made_for = "rows of a place that nobody named" if hook is None else f"{hook} of layer {layer}"
-        raise UsageError(f"{path}: made for {made_for}; only SAEs of the stream after a layer are shown")
+    sae, _ = load_sae(path, where)
+    model = model or sae.made_for.get("model")
+    if model is None:
+        raise UsageError(f"{path}: does not say which model it is for; give --model and --layer")
+    try:
+        point = point_of(sae, layer, hook)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error} (--layer, --hook)") from error
     tokenizer = load_tokenizer(str(model))
-    lm = SplitLM.load(str(model), dtype="auto", device=where, part="whole", layers=[int(layer)])
-    return sae, inspect_text(lm.model, tokenizer, sae, int(layer), text, top)
+    lm = SplitLM.load(str(model), dtype="auto", device=where, part="whole", layers=[point])
+    recorded = sae.made_for.get("tokenizer_sha256")
+    as_stored = recorded is not None and recorded == tokenizer_sha256(lm.info.folder)
+    if recorded is not None and not as_stored:
+        say(
+            "note     the model's tokenizer is not the one of the SAE's store: the text begins as this tokenizer begins one"
+        )
+    return sae, inspect_text(lm.model, tokenizer, sae, point, text, top, as_stored=as_stored)
 
 
-def inspect_text(model: Any, tokenizer: Any, sae: NestedSAE, layer: int, text: str, top: int) -> list[Token]:
-    """Run a text through the model with the SAE attached (its error kept: nothing changes) and read its latents."""
-    inputs = tokenizer(text, return_tensors="pt").to(model.device)
-    with torch.no_grad(), attach(model, sae, layer, keep_error=True) as live:
-        model(**inputs)
+def inspect_text(
+    model: Any, tokenizer: Any, sae: NestedSAE, point: Point, text: str, top: int, *, as_stored: bool = False
+) -> list[Token]:
+    """Run a text through the model with the SAE attached (its error kept: nothing changes) and read its latents.
+
+    `as_stored`: the row begins, and holds special tokens, as those of the SAE's store do; else as the tokenizer has it.
+    """
+    made = sae.made_for if as_stored else {}
+    ids = token_ids(tokenizer, text, made)
+    special = special_ids(tokenizer, *(made.get("special_ids") or ()))
+    inputs = torch.tensor([ids], device=model.device)
+    with (
+        torch.no_grad(),
+        attach(model, sae, point.layer, hook=point.hook, keep_error=True, special_ids=special) as live,
+    ):
+        model(inputs)
     assert live.kept is not None
     names, shown = block_names(sae.config.n_levels), TokenText(tokenizer)
     rows = []
-    for id, kept, z in zip(inputs["input_ids"][0].tolist(), live.kept[0].tolist(), live.latents[0].float()):
+    for id, kept, z in zip(ids, live.kept[0].tolist(), live.latents[0].float()):
         blocks = [strongest(name, z, block, top) for name, block in zip(names, sae.config.blocks)] if kept else []
         rows.append(Token(shown(id), tuple(blocks)))
     return rows
+
+
+def token_ids(tokenizer: Any, text: str, made: Mapping[str, Any]) -> list[int]:
+    """A text's tokens as a store's rows have them, where `made` says how: its BOS first, special tokens read only where the
+    store reads them; else as the tokenizer has it. Raises UsageError for a text without tokens."""
+    if "special_ids" in made:
+        options = {"add_special_tokens": False, "split_special_tokens": not made.get("parse_special", False)}
+        ids = list(tokenizer(text, **options)["input_ids"])
+        ids = ids if made.get("bos") is None else [int(made["bos"]), *ids]
+    else:
+        ids = list(tokenizer(text)["input_ids"])
+    if not ids:
+        raise UsageError(f"--text {text!r}: holds no token")
+    return ids
 
 
 def block_names(n_levels: int) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from pipeline.base.errors import ModelError
 from pipeline.model.anatomy import Reached, forward, one_line, residual_of
 from pipeline.model.patching import removed
+from pipeline.model.points import Point
+from pipeline.model.specials import plain_token
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,20 @@ def double(shape: tuple[int, ...]) -> Any:
         stream_of(args, kwargs, shape, "layer").mul_(2)
 
     return hook
+
+
+def find_place(model: Any, name: str, block: nn.Module, point: Point, device: torch.device, d_model: int) -> Place:
+    """The place of a point inside a layer, `block`. Raises ModelError where the layer has none that could be found."""
+    vocab = int(model.config.get_text_config().vocab_size)
+    tokens = torch.arange(3, device=device)[None] + plain_token(model.config, vocab)
+    places = find_places(model, name, block, tokens % vocab, d_model)
+    if point.hook not in places:
+        found = ", ".join(places) or "none inside the layer"
+        raise ModelError(
+            f"{name}: {point.hook} was not found in layer {point.layer} (found: {found}): its parts do not add up to that; "
+            "take another hook"
+        )
+    return places[point.hook]
 
 
 @torch.no_grad()

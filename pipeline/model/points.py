@@ -35,6 +35,11 @@ class Point(NamedTuple):
         return f"layer {self.layer}" if self.hook == "resid_post" else f"{self.hook} of layer {self.layer}"
 
 
+def site_name(layer: int, hook: str) -> str:
+    """What files and folders of a point are called, as it was asked for: layer_3, layer_3.mlp_out."""
+    return f"layer_{layer}" if hook == "resid_post" else f"layer_{layer}.{hook}"
+
+
 def canonical(layer: int, hook: str) -> Point:
     """The point's one name."""
     if hook == "embed" or (hook == "resid_pre" and layer == 0):

@@ -30,6 +30,22 @@ def config_special_ids(model: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def plain_token(config: Any, vocab: int) -> int:
+    """The smallest token id that the config does not name."""
+    named = named_tokens(config)
+    return next(id for id in range(vocab) if id not in named)
+
+
+def named_tokens(config: Any) -> set[int]:
+    """Token ids that a config names: padding, beginning, end, image and other special tokens."""
+    named: set[int] = set()
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if name.endswith(("token_id", "token_index")):
+                named |= set(value) if isinstance(value, list | tuple) else {value}
+    return named
+
+
 def resolve_bos(tokenizer: Any, bos: str) -> int | None:
     """`auto`: the token that the tokenizer itself puts before a text, if any; `none`; or an id.
 

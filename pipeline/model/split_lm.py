@@ -30,8 +30,9 @@ from pipeline.base.runtime import DTYPES, resolve_device, resolve_dtype
 from pipeline.model.anatomy import Anatomy, Reached, forward, logits_of, own_parameters, residual_of
 from pipeline.model.files import hub_errors, model_folder, weights_sha256
 from pipeline.model.patching import overridden, removed
-from pipeline.model.places import Place, find_places, first_of, stream_of, with_stream
+from pipeline.model.places import find_place, first_of, stream_of, with_stream
 from pipeline.model.points import Point
+from pipeline.model.specials import plain_token
 
 UNAPPLIED = re.compile(
     r"\blora_|\badapter|\.base_layer\.|\b(qweight|qzeros|scales|weight_scale|weight_packed|absmax)\b"
@@ -127,20 +128,12 @@ class SplitLM:
         )
         self._blocks = find_layers(model, info.n_layers)
         self._anatomy = None if part == "prefix" else Anatomy.of(model, info.name, list(self._blocks), info.d_model)
-        self._places = {point: self._place(point) for point in map(as_point, layers) if point.is_inside}
+        self._places = {
+            point: find_place(model, info.name, self._blocks[point.layer], point, self.device, info.d_model)
+            for point in map(as_point, layers)
+            if point.is_inside
+        }
         self._before: tuple[Tensor, Tensor] | None = None
-
-    def _place(self, point: Point) -> Place:
-        """The place of a point inside a layer. Raises ModelError where the layer has none that could be found."""
-        tokens = torch.arange(3, device=self.device)[None] + plain_token(self.config, self.vocab)
-        places = find_places(self.model, self.info.name, self._blocks[point.layer], tokens % self.vocab, self.d_model)
-        if point.hook not in places:
-            found = ", ".join(places) or "none inside the layer"
-            raise ModelError(
-                f"{self.info.name}: {point.hook} was not found in layer {point.layer} (found: {found}): its parts do not add "
-                "up to that; take another hook"
-            )
-        return places[point.hook]
 
     @staticmethod
     def load(
@@ -434,22 +427,6 @@ def placement(device: torch.device, part: Part, device_map: str | None) -> str |
 def as_point(at: int | Point) -> Point:
     """A layer's number is the stream after it."""
     return at if isinstance(at, Point) else Point(at)
-
-
-def plain_token(config: Any, vocab: int) -> int:
-    """The smallest token id that the config does not name."""
-    named = named_tokens(config)
-    return next(id for id in range(vocab) if id not in named)
-
-
-def named_tokens(config: Any) -> set[int]:
-    """Token ids that a config names: padding, beginning, end, image and other special tokens."""
-    named: set[int] = set()
-    for part in (config, config.get_text_config()):
-        for name, value in vars(part).items():
-            if name.endswith(("token_id", "token_index")):
-                named |= set(value) if isinstance(value, list | tuple) else {value}
-    return named
 
 
 @contextlib.contextmanager

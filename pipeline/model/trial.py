@@ -16,7 +16,8 @@ from pipeline.base.runtime import DTYPES, available_memory
 from pipeline.model.anatomy import forward, logits_of, one_line
 from pipeline.model.files import hub_errors
 from pipeline.model.points import Point
-from pipeline.model.split_lm import ModelInfo, SplitLM, as_point, named_tokens, plain_token, quiet
+from pipeline.model.specials import named_tokens, plain_token
+from pipeline.model.split_lm import ModelInfo, SplitLM, as_point, quiet
 
 SPARE = 1.3
 """Memory that must be free to try a model, over its weights."""

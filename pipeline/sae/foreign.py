@@ -176,10 +176,13 @@ def require_format(folder: Path) -> Format:
 
 def load_sae(path: Path, device: torch.device | str = "cpu") -> tuple[NestedSAE, Header]:
     """An SAE of a checkpoint file or of a folder made elsewhere, ready to encode. Raises CheckpointError, DamagedError."""
-    if not path.is_dir():
-        return load_checkpoint(path, device)
-    sae, provenance = load_foreign(path)
-    return sae.to(device), Header(sae.config, 0, provenance)
+    if path.is_dir():
+        sae, provenance = load_foreign(path)
+        sae, header = sae.to(device), Header(sae.config, 0, provenance)
+    else:
+        sae, header = load_checkpoint(path, device)
+    sae.made_for = header.provenance.get("store") or {}
+    return sae, header
 
 
 def read_sae(path: Path) -> Header:

@@ -191,6 +191,14 @@ def repository_files(checkpoint: Path, results: Path | None, repo_id: str) -> di
     return files
 
 
+def hook_point(store: Mapping[str, Any]) -> str:
+    """Where an SAE's rows come from, in words."""
+    hook = store.get("hook", "resid_post")
+    if hook is None:
+        return "rows of a place that nobody named"
+    return f"{'residual stream after' if hook == 'resid_post' else f'{hook} of'} layer {store.get('layer')}"
+
+
 def model_card(checkpoint: Path, results: Fields | None, repo_id: str) -> str:
     """Markdown with the Hub's front matter: what the SAE is, what made it, its scores, and how to load it."""
     header = read_header(checkpoint)
@@ -199,7 +207,7 @@ def model_card(checkpoint: Path, results: Fields | None, repo_id: str) -> str:
     rows_seen = header.provenance.get("rows_seen") or 0
     facts = {
         "model": f"{store.get('model')} (revision {store.get('revision') or 'not pinned'})",
-        "hook point": point_text(store) + (f" to {point_text(store.get('target') or {})}" if sae.is_transcoder else ""),
+        "hook point": hook_point(store) + (f" to {hook_point(store.get('target') or {})}" if sae.is_transcoder else ""),
         "width": f"{sae.width:,} latents in levels of {levels}",
         "activation": sae.activation + (f", k = {sae.k}" if sae.k else "") + f", LayerNorm {sae.layernorm}",
         "recipe": f"{train.get('recipe')}, α = {train.get('alpha')}, seed {train.get('seed')}",
@@ -234,13 +242,6 @@ def model_card(checkpoint: Path, results: Fields | None, repo_id: str) -> str:
             "",
         ]
     )
-
-
-def point_text(store: Mapping[str, Any]) -> str:
-    """A store's hook point in words."""
-    hook = store.get("hook", "resid_post")
-    where = f"layer {store.get('layer')}"
-    return f"residual stream after {where}" if hook == "resid_post" else f"{hook or 'rows'} of {where}"
 
 
 def score_table(results: Fields | None) -> list[str]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -186,6 +186,9 @@ class NestedSAE(nn.Module):
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config = config
+        self.made_for: Mapping[
+            str, Any
+        ] = {}  # what its checkpoint says of the rows it was trained on: model, layer, hook, …
         d, width = config.d_model, config.width
         self.W_enc = nn.Parameter(torch.zeros(d, width))
         self.b_enc = nn.Parameter(torch.zeros(width))

@@ -1,0 +1,211 @@
+"""Special tokens of every kind of tokenizer: what begins a row and what parts documents is special wherever it stands, and it is
+so for harvest, evaluation, texts with labels, attached SAEs and inspect alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import processors
+
+import harvest.run
+from evaluate.config import EvaluateConfig
+from evaluate.models import Models
+from evaluate.probing.texts import make_bank, text_model
+from evaluate.scores.sample import Sample
+from pipeline.base.errors import ModelError
+from pipeline.live.attach import attach
+from pipeline.live.inspect import inspect_checkpoint
+from pipeline.model.split_lm import SplitLM, load_tokenizer
+from pipeline.sae.checkpoint import save_checkpoint
+from pipeline.sae.foreign import load_sae
+from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.store.reader import Store
+from support import tiny_models
+from support.harvests import CONTEXT, harvest_config
+from train.config import TrainConfig
+from train.folder import TOKENS
+from train.stores import identity_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORD = "the"
+"""A word of the corpus; its token is an undeclared BOS here."""
+
+
+def model_with(folder: Path, template: str) -> Path:
+    """A tiny model whose tokenizer puts other tokens around a text."""
+    tiny_models.make_model(folder, "llama")
+    tokenizer = tiny_models.build_tokenizer(adds_bos=False)
+    known = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<pad>", "<eos>", "<bos>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=known)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def word_id(folder: Path) -> int:
+    """The one token of the word in a running text."""
+    tokenizer = load_tokenizer(str(folder))
+    [id] = tokenizer.convert_tokens_to_ids(["Ġ" + WORD])
+    assert id not in tokenizer.all_special_ids
+    return int(id)
+
+
+def harvested(folder: Path, tmp_path: Path, **changes: Any) -> Store:
+    """A store of that model."""
+    corpus = tiny_models.make_corpus(tmp_path / "corpus.jsonl")
+    config = harvest_config(folder, corpus, tmp_path / "acts.zarr", dtype="float32", **changes)
+    harvest.run.run(config, quiet=True)
+    return Store.open(config.store)
+
+
+def usable(store: Store, split: str) -> np.ndarray[Any, Any]:
+    """Which positions of a split are not special, [seq, pos]."""
+    part = getattr(store, split)
+    return np.concatenate([part.shard_usable(k) for k in range(part.n_shards)]).reshape(-1, CONTEXT)
+
+
+CASES = [
+    ("<pad> <bos> $A", {"bos": "2"}, 2, 2),  # two tokens first: one of them is chosen
+    ("<pad> <bos> $A", {"bos": "none"}, None, 1),
+    ("$A", {}, None, 1),  # none: the end of a text stands between documents
+    ("<pad> $A", {}, 0, 0),  # id 0
+    ("<bos> $A <eos>", {}, 2, 2),
+]
+
+
+@pytest.mark.parametrize(("template", "options", "bos", "separator"), CASES)
+def test_rows_begin_as_said(
+    tmp_path: Path, template: str, options: dict[str, Any], bos: int | None, separator: int
+) -> None:
+    """Rows begin with the BOS that was found or chosen, documents are parted, and both are special wherever they stand."""
+    store = harvested(model_with(tmp_path / "lm", template), tmp_path, **options)
+    assert (store.config["bos"], store.config["separator"]) == (bos, separator)
+    for split in ("train", "eval"):
+        tokens = np.asarray(getattr(store, split).tokens)
+        assert bos is None or (tokens[:, 0] == bos).all()
+        assert (tokens[:, 1:] == separator).any()
+        special = np.isin(tokens, [0, 1, 2, 3])
+        special[:, 0] = True
+        assert np.array_equal(usable(store, split), ~special)
+
+
+def test_two_first_tokens_stop_a_harvest(tmp_path: Path) -> None:
+    """A tokenizer that puts two tokens first makes no store until one is chosen."""
+    with pytest.raises(ModelError, match=r"puts 2 tokens before a text \(<pad> <bos>\).*--bos 2, or --bos none"):
+        harvested(model_with(tmp_path / "lm", "<pad> <bos> $A"), tmp_path)
+    assert not (tmp_path / "acts.zarr").exists()
+
+
+@pytest.fixture(scope="module")
+def undeclared(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store whose BOS and separator are a word's token, which no tokenizer declares and which texts hold."""
+    place = tmp_path_factory.mktemp("undeclared")
+    folder = model_with(place / "lm", "<bos> $A")
+    return harvested(folder, place, bos=str(word_id(folder)))
+
+
+@pytest.fixture
+def checkpoint(undeclared: Store, tmp_path: Path) -> Path:
+    """A random SAE as trained on that store."""
+    torch.manual_seed(0)
+    sae = NestedSAE(SAEConfig(undeclared.d_model, 48, (16, 48)))
+    with torch.no_grad():
+        sae.W_enc.normal_()
+        sae.W_dec.normal_()
+    about = identity_of(undeclared, TrainConfig())
+    save_checkpoint(tmp_path / "sae.safetensors", sae, 1, {"store": about})
+    return tmp_path / "sae.safetensors"
+
+
+def expected_kept(store: Store, tokens: torch.Tensor) -> torch.Tensor:
+    """Everything but declared special tokens, the word, and first positions."""
+    special = torch.isin(tokens, torch.tensor([0, 1, 2, 3, store.config["bos"]]))
+    special[:, 0] = True
+    return ~special
+
+
+def test_undeclared_bos_is_special_in_stores(undeclared: Store) -> None:
+    """An undeclared BOS is special where it begins a row, parts documents, or is a word of the text; for evaluation too."""
+    bos = undeclared.config["bos"]
+    assert undeclared.config["special_ids"] == [0, 1, 2, 3, bos]
+    tokens = torch.from_numpy(np.asarray(undeclared.train.tokens).astype(np.int64))
+    assert (tokens[:, 1:] == bos).sum() > 50
+    assert np.array_equal(usable(undeclared, "train"), expected_kept(undeclared, tokens).numpy())
+    batch = Sample(undeclared, 8, 8, torch.device("cpu")).batch(0, 8)
+    assert torch.equal(batch.kept, expected_kept(undeclared, batch.tokens))
+
+
+def test_undeclared_bos_is_special_in_texts(undeclared: Store) -> None:
+    """Labelled texts begin with it, and its positions do not count."""
+    folder = undeclared.config["model"]
+    lm = SplitLM.load(folder, dtype="float32", part="prefix", layers=[1])
+    tokenizer, config = load_tokenizer(folder), undeclared.config
+    model = text_model(lm, tokenizer, 1, config["bos"], special=config["special_ids"])
+    text = f"It was {WORD} best of {WORD} times"
+    bank = make_bank([text], model, 64, 1, "texts")
+    ids = torch.tensor([[config["bos"], *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+    kept = expected_kept(undeclared, ids)
+    assert (ids[0, 1:] == config["bos"]).sum() == 2
+    assert torch.equal(bank.rows, lm.prefix(ids)[1][kept])
+
+
+def test_undeclared_bos_is_special_attached(undeclared: Store, checkpoint: Path) -> None:
+    """An SAE that was loaded knows its store's special tokens; its rows and latents are evaluation's."""
+    sae = load_sae(checkpoint)[0]
+    model = tiny_models.whole_model(Path(undeclared.config["model"]), torch.float32)
+    tokens = torch.from_numpy(np.asarray(undeclared.eval.tokens[:4]).astype(np.int64))
+    with torch.no_grad(), attach(model, sae) as live:
+        model(tokens)
+    assert live.kept is not None
+    assert torch.equal(live.kept, expected_kept(undeclared, tokens))
+    rows = undeclared.eval.read(0, 4 * CONTEXT)
+    assert torch.allclose(live.latents[live.kept], sae.encode(rows[live.kept.flatten()]), atol=1e-4)
+
+
+def test_undeclared_bos_is_special_inspected(undeclared: Store, checkpoint: Path) -> None:
+    """A text that is inspected begins with the store's BOS, which is left alone there and inside; what looks special is text."""
+    _, tokens = inspect_checkpoint(str(checkpoint), f"<eos> was {WORD} best", None, None, None, 3, "cpu")
+    shown = [token.text for token in tokens]
+    assert shown[0].strip() == WORD
+    assert "<eos>" not in shown
+    assert [token.text.strip() for token in tokens if not token.blocks] == [WORD, WORD]
+
+
+def test_other_tokenizer_begins_its_own_way(
+    undeclared: Store, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With another tokenizer than the store's the text begins as that one begins it, and this is said."""
+    other = model_with(tmp_path / "other", "<pad> <bos> $A")
+    _, tokens = inspect_checkpoint(str(checkpoint), f"was {WORD} best", str(other), None, None, 3, "cpu")
+    assert [token.text for token in tokens if not token.blocks] == ["<pad>", "<bos>"]
+    assert "not the one of the SAE's store" in capsys.readouterr().err
+
+
+def test_other_tokenizer_makes_no_texts(undeclared: Store, tmp_path: Path) -> None:
+    """Evaluation does not read texts with another tokenizer than the store's, unless that is meant."""
+    folder = Path(undeclared.config["model"])
+    name = folder / "tokenizer_config.json"
+    before = name.read_text()
+    config = EvaluateConfig(Path(undeclared.path), tmp_path)
+    cpu = torch.device("cpu")
+    assert Models(config, undeclared, cpu).tokenizer is not None
+    try:
+        name.write_text(before + " ")
+        with pytest.raises(ModelError, match="not those that made the tokens of store"):
+            _ = Models(config, undeclared, cpu).tokenizer
+        allowed = EvaluateConfig(Path(undeclared.path), tmp_path, allow_other_model=True)
+        assert Models(allowed, undeclared, cpu).tokenizer is not None
+    finally:
+        name.write_text(before)
+
+
+def test_members_record_the_tokens(undeclared: Store) -> None:
+    """What a checkpoint says of its store says how the tokens were made."""
+    about = identity_of(undeclared, TrainConfig())
+    assert {name: about[name] for name in TOKENS if name in about} == {
+        name: undeclared.config[name] for name in ("tokenizer_sha256", "bos", "special_ids")
+    }
