@@ -16,7 +16,7 @@ from pipeline.sae.nested import NestedSAE
 from support.reference import reference_objective, reference_update
 from train.config import RECIPES, TrainConfig, paper
 from train.plan import SHARED_PARTS, memory_bytes
-from train.step.fused import make_member
+from train.step.fused import member_kind
 from train.step.graphs import cuda_capture
 from train.step.member import Batch, Member, normalise_batch, product_dtype
 from train.step.schedules import learning_rate, sparsity_ramp
@@ -598,7 +598,7 @@ def test_cuda_graph_is_the_step(recipe: str, fused: bool) -> None:
     config = config_of(recipe, dtype="bf16", **RECIPE_CHANGES[recipe] | {"level_weighting": "equal"})
     cuda = torch.device("cuda", torch.cuda.current_device())
     center = torch.full((D_MODEL,), 0.3, device=cuda)
-    kind = make_member if fused else Member
+    kind = member_kind(config, cuda) if fused else Member
     plain = kind(config, D_MODEL, center, 1.7, cuda, Scratch(cuda))
     recorded = kind(config, D_MODEL, center, 1.7, cuda, Scratch(cuda), None, cuda_capture(cuda))
     batch = None

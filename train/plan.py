@@ -23,7 +23,7 @@ from train.feed.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
 from train.feed.order import Order
 from train.feed.resident import Place, place_for
 from train.folder import Folder, Keep
-from train.step.fused import make_member, make_normalise
+from train.step.fused import make_normalise, member_kind
 from train.step.member import Pairs, Target, product_dtype
 from train.step.sample import n_held
 from train.step.scratch import CACHE_NUMBERS, Scratch
@@ -336,7 +336,8 @@ def step_seconds(config: TrainConfig, d_model: int, device: torch.device, d_out:
     wide = torch.float64 if config.dtype == "float64" else torch.float32
     scratch, center = Scratch(device), torch.zeros(d_model, device=device, dtype=wide)
     target = None if d_out is None else Target(torch.zeros(d_out, device=device, dtype=wide), 1.0)
-    member = make_member(config, d_model, center, 1.0, device, scratch, target=target)
+    kind = member_kind(config, device, is_transcoder=target is not None)
+    member = kind(config, d_model, center, 1.0, device, scratch, target=target)
     generator = torch.Generator().manual_seed(0)
 
     def made_up(d: int) -> Tensor:

@@ -31,7 +31,7 @@ from train.folder import Keep, check_out
 from train.held_out import HeldOut
 from train.parallel import Processes, join
 from train.plan import RunConfig, Task
-from train.step.fused import make_member, make_normalise
+from train.step.fused import make_normalise, member_kind
 from train.step.graphs import cuda_capture
 from train.step.member import Batch, Pairs
 from train.step.scratch import Scratch
@@ -174,7 +174,7 @@ class Pass:
     def trainee(self, task: Task, writer: Writer) -> Trainee:
         """A member made or gone on with; all of a pass share one set of buffers."""
         group = self.processes.group
-        member = make_member(
+        member = member_kind(task.config, self.device, is_transcoder=self.target is not None)(
             task.config,
             self.stores.read.d_model,
             self.center,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from evaluate.scores.sample import Batch
 from pipeline.base.errors import ModelError
+from pipeline.base.runtime import has_triton
 from pipeline.model import splicing
 
 if TYPE_CHECKING:
@@ -122,11 +123,27 @@ def score_residual(
 ) -> TokenScores:
     """Run a changed residual stream through the suffix and compare it with the clean model on every kept row."""
     hidden = kept_hidden(lm, batch, residual)
-    parts = [
-        compare(clean, rows, log_probabilities(lm, hidden[rows]), batch.targets[rows])
-        for rows in chunks(len(hidden), chunk)
-    ]
+    parts = [compare_hidden(lm, clean, rows, hidden[rows], batch.targets[rows]) for rows in chunks(len(hidden), chunk)]
     return joined(parts, clean)
+
+
+def compare_hidden(
+    lm: SplitLM, clean: Clean, rows: slice, hidden: Float[Tensor, "row d_head"], targets: Int[Tensor, " row"]
+) -> TokenScores:
+    """Scores of some rows from what their unembedding takes: in one pass over the vocabulary where kernels run."""
+    if not one_pass(hidden.device):
+        return compare(clean, rows, log_probabilities(lm, hidden), targets)
+    from evaluate.scores.vocabulary import compared
+
+    logits = lm.unembed(hidden, capped=lm.softcap is None)
+    return TokenScores(
+        *compared(logits, clean.p[rows], targets, clean.top[rows], clean.negative_entropy[rows], lm.softcap)
+    )
+
+
+def one_pass(device: torch.device) -> bool:
+    """Whether the vocabulary is gone through once, by a kernel: on CUDA, with Triton."""
+    return device.type == "cuda" and has_triton()
 
 
 def log_probabilities_by_position(

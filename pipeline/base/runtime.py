@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import time
@@ -61,6 +62,11 @@ def tf32(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed; CUDA builds of torch bring it, others do not."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @cache

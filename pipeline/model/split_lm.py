@@ -382,9 +382,34 @@ class SplitLM:
         hidden: Tensor = found[0]
         return hidden
 
+    @cached_property
+    def softcap(self) -> float | None:
+        """The c of a last step c · tanh(logits / c), in the model's dtype, that `unembed` can leave to who reads the logits; None
+        where there is none, or where what the model does is not bit for bit this."""
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        if not cap or self._anatomy is None or self._anatomy.head is None:
+            return None
+        width = self._anatomy.head.weight.shape[1]
+        hidden = torch.linspace(-40, 40, 3 * width, device=self.device).view(3, width).to(self.dtype)
+        raw, capped = self.unembed(hidden, capped=False), self.unembed(hidden)
+        same = torch.equal(torch.tanh(raw / cap) * cap, capped) and not torch.equal(raw, capped)
+        return float(cap) if same else None
+
+    @contextlib.contextmanager
+    def _uncapped(self) -> Iterator[None]:
+        """For a while the model's logits are those before its soft cap."""
+        text = self.model.config.get_text_config()
+        cap, text.final_logit_softcapping = text.final_logit_softcapping, None
+        try:
+            yield
+        finally:
+            text.final_logit_softcapping = cap
+
     @torch.no_grad()
-    def unembed(self, hidden: Float[Tensor, "*rows d_head"]) -> Float[Tensor, "*rows vocab"]:
+    def unembed(self, hidden: Float[Tensor, "*rows d_head"], *, capped: bool = True) -> Float[Tensor, "*rows vocab"]:
         """Logits of what `suffix` gives, soft cap and the like included, in the model's dtype. Any leading shape.
+
+        capped: False leaves out the soft cap that the model's config names.
 
         The model's own forward on one token computes them: its layers compute nothing, its head gets these rows.
         """
@@ -396,6 +421,7 @@ class SplitLM:
         one = torch.full((1, 1), plain_token(self.config, self.vocab), device=hidden.device)
         nothing = torch.zeros(1, 1, self.d_model, device=hidden.device)
         with (
+            contextlib.nullcontext() if capped else self._uncapped(),
             self._handing_on(self.n_layers - 1, nothing),
             removed(head.register_forward_pre_hook(lambda _m, args: (flat, *args[1:]))),
         ):

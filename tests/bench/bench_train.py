@@ -30,7 +30,7 @@ import torch
 
 from pipeline.base.runtime import resolve_device, resolve_dtype
 from train.config import TrainConfig, batchtopk, jumprelu, paper, topk
-from train.step.fused import fuses, make_member
+from train.step.fused import fuses, member_kind
 from train.step.member import Batch, Member, normalise_batch
 from train.step.scratch import Scratch
 
@@ -151,7 +151,7 @@ def measure_shape(
         "floor": floor_step(*shape, torch.bfloat16 if dtype == "bf16" else torch.float32, device)
     }
     for name, config in configs.items():
-        kinds = {"": make_member} | ({", plain": Member} if fuses(config, device) else {})
+        kinds = {"": member_kind(config, device)} | ({", plain": Member} if fuses(config, device) else {})
         for way, kind in kinds.items():
             member = member_of(kind, config, d_model, scratch)
             steps[name + way] = lambda name=name, member=member: one_step(name, member, batch)
@@ -176,15 +176,8 @@ def measure_members(
     batch, rates = random_batch(d_model, rows, device), {}
     for n in counts:
         scratch = Scratch(device)
-        members = [
-            member_of(
-                make_member,
-                paper(width=width, dtype=dtype, batch_size=rows, layernorm="none", seed=seed),
-                d_model,
-                scratch,
-            )
-            for seed in range(n)
-        ]
+        configs = [paper(width=width, dtype=dtype, batch_size=rows, layernorm="none", seed=seed) for seed in range(n)]
+        members = [member_of(member_kind(config, device), config, d_model, scratch) for config in configs]
         for member in members:
             member.step(batch)
         taken = statistics.median(seconds(lambda ms=members: [m.step(batch) for m in ms], device) for _ in range(steps))

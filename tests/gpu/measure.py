@@ -181,13 +181,13 @@ def profile(toy: bool, out: Path) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
 
     from train.config import batchtopk
-    from train.step.fused import make_member, make_normalise
+    from train.step.fused import make_normalise, member_kind
     from train.step.scratch import Scratch
 
     device = torch.device("cpu" if toy else "cuda")
     d_model, width, rows = (16, 64, 64) if toy else (2304, 16384, 2048)
     config, scratch = batchtopk(width=width, batch_size=rows, dtype="float32" if toy else "bf16"), Scratch(device)
-    member = make_member(config, d_model, torch.zeros(d_model, device=device), 1.0, device, scratch)
+    member = member_kind(config, device)(config, d_model, torch.zeros(d_model, device=device), 1.0, device, scratch)
     normalise = make_normalise(config, device, scratch)
     raw = torch.randn(rows, d_model, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
     batch = None

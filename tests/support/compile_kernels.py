@@ -26,6 +26,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from evaluate.scores.vocabulary import compare_arguments, compare_kernel
 from train.config import RECIPES, TrainConfig
 from train.step import traffic
 from train.step.fused import FusedBatches, FusedMember
@@ -44,6 +45,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "jumprelu": {"recipe": "jumprelu"},
     "paper, LayerNorm before": {"recipe": "paper"},
     "paper, LayerNorm after": {"recipe": "paper", "layernorm": "post"},
+    "vocabulary": {},
 }
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -74,6 +76,18 @@ def launches_of(config: TrainConfig, d_model: int, rows: int) -> list[Launch]:
     finally:
         traffic.observers.clear()
     return noted
+
+
+def vocabulary_launches(rows: int) -> list[Launch]:
+    """The pass over Gemma-2's vocabulary, bf16 logits before the soft cap and after it."""
+    made = []
+    for cap in (30.0, None):
+        logits = torch.zeros(rows, 256_000, dtype=torch.bfloat16, device=META)
+        p, of_row = torch.zeros(rows, 256_000, device=META), torch.zeros(rows, dtype=torch.int64, device=META)
+        out, entropy = torch.zeros(3, rows, device=META), torch.zeros(rows, device=META)
+        arguments, options = compare_arguments(logits, p, of_row, of_row, entropy, out, cap)
+        made.append(Launch(compare_kernel, (rows,), arguments, options, [], [], {}))
+    return made
 
 
 def source_of(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
@@ -127,7 +141,15 @@ def main(targets: tuple[int, ...], shapes: tuple[str, ...], names: tuple[str, ..
     table: dict[str, dict[str, dict[str, int]]] = {}
     for shape in shapes:
         d_model, width = (int(number) for number in shape.split("x"))
-        noted = [launch for name in names for launch in launches_of(config_of(width, **CONFIGS[name]), d_model, rows)]
+        noted = [
+            launch
+            for name in names
+            for launch in (
+                vocabulary_launches(rows)
+                if name == "vocabulary"
+                else launches_of(config_of(width, **CONFIGS[name]), d_model, rows)
+            )
+        ]
         for capability in targets:
             target = GPUTarget("cuda", capability, 32)
             rows_of_table = table.setdefault(f"sm_{capability} {shape}", {})

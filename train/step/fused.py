@@ -9,7 +9,6 @@ threshold, the auxiliary loss while no latent is dead) is a launch that returns 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.base.progress import say
+from pipeline.base.runtime import has_triton
 from train.config import TrainConfig
 from train.step import objectives
-from train.step.graphs import Capture
-from train.step.member import Batch, Member, Target, normalise_batch
+from train.step.member import Batch, Member, normalise_batch
 from train.step.scratch import Scratch
 from train.step.selection import MARGIN
 from train.step.sums import Sums
@@ -40,11 +39,6 @@ TALL, LONG = 4, 512
 
 SQUARES = 1 << 15
 """Gradients whose squares one program sums."""
-
-
-def has_triton() -> bool:
-    """Whether Triton is installed; CUDA builds of torch bring it, others do not."""
-    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -65,22 +59,9 @@ def fuses(config: TrainConfig, device: torch.device) -> bool:
     return True
 
 
-def make_member(
-    config: TrainConfig,
-    d_model: int,
-    center: Tensor,
-    scale: float,
-    device: torch.device,
-    scratch: Scratch,
-    group: dist.ProcessGroup | None = None,
-    capture: Capture | None = None,
-    target: Target | None = None,
-) -> Member:
-    """The member that is fastest on its device; arguments as those of `Member`. Transcoders have no fused step."""
-    if target is not None:
-        return Member(config, d_model, center, scale, device, scratch, group, capture, target)
-    kind = FusedMember if fuses(config, device) else Member
-    return kind(config, d_model, center, scale, device, scratch, group, capture)
+def member_kind(config: TrainConfig, device: torch.device, *, is_transcoder: bool = False) -> type[Member]:
+    """The kind of member that is fastest on the device. Transcoders have no fused step."""
+    return FusedMember if not is_transcoder and fuses(config, device) else Member
 
 
 Normalise = Callable[..., Batch]
@@ -147,18 +128,8 @@ class FusedBatches:
 class FusedMember(Member):
     """A `Member` whose steps run in fused passes; its state, files and numbers are those of any member."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        d_model: int,
-        center: Tensor,
-        scale: float,
-        device: torch.device,
-        scratch: Scratch,
-        group: dist.ProcessGroup | None = None,
-        capture: Capture | None = None,
-    ) -> None:
-        super().__init__(config, d_model, center, scale, device, scratch, group, capture)
+    def _prepare(self) -> None:
+        config, device = self.config, self.device
         names = [name for name in VECTORS if name in self.weights]
         self.vectors = [join(kept, names) for kept in (self.weights, self.adam.first, self.adam.second)]
         self.search = torch.zeros(4, dtype=torch.float32, device=device)

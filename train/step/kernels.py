@@ -94,15 +94,29 @@ def activated(p, theta, ratio, KIND: tl.constexpr, NORM: tl.constexpr, RESCALE: 
 
 @triton.jit
 @no_type_check
+def columns(cols, width, b_enc, gain, shift, NORM: tl.constexpr):
+    """What a program holds of its latents: bias, and LayerNorm's gain and shift where there is one."""
+    mask = cols < width
+    bias = tl.load(b_enc + cols, mask=mask, other=0.0)
+    gains, shifts = bias, bias
+    if NORM != 0:
+        gains = tl.load(gain + cols, mask=mask, other=0.0)
+        shifts = tl.load(shift + cols, mask=mask, other=0.0)
+    return bias, gains, shifts
+
+
+@triton.jit
+@no_type_check
 def before_selection(
     a,
     rows,
-    row_mask,
+    cols,
     level,
     n_rows,
+    width,
     bias,
-    gain,
-    shift,
+    gains,
+    shifts,
     theta,
     moments,
     ratios,
@@ -111,14 +125,17 @@ def before_selection(
     NORM: tl.constexpr,
     RESCALE: tl.constexpr,
 ):
-    """A tile of latents before selection, as stored (float32 of the products' dtype), from a tile of products."""
-    p = argument(a, bias, NORM)
+    """A tile of latents before selection, as stored (float32 of the products' dtype), from the products `a` in memory."""
+    row_mask = rows < n_rows
+    mask = row_mask[:, None] & (cols < width)[None, :]
+    tile = tl.load(a + rows.to(tl.int64)[:, None] * width + cols[None, :], mask=mask, other=0.0)
+    p = argument(tile, bias, NORM)
     ratio = tl.load(ratios + rows, mask=row_mask, other=0.0)
     if NORM != 0:
         mean = by_level(moments, rows, row_mask, level, n_rows, N_LEVELS)
         rstd = by_level(moments + N_LEVELS * n_rows, rows, row_mask, level, n_rows, N_LEVELS)
-        p = (p - mean) * rstd * gain[None, :] + shift[None, :]
-    return activated(p, theta, ratio, KIND, NORM, RESCALE).to(a.dtype).to(tl.float32)
+        p = (p - mean) * rstd * gains[None, :] + shifts[None, :]
+    return activated(p, theta, ratio, KIND, NORM, RESCALE).to(tile.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -197,23 +214,19 @@ def histogram_kernel(
         cols = tl.program_id(1) * TILE_F + tl.arange(0, TILE_F)
         col_mask = cols < width
         level = level_of(cols, ends, N_LEVELS)
-        bias = tl.load(b_enc + cols, mask=col_mask, other=0.0)
-        gains, shifts = bias, bias
-        if NORM != 0:
-            gains = tl.load(gain + cols, mask=col_mask, other=0.0)
-            shifts = tl.load(shift + cols, mask=col_mask, other=0.0)
+        bias, gains, shifts = columns(cols, width, b_enc, gain, shift, NORM)
         first = tl.program_id(0) * PART_ROWS
         for start in range(first, min(first + PART_ROWS, n_rows), TILE_R):
             rows = start + tl.arange(0, TILE_R)
             row_mask = rows < n_rows
             mask = row_mask[:, None] & col_mask[None, :]
-            tile = tl.load(a + rows.to(tl.int64)[:, None] * width + cols[None, :], mask=mask, other=0.0)
             z = before_selection(
-                tile,
+                a,
                 rows,
-                row_mask,
+                cols,
                 level,
                 n_rows,
+                width,
                 bias,
                 gains,
                 shifts,
@@ -311,18 +324,14 @@ def row_threshold_kernel(
             col_mask = cols < width
             mask = row_mask[:, None] & col_mask[None, :]
             level = level_of(cols, ends, N_LEVELS)
-            bias = tl.load(b_enc + cols, mask=col_mask, other=0.0)
-            gains, shifts = bias, bias
-            if NORM != 0:
-                gains = tl.load(gain + cols, mask=col_mask, other=0.0)
-                shifts = tl.load(shift + cols, mask=col_mask, other=0.0)
-            tile = tl.load(a + rows.to(tl.int64)[:, None] * width + cols[None, :], mask=mask, other=0.0)
+            bias, gains, shifts = columns(cols, width, b_enc, gain, shift, NORM)
             z = before_selection(
-                tile,
+                a,
                 rows,
-                row_mask,
+                cols,
                 level,
                 n_rows,
+                width,
                 bias,
                 gains,
                 shifts,
@@ -379,11 +388,8 @@ def select_kernel(
     cols = tl.program_id(1) * TILE_F + tl.arange(0, TILE_F)
     col_mask = cols < width
     level = level_of(cols, ends, N_LEVELS)
-    bias = tl.load(b_enc + cols, mask=col_mask, other=0.0)
-    gains, shifts, theta, slot = bias, bias, bias, cols
-    if NORM != 0:
-        gains = tl.load(gain + cols, mask=col_mask, other=0.0)
-        shifts = tl.load(shift + cols, mask=col_mask, other=0.0)
+    bias, gains, shifts = columns(cols, width, b_enc, gain, shift, NORM)
+    theta, slot = bias, cols
     if KIND == 1:
         theta = tl.exp(tl.load(log_threshold + cols, mask=col_mask, other=0.0))
     if POOL:
@@ -396,13 +402,13 @@ def select_kernel(
         row_mask = rows < n_rows
         mask = row_mask[:, None] & col_mask[None, :]
         at = rows.to(tl.int64)[:, None] * width + cols[None, :]
-        tile = tl.load(a + at, mask=mask, other=0.0)
         z = before_selection(
-            tile,
+            a,
             rows,
-            row_mask,
+            cols,
             level,
             n_rows,
+            width,
             bias,
             gains,
             shifts,
@@ -589,11 +595,8 @@ def backward_kernel(
     cols = tl.program_id(1) * TILE_F + tl.arange(0, TILE_F)
     col_mask = cols < width
     level = level_of(cols, ends, N_LEVELS)
-    bias = tl.load(b_enc + cols, mask=col_mask, other=0.0)
-    gains, shifts, theta, penalty, slot = bias, bias, bias, bias, cols
-    if NORM != 0:
-        gains = tl.load(gain + cols, mask=col_mask, other=0.0)
-        shifts = tl.load(shift + cols, mask=col_mask, other=0.0)
+    bias, gains, shifts = columns(cols, width, b_enc, gain, shift, NORM)
+    theta, penalty, slot = bias, bias, cols
     if KIND == 1:
         theta = tl.exp(tl.load(log_threshold + cols, mask=col_mask, other=0.0))
     if PENALTY:

@@ -152,6 +152,10 @@ class Member:
         scalars = dict.fromkeys(("steps", "rows", "square", "loss", "l0", "aux", "grad_norm", "clipped"), 1)
         vectors = {"total": self.shape.d_made, "errors": self.shape.n_levels, "l1": 2}
         self.sums = Sums.zeros(scalars | vectors, device)  # since the last `metrics`
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What another way of stepping keeps beside all this."""
 
     def step(self, batch: Batch) -> None:
         """One optimiser step on this process's rows of the batch. Fetches nothing from the device."""
