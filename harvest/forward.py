@@ -17,7 +17,8 @@ from torch import Tensor
 from pipeline.base.errors import ModelError
 from pipeline.base.progress import Progress
 from pipeline.model.points import Point
-from pipeline.model.split_lm import SplitLM, as_point, plain_token
+from pipeline.model.specials import plain_token
+from pipeline.model.split_lm import SplitLM, as_point
 from pipeline.store.moments import Measured, measure_rows
 from pipeline.store.writer import StoreWriter
 
