@@ -84,6 +84,11 @@ class Models:
         return self.load("suffix") if "kl" in self.config.scores else None
 
     @cached_property
+    def module(self) -> str:
+        """What the module is called, in its layer, whose output or input the store's rows are."""
+        return (self.suffix or self.load("prefix")).module_name()
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The model's. Raises ModelError when its files are not those that made the store's tokens, unless that is allowed."""
         from pipeline.model.files import tokenizer_sha256

@@ -14,6 +14,7 @@ from evaluate.checkpoints.find import (
     open_checkpoint,
     require_fit,
     require_kind,
+    require_module,
     resolve_levels,
 )
 from evaluate.config import EvaluateConfig
@@ -51,6 +52,8 @@ def select(job: Job, paths: Sequence[Path]) -> Selection:
                     allow_other_model=job.config.allow_other_model,
                     makes=makes,
                 )
+            if "module" in (checkpoint.provenance.get("store") or {}):
+                require_module(checkpoint, job.models.module)
             resolve_levels(job.config.levels, checkpoint)
             missing = job.missing(checkpoint)
             loss_curve(checkpoint)  # read again when results are written: what is wrong with it is better known now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +17,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pipeline
-from evaluate.checkpoints.find import find_checkpoints, open_checkpoint, require_fit
+from evaluate.checkpoints.find import find_checkpoints, open_checkpoint, require_fit, require_module
 from evaluate.run import EvaluateConfig, run
-from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
+from pipeline.base.errors import CheckpointError, DamagedError, PipelineError, UsageError
 from pipeline.base.results import read_result
 from pipeline.experiment.describe import describe
 from pipeline.experiment.verify import verify
+from pipeline.live.attach import attach
+from pipeline.model.points import Point
+from pipeline.model.split_lm import SplitLM
 from pipeline.sae.export import export
-from pipeline.sae.foreign import load_foreign
+from pipeline.sae.foreign import hook_point, load_foreign
 from pipeline.store.reader import Store
-from support import lm_stores
+from support import lm_stores, tiny_models
 from train.step.weights import named_by_content, path_of
 
 D, F = 64, 96
@@ -398,6 +402,82 @@ def test_other_hook_or_model_is_refused(
         require_fit(checkpoint, store)
     if "model_name" in metadata:
         require_fit(checkpoint, store, allow_other_model=True)
+
+
+PLACED = [
+    ("blocks.4.hook_resid_pre", {"hook": "resid_post", "layer": 3}),
+    ("blocks.0.hook_resid_pre", {"hook": "embed"}),
+    ("blocks.3.hook_resid_mid", {"hook": "resid_mid", "layer": 3}),
+    ("blocks.3.hook_mlp_out", {"hook": "mlp_out", "layer": 3}),
+    ("blocks.3.hook_attn_out", {"hook": "attn_out", "layer": 3}),
+    ("blocks.3.mlp.hook_in", {"hook": "mlp_in", "layer": 3}),
+    ("model.layers.3", {"hook": "resid_post", "layer": 3}),
+    ("model.language_model.layers.3.output", {"hook": "resid_post", "layer": 3}),
+    ("model.layers.3.mlp", {"hook": "mlp_out", "layer": 3, "module": "mlp"}),
+    ("transformer.h.3.attn", {"hook": "attn_out", "layer": 3, "module": "attn"}),
+    ("resid_post_layer_3", {"hook": "resid_post", "layer": 3}),
+]
+
+
+@pytest.mark.parametrize(("name", "about"), PLACED, ids=[name for name, _ in PLACED])
+def test_same_points_have_one_name(name: str, about: dict[str, Any]) -> None:
+    """Names of TransformerLens, transformers and dictionary_learning for one point mean that point."""
+    assert hook_point(Path("s"), name) == about
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("blocks.3.hook_mlp_in", "the MLP's own copy of resid_mid, before its norm"),
+        ("blocks.3.ln2.hook_normalized", "inside a norm, before its gain"),
+        ("blocks.3.attn.hook_z", "inside attention, before its output matrix"),
+        ("blocks.3.mlp.hook_post", "inside the MLP"),
+        ("hook_embed", "a part of the embedding"),
+        ("model.layers.3.mlp.input", "not known here"),
+        ("model.layers.3.self_attn.o_proj", "not known here"),
+    ],
+)
+def test_other_points_are_refused(name: str, says: str) -> None:
+    """A point that none of ours equals is refused by its name, saying what it is."""
+    with pytest.raises(CheckpointError, match=f"made for {re.escape(repr(name))}, a hook that is {re.escape(says)}"):
+        hook_point(Path("s"), name)
+
+
+def test_centred_rows_are_other_rows(tmp_path: Path, tiny_store: Path) -> None:
+    """An SAE of rows that TransformerLens centred is loaded, and not scored on rows that nobody centred."""
+    about = {"hook_name": "blocks.3.hook_resid_post", "model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    checkpoint = open_checkpoint(saelens(tmp_path / "s", weights(), metadata=about))
+    with pytest.raises(CheckpointError, match=r"trained on hook 'centred resid_post', store .* has 'resid_post'"):
+        require_fit(checkpoint, Store.open(tiny_store), allow_other_model=True)
+    about["model_from_pretrained_kwargs"] = {"center_writing_weights": False}
+    require_fit(open_checkpoint(saelens(tmp_path / "t", weights(), metadata=about)), Store.open(tiny_store))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits"), [("llama", "mlp"), ("gemma2", "post_feedforward_layernorm"), ("gpt2", "mlp")]
+)
+def test_modules_are_those_of_the_model(lm_folder: Callable[[str], Path], tmp_path: Path, kind: str, fits: str) -> None:
+    """An SAE of a module's output is taken where that output is what is added to the stream, and refused where a norm comes
+    between: by evaluation, and attached."""
+    lm = SplitLM.load(str(lm_folder(kind)), dtype="float32", part="prefix", layers=[Point(1, "mlp_out")])
+    assert lm.module_name() == fits
+    whole = tiny_models.whole_model(lm_folder(kind), torch.float32)
+    for module in ("mlp", "post_feedforward_layernorm"):
+        name = f"model.layers.1.{module}"
+        w = weights()
+        checkpoint = open_checkpoint(saelens(tmp_path / f"{kind}-{module}", w, metadata={"hook_name": name}))
+        sae = checkpoint.load()
+        if module == fits:
+            require_module(checkpoint, lm.module_name())
+            attach(whole, sae)
+            continue
+        with pytest.raises(CheckpointError, match=f"output of '{module}'; in this model mlp_out, .* of '{fits}'"):
+            require_module(checkpoint, lm.module_name())
+        with pytest.raises(
+            UsageError, match=f"output of '{module}'; in this model mlp_out of layer 1 is that of '{fits}'"
+        ):
+            attach(whole, sae)
+        attach(whole, sae, hook="mlp_out")
 
 
 def test_suites_of_equal_names_stay_apart(tmp_path: Path) -> None:

@@ -214,6 +214,17 @@ def require_fit(
             )
 
 
+def require_module(checkpoint: Checkpoint, found: str) -> None:
+    """Raise CheckpointError for an SAE made elsewhere of the output of a module that is not the one, called `found`, whose output
+    the store's rows are: on some models a norm stands between an MLP's module and the stream."""
+    trained = checkpoint.provenance.get("store") or {}
+    if trained.get("module") not in (None, found):
+        raise CheckpointError(
+            f"{checkpoint.path}: trained on the output of {trained['module']!r}; in this model {trained['hook']}, what is added "
+            f"to the stream, is that of {found!r}, another point"
+        )
+
+
 def require_kind(checkpoint: Checkpoint, has_target: bool) -> None:
     """Raise CheckpointError for a transcoder without the store of what it makes, and for an SAE beside one."""
     if checkpoint.sae.is_transcoder and not has_target:

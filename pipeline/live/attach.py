@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.base.errors import ModelError, UsageError
 from pipeline.live.edits import Edit
-from pipeline.model.places import Place, find_place, first_of, stream_of, with_stream
+from pipeline.model.places import Place, find_place, first_of, module_name, stream_of, with_stream
 from pipeline.model.points import HOOKS, Point, canonical
 from pipeline.model.specials import config_special_ids
 from pipeline.model.splicing import splice
@@ -70,7 +70,10 @@ def attach(
     edits = () if edit is None else (edit,) if callable(edit) else tuple(edit)
     recorded = sae.made_for.get("special_ids") or ()
     ids = (*config_special_ids(model), *recorded) if special_ids is None else tuple(special_ids)
-    return Attached(model, place_of(model, point, n_layers, d_model), sae, level, keep_error, edits, ids, gradients)
+    place = place_of(model, point, n_layers, d_model)
+    if hook is None:
+        require_module(sae, point, find_layers(model, n_layers)[point.layer], place)
+    return Attached(model, place, sae, level, keep_error, edits, ids, gradients)
 
 
 def point_of(sae: NestedSAE, layer: int | None, hook: str | None) -> Point:
@@ -88,6 +91,16 @@ def point_of(sae: NestedSAE, layer: int | None, hook: str | None) -> Point:
     if hook not in HOOKS:
         raise UsageError(f"hook {hook}: known are {', '.join(HOOKS)}")
     return canonical(layer or 0, hook)
+
+
+def require_module(sae: NestedSAE, point: Point, block: nn.Module, place: Place) -> None:
+    """Raise UsageError for an SAE made elsewhere of the output of a module that is not the one at the point in this model."""
+    recorded = sae.made_for.get("module")
+    if recorded is not None and recorded != (found := module_name(block, place)):
+        raise UsageError(
+            f"the SAE is of the output of {recorded!r}; in this model {point} is that of {found!r}, another point; give hook= if "
+            "it is meant"
+        )
 
 
 def place_of(model: Any, point: Point, n_layers: int, d_model: int) -> Place:

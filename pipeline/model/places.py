@@ -131,6 +131,11 @@ def find_place(model: Any, name: str, block: nn.Module, point: Point, device: to
     return places[point.hook]
 
 
+def module_name(block: nn.Module, place: Place) -> str:
+    """What a place's module is called in its layer."""
+    return str(next(name for name, module in block.named_modules() if module is place.module))
+
+
 @torch.no_grad()
 def find_places(model: Any, name: str, block: nn.Module, tokens: Tensor, d_model: int) -> dict[str, Place]:
     """The hook points inside a layer that could be found, by name; the model must hold all layers up to this one.

@@ -30,7 +30,7 @@ from pipeline.base.runtime import DTYPES, resolve_device, resolve_dtype
 from pipeline.model.anatomy import Anatomy, Reached, forward, logits_of, own_parameters, residual_of
 from pipeline.model.files import hub_errors, model_folder, weights_sha256
 from pipeline.model.patching import overridden, removed
-from pipeline.model.places import find_place, first_of, stream_of, with_stream
+from pipeline.model.places import find_place, first_of, module_name, stream_of, with_stream
 from pipeline.model.points import Point
 from pipeline.model.specials import plain_token
 
@@ -297,6 +297,10 @@ class SplitLM:
             with contextlib.suppress(Reached):
                 forward(self.model, tokens)
         return captured
+
+    def module_name(self) -> str:
+        """What the module is called, in its layer, whose output or input the rows at the point are; "" for the layer itself."""
+        return module_name(self._blocks[self.point.layer], self._places[self.point]) if self.point.is_inside else ""
 
     def _where(self, point: Point) -> tuple[nn.Module, bool]:
         """The module at a point, and whether the rows are what it returns or what it is given."""

@@ -252,25 +252,60 @@ def read_weights(path: Path) -> tuple[Tensors, About]:
         raise DamagedError(f"{path}: cannot be read ({first}); get it again") from error
 
 
-def hook_point(folder: Path, name: str) -> About:
-    """Layer and hook of a name of TransformerLens, transformers or dictionary_learning. Raises CheckpointError for others.
+MODULES = {
+    "mlp": "mlp_out",
+    "post_feedforward_layernorm": "mlp_out",
+    "self_attn": "attn_out",
+    "attn": "attn_out",
+    "attention": "attn_out",
+    "post_attention_layernorm": "attn_out",
+}
+"""Modules of a layer whose output may be what is added to the stream, and what that is called. In some models it is (Llama's
+`mlp`), in some a norm comes between (Gemma-2's `mlp`), in some the norm comes before: which is seen in the model, not here."""
+OTHER_POINTS = {
+    r"blocks\.\d+\.hook_mlp_in": "the MLP's own copy of resid_mid, before its norm",
+    r"blocks\.\d+\.ln[12](_post)?\.hook_\w+": "inside a norm, before its gain",
+    r"blocks\.\d+\.attn\.hook_\w+": "inside attention, before its output matrix",
+    r"blocks\.\d+\.(hook_\w+_input|hook_attn_in)": "attention's own copies of the stream, one a head",
+    r"blocks\.\d+\.mlp\.hook_(pre|post|mid|pre_linear)": "inside the MLP",
+    r"(hook_embed|hook_pos_embed)": "a part of the embedding; the stream before the first layer is blocks.0.hook_resid_pre",
+}
+"""Points of TransformerLens that are none of ours, and what they are."""
 
-    The stream before layer n is that after layer n − 1.
+
+def hook_point(folder: Path, name: str) -> About:
+    """Layer and hook of a name of TransformerLens, transformers or dictionary_learning, and of transformers' names the `module`
+    whose output it is. Raises CheckpointError for others.
+
+    The stream before layer n is that after layer n − 1. TransformerLens's attn_out and mlp_out are what is added to the stream,
+    behind Gemma-2's second norms, as ours are; its bridge's `mlp.hook_in` is what the MLP's module reads.
     """
     patterns = (
         r"blocks\.(?P<layer>\d+)\.hook_(?P<hook>resid_post|resid_pre|resid_mid|mlp_out|attn_out)",
-        r"(?P<hook>resid_post|resid_pre|resid_mid|mlp_out|attn_out|attention_out)_layer_(?P<layer>\d+)",
-        r"(?:(?:model|transformer|gpt_neox|language_model)\.)*(?:layers|h)\.(?P<layer>\d+)(?:\.(?P<hook>mlp)|\.output)?",
-        r"model\.layers\.(?P<layer>\d+)\.(?P<hook>post_feedforward_layernorm)\.output",
+        r"blocks\.(?P<layer>\d+)\.mlp\.hook_(?P<hook>in)",
+        r"(?P<hook>resid_post|resid_pre|resid_mid|mlp_in|mlp_out|attn_out|attention_out)_layer_(?P<layer>\d+)",
+        r"(?:(?:model|transformer|gpt_neox|language_model)\.)*(?:layers|h)\.(?P<layer>\d+)"
+        rf"(?:\.(?P<module>{'|'.join(MODULES)}))?(?:\.output)?",
     )
     match = next((m for pattern in patterns if (m := re.fullmatch(pattern, name))), None)
     if match is None:
-        raise CheckpointError(f"{folder}: made for {name!r}, a hook that is not known here; it cannot be placed")
-    layer, hook = int(match["layer"]), match["hook"] or "resid_post"
+        what = next((what for pattern, what in OTHER_POINTS.items() if re.fullmatch(pattern, name)), "not known here")
+        raise CheckpointError(f"{folder}: made for {name!r}, a hook that is {what}; it cannot be placed")
+    found = {key: value for key, value in match.groupdict().items() if value is not None}
+    layer, module = int(found["layer"]), found.get("module")
+    if module is not None:
+        return {"hook": MODULES[module], "layer": layer, "module": module}
+    hook = found.get("hook", "resid_post")
     if hook == "resid_pre":
         return {"hook": "resid_post", "layer": layer - 1} if layer else {"hook": "embed"}
-    ours = {"mlp": "mlp_out", "post_feedforward_layernorm": "mlp_out", "attention_out": "attn_out"}
-    return {"hook": ours.get(hook, hook), "layer": layer}
+    return {"hook": {"in": "mlp_in", "attention_out": "attn_out"}.get(hook, hook), "layer": layer}
+
+
+def centred(about: About, options: Mapping[str, Any]) -> About:
+    """The same; where TransformerLens was told to centre what is written to the stream, rows lack their mean: another point."""
+    if not options.get("center_writing_weights") or "hook" not in about:
+        return about
+    return about | {"hook": f"centred {about['hook']}"}
 
 
 def from_saelens(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
@@ -312,7 +347,11 @@ def from_saelens(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tup
     metadata = fields.inner("metadata") if data.get("metadata") else fields
     refuse_unless(folder, "hook_head_index", metadata.data.get("hook_head_index"), (None,))
     about: About = {"model": metadata.text("model_name", "") or None}
-    return sae, about | (hook_point(folder, hook) if (hook := metadata.text("hook_name", "")) else {})
+    placed = hook_point(folder, hook) if (hook := metadata.text("hook_name", "")) else {}
+    options = (
+        metadata.inner("model_from_pretrained_kwargs") if metadata.data.get("model_from_pretrained_kwargs") else None
+    )
+    return sae, about | (centred(placed, options.data) if options is not None else placed)
 
 
 def from_dictionary_learning(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
@@ -374,7 +413,7 @@ def from_gemma_scope(folder: Path, _data: Mapping[str, Any], tensors: Tensors) -
     path = str(folder.resolve())
     layer = re.findall(r"/layer_(\d+)(?=/|$)", path)
     release = re.findall(r"gemma-scope-[^/]*-(res|mlp|att)(?=[-/]|$)", path)
-    hook = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out"}[release[-1]] if release else None
+    hook = {"res": "resid_post", "mlp": "mlp_out", "att": "attn.hook_z"}[release[-1]] if release else None
     return sae, {"layer": int(layer[-1]) if layer else None, "hook": hook}
 
 
