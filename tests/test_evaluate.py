@@ -20,7 +20,10 @@ from evaluate.config import source_identity
 from evaluate.run import EvaluateConfig, run
 from pipeline.base.errors import CheckpointError, DamagedError, ModelError, StoreError, UsageError
 from pipeline.base.results import read_result
+from pipeline.base.runtime import tf32
+from pipeline.model.split_lm import SplitLM
 from pipeline.sae.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.sae.nested import NestedSAE
 from pipeline.store.reader import Store
 from support import lm_stores, tiny_models
 from support.reference import reference_behaviour, reference_firing, reference_reconstruction
@@ -83,6 +86,27 @@ def resaved(folder: Path, store: dict[str, Any] | None = None, change: Any = Non
     path = folder.parent / f"changed-{folder.name}.safetensors"
     save_checkpoint(path, sae, header.step, provenance)
     return path
+
+
+def test_encoders_alone_may_be_tf32(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA encoders run where float32 products may be TF32; the language model and decoders run where they may not."""
+    seen: dict[str, set[str]] = {"encode": set(), "decode_levels": set(), "suffix": set()}
+
+    def note(kind: type, name: str) -> None:
+        original = getattr(kind, name)
+
+        def noted(*args: Any, **options: Any) -> Any:
+            seen[name].add(torch.get_float32_matmul_precision())
+            return original(*args, **options)
+
+        monkeypatch.setattr(kind, name, noted)
+
+    note(NestedSAE, "encode")
+    note(NestedSAE, "decode_levels")
+    note(SplitLM, "suffix")
+    monkeypatch.setattr("evaluate.scores.scorer.tf32", lambda device: tf32(torch.device("cuda")))
+    evaluated(place, tmp_path, [members(place)[0]], scores=("kl", "ev"), rows=32)
+    assert seen == {"encode": {"high"}, "decode_levels": {"highest"}, "suffix": {"highest"}}
 
 
 def test_levels_equal_the_hooked_model(place: Path, results: list[dict[str, Any]]) -> None:
