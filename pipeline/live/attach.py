@@ -52,28 +52,50 @@ def attach(
     gradient after a backward pass (attribution); with keep_error the error x − x̂ is then a constant, so that all of the
     gradient is z's.
 
+    A transcoder reads where its checkpoint says (or layer and hook do), and what it makes of the rows there replaces those at
+    the point that its checkpoint names as its target: what the MLP adds becomes what the transcoder makes of the MLP's input.
+
     The SAE computes in its own dtype (float32 as loaded), outside any autocast. Points inside a layer are looked for with
     three tokens, here. Raises ModelError for a model whose layers or point cannot be found, UsageError for a layer, hook,
-    level or width that does not fit or is not known, or for gradients under no_grad.
+    level or width that does not fit or is not known, a transcoder without a target, or for gradients under no_grad.
     """
     text = model.config.get_text_config()
     n_layers, d_model = int(text.num_hidden_layers), int(text.hidden_size)
-    if sae.config.is_transcoder:
-        raise UsageError("the SAE is a transcoder, which makes rows of another point than it reads; attach takes none")
     point = point_of(sae, layer, hook)
-    if not 0 <= point.layer < n_layers:
-        raise UsageError(f"layer {point.layer} is out of range; the model has layers 0 to {n_layers - 1}")
-    if sae.config.d_model != d_model:
-        raise UsageError(f"the SAE is of a residual stream of {sae.config.d_model}, the model's has {d_model}")
+    made = target_of(sae, point) if sae.config.is_transcoder else point
+    for one in (point, made):
+        if not 0 <= one.layer < n_layers:
+            raise UsageError(f"layer {one.layer} is out of range; the model has layers 0 to {n_layers - 1}")
+    if (wrong := {sae.config.d_model, sae.config.d_made} - {d_model}) != set():
+        raise UsageError(f"the SAE is of a residual stream of {min(wrong)}, the model's has {d_model}")
     if not -sae.config.n_levels <= level < sae.config.n_levels:
         raise UsageError(f"level {level} is out of range; the SAE has levels 0 to {sae.config.n_levels - 1}")
     edits = () if edit is None else (edit,) if callable(edit) else tuple(edit)
     recorded = sae.made_for.get("special_ids") or ()
     ids = (*config_special_ids(model), *recorded) if special_ids is None else tuple(special_ids)
-    place = place_of(model, point, n_layers, d_model)
+    place = place_of(model, made, n_layers, d_model)
+    reads = place_of(model, point, n_layers, d_model) if sae.config.is_transcoder else None
     if hook is None:
-        require_module(sae, point, find_layers(model, n_layers)[point.layer], place)
-    return Attached(model, place, sae, level, keep_error, edits, ids, gradients)
+        block = find_layers(model, n_layers)[point.layer]
+        require_module(sae, point, block, place if reads is None else reads)
+    return Attached(model, place, sae, level, keep_error, edits, ids, gradients, reads)
+
+
+def target_of(sae: NestedSAE, reads: Point) -> Point:
+    """Where what a transcoder makes belongs. Raises UsageError where its checkpoint does not say, or it is no later point."""
+    target = sae.made_for.get("target") or {}
+    if target.get("layer") is None:
+        raise UsageError("the transcoder does not say which point it makes the rows of; it cannot be attached")
+    made = canonical(int(target["layer"]), target.get("hook") or "resid_post")
+    if (made.layer, ORDER.index(made.hook)) <= (reads.layer, ORDER.index(reads.hook)):
+        raise UsageError(
+            f"the transcoder makes rows at {made}, before it has read those at {reads}; it cannot be attached"
+        )
+    return made
+
+
+ORDER = ("embed", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
+"""The points of a layer as a forward pass comes to them; where its parts run beside each other, mlp_in may come first."""
 
 
 def point_of(sae: NestedSAE, layer: int | None, hook: str | None) -> Point:
@@ -125,14 +147,16 @@ class Attached:
         edits: Sequence[Edit],
         special_ids: Sequence[int],
         gradients: bool,
+        reads: Place | None = None,
     ) -> None:
-        self.model, self.place, self.sae = model, place, sae
+        self.model, self.place, self.sae, self.reads = model, place, sae, reads
         self.n_latents = sae.config.levels[level]
         self.keep_error, self.edits, self.special_ids, self.gradients = keep_error, tuple(edits), special_ids, gradients
         self.handles: list[Any] = []
         self.positions: Bool[Tensor, "seq pos"] | None = None
         self.kept: Bool[Tensor, "seq pos"] | None = None
         self.z: Float[Tensor, "row latent"] | None = None
+        self.read: Float[Tensor, "row d_model"] | None = None
 
     def __enter__(self) -> Attached:
         if self.handles:
@@ -144,6 +168,13 @@ class Attached:
             if self.place.is_output
             else module.register_forward_pre_hook(self._replace_input, with_kwargs=True),
         ]
+        if self.reads is not None:
+            module = self.reads.module
+            self.handles.append(
+                module.register_forward_hook(self._see_output)
+                if self.reads.is_output
+                else module.register_forward_pre_hook(self._see_input, with_kwargs=True)
+            )
         return self
 
     def __exit__(
@@ -195,7 +226,20 @@ class Attached:
         may &= ~first_positions(shape, attended, past_length(kwargs.get("past_key_values")), device)
         if attended is not None:
             may &= attended[:, -shape[1] :].bool()
-        self.positions = may
+        self.positions, self.read = may, None
+
+    def _see_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        """After the module whose output a transcoder reads."""
+        self._keep(stream_of(first_of(output), {}, self._shape, type(self.model).__name__))
+
+    def _see_input(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the module whose input a transcoder reads."""
+        self._keep(stream_of(args, kwargs, self._shape, type(self.model).__name__))
+
+    def _keep(self, there: Tensor) -> None:
+        """Keep a copy of the rows that a transcoder is to encode."""
+        assert self.positions is not None, "the model's own forward runs first"
+        self.read = there.reshape(self._shape)[self.positions.to(there.device)].float()
 
     def _replace_output(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """After the module: the rows it returns, with the kept ones replaced."""
@@ -234,17 +278,28 @@ class Attached:
         return there if changed is rows else changed.reshape(there.shape)
 
     def _changed(self, residual: Tensor, kept: Tensor) -> Tensor:
-        """The residual stream after encoding, editing and decoding its kept rows."""
+        """The residual stream after encoding, editing and decoding its kept rows, or those that a transcoder read."""
         x = residual[kept].float()
-        z = self.z = self._encode(x)
+        given = self._given(x)
+        z = self.z = self._encode(given)
         edited = z
         for edit in self.edits:
             edited = edit(edited)
         if not self.keep_error:
-            return splice(residual, kept, self._decode(edited))
+            return splice(residual, kept, self._decode(edited, given))
         if self.gradients:
             return splice(residual, kept, x.detach() + (self._linear(edited) - self._linear(z).detach()))
         return residual if edited is z else splice(residual, kept, x + self._linear(edited - z))
+
+    def _given(self, x: Tensor) -> Tensor:
+        """The rows to encode. Raises ModelError where a transcoder has read none before it is to make some."""
+        if self.reads is None:
+            return x
+        if self.read is None:
+            raise ModelError(
+                "the model came to the point that the transcoder makes rows of before the one that it reads"
+            )
+        return self.read.to(x.device)
 
     def _encode(self, x: Tensor) -> Tensor:
         """Latents of raw rows, restricted to the level; where asked they keep the gradient that reaches them."""
@@ -254,13 +309,14 @@ class Attached:
             z.retain_grad()
         return z
 
-    def _decode(self, z: Tensor) -> Tensor:
-        """x̂ of one level, raw, float32."""
-        return self.sae.denormalize(z @ self.sae.W_dec[: self.n_latents] + self.sae.b_dec)
+    def _decode(self, z: Tensor, x: Tensor) -> Tensor:
+        """x̂ of one level, raw, float32; x: the raw rows that were encoded."""
+        return self.sae.denormalize(z @ self.sae.W_dec[: self.n_latents] + self.sae.base(x))
 
     def _linear(self, z: Tensor) -> Tensor:
         """What latents add to the raw residual, without b_dec and centre."""
-        return (z @ self.sae.W_dec[: self.n_latents]).float() / self.sae.scale
+        scale = self.sae.target_scale if self.sae.config.is_transcoder else self.sae.scale
+        return (z @ self.sae.W_dec[: self.n_latents]).float() / scale
 
 
 def past_length(cache: Any) -> int:
