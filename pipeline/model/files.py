@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 
 from pipeline.base import network
 from pipeline.base.errors import ModelError
@@ -96,7 +96,9 @@ def hub_errors(model: str) -> Iterator[None]:
             yield
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever an architecture's own code raises
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "; pass --trust-remote-code to run the model's own code" if "trust_remote_code" in str(error) else ""
         raise ModelError(f"{model}: cannot be loaded ({first}){hint}") from error

@@ -61,8 +61,13 @@ class ModelInfo:
 
     @property
     def text(self) -> Any:
-        """The config of the language model proper, where others stand beside it."""
-        return self.config.get_text_config()
+        """The config of the language model proper, where others stand beside it. Raises ModelError where there are several."""
+        try:
+            return self.config.get_text_config()
+        except ValueError as error:
+            raise ModelError(
+                f"{self.name}: its config has several language models (a {self.config.model_type} model); it cannot be cut"
+            ) from error
 
     @property
     def n_layers(self) -> int:
