@@ -61,8 +61,8 @@ class Recorded:
 
     def _compare(self, replay: Callable[[], None], step: Callable[[], None]) -> None:
         """Replay the step, run it from the same beginning, and trust the record when what they leave is equal bit for bit
-        (syncs, once a kind)."""
-        before = {name: tensor.clone() for name, tensor in self.changed().items()}
+        (syncs, once a kind; the copies lie on the host)."""
+        before = {name: tensor.to("cpu", copy=True) for name, tensor in self.changed().items()}
         replay()
         replayed = {name: tensor.to("cpu", copy=True) for name, tensor in self.changed().items()}
         for name, tensor in self.changed().items():
