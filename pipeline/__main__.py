@@ -261,7 +261,7 @@ def report(words: tuple[str, ...]) -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("checkpoint", type=SOURCE)
+@click.argument("checkpoint", type=NAMED_SOURCE)
 @click.option(
     "--format",
     "kind",
@@ -277,8 +277,8 @@ def report(words: tuple[str, ...]) -> None:
     help="neuronpedia: whose rows and tokens are shown. Further options of it come behind.",
 )
 @click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="")
-def export(checkpoint: Path, kind: str, out: Path, level: str | None, store: str | None, more: tuple[str, ...]) -> None:
-    """Write a checkpoint as a folder that SAELens or dictionary_learning loads; centre and scale are folded in.
+def export(checkpoint: str, kind: str, out: Path, level: str | None, store: str | None, more: tuple[str, ...]) -> None:
+    """Write a checkpoint, or an SAE on the Hub, as a folder that SAELens or dictionary_learning loads, folded to raw rows.
 
     The exported SAE takes raw residuals; its latents are in units of the residual. A LayerNorm SAE loads in SAELens
     after `import pipeline.sae.saelens`. For Neuronpedia it is latents that are written, with examples from a store:
@@ -293,7 +293,7 @@ def export(checkpoint: Path, kind: str, out: Path, level: str | None, store: str
         if store is None:
             raise UsageError("--format neuronpedia needs --store, whose rows and tokens it shows")
         words = ["--out", str(out), "--store", store, *(["--level", level] if level else [])]
-        stages.pass_on("evaluate.latents.neuronpedia", [str(checkpoint), *words, *more])
+        stages.pass_on("evaluate.latents.neuronpedia", [checkpoint, *words, *more])
     elif store or more:
         raise UsageError(f"{'--store' if store else more[0]}: belongs to --format neuronpedia")
     from pipeline.sae.export import export as export_checkpoint

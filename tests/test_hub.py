@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import pipeline
+from pipeline.__main__ import cli
 from pipeline.base.errors import CheckpointError
 from pipeline.base.files import hash_file, write_json
 from pipeline.sae import hub
@@ -189,6 +190,16 @@ def test_suite_folder_is_downloaded_alone(stand_in: type[StandIn], tmp_path: Pat
     assert fetched == {"layer_20/width_16k/average_l0_71/params.npz"}
     with pytest.raises(CheckpointError, match=r"owner/name/layer_21: .* found 0 checkpoints among 0 files"):
         pipeline.load("owner/name/layer_21")
+    words = [
+        "export",
+        "owner/name/layer_19/width_16k/average_l0_71",
+        "--format",
+        "saelens",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    cli.main(words, standalone_mode=False)
+    assert json.loads((tmp_path / "o" / "cfg.json").read_text())["d_sae"] == 12
 
 
 def test_mistyped_path_asks_no_hub(stand_in: type[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

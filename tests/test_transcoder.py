@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.base.errors import CheckpointError, MismatchError, UsageError
-from pipeline.sae.checkpoint import load_checkpoint, read_header
+from pipeline.base.errors import CheckpointError, DamagedError, MismatchError, UsageError
+from pipeline.sae.checkpoint import load_checkpoint, read_header, save_checkpoint
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from pipeline.store.reader import Store
 from support.reference import reference_objective, reference_update
@@ -334,6 +334,15 @@ def test_sae_has_no_skip_connection() -> None:
     """An SAE with one would explain everything by it."""
     with pytest.raises(UsageError, match="a skip connection is a transcoder's"):
         SAEConfig(4, 8, (8,), skip=True)
+
+
+@pytest.mark.parametrize("target", [7, "x", {"layer": "3"}, {"hook": 4}, {"d_model": 1.5}], ids=str)
+def test_odd_targets_are_damage(tmp_path: Path, target: Any) -> None:
+    """A header whose target is not what FORMAT.md says ends in one line."""
+    sae = NestedSAE(SAEConfig(4, 8, (8,), d_out=3))
+    save_checkpoint(tmp_path / "c.safetensors", sae, 1, {"store": {"target": target}})
+    with pytest.raises(DamagedError, match="target"):
+        read_header(tmp_path / "c.safetensors")
 
 
 def test_prefix_is_a_transcoder(whole: list[Outcome]) -> None:

@@ -535,7 +535,7 @@ def load_readout(store: Store, model: str | None) -> tuple[Tensor, TokenText, in
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("checkpoint", type=SOURCE)
+@click.argument("checkpoint", type=NAMED_SOURCE)
 @click.option("--store", "store_path", type=SOURCE, required=True, help="Its rows and tokens.")
 @click.option("--out", type=OUT_FOLDER, required=True, help="Folder to write.")
 @click.option("--model", type=NAMED_SOURCE, help="Folder or Hub id of the model.  [default: the store's]")
@@ -549,7 +549,7 @@ def load_readout(store: Store, model: str | None) -> tuple[Tensor, TokenText, in
 @click.option("--seed", type=int, default=0, show_default=True, help="Of which rows and which random examples.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto.")
 def command(
-    checkpoint: Path,
+    checkpoint: str,
     store_path: Path,
     out: Path,
     model: str | None,
@@ -567,7 +567,7 @@ def command(
     from pipeline.sae.hub import find_checkpoint
     from pipeline.store.reader import Store
 
-    found, store = open_checkpoint(find_checkpoint(str(checkpoint))), Store.open(store_path)
+    found, store = open_checkpoint(find_checkpoint(checkpoint)), Store.open(store_path)
     if not store.layout.has_tokens:
         raise UsageError(f"{store_path}: its rows are of no text, so there is nothing to show in Neuronpedia")
     require_fit(found, store, allow_other_store=True)

@@ -248,8 +248,10 @@ def to_header(contents: Contents) -> Header:
 def require_provenance(fields: Fields) -> dict[str, Any]:
     """A header's provenance, whose parts that anything reads have the types that FORMAT.md gives them. Raises DamagedError."""
     store, train = fields.inner("store"), fields.inner("train")
-    texts = {fields: ("member", "git", "source"), store: ("id", "model", "revision", "hook", "weights_sha256")}
-    wholes = {fields: ("rows_seen", "fired_rows"), store: ("layer", "d_model", "context")}
+    of_store, numbers = ("id", "model", "revision", "hook", "weights_sha256"), ("layer", "d_model", "context")
+    stores = (store, store.inner("target"))
+    texts: dict[Fields, tuple[str, ...]] = {fields: ("member", "git", "source"), **dict.fromkeys(stores, of_store)}
+    wholes: dict[Fields, tuple[str, ...]] = {fields: ("rows_seen", "fired_rows"), **dict.fromkeys(stores, numbers)}
     for part, names in texts.items():
         for name in names:
             part.some_text(name)
