@@ -37,7 +37,8 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 @click.option("--out", required=True, type=OUT_FOLDER, help="Folder for results; may hold others already.")
 @click.option(
     "--scores",
-    help="Comma-separated: kl, ev, l0, coding, features, truth, structure, absorption, scr, tpp, k_sparse_probe.  [default: "
+    help="Comma-separated: kl, ev, l0, coding, features, truth, structure, absorption, first_letter, scr, tpp, "
+    "k_sparse_probe.  [default: "
     "what the store has: kl to features, or ev to structure; and what --scr gives]",
 )
 @click.option("--levels", default="all", help="all, last, or indices from the innermost, like 0,1.")
@@ -78,6 +79,11 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
     default="",
     metavar="MEMBER",
     help="Also write pages of every latent (contexts, logit lens, relatives) of members whose name begins so, or all.",
+)
+@click.option(
+    "--words",
+    type=click.Path(path_type=Path),
+    help="Words of first_letter, one a line.  [default: the tokens of the model's tokenizer that are letters alone]",
 )
 @click.option("--allow-other-store", is_flag=True, help="Evaluate on a store other than the one trained on.")
 @click.option(

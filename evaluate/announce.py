@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from evaluate import plan as planning
 from evaluate.checkpoints.find import Checkpoint
 from evaluate.job import Job
+from evaluate.probing.first_letter import Words, make_prompts
 from evaluate.probing.job import Texts, most_rows
 from pipeline.base.files import human_bytes
 from pipeline.base.progress import format_seconds, say
@@ -24,6 +25,24 @@ def announce_texts(job: Job, todo: Sequence[Checkpoint], texts: Sequence[Texts])
         f"texts for {', '.join(probing.scores)}: {n_texts:,} of at most {probing.context} tokens; "
         f"at most about {format_seconds(rows * prefix)} once for the layers up to "
         f"{job.models.point.layer}, {format_seconds(rows * both_ways / 2)} to encode them for all checkpoints"
+    )
+
+
+def announce_words(job: Job, todo: Sequence[Checkpoint]) -> None:
+    """Say what words in prompts will take; nothing where there are none."""
+    if (words := job.words) is None:
+        return
+    some = Words(words.text[:200], words.train[:200])
+    longest = max(
+        (len(ids) for ids in job.models.tokenizer(make_prompts(some, job.config.seed))["input_ids"]), default=0
+    )
+    _, both_ways = planning.sae_cost([c.sae for c in todo], job.store.d_model, job.device)
+    _, prefix = job.models.cost.prefix(job.models.point.layer)
+    n = len(words.text)
+    once = format_seconds(n * longest * prefix)
+    say(
+        f"first letters: {n:,} words in prompts of about {longest} tokens; about {once} once for the "
+        f"layers up to {job.models.point.layer}, {format_seconds(n * both_ways / 2)} to encode them for all checkpoints"
     )
 
 

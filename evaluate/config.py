@@ -31,7 +31,8 @@ class EvaluateConfig:
     probing: texts for scr, tpp and k-sparse probing; None: none. latents: also write pages of every latent of members
     whose name begins with it, `all` of every member; empty: none.
     batch_size (sequences) and max_memory (bytes, None: four fifths of what is free) change speed and rounding only.
-    seed draws the latents whose correlations are taken.
+    seed draws the latents whose correlations are taken, and splits labelled tokens and words. words: a file of words for
+    first_letter; None: those of the model's tokenizer.
     """
 
     store: Path
@@ -49,6 +50,7 @@ class EvaluateConfig:
     seed: int = 0
     probing: ProbingConfig | None = None
     latents: str = ""
+    words: Path | None = None
     allow_other_store: bool = False
     allow_other_model: bool = False
     target: Path | None = None
@@ -62,6 +64,8 @@ class EvaluateConfig:
             raise UsageError(f"--levels {self.levels!r}: use all, last, or indices like 0,1")
         if self.dtype not in ("store", *DTYPES):
             raise UsageError(f"--dtype {self.dtype!r}: use store, {' or '.join(DTYPES)}")
+        if self.words is not None and "first_letter" not in self.scores:
+            raise UsageError("--words names words for --scores first_letter, which is not asked for")
         if self.batch_size < 1 or (self.rows is not None and self.rows < 1):
             raise UsageError("--batch-size and --rows must be at least 1")
 
@@ -74,7 +78,12 @@ class EvaluateConfig:
         """The same, of some of its families."""
         of_texts = tuple(name for name in families if name not in SCORES)
         probing = dataclasses.replace(self.probing, scores=of_texts) if self.probing and of_texts else None
-        return dataclasses.replace(self, scores=tuple(f for f in families if f in SCORES), probing=probing)
+        return dataclasses.replace(self.of_rows([f for f in families if f in SCORES]), probing=probing)
+
+    def of_rows(self, families: Sequence[str]) -> EvaluateConfig:
+        """The same, with these of SCORES instead."""
+        words = self.words if "first_letter" in families else None
+        return dataclasses.replace(self, scores=tuple(families), words=words)
 
     def sample_identity(self, n_sequences: int, massive_multiple: float) -> dict[str, Any]:
         """What every score of a results file has in common, and what names the file: plain JSON."""
@@ -93,6 +102,11 @@ class EvaluateConfig:
             "features": {"seed": self.seed, "n_sampled": N_SAMPLED, "min_fired": MIN_FIRED},
             "structure": {"seed": self.seed},
             "absorption": {"seed": self.seed},
+            "first_letter": {
+                "seed": self.seed,
+                "dtype": dtype,
+                "words": source_identity(str(self.words)) if self.words else "tokenizer",
+            },
         }
         texts = (plain(self.probing) or {}) | {"dtype": dtype}
         unread_by = {

@@ -15,6 +15,7 @@ from evaluate.checkpoints.find import Checkpoint
 from evaluate.config import EvaluateConfig
 from evaluate.latents.files import has_pages
 from evaluate.models import Models
+from evaluate.probing.first_letter import Words, draw_words, read_words, vocabulary
 from evaluate.results import families_done, result_path
 from evaluate.scores.labels import Probes, read_probes
 from evaluate.scores.truth import Truth
@@ -76,6 +77,14 @@ class Job:
             return None
         text = TokenText(self.models.tokenizer)
         return read_probes(self.store, self.n_sequences, text, self.config.seed, self.device)
+
+    @cached_property
+    def words(self) -> Words | None:
+        """Words whose first letters are asked for in prompts, when they are asked about. Raises UsageError for --words."""
+        if "first_letter" not in self.config.scores:
+            return None
+        given = self.config.words
+        return draw_words(vocabulary(self.models.tokenizer) if given is None else read_words(given), self.config.seed)
 
     @cached_property
     def families(self) -> dict[str, dict[str, Any]]:

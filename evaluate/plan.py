@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from evaluate.checkpoints.find import Checkpoint, resolve_levels
+from evaluate.scores.absorption import CHUNK_ELEMENTS
 from evaluate.scores.features import N_SAMPLED
 from evaluate.scores.labels import LABELS, MAX_ROWS
 from evaluate.scores.sample import GROUP_SEQUENCES
@@ -94,14 +95,21 @@ SHARE_FIRING = 1 / 8
 
 
 def kept(
-    scores: Sequence[str], configs: Sequence[SAEConfig], d_model: int, context: int, n_rows: int, n_features: int
+    scores: Sequence[str],
+    configs: Sequence[SAEConfig],
+    d_model: int,
+    context: int,
+    n_rows: int,
+    n_features: int,
+    n_words: int = 0,
 ) -> Sizes:
-    """Bytes that the families truth, structure and absorption keep beside what every score does.
+    """Bytes that the families truth, structure, absorption and first_letter keep beside what every score does.
 
     truth: directions and what fired (8 bytes a firing, at most a tenth of the features a row), three matrices of cosines
     while a dictionary is matched, a mask [row, feature] a batch, counts a level and feature. structure and absorption: the
     firings of each SAE (16 and 20 bytes, and their sparse matrices), on rows up to their limits; structure counts pairs
-    of N_PARTS latents with all, twice; absorption holds the labelled rows, and once more while probes are trained.
+    of N_PARTS latents with all, twice; absorption holds the labelled rows, and once more while probes are trained;
+    first_letter likewise its words' rows, whose latents are held for one checkpoint at a time.
     """
     width, levels = max(c.width for c in configs), max(c.n_levels for c in configs)
     a_row = max(c.k or math.ceil(SHARE_FIRING * c.width) for c in configs)
@@ -122,6 +130,10 @@ def kept(
         fixed += rows * (3 * d_model * 4 + len(LABELS) + 17) + 24 * rows * a_row
         sequence += context * width * 4
         checkpoint += 20 * rows * a_row
+    if "first_letter" in scores:
+        fixed += (
+            n_words * (3 * d_model * 4 + len(LABELS) + 17) + 44 * n_words * a_row + 3 * 4 * max(CHUNK_ELEMENTS, width)
+        )
     return Sizes(fixed, sequence, 0, checkpoint)
 
 

@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluate.announce import announce, announce_texts
+from evaluate.announce import announce, announce_texts, announce_words
 from evaluate.checkpoints.find import Checkpoint, Failure, find_checkpoints
 from evaluate.config import EvaluateConfig
 from evaluate.job import Job
 from evaluate.probing.job import Texts, read_texts
 from evaluate.results import tabulate, working_in
 from evaluate.select import only_fitting_scores, select
-from evaluate.work import groups, plan, pool_texts, prepare_probing, prepare_work, score_group, text_bytes
+from evaluate.work import groups, plan, pool_texts, prepare_texts, prepare_work, score_group, text_bytes
 from evaluate.write import write
 from pipeline.base.errors import PipelineError
 from pipeline.base.files import require_writable
@@ -79,6 +79,7 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
             part = job.only(families)
             texts = read_texts(part.config.probing) if part.config.probing is not None else ()
             announce_texts(part, todo, texts)
+            announce_words(part, todo)
             if dry_run:
                 n_texts = sum(len(one.texts) for one in texts)
                 announce(part, todo, plan(part, todo, text_bytes(part, texts), n_texts))
@@ -91,10 +92,10 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
 
 def score_all(job: Job, todo: Sequence[Checkpoint], texts: Sequence[Texts], outcome: Outcome) -> None:
     """Score checkpoints in groups that fit in memory, writing each group's results when its pass is over."""
-    probing = prepare_probing(job, texts)
+    probing, letters = prepare_texts(job, texts)
     planned = plan(job, todo, *((probing.n_bytes, probing.n_texts) if probing is not None else (0, 0)))
     announce(job, todo, planned)
-    work = prepare_work(job, planned, probing)
+    work = prepare_work(job, planned, probing, letters)
     with Progress(len(todo) * job.n_sequences, "evaluate", "sequence") as bar:
         for group in groups(todo, planned):
             scorers, failed = score_group(work, group, bar)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from evaluate.checkpoints.find import (
 from evaluate.config import EvaluateConfig
 from evaluate.job import Job
 from evaluate.models import Models
-from evaluate.scores.scorer import unfit_scores
+from evaluate.scores.scorer import OF_TOKENS, unfit_scores
 from pipeline.base.errors import PipelineError, UsageError
 from pipeline.base.runtime import resolve_device
 from pipeline.store.reader import Store
@@ -80,12 +79,16 @@ def only_fitting_scores(config: EvaluateConfig, store: Store) -> tuple[EvaluateC
             "reads another; leave them out"
         )
     unfit = unfit_scores(config.scores, store)
-    if "absorption" in config.scores and "absorption" not in unfit:
+    if config.target is not None and "first_letter" in config.scores:
+        unfit["first_letter"] = UsageError(
+            "--scores first_letter: words are read at the point whose rows are rebuilt, and a transcoder reads another"
+        )
+    for family in [name for name in OF_TOKENS if name in config.scores and name not in unfit]:
         try:
             _ = Models(config, store, resolve_device(config.device)).tokenizer
         except PipelineError as error:
-            unfit["absorption"] = UsageError(f"--scores absorption: no tokenizer to label tokens by: {error}")
+            unfit[family] = UsageError(f"--scores {family}: no tokenizer to {OF_TOKENS[family]}: {error}")
     left = tuple(name for name in config.scores if name not in unfit)
     if unfit and not left and config.probing is None and not config.latents:
         raise next(iter(unfit.values()))
-    return dataclasses.replace(config, scores=left), [(config.store, error) for error in unfit.values()]
+    return config.of_rows(left), [(config.store, error) for error in unfit.values()]

@@ -12,21 +12,23 @@ import torch
 from evaluate import plan as planning
 from evaluate.checkpoints.find import Checkpoint, Failure
 from evaluate.job import Job
+from evaluate.probing.first_letter import first_letters
 from evaluate.probing.job import Probing, Texts, most_bytes, prepare
 from evaluate.probing.texts import PooledLatents, pooling_bytes
 from evaluate.scores.behaviour import Reference
+from evaluate.scores.labels import Letters
 from evaluate.scores.sample import Sample, Survey
 from evaluate.scores.scorer import Scorer, shared_work
 from pipeline.base.errors import PipelineError, UsageError
 from pipeline.base.files import human_bytes
-from pipeline.base.progress import Progress
+from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import DTYPES, available_memory
 
 
 @dataclass(frozen=True)
 class Work:
     """What was prepared once for all checkpoints. `reference`: the clean model, when a score of behaviour is asked for;
-    `probing`: texts and probes, when scores of texts are."""
+    `probing` and `letters`: texts and probes, words in prompts and theirs, when scores of them are."""
 
     job: Job
     plan: planning.Plan
@@ -34,6 +36,7 @@ class Work:
     survey: Survey
     reference: Reference | None
     probing: Probing | None
+    letters: Letters | None
 
 
 def text_bytes(job: Job, texts: Sequence[Texts]) -> int:
@@ -55,8 +58,9 @@ def plan(job: Job, todo: Sequence[Checkpoint], held: int, n_texts: int = 0) -> p
     held_here = held if job.device.type == "cpu" else 0
     saes, n_rows = [c.sae for c in todo], job.n_sequences * store.context
     n_features = len(store.extra("truth/parent")) if "truth" in config.scores else 0
+    n_words = len(job.words.text) if job.words is not None else 0
     widest = max(store.d_model, job.source.d_model)
-    more = planning.kept(config.scores, saes, widest, store.context, n_rows, n_features)
+    more = planning.kept(config.scores, saes, widest, store.context, n_rows, n_features, n_words)
     if job.source is not store:
         more = dataclasses.replace(more, sequence=more.sequence + store.context * job.source.d_model * 8)
     if config.probing is not None:
@@ -69,10 +73,13 @@ def plan(job: Job, todo: Sequence[Checkpoint], held: int, n_texts: int = 0) -> p
     return planning.make_plan(parts, len(todo), batch, store.context, vocab, limit, job.device.type)
 
 
-def prepare_probing(job: Job, texts: Sequence[Texts]) -> Probing | None:
-    """Run the prefix over the texts and train the probes, then let the prefix go; None where no score reads texts."""
-    if job.config.probing is None:
-        return None
+def prepare_texts(job: Job, texts: Sequence[Texts]) -> tuple[Probing | None, Letters | None]:
+    """Run the prefix over texts and words in prompts and train the probes, then let the prefix go.
+
+    None where no score reads them. Raises as `prepare` and `first_letters`.
+    """
+    if job.config.probing is None and job.words is None:
+        return None, None
     from evaluate.probing.texts import text_model
 
     model = text_model(
@@ -83,11 +90,19 @@ def prepare_probing(job: Job, texts: Sequence[Texts]) -> Probing | None:
         parse_special=bool(job.store.config.get("parse_special")),
         special=job.store.config.get("special_ids"),
     )
-    return prepare(job.config.probing, texts, model, job.config.out / "probes")
+    folder, letters, probing = job.config.out / "probes", None, None
+    if job.words is not None:
+        size, seed = job.config.batch_size, job.config.seed
+        letters = first_letters(job.words, seed, model, job.store.mean, size, job.device, folder)
+        if letters.probes is None:
+            say(letters.about["why"])
+    if job.config.probing is not None:
+        probing = prepare(job.config.probing, texts, model, folder)
+    return probing, letters
 
 
 @torch.inference_mode()
-def prepare_work(job: Job, planned: planning.Plan, probing: Probing | None) -> Work:
+def prepare_work(job: Job, planned: planning.Plan, probing: Probing | None, letters: Letters | None) -> Work:
     """Read the rows once, and run what of the model no batch changes."""
     planning.settle_freed_memory(planned)
     sample = Sample(job.store, job.n_sequences, planned.batch, job.device, job.source)
@@ -95,7 +110,7 @@ def prepare_work(job: Job, planned: planning.Plan, probing: Probing | None) -> W
     if job.lm is not None:
         rows = planned.batch * job.store.context
         reference = Reference.of(job.lm, job.store.mean, job.store.context, planned.chunk, rows)
-    return Work(job, planned, sample, sample.survey(), reference, probing)
+    return Work(job, planned, sample, sample.survey(), reference, probing, letters)
 
 
 def groups(todo: Sequence[Checkpoint], planned: planning.Plan) -> Iterator[Sequence[Checkpoint]]:
@@ -137,6 +152,7 @@ def load_group(work: Work, group: Sequence[Checkpoint]) -> tuple[list[Scorer], l
                     job.store.context,
                     job.truth,
                     job.probes,
+                    work.letters,
                 )
             )
         except PipelineError as error:

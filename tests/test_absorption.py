@@ -8,7 +8,7 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from evaluate.scores.absorption import absorbed, average, split_latents
+from evaluate.scores.absorption import Asked, absorbed, average, probe_f1, split_latents
 from evaluate.scores.labels import (
     CLASSES,
     LABELS,
@@ -73,6 +73,43 @@ def test_labels_without_probe_are_named() -> None:
     assert "F1 of" in probes.left_out["b"]
     a = probes.names.index("a")
     assert float(torch.nn.functional.normalize(probes.weight[a], dim=0)[0]) > 0.95
+
+
+def test_a_label_of_all_rows_is_left_out() -> None:
+    """Where every token begins a word there is nothing to tell starts of words from: named, no probe, no crash."""
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 60, (30, 32), generator=g).numpy().astype(np.int32)
+    rows = label_rows(tokens, np.ones_like(tokens, dtype=bool), lambda token: f" {'ab'[token % 2]}{token}", 0)
+    probes = train_probes(torch.randn(len(rows.type), 8, generator=g), rows)
+    assert probes.left_out["word start"] == "no token types without it to train on"
+    assert "word start" not in probes.names
+
+
+def test_no_label_at_all_is_no_probe() -> None:
+    """Rows of one token have no probe, and every label is named with the reason."""
+    rows = label_rows(np.zeros((4, 8), np.int32), np.ones((4, 8), dtype=bool), lambda _: " word", 0)
+    probes = train_probes(torch.randn(len(rows.type), 8), rows)
+    assert probes.names == ()
+    assert probes.left_out.keys() == set(LABELS)
+
+
+def test_silent_rows_count_as_one() -> None:
+    """Probes on latents that rarely fire are those of all rows with balanced classes, one row each."""
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(1)
+    y, y_test = rng.random(3000) < 0.1, rng.random(1000) < 0.1
+    fit, test = (
+        ((rng.random((len(part), 2)) < 0.02 + 0.5 * part[:, None]) * rng.random((len(part), 2))).astype(np.float32)
+        for part in (y, y_test)
+    )
+    spread = fit.std(0)
+    model = LogisticRegression(class_weight="balanced", max_iter=200, tol=1e-8).fit(fit / spread, y)
+    logit, logit_test = (torch.from_numpy(model.decision_function(part / spread)) for part in (fit, test))
+    cut = max(best_threshold(logit, torch.from_numpy(y)), float(model.intercept_[0]))
+    slow = f1_score(logit_test > cut, torch.from_numpy(y_test))
+    assert 0.5 < slow < 0.95
+    assert probe_f1(fit, test, y, y_test) == pytest.approx(slow, abs=0.01)
 
 
 def test_logistic_fit_is_sklearn_s() -> None:
@@ -146,13 +183,19 @@ def test_silent_latents_change_nothing() -> None:
     assert torch.allclose(found.fraction.double(), fraction.double(), atol=1e-5)
 
 
+def split(z: np.ndarray, label: np.ndarray) -> tuple[list[int], list[float]]:
+    """Latents of a label that is asked of every row, every second row to train on."""
+    train = np.arange(len(z)) % 2 == 0
+    return split_latents(Asked.of(csr_matrix(z), label >= 0, train), label)
+
+
 def test_split_latents_add_f1() -> None:
     """A label carried by two latents on different rows has both; a third that repeats the first adds nothing."""
     rng = np.random.default_rng(0)
     label = (rng.random(2000) < 0.4).astype(np.int8)
     half = rng.random(2000) < 0.5
     z = np.stack([label * half, label * ~half, label * half * 0.5, rng.random(2000) < 0.3], 1).astype(np.float32)
-    latents, f1s = split_latents(csr_matrix(z), label, np.arange(2000) % 2 == 0)
+    latents, f1s = split(z, label)
     assert len(latents) == 2
     assert 1 in latents
     assert f1s[-1] == pytest.approx(1.0)
@@ -162,7 +205,7 @@ def test_split_latents_add_f1() -> None:
 def test_silent_latent_has_no_f1() -> None:
     """Saying yes where nothing fires does not count, however frequent the label."""
     label = (np.arange(200) % 4 != 0).astype(np.int8)
-    latents, f1s = split_latents(csr_matrix(np.zeros((200, 3), np.float32)), label, np.arange(200) % 2 == 0)
+    latents, f1s = split(np.zeros((200, 3), np.float32), label)
     assert (len(latents), f1s) == (1, [0.0])
 
 

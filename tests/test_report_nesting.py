@@ -36,7 +36,9 @@ def made_up(
         train = read_json(path)["checkpoint"]["provenance"]["train"]
         nested, noise = train["alpha"] > 0, NOISE[train["seed"]] * (0.5 if train["alpha"] else 1)
         scores = {id: 0.3 + noise + silent * nested, "ev": 0.8 + noise + ev * nested, "l0": l0 if nested else 40.0}
-        beside = {"truth_parent_missed": 0.1, "absorption_f1": 0.7 + noise, "absorption_recall": 0.9 + noise}
+        beside = {"truth_parent_missed": 0.1}
+        for family in {"absorption", id.removesuffix("_fraction")} - {"truth_parent_silent"}:
+            beside |= {f"{family}_f1": 0.7 + noise, f"{family}_recall": 0.9 + noise}
         add_nesting(path, **scores, **beside)
     return read_results([folder])
 
@@ -82,6 +84,41 @@ def test_real_rows_name_what_stands_beside(tmp_path: Path) -> None:
     assert "5 labels (1 left out), 1,234 rows; an undertrained dictionary scores falsely low" in text
     assert "best-latent F1 0.70" in text
     assert "recall 0.90" in text
+
+
+def test_first_letters_are_said_and_drawn(tmp_path: Path) -> None:
+    """Absorption of first letters in prompts has a sentence, what stands beside it, a panel and columns of its own."""
+    results = made_up(tmp_path, -0.1, id="first_letter_fraction")
+    text = said(results)
+    assert (
+        "On words in prompts that ask for their first letter, at equal L0 (40 against 40), absorption, the part of"
+        in text
+    )
+    assert "5 letters (0 left out), 1,234 words; an undertrained dictionary scores falsely low" in text
+    found = nesting(results)
+    assert isinstance(found, Figure)
+    assert found.panels[0].id == "nesting-first_letter_fraction"
+    assert nesting_table(results).heads["first_letter_recall"] == "recall of letter latents"
+
+
+@pytest.mark.parametrize(
+    ("letters", "why"),
+    [
+        ({"probes": {"a": 0.7}, "why": "<b>"}, "of 26, 1 have a probe that finds them on unseen words, too few"),
+        ({"why": "<b>"}, "the prompts are longer than the model’s positions"),
+    ],
+)
+def test_letters_without_a_number_are_said(tmp_path: Path, letters: dict[str, object], why: str) -> None:
+    """Once, in our own words, and nothing of it is drawn; where another evaluation has the number, nothing is said."""
+    made_up(tmp_path / "results", -0.1)
+    for path in (tmp_path / "results").glob("*-step_*.json"):
+        data = read_json(path)
+        data["levels"][-1]["scores"]["first_letter_fraction"] = None
+        write_json(path, data | {"first_letter": letters})
+    text = said(read_results([tmp_path / "results"]))
+    assert text.count(f"First letters were asked for in prompts and not scored: {why}.") == 1
+    assert "<b>" not in text
+    assert "On words in prompts" not in text
 
 
 def test_unequal_sparsity_claims_nothing(tmp_path: Path) -> None:

@@ -295,11 +295,12 @@ def test_other_scores_go_on(tmp_path: Path) -> None:
     assert "truth_mcc" not in scores
 
 
-def test_absorption_needs_a_tokenizer_and_tokens(tree: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "purpose"), [("absorption", "label them by"), ("first_letter", "make words of")])
+def test_absorption_needs_a_tokenizer_and_tokens(tree: Store, tmp_path: Path, family: str, purpose: str) -> None:
     """A tokenizer that cannot be found, or rows of no text: refused in one line before any work, ev goes on."""
     place = oracle(tree, tmp_path / "oracle.safetensors")
-    outcome = run(EvaluateConfig(store=tree.path, out=tmp_path / "a", scores=("ev", "absorption")), [place])
-    assert ["are of no text" in str(error) for _, error in outcome.failed] == [True]
+    outcome = run(EvaluateConfig(store=tree.path, out=tmp_path / "a", scores=("ev", family)), [place])
+    assert [f"are of no text, so there is nothing to {purpose}" in str(error) for _, error in outcome.failed] == [True]
     assert len(outcome.results) == 1
     store = make_store(tmp_path / "acts.zarr", n_sequences=40, eval_sequences=8, context=16, d_model=24)
     save_checkpoint(
@@ -308,9 +309,9 @@ def test_absorption_needs_a_tokenizer_and_tokens(tree: Store, tmp_path: Path) ->
         step=1,
         provenance={"member": "one", "train": {}, "store": {"id": store.id}},
     )
-    config = EvaluateConfig(store.path, tmp_path / "b", model=str(tmp_path / "nowhere"), scores=("ev", "absorption"))
+    config = EvaluateConfig(store.path, tmp_path / "b", model=str(tmp_path / "nowhere"), scores=("ev", family))
     outcome = run(config, [tmp_path / "one.safetensors"])
-    assert ["no tokenizer to label tokens by" in str(error) for _, error in outcome.failed] == [True]
+    assert [f"no tokenizer to {purpose}" in str(error) for _, error in outcome.failed] == [True]
     assert "\n" not in str(outcome.failed[0][1])
     assert len(outcome.results) == 1
 
@@ -326,6 +327,8 @@ def test_plan_counts_what_scores_keep() -> None:
     assert truth.checkpoint == 2 * 50 * 20
     assert kept(("structure",), [sae], 24, 16, 1600, 0).checkpoint == 16 * 1600 * 10
     assert kept(("absorption",), [sae], 24, 16, 100_000, 0).checkpoint == 20 * 40_000 * 10
+    words = kept(("first_letter",), [sae], 24, 16, 1600, 0, 500)
+    assert words.fixed == 500 * (3 * 24 * 4 + 31 + 17) + 44 * 500 * 10 + 3 * 4 * 2**22
     without, with_truth = (sizes([sae], None, 24, 16, 100, 0, more) for more in (nothing, truth))
     limit = without.peak(1, 64, 1)
     assert make_plan(without, 1, 1, 16, 0, limit, "cpu").group == 1

@@ -35,7 +35,7 @@ class TextModel:
     `tokenize`: token ids of each text, no special tokens added. `residual`: tokens [seq pos] → [seq pos d_model], for
     causal models (texts are padded on the right and the padding dropped). `bos`: put first in every text, or None.
     `special`: ids whose positions are masked; the first position always is. `identity`: plain JSON that names model,
-    weights, layer and dtype, for cache keys.
+    weights, layer and dtype, for cache keys. `context_limit`: the most positions it takes, None where nobody says.
     """
 
     tokenize: Callable[[Sequence[str]], list[list[int]]]
@@ -43,6 +43,7 @@ class TextModel:
     bos: int | None
     special: tuple[int, ...]
     identity: Mapping[str, Any]
+    context_limit: int | None = None
 
 
 def text_model(
@@ -67,6 +68,7 @@ def text_model(
         bos=bos,
         special=tuple(ids),
         identity=lm_identity,
+        context_limit=lm.context_limit,
     )
 
 

@@ -1,8 +1,9 @@
 """What nesting buys and costs: absorption against explained variance, three known trees, and sentences true of the data.
 
 Where features are known, absorption is a parent's latent that is silent under its child, beside how often it is missed
-alone; on real rows it is the part of a label's projection that other latents carry, beside the F1 of the label's best
-latent and its recall, since a dictionary in which nothing fires scores falsely low.
+alone; on real rows, and on words in prompts that ask for their first letter, it is the part of a label's projection that other
+latents carry, beside the F1 of the label's best latent and its recall, since a dictionary in which nothing fires scores
+falsely low.
 """
 
 from __future__ import annotations
@@ -22,16 +23,55 @@ from evaluate.report.wording import column_decimals, count, number, plus_minus, 
 from evaluate.statistics import Comparison, Estimate, compare, estimate, interpolated
 
 TITLE = "What nesting buys and costs"
-SILENT, MISSED, FRACTION = "truth_parent_silent", "truth_parent_missed", "absorption_fraction"
-NAMES = {
-    SILENT: "the share of its rows with a child on which a parent’s latent is silent",
-    FRACTION: "absorption, the part of a label that others than its own latents carry,",
-}
-MEASURES = tuple(NAMES)
+SILENT, MISSED = "truth_parent_silent", "truth_parent_missed"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What absorption is somewhere: the metric, its family of scores, where it is measured, what it is, and what of."""
+
+    metric: str
+    family: str
+    where: str
+    title: str
+    what: str
+    label: str = ""
+    row: str = ""
+
+
+FRACTION = "others than its own latents carry,"
+MEASURES = (
+    Measure(
+        SILENT,
+        "truth",
+        "Where the features are known",
+        "Known features",
+        "the share of its rows with a child on which a parent’s latent is silent",
+    ),
+    Measure(
+        "absorption_fraction",
+        "absorption",
+        "On real rows",
+        "Real rows",
+        f"absorption, the part of a label that {FRACTION}",
+        "label",
+        "row",
+    ),
+    Measure(
+        "first_letter_fraction",
+        "first_letter",
+        "On words in prompts that ask for their first letter",
+        "First letters",
+        f"absorption, the part of a letter that {FRACTION}",
+        "letter",
+        "word",
+    ),
+)
 """What absorption is where features are known, and where they are not."""
+ON_LABELS = ("fraction", "full", "n_latents", "f1", "recall")
 COLUMNS = (
     *("l0", "ev", SILENT, MISSED, "truth_f1", "truth_mcc", "truth_found", "truth_unique", "truth_hedging"),
-    *(FRACTION, "absorption_full", "absorption_n_latents", "absorption_f1", "absorption_recall"),
+    *(f"{family}_{what}" for family in ("absorption", "first_letter") for what in ON_LABELS),
 )
 
 
@@ -76,12 +116,13 @@ def nesting(results: Results) -> Figure | Missing:
     panels: list[Panel] = []
     numbers: Numbers = []
     rows: list[Row] = []
-    for metric in MEASURES:
+    for measure in MEASURES:
+        metric = measure.metric
         held = [(g, row) for g, group in enumerate(results.groups) for row in group.rows if measured(row, metric)]
         marks = [(g, row, run) for g, row in held for run in row.runs if has(run, metric)]
         if marks:
             rows += [row for _, row in held]
-            panels.append(absorption_panel(results, metric, held, marks))
+            panels.append(absorption_panel(results, measure, held, marks))
             numbers += [
                 {
                     "score": metric,
@@ -107,9 +148,10 @@ def has(run: Run, metric: str) -> bool:
 
 
 def absorption_panel(
-    results: Results, metric: str, held: Sequence[tuple[int, Row]], marks: Sequence[tuple[int, Row, Run]]
+    results: Results, measure: Measure, held: Sequence[tuple[int, Row]], marks: Sequence[tuple[int, Row, Run]]
 ) -> Panel:
     """One measure of absorption against explained variance."""
+    metric = measure.metric
     label = results.metric(metric).label
     found = []
     for g, row in held:
@@ -121,11 +163,9 @@ def absorption_panel(
         f"p{i}": f"{run.name}: explained variance {number(run.score('ev') or 0)}, {label} {number(run.score(metric) or 0)}"
         for i, (_, _, run) in enumerate(marks)
     }
-    name = "Known features" if metric == SILENT else "Real rows"
     draw = crosses(results, found)
-    return Panel(
-        f"nesting-{metric}", f"{name}: {label}", "explained variance", f"{label} (lower is better)", draw, tips
-    )
+    title = f"{measure.title}: {label}"
+    return Panel(f"nesting-{metric}", title, "explained variance", f"{label} (lower is better)", draw, tips)
 
 
 def absorption_caption(results: Results, rows: Sequence[Row]) -> str:
@@ -165,15 +205,17 @@ def tree_panels(results: Results) -> list[Panel]:
 
 
 def nesting_found(table: Table, results: Results) -> tuple[str, ...]:
-    """What nesting buys and costs, in sentences: first where features are known, then on real rows."""
-    pairs = [(metric, pair) for metric in MEASURES if (pair := pair_of(results, metric))]
-    return tuple(sentence for metric, pair in pairs for sentence in sentences(table, metric, pair) if sentence)
+    """What nesting buys and costs, in sentences: first where features are known, then on real rows; and why a number that
+    was asked for is not there."""
+    pairs = [(measure, pair) for measure in MEASURES if (pair := pair_of(results, measure.metric))]
+    missing = {run.no_letters: None for group in results.groups for row in group.rows for run in row.runs}
+    found = [sentence for measure, pair in pairs for sentence in sentences(table, measure, pair)]
+    return tuple(sentence for sentence in (*found, *missing) if sentence)
 
 
-def sentences(table: Table, metric: str, pair: Pair) -> list[str]:
+def sentences(table: Table, measure: Measure, pair: Pair) -> list[str]:
     """What one measure of absorption says of the pair: the finding, then what stands beside it."""
-    where = "Where the features are known" if metric == SILENT else "On real rows"
-    what = NAMES[metric]
+    where, what, metric = measure.where, measure.what, measure.metric
     own, flat = (mean_of(row.values("l0")) for row in (pair.nested, pair.flat))
     name = f"nested ({pair.nested.label})"
     values = f"{pair.both(metric)} flat"
@@ -191,7 +233,12 @@ def sentences(table: Table, metric: str, pair: Pair) -> list[str]:
     cost, change = cost_of(table, pair), direction(difference)
     shown = f"{name} {values}, {signed_plus_minus(difference.difference, difference.half)}"
     said = f"{what} is {change} with nesting" if change else f"a difference in {what} is not shown"
-    return [f"{where}, {at}, {said}: {shown}.", verdict(change, cost), beside(metric, pair), cost_sentence(table, pair)]
+    return [
+        f"{where}, {at}, {said}: {shown}.",
+        verdict(change, cost),
+        beside(measure, pair),
+        cost_sentence(table, pair),
+    ]
 
 
 def direction(difference: Comparison) -> str:
@@ -228,9 +275,9 @@ def verdict(change: str, cost: str) -> str:
     return VERDICTS[change, cost]
 
 
-def beside(metric: str, pair: Pair) -> str:
+def beside(measure: Measure, pair: Pair) -> str:
     """What must be known to read absorption: mere misses; or whether the label's latents are any good, and on what."""
-    if metric == SILENT:
+    if measure.metric == SILENT:
         beyond = [
             {r: values[r] - missed[r] for r in values.keys() & missed.keys()}
             for row in (pair.nested, pair.flat)
@@ -245,11 +292,18 @@ def beside(metric: str, pair: Pair) -> str:
             f"With no child on, the parent is missed on {pair.both(MISSED)} flat{rows}; silence beyond mere misses is "
             f"{plus_minus(own)} against {plus_minus(flat)} flat{interval_text(compare(*beyond))}."
         )
-    on = [run.labels for run in pair.nested.runs if run.labels]
-    n = f"{count(on[0].n_labels, 'label')} ({on[0].n_left_out} left out), {count(on[0].n_rows, 'row')}; " if on else ""
+    family, on = (
+        measure.family,
+        [run.labels[measure.family] for run in pair.nested.runs if measure.family in run.labels],
+    )
+    n = (
+        f"{count(on[0].n_labels, measure.label)} ({on[0].n_left_out} left out), {count(on[0].n_rows, measure.row)}; "
+        if on
+        else ""
+    )
     return (
-        f"Read with it ({n}an undertrained dictionary scores falsely low): best-latent F1 {pair.both('absorption_f1')} flat, "
-        f"recall {pair.both('absorption_recall')} flat."
+        f"Read with it ({n}an undertrained dictionary scores falsely low): best-latent F1 {pair.both(f'{family}_f1')} flat, "
+        f"recall {pair.both(f'{family}_recall')} flat."
     )
 
 

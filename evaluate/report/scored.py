@@ -155,7 +155,10 @@ class Run:
     trees: tuple[tuple[Node, ...], ...] = ()
     parents: tuple[int, int] | None = None
     """Cases, over rows and features, of a parent with a child of it on, and of a parent on alone."""
-    labels: Labels | None = None
+    labels: Mapping[str, Labels] = field(default_factory=dict)
+    """What absorption was measured on, by its family: absorption, first_letter."""
+    no_letters: str = ""
+    """Why first letters that were asked for have no number, a sentence; nothing where they have one."""
     structure: Structure = Structure()
     scored_with: Mapping[str, str] = field(default_factory=dict)
     """Settings of scores that are not those of all runs it stands beside (`runs.told_apart`)."""
@@ -302,7 +305,8 @@ def merged(one: Run, other: Run) -> Run:
         definitions={**less.definitions, **more.definitions},
         trees=more.trees or less.trees,
         parents=more.parents or less.parents,
-        labels=more.labels or less.labels,
+        labels={**less.labels, **more.labels},
+        no_letters="" if "first_letter" in {**less.labels, **more.labels} else more.no_letters or less.no_letters,
         structure=more.structure if more.structure != Structure() else less.structure,
     )
 
@@ -343,7 +347,12 @@ def make_run(path: Path, data: Mapping[str, Any]) -> Run:
         fields.text("git", ""),
         trees_of(truth),
         (truth.whole("n_parent_and_child"), truth.whole("n_parent_alone")) if "n_parent_alone" in truth.data else None,
-        labels_of(fields.inner("absorption")) if fields.data.get("absorption") else None,
+        {
+            family: labels_of(fields.inner(family), group)
+            for family, group in (("absorption", "all"), ("first_letter", "letters"))
+            if fields.data.get(family) and fields.inner(family).data.get("levels")
+        },
+        no_letters_of(fields.inner("first_letter")),
         structure_of(fields.inner("structure")),
     )
 
@@ -395,10 +404,19 @@ def tree_of(fields: Fields, number: int, tree: Any) -> tuple[Node, ...]:
     return tuple(nodes.values())
 
 
-def labels_of(fields: Fields) -> Labels:
-    """What absorption in the whole dictionary was measured on."""
-    levels = fields.objects("levels")
-    every = levels[-1].inner("all") if levels else Fields(fields.path, {}, fields.name)
+def no_letters_of(fields: Fields) -> str:
+    """Why first letters that were asked for have no number, in a sentence of ours; nothing where they have one."""
+    if not fields.data or fields.data.get("levels"):
+        return ""
+    why = "the prompts are longer than the model’s positions"
+    if "probes" in fields.data:
+        why = f"of 26, {len(fields.inner('probes').data)} have a probe that finds them on unseen words, too few"
+    return f"First letters were asked for in prompts and not scored: {why}."
+
+
+def labels_of(fields: Fields, group: str) -> Labels:
+    """What absorption in the whole dictionary was measured on, over a group of labels."""
+    every = fields.objects("levels")[-1].inner(group)
     return Labels(every.whole("n_labels", 0), len(fields.inner("left_out").data), every.whole("n", 0))
 
 

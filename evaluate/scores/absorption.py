@@ -1,6 +1,7 @@
 """Absorption and splitting: where the latents of a label stay silent though it is there, and others carry it instead.
 
-After the first-letter protocol of arXiv 2409.14507 and SAEBench: for every label with a good probe (`labels.py`), its
+After the first-letter protocol of arXiv 2409.14507 and SAEBench, for rows of a store and for words in prompts alike: for every
+label with a good probe (`labels.py`), its
 latents are those whose k-sparse probes gain in F1; among test rows on which probe and label agree, *full* absorption is
 where all of them are silent and the latent that projects most on the probe carries enough of the row's projection;
 the *fraction* is the part of the projection that at most three others carry. An undertrained dictionary, in which
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.sparse import csr_matrix
+from scipy.sparse import csc_matrix, csr_matrix
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
@@ -29,6 +30,8 @@ MAX_K, F1_GAIN = 10, 0.03
 SILENT = 1e-8
 FULL_COSINE, FRACTION_COSINE, CARRIED, MAX_ABSORBERS = 0.025, 0.1, 0.4, 3
 """The published thresholds: cosine of the top latent, and of absorbers, with the probe; share of the projection carried."""
+CHUNK_ELEMENTS = 1 << 22
+"""Latents encoded at once, where rows are not those of a batch."""
 LABEL_INDEX = {name: i for i, name in enumerate(LABELS)}
 Bools = npt.NDArray[np.bool_]
 
@@ -82,23 +85,32 @@ def fired(z: csr_matrix) -> tuple[Int[Tensor, "row slot"], Float[Tensor, "row sl
 class AbsorptionScore:
     """One SAE's latents on the labelled rows, kept sparse, and what becomes of each label in each level."""
 
-    def __init__(self, sae: NestedSAE, probes: Probes, context: int) -> None:
-        self.sae, self.probes, self.context = sae, probes, context
+    def __init__(self, sae: NestedSAE, probes: Probes) -> None:
+        self.sae, self.probes = sae, probes
         self.rows: list[npt.NDArray[np.int64]] = []
         self.latents: list[npt.NDArray[np.int64]] = []
         self.values: list[npt.NDArray[np.float32]] = []
 
-    def update(self, z: Float[Tensor, "row latent"], batch: Batch) -> None:
-        """Take the labelled rows out of a batch's kept rows."""
-        first = batch.first * self.context
+    def update(self, z: Float[Tensor, "row latent"], batch: Batch, context: int) -> None:
+        """Take the labelled rows out of a batch's kept rows; sequences have `context` positions."""
+        first = batch.first * context
         position = first + batch.index.cpu().numpy()
         wanted = self.probes.rows.position
         a, b = np.searchsorted(wanted, [first, first + batch.kept.numel()])
-        some = z[torch.from_numpy(np.searchsorted(position, wanted[a:b])).to(z.device)]
-        row, latent = some.nonzero(as_tuple=True)
-        self.rows.append(row.cpu().numpy() + a)
+        self.add(int(a), z[torch.from_numpy(np.searchsorted(position, wanted[a:b])).to(z.device)])
+
+    def encode(self, center: Float[Tensor, " d_model"]) -> None:
+        """Take all labelled rows, encoded here; `center` is what was taken off them."""
+        step = max(1, CHUNK_ELEMENTS // self.sae.config.width)
+        for first in range(0, len(self.probes.x), step):
+            self.add(first, self.sae.encode(self.probes.x[first : first + step] + center))
+
+    def add(self, first: int, z: Float[Tensor, "row latent"]) -> None:
+        """Take the latents of labelled rows that begin at the first-th."""
+        row, latent = z.nonzero(as_tuple=True)
+        self.rows.append(row.cpu().numpy() + first)
         self.latents.append(latent.cpu().numpy())
-        self.values.append(some[row, latent].float().cpu().numpy())
+        self.values.append(z[row, latent].float().cpu().numpy())
 
     def results(self, levels: list[int]) -> dict[str, Any]:
         """Per level what became of each label, with means over labels; and what the probes are."""
@@ -108,20 +120,33 @@ class AbsorptionScore:
         z = csr_matrix((values * norm[latents], (np.concatenate(self.rows), latents)), shape=shape)
         decoder = torch.nn.functional.normalize(self.sae.W_dec.float(), dim=1)
         direction = torch.nn.functional.normalize(self.probes.weight, dim=1)
-        cosine, projection = (decoder @ direction.T).cpu(), (self.probes.x @ direction.T).cpu()
+        cosine, projection = (decoder @ direction.T).cpu(), self.probes.projection.cpu()
         found = []
         for level in levels:
-            part = z[:, : self.sae.config.levels[level]]
-            labels = [self.label(part, i, cosine[: part.shape[1], i], projection[:, i]) for i in range(len(direction))]
+            part = z[:, :size] if (size := self.sae.config.levels[level]) < z.shape[1] else z
+            asked = self.asked(part)
+            labels = [self.label(part, asked[i], i, cosine[:size, i], projection[:, i]) for i in range(len(direction))]
             found.append({"level": level, "labels": labels, **averages(labels)})
         return {**self.probes.about(), "levels": found}
 
-    def label(self, z: csr_matrix, i: int, cosine: Tensor, projection: Tensor) -> dict[str, Any]:
+    def asked(self, z: csr_matrix) -> list[Asked]:
+        """Of each probe's label the rows that it asks about."""
+        rows = self.probes.rows
+        known: dict[bytes, Asked] = {}
+        found = []
+        for name in self.probes.names:
+            asked = rows.label[:, LABEL_INDEX[name]] >= 0
+            if (key := asked.tobytes()) not in known:
+                known[key] = Asked.of(z, asked, rows.train)
+            found.append(known[key])
+        return found
+
+    def label(self, z: csr_matrix, asked: Asked, i: int, cosine: Tensor, projection: Tensor) -> dict[str, Any]:
         """One label in one level: its latents, their F1, and absorption on test rows where the probe rightly says yes."""
         rows, name = self.probes.rows, self.probes.names[i]
         label = rows.label[:, LABEL_INDEX[name]]
-        main, f1s = split_latents(z, label, rows.train)
-        right = (label == 1) & ~rows.train & self.probes.finds(i).cpu().numpy()
+        main, f1s = split_latents(asked, label)
+        right = (label == 1) & ~rows.train & self.probes.finds[:, i].cpu().numpy()
         some = z[np.flatnonzero(right)]
         result = absorbed(some, projection[torch.from_numpy(right)], cosine, main)
         n = some.shape[0]
@@ -139,58 +164,97 @@ class AbsorptionScore:
         }
 
 
-def split_latents(
-    z: csr_matrix, label: npt.NDArray[np.int8], train: npt.NDArray[np.bool_]
-) -> tuple[list[int], list[float]]:
-    """A label's latents, and the F1 on test types of the probe with the first one, two … of them.
+@dataclass(frozen=True)
+class Asked:
+    """The rows that some labels ask about, and how latents fire on those of training types. Made by `of`, once for all labels
+    that ask about the same rows.
+
+    fit, test: rows of training and of test types; z_fit, z_test: their latents [row, latent], by column; mean, deviation
+    [latent]: over those of fit rows.
+    """
+
+    fit: npt.NDArray[np.int64]
+    test: npt.NDArray[np.int64]
+    z_fit: csc_matrix
+    z_test: csc_matrix
+    mean: npt.NDArray[np.float64]
+    deviation: npt.NDArray[np.float64]
+
+    @staticmethod
+    def of(z: csr_matrix, asked: Bools, train: Bools) -> Asked:
+        """z [row, latent]; asked, train [row]."""
+        fit, test = np.flatnonzero(asked & train), np.flatnonzero(asked & ~train)
+        z_fit = z[fit].tocsc()
+        mean = np.asarray(z_fit.mean(0), np.float64)[0]
+        square = np.asarray(z_fit.multiply(z_fit).mean(0), np.float64)[0]
+        deviation = np.sqrt(np.maximum(square - mean**2, 0))
+        return Asked(fit, test, z_fit, z[test].tocsc(), mean, deviation)
+
+
+def split_latents(asked: Asked, label: npt.NDArray[np.int8]) -> tuple[list[int], list[float]]:
+    """A label's latents, and the F1 on test types of the probe with the first one, two … of them. label [row]: 1 where it is.
 
     Candidates are the latents whose mean over training rows of the label exceeds that over the others by most standard
     deviations; they are taken in the order in which least squares on the label would (orthogonal matching pursuit, latents
     that speak for the label only), one more while F1 gains F1_GAIN, up to MAX_K.
     """
-    fit, test = np.flatnonzero((label >= 0) & train), np.flatnonzero((label >= 0) & ~train)
-    y, y_test = label[fit] == 1, label[test] == 1
-    ranked = pursuit(z[fit], y)
+    y, y_test = label[asked.fit] == 1, label[asked.test] == 1
+    some, gain = candidates(asked, y)
+    fit = asked.z_fit[:, some].toarray()
+    ranked = pursuit((fit - asked.mean[some]) / np.maximum(asked.deviation[some], 1e-12), gain)
+    test = asked.z_test[:, some[ranked]].toarray()
     f1s: list[float] = []
     for k in range(1, len(ranked) + 1):
-        f1 = probe_f1(z[:, ranked[:k]], fit, test, y, y_test)
+        f1 = probe_f1(fit[:, ranked[:k]], test[:, :k], y, y_test)
         if f1s and f1 <= f1s[-1] + F1_GAIN:
             break
         f1s.append(f1)
-    return ranked[: len(f1s)], f1s
+    return [int(some[i]) for i in ranked[: len(f1s)]], f1s
 
 
-def pursuit(z: csr_matrix, y: npt.NDArray[np.bool_], n_candidates: int = 64) -> list[int]:
-    """Up to MAX_K latents in the order of orthogonal matching pursuit of the label; at least one."""
-    n = len(y)
-    mean = np.asarray(z.mean(0), np.float64)[0]
-    square = np.asarray(z.multiply(z).mean(0), np.float64)[0]
-    deviation = np.sqrt(np.maximum(square - mean**2, 0))
+def candidates(asked: Asked, y: Bools, n_candidates: int = 64) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The latents that speak most for a label of the fit rows, and each one's covariance with it in its standard deviations."""
     target = y - y.mean()
-    gain = (z.T @ target) / n / np.maximum(deviation, 1e-12)
-    gain[deviation <= 1e-12] = 0
+    gain = (asked.z_fit.T @ target) / len(y) / np.maximum(asked.deviation, 1e-12)
+    gain[asked.deviation <= 1e-12] = 0
     some = np.argsort(-gain, kind="stable")[: min(n_candidates, len(gain))]
-    dense = (z[:, some].toarray() - mean[some]) / np.maximum(deviation[some], 1e-12)
-    gram, toward = dense.T @ dense / n, gain[some]
+    return some, gain[some]
+
+
+def pursuit(standard: npt.NDArray[np.float64], toward: npt.NDArray[np.float64]) -> list[int]:
+    """Up to MAX_K columns in the order of orthogonal matching pursuit of the label, the first one first.
+
+    standard: candidates of mean 0 and variance 1 [row, candidate]; toward: each one's covariance with the label.
+    """
+    gram = standard.T @ standard / len(standard)
     chosen: list[int] = [0]
-    for _ in range(min(MAX_K, len(some)) - 1):
+    for _ in range(min(MAX_K, len(toward)) - 1):
         solved = np.linalg.lstsq(gram[np.ix_(chosen, chosen)], toward[chosen], rcond=None)[0]
         left = toward - gram[:, chosen] @ solved
         left[chosen] = 0
         if (best := int(left.argmax())) in chosen or left[best] <= 1e-9:
             break
         chosen.append(best)
-    return [int(some[c]) for c in chosen]
+    return chosen
 
 
-def probe_f1(z: csr_matrix, fit: npt.NDArray[np.int64], test: npt.NDArray[np.int64], y: Bools, y_test: Bools) -> float:
-    """F1 on test types of a logistic regression on some latents, cut where training F1 is best."""
-    dense = z.toarray()
-    spread = np.maximum(dense[fit].std(0), 1e-12)
-    model = LogisticRegression(class_weight="balanced", max_iter=200).fit(dense[fit] / spread, y)
-    logit, logit_test = (torch.from_numpy(model.decision_function(dense[part] / spread)) for part in (fit, test))
-    silent = float(model.intercept_[0])  # what is said where no latent fires: never yes
-    threshold = max(best_threshold(logit, torch.from_numpy(y)), silent)
+def probe_f1(fit: npt.NDArray[np.float32], test: npt.NDArray[np.float32], y: Bools, y_test: Bools) -> float:
+    """F1 on test types of a logistic regression on some latents [row, latent], cut where training F1 is best.
+
+    Classes weigh alike. Rows on which none of the latents fires are one row a class, as heavy as all of them: the same
+    objective, and most rows are such.
+    """
+    spread = np.maximum(fit.std(0), 1e-12)
+    x, fires = fit / spread, fit.any(1)
+    heavy = len(y) / (2 * np.maximum([(~y).sum(), y.sum()], 1))  # of a row, by class
+    silent = np.array([(~fires & ~y).sum(), (~fires & y).sum()])
+    rows = np.concatenate([x[fires], np.zeros((2, x.shape[1]), x.dtype)])
+    is_one = np.concatenate([y[fires], [False, True]])
+    weight = np.concatenate([heavy[y[fires].astype(int)], heavy * silent])
+    model = LogisticRegression(max_iter=200).fit(rows, is_one, sample_weight=weight)
+    logit, logit_test = (torch.from_numpy(model.decision_function(part)) for part in (x, test / spread))
+    quiet = float(model.intercept_[0])  # what is said where no latent fires: never yes
+    threshold = max(best_threshold(logit, torch.from_numpy(y)), quiet)
     return f1_score(logit_test > threshold, torch.from_numpy(y_test))
 
 

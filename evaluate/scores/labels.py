@@ -1,12 +1,14 @@
-"""What a store's tokens are, as labels: first letters of words and classes of characters; probes that find them in rows.
+"""What rows are of, as labels: first letters of words and classes of characters; probes that find them in rows.
 
-From the store alone: token ids, the tokenizer's text of each, and the cached rows. No forward pass.
+`read_probes` labels a store's rows, from the store alone: token ids, the tokenizer's text of each, and the cached rows, no
+forward pass. Rows of words in prompts are made elsewhere (evaluate/probing/first_letter.py) and probed alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,16 +58,18 @@ def labels_of(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Rows of the evaluation split with their labels.
+    """Rows with their labels.
 
-    position: ascending, counted through the split [row]; type: the token id [row]; label: 1, 0 or −1 (not asked)
-    [row, LABELS]; train: of a type that probes are trained on [row].
+    position: ascending, counted through the evaluation split [row]; type: the token id [row]; label: 1, 0 or −1 (not
+    asked) [row, LABELS]; train: of a type that probes are trained on [row]; kinds: what types are; names: the labels asked about.
     """
 
     position: npt.NDArray[np.int64]
     type: npt.NDArray[np.int64]
     label: npt.NDArray[np.int8]
     train: npt.NDArray[np.bool_]
+    kinds: str = "token types"
+    names: tuple[str, ...] = LABELS
 
 
 def label_rows(
@@ -107,9 +111,21 @@ class Probes:
     rows: Labelled
     x: Float[Tensor, "row d_model"]
 
-    def finds(self, i: int) -> Bool[Tensor, " row"]:
-        """On which rows the i-th probe says yes."""
-        return self.x @ self.weight[i] + self.bias[i] > 0
+    @cached_property
+    def projection(self) -> Float[Tensor, "row label"]:
+        """Of every row on each probe's unit direction."""
+        return self.x @ torch.nn.functional.normalize(self.weight, dim=1).T
+
+    @cached_property
+    def finds(self) -> Bool[Tensor, "row label"]:
+        """On which rows each probe says yes."""
+        logit: Tensor = self.projection * self.weight.norm(dim=1) + self.bias
+        return logit > 0
+
+    @property
+    def n_letters(self) -> int:
+        """Letters among the labels that have a probe."""
+        return sum(name in LETTERS for name in self.names)
 
     def about(self) -> dict[str, Any]:
         """What results say of the probes."""
@@ -119,6 +135,18 @@ class Probes:
             "probes": dict(zip(self.names, self.f1)),
             "left_out": self.left_out,
         }
+
+
+@dataclass(frozen=True)
+class Letters:
+    """Words in prompts and probes of their first letters: what results say of them, beside what probes say of themselves.
+
+    No probes where there is to be no number: `about` then has a sentence that says why. `center`: what was taken off rows.
+    """
+
+    about: dict[str, Any]
+    probes: Probes | None
+    center: Float[Tensor, " d_model"]
 
 
 def read_probes(store: Store, n_sequences: int, text: Callable[[int], str], seed: int, device: torch.device) -> Probes:
@@ -135,17 +163,20 @@ def read_probes(store: Store, n_sequences: int, text: Callable[[int], str], seed
 
 
 def train_probes(x: Float[Tensor, "row d_model"], rows: Labelled) -> Probes:
-    """A logistic probe a label, all at once; thresholds are those of the best F1 on training types."""
+    """A logistic probe a label that is asked about, all at once; thresholds are those of the best F1 on training types."""
     label = torch.from_numpy(rows.label).to(x.device)
     train = torch.from_numpy(rows.train).to(x.device)
     left_out = {}
-    for i, name in enumerate(LABELS):
+    asked_about = [i for i, name in enumerate(LABELS) if name in rows.names]
+    for i in asked_about:
         n_train, n_test = (
             len(np.unique(rows.type[(rows.label[:, i] == 1) & part])) for part in (rows.train, ~rows.train)
         )
         if n_train < MIN_TYPES or n_test < MIN_TYPES // 2:
-            left_out[name] = f"{n_train} token types to train on and {n_test} to test on"
-    some = [i for i, name in enumerate(LABELS) if name not in left_out]
+            left_out[LABELS[i]] = f"{n_train} {rows.kinds} to train on and {n_test} to test on"
+        elif not (rows.label[rows.train, i] == 0).any():
+            left_out[LABELS[i]] = f"no {rows.kinds} without it to train on"
+    some = [i for i in asked_about if LABELS[i] not in left_out]
     weight, bias = fit_logistic(x[train], label[train][:, some])
     good, f1s = [], []
     for k, i in enumerate(some):
@@ -155,7 +186,7 @@ def train_probes(x: Float[Tensor, "row d_model"], rows: Labelled) -> Probes:
         bias[k] -= threshold
         f1 = f1_score(logit[asked & ~train] > threshold, is_one[asked & ~train])
         if f1 < MIN_F1:
-            left_out[LABELS[i]] = f"its probe has an F1 of {f1:.2f} on unseen types"
+            left_out[LABELS[i]] = f"its probe has an F1 of {f1:.2f} on unseen {rows.kinds}"
         else:
             good.append(k)
             f1s.append(f1)

@@ -17,7 +17,7 @@ from evaluate.scores.behaviour import Behaviour, Clean, behaviour_scores, score_
 from evaluate.scores.coding import SparseCoding
 from evaluate.scores.features import Correlation, density_features, geometry
 from evaluate.scores.firing import Firing
-from evaluate.scores.labels import Probes
+from evaluate.scores.labels import Letters, Probes
 from evaluate.scores.reconstruction import Reconstruction, spread_in_group
 from evaluate.scores.sample import WEIGHTINGS, Batch, Survey
 from evaluate.scores.structure import Hierarchy, meta_dictionary
@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     from pipeline.model.split_lm import SplitLM
     from pipeline.store.reader import Store
 
-SCORES = ("kl", "ev", "l0", "coding", "features", "truth", "structure", "absorption")
+SCORES = ("kl", "ev", "l0", "coding", "features", "truth", "structure", "absorption", "first_letter")
 """Families computed from the store: behaviour (kl_*, ce*, top1), reconstruction, sparsity, sparse_coding_rate, features;
-against known features; meta-dictionary and hierarchy; absorption of letters and classes of characters."""
+against known features; meta-dictionary and hierarchy; absorption of letters and classes of characters; and of first letters of
+words in prompts, whose rows are made by the model."""
+OF_TOKENS = {"absorption": "label them by", "first_letter": "make words of"}
+"""Those that take a tokenizer, and what for."""
 OF_A_MODEL = ("kl", "ev", "l0", "coding", "features")
 """Those computed unless others are asked for."""
 OF_ROWS = ("ev", "l0", "coding", "features", "structure")
@@ -56,10 +59,11 @@ def unfit_scores(scores: Sequence[str], store: Store) -> dict[str, PipelineError
         found["truth"] = UsageError(
             f"--scores truth: {store.where} does not know its features; make one with python -m harvest --truth"
         )
-    if "absorption" in scores and not store.layout.has_tokens:
-        found["absorption"] = UsageError(
-            f"--scores absorption: the rows of {store.where} are of no text, so there is nothing to label them by"
-        )
+    for name, purpose in OF_TOKENS.items():
+        if name in scores and not store.layout.has_tokens:
+            found[name] = UsageError(
+                f"--scores {name}: the rows of {store.where} are of no text, so there is nothing to {purpose}"
+            )
     return found
 
 
@@ -80,8 +84,8 @@ def shared_work(batch: Batch, clean: Clean | None, survey: Survey) -> Batched:
 class Scorer:
     """One checkpoint on the device with its running sums. Raises CheckpointError when its file cannot be loaded.
 
-    `scores` names families of SCORES; `levels` is all, last, or indices; `truth` and `probes` go with the families truth
-    and absorption.
+    `scores` names families of SCORES; `levels` is all, last, or indices; `truth`, `probes` and `letters` go with the families
+    truth, absorption and first_letter.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Scorer:
         context: int,
         truth: Truth | None,
         probes: Probes | None,
+        letters: Letters | None,
     ) -> None:
         self.checkpoint, self.scores, self.levels = checkpoint, tuple(scores), resolve_levels(levels, checkpoint)
         self.sae = checkpoint.load().float().to(device).eval().requires_grad_(False)
@@ -106,7 +111,8 @@ class Scorer:
         self.correlation = Correlation(config, seed, device) if "features" in scores else None
         self.hierarchy = Hierarchy(config, context, seed) if "structure" in scores else None
         self.truth = TruthScore(self.sae, truth) if truth is not None else None
-        self.absorption = AbsorptionScore(self.sae, probes, context) if probes is not None else None
+        self.absorption = AbsorptionScore(self.sae, probes) if probes is not None else None
+        self.letters = letters
         self.context, self.seed = context, seed
 
     def update(self, lm: SplitLM | None, shared: Batched, chunk: int) -> None:
@@ -131,7 +137,7 @@ class Scorer:
         if self.truth is not None:
             self.truth.update(z, batch.first * self.context)
         if self.absorption is not None:
-            self.absorption.update(z, batch)
+            self.absorption.update(z, batch, self.context)
 
     def require_finite(self) -> None:
         """Raise CheckpointError when a reconstruction or a KL so far is not finite: no need to go on."""
@@ -163,8 +169,9 @@ class Scorer:
             if self.truth is not None and name == "scores":
                 scores |= self.truth.scores(level)
             if self.absorption is not None and name == "scores":
-                average = next(r for r in self.absorption_results["levels"] if r["level"] == level)["all"]
-                scores |= {f"absorption_{what}": average[what]["value"] for what in AVERAGED}
+                scores |= averaged("absorption", self.absorption_results, level, "all")
+            if self.letters is not None and name == "scores":
+                scores |= averaged("first_letter", self.letter_results, level, "letters")
             found[name] = {metric: defined(value) for metric, value in scores.items()}
         if "l0" in self.scores:
             found["l0_quantiles"] = self.firing.l0_quantiles(level)
@@ -195,9 +202,21 @@ class Scorer:
         assert self.absorption is not None
         return self.absorption.results(self.levels)
 
+    @cached_property
+    def letter_results(self) -> dict[str, Any]:
+        """The same for first letters of words in prompts, which are encoded here; where the model shows none, why."""
+        assert self.letters is not None
+        if self.letters.probes is None:
+            return self.letters.about
+        score = AbsorptionScore(self.sae, self.letters.probes)
+        score.encode(self.letters.center)
+        return self.letters.about | score.results(self.levels)
+
     def beside(self) -> dict[str, Any]:
-        """The results' `structure`, `truth` and `absorption`, those that were asked for."""
+        """The results' `structure`, `truth`, `absorption` and `first_letter`, those that were asked for."""
         found: dict[str, Any] = {}
+        if self.letters is not None:
+            found["first_letter"] = self.letter_results
         if self.absorption is not None:
             found["absorption"] = self.absorption_results
         if self.hierarchy is not None:
@@ -220,6 +239,12 @@ class Scorer:
             return found
         found |= density_features(self.sae.config, self.firing)
         return found | {"geometry": geometry(self.sae), "correlation": self.correlation.features()}
+
+
+def averaged(family: str, results: dict[str, Any], level: int, labels: str) -> dict[str, float | None]:
+    """Scores of one level by metric id: means over a group of labels; None where there were no probes."""
+    found = next((r[labels] for r in results.get("levels", []) if r["level"] == level), None)
+    return {f"{family}_{what}": found[what]["value"] if found else None for what in AVERAGED}
 
 
 def defined(value: float | None) -> float | None:

@@ -26,7 +26,12 @@ from pipeline.sae.checkpoint import FORMAT, NAME, VERSION, read_header, verify_t
 from pipeline.store.backend import is_url
 from pipeline.store.reader import Store
 
-TENSORS = {member.STATE_FORMAT: member.STATE_VERSION, "nested-sae-probes": 1, FORMAT: VERSION}
+TENSORS = {
+    member.STATE_FORMAT: member.STATE_VERSION,
+    "nested-sae-probes": 1,
+    "nested-sae-letter-probes": 1,
+    FORMAT: VERSION,
+}
 """Formats of files of tensors, checkpoints last: what is none of them is told that it is no checkpoint."""
 IGNORED = (".jobs", ".lock")
 """Files of evaluate that say nothing."""

@@ -90,7 +90,7 @@ def absorbed(width: int, device: torch.device) -> dict[str, dict[str, float]]:
     found: list[Probes] = []
     probes = timed(lambda: found.append(train_probes(x.to(device), rows)))
     sae = NestedSAE(SAEConfig(d_model=D_MODEL, width=width, levels=(width,))).requires_grad_(False).to(device)
-    score, rng = AbsorptionScore(sae, found[0], 128), np.random.default_rng(0)
+    score, rng = AbsorptionScore(sae, found[0]), np.random.default_rng(0)
     latents = rng.integers(len(LABELS), width, (len(x), 64))
     value, i = rows.label, np.arange(len(LABELS))
     latents[:, : len(LABELS)] = np.where((value == 1) & (rng.random(value.shape) < 0.8), i, latents[:, : len(LABELS)])

@@ -29,10 +29,18 @@ def make_tokens(n_sequences: int, seed: int) -> SplitTokens:
     return SplitTokens(tokens, np.isin(tokens, (BOS, EOS)))
 
 
-def make_lm_store(folder: Path, *, dtype: str = "float32", kind: str = "gemma2", eval_sequences: int = 70) -> Store:
-    """`folder/model` and a complete `folder/acts.zarr` of its residuals after layer LAYER; 64 training sequences."""
+def make_lm_store(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    kind: str = "gemma2",
+    eval_sequences: int = 70,
+    model: Path | None = None,
+) -> Store:
+    """`folder/model` (or the model given) and a complete `folder/acts.zarr` of its residuals after layer LAYER; 64 training
+    sequences."""
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
-    model = tiny_models.make_model(folder / "model", kind, dtype=torch_dtype)
+    model = model or tiny_models.make_model(folder / "model", kind, dtype=torch_dtype)
     lm = SplitLM.load(str(model), dtype=dtype, part="prefix", layers=[LAYER])
     config = store_config(context=CONTEXT, dtype=dtype, shard_rows=512, chunk_rows=64)
     config |= {"model": str(model), "revision": "local", "weights_sha256": lm.weights_sha256, "layer": LAYER}

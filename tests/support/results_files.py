@@ -222,6 +222,8 @@ def add_nesting(path: Path, **scores: float) -> None:
     data["truth"] = {"n_features": 9, "n_parent_and_child": 200, "n_parent_alone": 300, "trees": trees}
     every = {"n_labels": 5, "n": 1234}
     data["absorption"] = {"left_out": {"a": "too few"}, "levels": [{"level": i, "all": every} for i in range(n)]}
+    if any(name.startswith("first_letter") for name in scores):
+        data["first_letter"] = {"left_out": {}, "levels": [{"level": i, "letters": every} for i in range(n)]}
     data["structure"] = {
         "meta": [{"level": i, "value": 0.5 + 0.1 * i} for i in range(n)],
         "hierarchy": {
