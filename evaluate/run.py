@@ -72,7 +72,7 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
     outcome.results.extend(job.entry(checkpoint, skipped=True) for checkpoint in selection.done)
     if not selection.todo:
         say(f"nothing to evaluate: {len(outcome.results)} done, {len(outcome.failed)} failed")
-    elif config.latents or config.probing is not None or "absorption" in config.scores:
+    elif config.latents or config.probing is not None or {"absorption", "first_letter"} & set(config.scores):
         _ = job.models.tokenizer  # it is that of the store, or this ends here
     with nullcontext() if dry_run else working_in(config.out):
         for families, todo in selection.todo.items():

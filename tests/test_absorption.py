@@ -75,7 +75,7 @@ def test_labels_without_probe_are_named() -> None:
     assert float(torch.nn.functional.normalize(probes.weight[a], dim=0)[0]) > 0.95
 
 
-def test_a_label_of_all_rows_is_left_out() -> None:
+def test_label_of_all_is_left_out() -> None:
     """Where every token begins a word there is nothing to tell starts of words from: named, no probe, no crash."""
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 60, (30, 32), generator=g).numpy().astype(np.int32)
@@ -85,7 +85,7 @@ def test_a_label_of_all_rows_is_left_out() -> None:
     assert "word start" not in probes.names
 
 
-def test_no_label_at_all_is_no_probe() -> None:
+def test_one_token_has_no_probe() -> None:
     """Rows of one token have no probe, and every label is named with the reason."""
     rows = label_rows(np.zeros((4, 8), np.int32), np.ones((4, 8), dtype=bool), lambda _: " word", 0)
     probes = train_probes(torch.randn(len(rows.type), 8), rows)

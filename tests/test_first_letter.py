@@ -65,7 +65,7 @@ def test_prompt_is_the_published_one() -> None:
             assert found[1].upper() == found[2]
 
 
-def test_examples_are_of_the_word_s_part() -> None:
+def test_examples_are_of_own_part() -> None:
     """Ten different words of its own part, never the word; few words give fewer examples, another seed others."""
     words = some_words(40)
     prompts = make_prompts(words, 0)
@@ -78,7 +78,7 @@ def test_examples_are_of_the_word_s_part() -> None:
     assert make_prompts(words, 1) != prompts
 
 
-def test_words_are_tokens_of_letters_alone() -> None:
+def test_words_are_tokens_of_letters() -> None:
     """Of a vocabulary with digits, template words and special tokens: what is letters behind one space or none."""
     found = vocabulary(letter_models.build_tokenizer())
     assert found == sorted([*letter_models.words(), " has", " the", " first", "word"])
@@ -110,7 +110,7 @@ def test_odd_words_are_named_by_line(tmp_path: Path, text: str, said: str) -> No
 
 @pytest.mark.parametrize("point", [Point(1), Point(1, "mlp_out")])
 @pytest.mark.parametrize("bos", [2, None])
-def test_rows_are_the_word_s_last_token(tmp_path: Path, point: Point, bos: int | None) -> None:
+def test_rows_are_of_last_token(tmp_path: Path, point: Point, bos: int | None) -> None:
     """Words of several tokens too, in any batches, at other hook points too: as Hugging Face has them, a prompt at a time."""
     folder = tiny_models.make_model(tmp_path / "model", "gemma2", max_position_embeddings=512)
     tokenizer = tiny_models.build_tokenizer(adds_bos=False)
@@ -189,7 +189,7 @@ def test_probes_are_kept(place: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         run(config, [place / "runs"])
 
 
-def test_a_model_without_letters_has_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_without_letters_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One sentence says why; scores are null; the family is done, so that the next run skips it."""
     model = letter_models.make_letter_model(tmp_path / "model", knows=False)
     store = lm_stores.make_lm_store(tmp_path, eval_sequences=4, model=model)
@@ -237,7 +237,7 @@ def test_words_can_be_given(place: Path, tmp_path: Path) -> None:
         EvaluateConfig(store=place / "acts.zarr", out=tmp_path / "o", scores=("ev",), words=path)
 
 
-def test_dry_run_says_what_words_take(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_announces_words(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Words, tokens a prompt and layers, before anything is computed."""
     config = EvaluateConfig(store=place / "acts.zarr", out=tmp_path / "out", scores=("first_letter",))
     run(config, [place / "runs"], dry_run=True)

@@ -179,6 +179,8 @@ def test_other_target_is_refused(made: Path, tmp_path: Path, tiny_store: Path) -
     probing = ProbingConfig(sources=("nowhere",), scores=("scr",))
     with pytest.raises(UsageError, match="--scores scr: texts are read at the point"):
         scored(made, tmp_path, scores=("ev",), probing=probing)
+    with pytest.raises(UsageError, match="--scores first_letter: words are read at the point"):
+        scored(made, tmp_path, scores=("first_letter",))
     swapped = evaluate(EvaluateConfig(target, tmp_path, device="cpu", target=read, scores=("ev",)), [made / "runs"])
     assert all("trained on hook 'mlp_in'" in str(error) for _, error in swapped.failed)
     assert swapped.failed

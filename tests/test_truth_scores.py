@@ -296,7 +296,7 @@ def test_other_scores_go_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "purpose"), [("absorption", "label them by"), ("first_letter", "make words of")])
-def test_absorption_needs_a_tokenizer_and_tokens(tree: Store, tmp_path: Path, family: str, purpose: str) -> None:
+def test_absorption_needs_a_tokenizer(tree: Store, tmp_path: Path, family: str, purpose: str) -> None:
     """A tokenizer that cannot be found, or rows of no text: refused in one line before any work, ev goes on."""
     place = oracle(tree, tmp_path / "oracle.safetensors")
     outcome = run(EvaluateConfig(store=tree.path, out=tmp_path / "a", scores=("ev", family)), [place])
