@@ -46,6 +46,26 @@ def test_memory_lacking_at_import(tmp_path: Path, entry: str) -> None:
     assert ended.stderr.count("\n") == 1
 
 
+WORK = {
+    "harvest": "--model {data}/tiny-gemma2 --corpus {data}/corpus/train.jsonl.zst --layer 3 --store {out}/s.zarr",
+    "train": "--store {out}/s.zarr --out {out}/runs --alpha 0",
+    "evaluate": "{out}/runs --store {out}/s.zarr --out {out}/results",
+    "pipeline": "inspect {out}/runs --text x",
+}
+
+
+@pytest.mark.parametrize("entry", WORK)
+@pytest.mark.parametrize("megabytes", [400, 500, 650])
+def test_few_addresses_are_one_line(tmp_path: Path, entry: str, megabytes: int) -> None:
+    """Under a limit of addresses in which C++ would end the process while torch is loaded (400 MB), a command says so itself."""
+    words = WORK[entry].format(data=ROOT / "data", out=tmp_path).split()
+    begin = f"ulimit -v {megabytes * 1000}; exec {sys.executable} -m {entry}"
+    ended = subprocess.run(["bash", "-c", f'{begin} "$@"', "x", *words], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: not enough memory (ulimit -v allows ")
+    assert ended.stderr.count("\n") == 1
+
+
 LOST = """
 def thrown_away():
     try:
