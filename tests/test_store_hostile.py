@@ -21,8 +21,10 @@ from evaluate.scores.truth import Truth
 from harvest.truth.run import TruthConfig, run_truth
 from pipeline.base.errors import DamagedError, DiskError
 from pipeline.store.backend import LocalFiles
+from pipeline.store.objects import RemoteFiles
 from pipeline.store.prepare import resume, segments
 from pipeline.store.reader import Store, describe_store
+from pipeline.store.shards import read_index, with_crc
 from pipeline.store.staging import stage
 from support.fuzzing import as_bytes, hurt, mutated, one_line_or_none
 from support.stores import make_store
@@ -225,6 +227,9 @@ def test_entry_not_a_file_refused(stores: dict[str, Path], tmp_path: Path, key: 
         (lambda a: a.pop("versions"), "'versions' should be there, found nothing"),
         (lambda a: a.update(version=1), "'origin' should be in version 3 alone"),
         (lambda a: a.update(extras={"truth/parent": {}}), "'extras' should be none, or of a truth"),
+        (lambda a: a["config"].update(x=json.loads("[" * 40 + "]" * 40)), "is nested deeper than 32"),
+        (lambda a: a["config"].update(x=1e200), "'config.x' is no number that can be"),
+        (lambda a: a.update(made_by=[{"torch": 2}]), "'made_by.0.torch' should be text"),
     ],
 )  # fmt: skip
 def test_fields_of_a_root_are_typed(
@@ -276,3 +281,42 @@ def test_contradicting_truth_is_refused(stores: dict[str, Path], tmp_path: Path,
     )
     with pytest.raises(DamagedError, match=says):
         Truth.read(Store.load(tmp_path / "s.zarr"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shape", [[7], [20, 1], [0]])
+def test_extras_have_the_truths_shapes(stores: dict[str, Path], tmp_path: Path, shape: list[int]) -> None:
+    """An array beside the rows that is of another length than the others say, of more dimensions, or empty is refused."""
+    shutil.copytree(stores["truth"], tmp_path / "s.zarr")
+    change_root(tmp_path / "s.zarr", lambda attributes: attributes["extras"]["truth/parent"].update(shape=shape))
+    with pytest.raises(DamagedError, match=r"extras\.truth/p\w+\.shape' should be"):
+        Store.load(tmp_path / "s.zarr")
+
+
+def test_large_objects_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an object in a bucket that is larger than it can be, one byte more than that is asked for, and it is refused."""
+    pytest.importorskip("fsspec")
+    files = RemoteFiles("memory://large.zarr")
+    files.write("mean/c/0", bytes(1000))
+    asked: list[tuple[int, int | None]] = []
+    fetch = type(files.fs).cat_file
+    monkeypatch.setattr(
+        type(files.fs),
+        "cat_file",
+        lambda fs, path, start, end: asked.append((start, end)) or fetch(fs, path, start, end),
+    )
+    assert files.read("mean/c/0", most=1000) == bytes(1000)
+    with pytest.raises(DamagedError, match=r"mean/c/0: 11 bytes, expected 10 at most"):
+        files.read("mean/c/0", most=10)
+    assert asked == [(0, 1001), (0, 11)]
+
+
+@pytest.mark.parametrize("nbytes", [[(1 << 64) - 8, 48], [8, 32], [40, 0]])
+def test_entries_of_an_index_are_bounded(tmp_path: Path, nbytes: list[int]) -> None:
+    """Sizes of chunks that go round and add up to the file's, or that no chunk can have, are refused."""
+    entries = [[0, nbytes[0]], [nbytes[0], nbytes[1]]]
+    (tmp_path / "shard").write_bytes(bytes(40) + with_crc(np.array(entries, "<u8")))
+    with pytest.raises(DamagedError, match="expected 2 chunks one after the other"):
+        read_index(LocalFiles(tmp_path), "shard", 2, 2, (20, 20))
+    whole = with_crc(np.array([[0, 20], [20, 20]], "<u8"))
+    (tmp_path / "shard").write_bytes(bytes(40) + whole)
+    assert read_index(LocalFiles(tmp_path), "shard", 2, 2, (20, 20)).tolist() == [[0, 20], [20, 20]]

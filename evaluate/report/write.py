@@ -6,6 +6,7 @@ it all comes from. Beside it lies a folder with every figure as SVG, all numbers
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from evaluate.report.usage import UsageLine, usage_lines, usage_rows
 from pipeline.base.cli import OUT_FILE, SOURCE
 from pipeline.base.digests import DIGESTS, write_digests
 from pipeline.base.errors import UsageError
-from pipeline.base.files import hash_file, sha256, write_bytes, write_csv
+from pipeline.base.files import PARTIAL, hash_file, sha256, sweep_partials, write_bytes, write_csv
 from pipeline.base.progress import say
 
 
@@ -33,12 +34,15 @@ def write_report(
 ) -> Path:
     """Read results, write the report and the folder beside it; return the report's path.
 
-    The page appears last and whole. Raises UsageError without results, DamagedError for files that are not results.
+    The page appears last and whole; what a killed report left is swept. Raises UsageError without results, DamagedError for
+    files that are not results.
     """
     results = read_results(paths)
     table, usage, figures = make_table(results, primary), usage_lines(results), make_figures(results)
     bought = nesting_table(results)
     folder = out.with_name(f"{out.stem}_files")
+    for left in [*sweep_partials(folder), *out.parent.glob(f"{glob.escape(out.name)}.*{PARTIAL}")]:
+        left.unlink(missing_ok=True)
     write_numbers(folder, results, table, bought, usage, figures)
     latents = write_latents(folder, results)
     page = report_page(title, results, table, bought, usage, figures, latents, folder.name).encode()
