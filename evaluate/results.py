@@ -6,6 +6,7 @@ Layout: FORMAT.md, "Results". Several jobs may write to one folder: files have n
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import math
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from pipeline.base.digests import DIGESTS, sealed
 from pipeline.base.errors import CheckpointError, DamagedError
 from pipeline.base.fields import Fields
 from pipeline.base.files import disk_errors, sweep_partials, write_csv, write_json
+from pipeline.base.progress import say
 from pipeline.base.results import FORMAT, VERSION, read_result, result_name
 from pipeline.definitions import METRICS
 
@@ -163,11 +165,19 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: one process at a time, let go of when it dies."""
+    """Hold the folder's lock: one process at a time, let go of when it dies.
+
+    Where the file system has no locks there is none, since what is written under it is written whole, and can be again.
+    """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                    raise
+                say(f"note     {folder}: its file system has no locks; let one evaluation at a time write there")
             yield
 
 

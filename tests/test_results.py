@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from evaluate import results
 from evaluate.results import families_done, merged, not_finite, result_path, tabulate, write_result
 from pipeline.base.errors import CheckpointError, DamagedError
 from pipeline.base.results import read_result
@@ -159,3 +161,21 @@ def test_metrics_have_unit_direction_definition() -> None:
         assert metric.unit
         assert metric.definition
         assert metric.better in ("lower", "higher", "neither")
+
+
+def test_folder_without_locks_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the file system has no locks results are written all the same, and this is said; other troubles are errors."""
+    codes = [errno.ENOSYS, errno.ENOLCK, errno.EIO]
+
+    def without(_file: object, _how: int) -> None:
+        raise OSError(codes.pop(0), "no")
+
+    monkeypatch.setattr(results.fcntl, "flock", without)
+    for _ in range(2):
+        with results.locked(tmp_path):
+            pass
+    assert capsys.readouterr().err.count("its file system has no locks") == 2
+    with pytest.raises(OSError, match="no"), results.locked(tmp_path):
+        pass
