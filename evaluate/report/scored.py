@@ -332,7 +332,7 @@ def make_run(path: Path, data: Mapping[str, Any]) -> Run:
             store.some_whole("layer"),
             store.data.get("corpus"),
             store.some_text("hook"),
-            reads_of(store.inner("source")),
+            reads_of(store.inner("source"), store.some_whole("layer")),
         ),
         fields.inner("evaluation").data,
         {name: n for name, n in fields.inner("sample").data.items() if isinstance(n, int) and not isinstance(n, bool)},
@@ -469,11 +469,12 @@ def points_of(fields: Fields, name: str) -> tuple[Point, ...]:
     return tuple(Point(p.whole("n"), p.some_whole("level"), value) for p, value in points if value is not None)
 
 
-def reads_of(source: Fields) -> str:
-    """The point that a transcoder reads, of which store."""
+def reads_of(source: Fields, layer: int | None) -> str:
+    """The point that a transcoder reads, with its layer where it makes rows of another."""
     if not source.data:
         return ""
-    return f"{source.text('hook', 'resid_post')} of layer {source.some_whole('layer')} ({source.text('id', '')[:8]})"
+    hook, read = source.text("hook", "resid_post"), source.some_whole("layer")
+    return hook if read == layer else f"{hook} of layer {read}"
 
 
 def density_of(fields: Fields) -> dict[str, Histogram]:
