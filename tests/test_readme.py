@@ -260,4 +260,4 @@ def test_notebook_example_steers_the_model(tmp_path: Path) -> None:
 def test_ci_runs_the_readmes_commands(command: str) -> None:
     """The commands that a newcomer types first are those that CI runs."""
     assert command in README
-    assert command.replace("-e .", "-e '.[test]'") in (ROOT / ".ci" / "run").read_text()
+    assert command.replace("-e .", "-e '.[test,large]'") in (ROOT / ".ci" / "run").read_text()
