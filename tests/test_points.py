@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pipeline.store.reader import Store
 from support import sweep_models, tiny_models
 from support.harvests import harvest_config
 from support.reference import reference_behaviour
+from train.stores import require_hook
 
 Folder = Callable[[str], Path]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -262,3 +264,20 @@ def test_other_hooks_sae_is_refused(tiny_store: Path, trained: str | None, score
 def test_export_names_the_point(recorded: dict[str, Any], name: str) -> None:
     """Exports name the point as TransformerLens does."""
     assert transformer_lens_name(recorded) == name
+
+
+@pytest.mark.parametrize(
+    ("made_for", "store", "fits"),
+    [
+        ({"id": "a", "layer": 3}, {"layer": 4}, True),
+        ({"id": "a", "layer": 3, "hook": "mlp_out"}, {"layer": 3}, False),
+        ({"id": "a", "layer": 3}, {"layer": 3, "hook": "mlp_out"}, False),
+        ({"layer": 3, "hook": "attn_out"}, {"layer": 3, "hook": "mlp_out"}, False),
+        ({"layer": 3}, {"layer": 3, "hook": "mlp_out"}, True),
+        ({"id": "a", "hook": None}, {"layer": 3}, True),
+    ],
+)
+def test_training_starts_at_its_hook(made_for: dict[str, Any], store: dict[str, Any], fits: bool) -> None:
+    """An SAE to start from is of the store's hook, where both say which."""
+    with contextlib.nullcontext() if fits else pytest.raises(CheckpointError, match="init_from holds an SAE of"):
+        require_hook(made_for, store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.base.errors import UsageError
+from pipeline.base.errors import CheckpointError, UsageError
 from pipeline.store.layout import SplitLayout
 from pipeline.store.pair import require_same_rows
 from pipeline.store.reader import Store
@@ -87,6 +88,15 @@ def identity_of(store: Store, config: TrainConfig) -> dict[str, Any]:
     own |= {name: store.config[name] for name in ("hook", *TOKENS) if name in store.config}
     measured = {"massive_multiple": store.statistics.massive_multiple, "mean_share": store.statistics.mean_share}
     return {"id": store.id, **own, **measured, "max_norm": multiple_of(store, config.max_norm)}
+
+
+def require_hook(made_for: Mapping[str, Any], store: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless an SAE to start from is of the same hook as the store; another layer may be meant. What an SAE
+    made elsewhere does not say is not compared."""
+    own = {"hook": "resid_post"} if "id" in made_for else {}
+    start, here = (own | dict(made_for)).get("hook"), store.get("hook", "resid_post")
+    if None not in (start, here) and start != here:
+        raise CheckpointError(f"init_from holds an SAE of {start}, the store is of {here}; choose another one")
 
 
 def space_of(store: Store, config: TrainConfig, device: torch.device) -> tuple[Tensor, float]:

@@ -25,6 +25,7 @@ from train.plan import RunConfig, Task
 from train.step.member import Batch, Member
 from train.step.snapshot import Snapshot
 from train.step.weights import path_of
+from train.stores import require_hook
 from train.writer import Writer
 
 
@@ -77,7 +78,9 @@ class Trainee:
             self.member.load_state(state.tensors)
             metrics_sha256 = state.metrics_sha256
         elif self.task.config.init_from:
-            self.member.load_weights(load_sae(path_of(self.task.config.init_from))[0])
+            source = load_sae(path_of(self.task.config.init_from))[0]
+            require_hook(source.made_for, self.folder.store)
+            self.member.load_weights(source)
         if self.writes:
             self.folder.truncate(self.member.n_steps)
             if metrics_sha256 is not None:
