@@ -32,7 +32,7 @@ TEXT = {page: (ROOT / page).read_text() for page in PAGES}
 README = TEXT["README.md"]
 CI = {
     "pip install -c constraints.txt -e . && python -m pipeline demo",
-    "pip install -c constraints.txt -e '.[test]' && python -m pytest",
+    "pip install -c constraints.txt -e '.[test]' && python -m pytest -n auto",
 }
 """Lines that .ci/run takes over from the README."""
 
@@ -255,7 +255,7 @@ def test_notebook_example_steers_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["pip install -c constraints.txt -e .", "python -m pytest", "python -m pipeline demo"]
+    "command", ["pip install -c constraints.txt -e .", "python -m pytest -n auto", "python -m pipeline demo"]
 )
 def test_ci_runs_the_readmes_commands(command: str) -> None:
     """The commands that a newcomer types first are those that CI runs."""
