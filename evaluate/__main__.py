@@ -82,7 +82,7 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 )
 @click.option(
     "--words",
-    type=click.Path(path_type=Path),
+    type=SOURCE,
     help="Words of first_letter, one a line.  [default: the tokens of the model's tokenizer that are letters alone]",
 )
 @click.option("--allow-other-store", is_flag=True, help="Evaluate on a store other than the one trained on.")
