@@ -21,6 +21,8 @@ from support.reference import reference_objective, reference_update
 from support.stores import make_store
 from support.train_crasher import small
 from train.config import RECIPES, TrainConfig
+from train.folder import Folder, member_name, plain
+from train.log import run_id
 from train.plan import RunConfig
 from train.run import run
 from train.step.member import Batch, Member, Pairs, Target
@@ -321,10 +323,18 @@ def test_longer_transcoder_extends_shorter(pair: tuple[Path, Path], tmp_path: Pa
     assert extended.final.read_bytes() == at_once.final.read_bytes()
 
 
+def test_run_id_names_both_stores(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """So that a transcoder and an SAE of its store are two runs wherever metrics go."""
+    stores = Stores.open(*pair)
+    assert stores.target is not None
+    config = MEMBERS[1]
+    one, other = (run_id(Folder(tmp_path, config, s.identity(config))) for s in (stores, Stores(stores.read)))
+    assert other == f"{member_name(config)}-{stores.read.id[:10]}"
+    assert one == f"{other}-{stores.target.id[:10]}"
+
+
 def test_config_without_skip_keeps_name() -> None:
     """Members trained before there were transcoders keep their folders' names."""
-    from train.folder import plain
-
     assert "skip" not in plain(MEMBERS[1])
     assert plain(MEMBERS[0])["skip"] is True
     assert "d_out" not in SAEConfig(4, 8, (8,)).to_dict()

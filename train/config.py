@@ -98,8 +98,8 @@ class TrainConfig:
     )
     encoder_scale: float = option(
         0.0,
-        "the encoder begins as the decoder's transpose times this (with LayerNorm: its gain); 0: so that the first "
-        "reconstruction error is as small as it can be",
+        "the encoder begins as the decoder's transpose, a transcoder's as directions of its own, times this (with LayerNorm: its "
+        "gain); 0: so that the first reconstruction error is as small as it can be",
     )
 
     # Objective: squared error summed over dimensions, rows averaged, where mean ‖x‖² is 1

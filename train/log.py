@@ -68,7 +68,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run a member, of its name; the id names the store too. Offline unless WANDB_MODE says otherwise; `wandb sync
+    """A run a member, of its name; the id names its stores too. Offline unless WANDB_MODE says otherwise; `wandb sync
     OUT/wandb/*` uploads."""
 
     def __init__(self, folder: Folder, step: int) -> None:
@@ -82,7 +82,7 @@ class WeightsAndBiases:
                 project=os.environ.get("WANDB_PROJECT", "nested-sae"),
                 mode=os.environ.get("WANDB_MODE", "offline"),
                 dir=str(folder.out),
-                id=f"{folder.name}-{str(folder.store['id'])[:10]}",
+                id=run_id(folder),
                 name=folder.name,
                 config=plain(folder.config),
                 resume="allow",
@@ -99,6 +99,12 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Flush and close."""
         self.run.finish()
+
+
+def run_id(folder: Folder) -> str:
+    """A member's name and the ids of its store and target: what no other training has."""
+    stores = (folder.store, folder.store.get("target"))
+    return "-".join([folder.name, *(str(store["id"])[:10] for store in stores if store)])
 
 
 def open_logs(kinds: tuple[str, ...], folder: Folder, step: int) -> list[Log]:
