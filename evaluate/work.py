@@ -19,8 +19,7 @@ from evaluate.scores.behaviour import Reference
 from evaluate.scores.labels import Letters
 from evaluate.scores.sample import Sample, Survey
 from evaluate.scores.scorer import Scorer, shared_work
-from pipeline.base.errors import PipelineError, UsageError
-from pipeline.base.files import human_bytes
+from pipeline.base.errors import PipelineError
 from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import DTYPES, available_memory
 
@@ -49,12 +48,6 @@ def plan(job: Job, todo: Sequence[Checkpoint], held: int, n_texts: int = 0) -> p
     """Batch, chunk and group that hold the memory limit; `held`: bytes of the host that the residuals of so many texts take.
     Raises UsageError when nothing fits."""
     store, config, lm = job.store, job.config, job.lm
-    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if job.device.type != "cpu" and held > (free := available_memory() // share * 4 // 5):
-        raise UsageError(
-            f"residuals of {n_texts:,} texts take {human_bytes(held)} of the host's memory, {human_bytes(free)} may be used; "
-            "lower --scr-train-size, --scr-seeds or --scr-context"
-        )
     held_here = held if job.device.type == "cpu" else 0
     saes, n_rows = [c.sae for c in todo], job.n_sequences * store.context
     n_features = len(store.extra("truth/parent")) if "truth" in config.scores else 0
@@ -68,9 +61,15 @@ def plan(job: Job, todo: Sequence[Checkpoint], held: int, n_texts: int = 0) -> p
         once, each = pooling_bytes(n_texts, config.probing.context, job.source.d_model, width, job.device.type)
         more = dataclasses.replace(more, fixed=more.fixed + once, checkpoint=more.checkpoint + each)
     parts = planning.sizes(saes, lm, widest, store.context, job.n_sequences, held_here, more)
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     limit = planning.memory_limit(config.max_memory, job.device, available_memory(), share)
     batch, vocab = min(config.batch_size, job.n_sequences), lm.vocab if lm is not None else 0
     return planning.make_plan(parts, len(todo), batch, store.context, vocab, limit, job.device.type)
+
+
+def host_limit() -> int:
+    """Bytes of the host's memory that the residuals of texts may take: four fifths of this process's share of what is free."""
+    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * 4 // 5
 
 
 def prepare_texts(job: Job, texts: Sequence[Texts]) -> tuple[Probing | None, Letters | None]:
@@ -97,7 +96,7 @@ def prepare_texts(job: Job, texts: Sequence[Texts]) -> tuple[Probing | None, Let
         if letters.probes is None:
             say(letters.about["why"])
     if job.config.probing is not None:
-        probing = prepare(job.config.probing, texts, model, folder)
+        probing = prepare(job.config.probing, texts, model, folder, host_limit())
     return probing, letters
 
 

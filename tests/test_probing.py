@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from evaluate.probing.texts import (
     make_bank,
     pool_all,
     pool_latents,
+    pooling_bytes,
     segment_means,
     text_model,
     whole_texts,
@@ -211,6 +213,32 @@ def test_texts_are_read_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
         alone = pool_latents(sae, bank)
         for name, tensor in vars(alone).items():
             torch.testing.assert_close(vars(found)[name], tensor, msg=name)
+
+
+def test_texts_beyond_the_host_are_refused() -> None:
+    """Residuals larger than the host's free memory are refused after one batch, and others are not."""
+    texts, model, n_batches = ["abcb", "xaab", "abcdefgh", "zz"], plain_model(), [0]
+    n_bytes = make_bank(texts, model, 10, 2, "x").n_bytes
+    make_bank(texts, model, 10, 2, "x", n_bytes)
+
+    def residual(tokens: Tensor) -> Tensor:
+        n_batches[0] += 1
+        return model.residual(tokens)
+
+    with pytest.raises(UsageError, match=r"residuals of 4 texts \(x\) take"):
+        make_bank(texts, dataclasses.replace(model, residual=residual), 10, 2, "x", n_bytes - 1)
+    assert n_batches == [1]
+
+
+def test_pooled_bytes_are_as_planned() -> None:
+    """What stays of each SAE takes the bytes that the plan counts; a chunk is of whole texts, one at least."""
+    bank = make_bank(["abcb", "xaab", "abcdefgh", "zz"], plain_model(), 10, 2, "x")
+    sae = random_sae(d=3)
+    width = sae.config.width
+    once, each = pooling_bytes(4, 9, 3, width, "cpu")
+    assert each == sum(tensor.nbytes for tensor in vars(pool_latents(sae, bank)).values())
+    assert once == CHUNK_ELEMENTS["cpu"] // width * (6 * 3 + 12 * width)
+    assert pooling_bytes(4, 10**7, 3, width, "cpu")[0] == 10**7 * (6 * 3 + 12 * width)
 
 
 def test_segment_means_are_one_launch() -> None:

@@ -209,16 +209,21 @@ def most_bytes(config: ProbingConfig, texts: Sequence[Texts], d_model: int, item
 
 
 def prepare(
-    config: ProbingConfig, collections: Sequence[Texts], model: TextModel, probes_folder: Path | None = None
+    config: ProbingConfig,
+    collections: Sequence[Texts],
+    model: TextModel,
+    probes_folder: Path | None = None,
+    limit: int | None = None,
 ) -> Probing:
     """Run the prefix over `read_texts(config)`, train probes; `probes_folder` keeps them as safetensors and finds them again.
 
-    Raises CorpusError for a text without a token.
+    `limit`: bytes that all residuals may take. Raises CorpusError for a text without a token, UsageError beyond the limit.
     """
     groups: list[TextGroup] = []
     sample: dict[str, Any] = {}
     for part in collections:
-        bank = make_bank(part.texts, model, config.context, config.batch_size, part.name)
+        left = None if limit is None else limit - sum(group.bank.n_bytes for group in groups)
+        bank = make_bank(part.texts, model, config.context, config.batch_size, part.name, left)
         identity = {**model.identity, "context": config.context, "data": part.data.sha256()}
         trained = {
             task.name: load_or_train(bank.mean, task, config.seeds, config.probe, identity, probes_folder)

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pipeline.base.errors import CorpusError
+from pipeline.base.errors import CorpusError, UsageError
+from pipeline.base.files import human_bytes
 from pipeline.base.progress import Progress
 from pipeline.base.runtime import tf32
 from pipeline.model.points import Point
@@ -91,11 +92,14 @@ class TextBank:
         return self.rows.nbytes + self.mean.nbytes
 
 
-def make_bank(texts: Sequence[str], model: TextModel, context: int, batch_size: int, label: str) -> TextBank:
+def make_bank(
+    texts: Sequence[str], model: TextModel, context: int, batch_size: int, label: str, limit: int | None = None
+) -> TextBank:
     """Run the model over every text and keep the residuals of its real positions.
 
     Texts go through in order of length, so that batches hold little padding; what a text's residual is does not depend
-    on its batch beyond the rounding of another kernel shape. Raises CorpusError for a text without a real position.
+    on its batch beyond the rounding of another kernel shape. limit: bytes that they may take. Raises CorpusError for a text
+    without a real position, and UsageError where the residuals are larger, known after one batch.
     """
     tokens = [clipped(ids, model.bos, context) for ids in model.tokenize(texts)]
     real = [real_positions(ids, model.special) for ids in tokens]
@@ -110,6 +114,7 @@ def make_bank(texts: Sequence[str], model: TextModel, context: int, batch_size: 
         for batch in np.split(order, range(batch_size, len(order), batch_size)):
             residual = model.residual(padded([tokens[i] for i in batch])).cpu()
             if rows is None:
+                require_room(len(texts), int(starts[-1]), residual, label, limit)
                 rows = torch.empty(int(starts[-1]), residual.shape[-1], dtype=residual.dtype)
             for i, of_text in zip(batch, residual):
                 rows[starts[i] : starts[i + 1]] = of_text[: len(tokens[i])][torch.from_numpy(real[i])]
@@ -117,6 +122,16 @@ def make_bank(texts: Sequence[str], model: TextModel, context: int, batch_size: 
     assert rows is not None, "make_bank needs at least one text"
     mean = torch.stack([part.float().mean(0) for part in torch.split(rows, n_real.tolist())])
     return TextBank(rows, n_real, context - n_real, mean)
+
+
+def require_room(n_texts: int, n_rows: int, residual: Tensor, label: str, limit: int | None) -> None:
+    """Raise UsageError where so many rows as those of `residual`, and a mean a text, take more than `limit` bytes."""
+    n_bytes = residual.shape[-1] * (n_rows * residual.element_size() + 4 * n_texts)
+    if limit is not None and n_bytes > limit:
+        raise UsageError(
+            f"residuals of {n_texts:,} texts ({label}) take {human_bytes(n_bytes)} of the host's memory, "
+            f"{human_bytes(max(limit, 0))} may be used; lower --scr-train-size, --scr-seeds or --scr-context"
+        )
 
 
 def clipped(ids: Sequence[int], bos: int | None, context: int) -> list[int]:
