@@ -320,3 +320,18 @@ def test_entries_of_an_index_are_bounded(tmp_path: Path, nbytes: list[int]) -> N
     whole = with_crc(np.array([[0, 20], [20, 20]], "<u8"))
     (tmp_path / "shard").write_bytes(bytes(40) + whole)
     assert read_index(LocalFiles(tmp_path), "shard", 2, 2, (20, 20)).tolist() == [[0, 20], [20, 20]]
+
+
+@pytest.mark.parametrize("name", ["mean", "scale", "median_norm", "n_massive", "mean_share"])
+def test_forged_statistics_are_measured_again(stores: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Statistics or a mean that were changed, and sealed anew, are not those of the rows: verify finds each."""
+    shutil.copytree(stores["none"], tmp_path / "s.zarr")
+    held = Store.load(tmp_path / "s.zarr")
+    changed = {name: 2} if name == "n_massive" else {name: 0.37}
+    if name == "mean":
+        forged_mean = with_crc(held.mean64 * 1.001)
+        (tmp_path / "s.zarr/mean/c/0").write_bytes(forged_mean)
+        changed = {"mean_sha256": sha256(forged_mean[:-4]).hexdigest()}
+    change_root(tmp_path / "s.zarr", lambda attributes: attributes["statistics"].update(changed))
+    (problem,) = Store.open(tmp_path / "s.zarr").verify(quiet=True)
+    assert ("not the mean of its rows" if name == "mean" else f"its statistics say {name} ") in problem
