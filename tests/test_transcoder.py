@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,19 @@ def test_rows_massive_anywhere_are_out(pair: tuple[Path, Path]) -> None:
     masks = [store.train.kept(1.1) for store in stores.all]
     assert (masks[0] != masks[1]).any()
     assert np.array_equal(stores.kept("train", 1.1), masks[0] & masks[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "window", "window_rows": 512}], ids=["global", "window"])
+def test_damage_of_the_target_is_found(pair: tuple[Path, Path], tmp_path: Path, options: dict[str, Any]) -> None:
+    """Every byte of the rows to be made is checked, as of those that are read: no checkpoint is final on others."""
+    shutil.copytree(pair[1], tmp_path / "out.zarr")
+    path = tmp_path / "out.zarr/train/resid/c/1/0"
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"out\.zarr"):
+        trained((pair[0], tmp_path / "out.zarr"), tmp_path / "runs", small("topk", steps=60), **options)
+    assert not list(tmp_path.glob("runs/*/complete.json"))
 
 
 @pytest.mark.parametrize(
