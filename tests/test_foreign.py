@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import harvest.run
 import pipeline
 from evaluate.checkpoints.find import find_checkpoints, open_checkpoint, require_fit, require_module
 from evaluate.run import EvaluateConfig, run
@@ -30,6 +31,7 @@ from pipeline.sae.export import export
 from pipeline.sae.foreign import hook_point, load_foreign
 from pipeline.store.reader import Store
 from support import lm_stores, tiny_models
+from support.harvests import harvest_config
 from train.step.weights import named_by_content, path_of
 
 D, F = 64, 96
@@ -47,7 +49,7 @@ def rows(seed: int = 1) -> torch.Tensor:
 
 
 def saelens(folder: Path, tensors: dict[str, torch.Tensor], **cfg: Any) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     metadata = {"sae_lens_version": "6.54.12", "hook_name": "blocks.1.hook_resid_post", "model_name": "tiny"}
     plain = {"architecture": "standard", "d_in": D, "d_sae": F, "dtype": "float32", "metadata": metadata}
     (folder / "cfg.json").write_text(json.dumps(plain | cfg))
@@ -478,6 +480,23 @@ def test_modules_are_those_of_the_model(lm_folder: Callable[[str], Path], tmp_pa
         ):
             attach(whole, sae)
         attach(whole, sae, hook="mlp_out")
+
+
+def test_evaluation_asks_the_model(lm_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """A job on a store of mlp_out scores an SAE of the module that is that point in its model, and no other."""
+    corpus = tiny_models.make_corpus(tmp_path / "corpus.jsonl")
+    config = harvest_config(
+        lm_folder("gemma2"), corpus, tmp_path / "acts.zarr", hooks=("mlp_out",), dtype="float32", tokens=320
+    )
+    harvest.run.run(config, quiet=True)
+    for module in ("mlp", "post_feedforward_layernorm"):
+        saelens(tmp_path / "saes" / module, weights(), metadata={"hook_name": f"model.layers.1.{module}"})
+    job = EvaluateConfig(Path(config.store), tmp_path / "out", scores=("ev", "l0"), device="cpu")
+    outcome = run(job, [tmp_path / "saes"])
+    assert [entry["member"] for entry in outcome.results] == ["post_feedforward_layernorm"]
+    [(path, error)] = outcome.failed
+    assert path.name == "mlp"
+    assert "trained on the output of 'mlp'; in this model mlp_out" in str(error)
 
 
 def test_suites_of_equal_names_stay_apart(tmp_path: Path) -> None:

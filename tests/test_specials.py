@@ -17,6 +17,7 @@ from evaluate.models import Models
 from evaluate.probing.texts import make_bank, text_model
 from evaluate.scores.sample import Sample
 from pipeline.base.errors import ModelError
+from pipeline.base.fields import Fields
 from pipeline.live.attach import attach
 from pipeline.live.inspect import inspect_checkpoint
 from pipeline.model.split_lm import SplitLM, load_tokenizer
@@ -27,7 +28,7 @@ from pipeline.store.reader import Store
 from support import tiny_models
 from support.harvests import CONTEXT, harvest_config
 from train.config import TrainConfig
-from train.folder import TOKENS
+from train.folder import TOKENS, identity
 from train.stores import identity_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -209,3 +210,14 @@ def test_members_record_the_tokens(undeclared: Store) -> None:
     assert {name: about[name] for name in TOKENS if name in about} == {
         name: undeclared.config[name] for name in ("tokenizer_sha256", "bos", "special_ids")
     }
+
+
+def test_older_members_go_on(undeclared: Store) -> None:
+    """A member whose folder does not say how its tokens were made is the same member: the store's id fixes that."""
+    about = identity_of(undeclared, TrainConfig())
+    before = {name: value for name, value in about.items() if name not in TOKENS}
+    now, then, other = (
+        identity(Fields(Path("c"), {"config": {}, "order": {}, "store": store}))
+        for store in (about, before, about | {"id": "other"})
+    )
+    assert now == then != other
