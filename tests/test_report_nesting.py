@@ -224,3 +224,17 @@ def test_odd_trees_are_refused(tmp_path: Path, nodes: object) -> None:
     write_json(path, read_json(path) | {"truth": {"trees": [nodes]}})
     with pytest.raises(DamagedError, match=r"truth\.trees\.0"):
         read_run(path)
+
+
+@pytest.mark.parametrize(("missed", "change"), [(0.1, ""), (0.2, "lower"), (-0.1, "higher")])
+def test_mere_misses_are_no_absorption(tmp_path: Path, missed: float, change: str) -> None:
+    """Silence that rises by as much as misses do is more silence and no more absorption; by less, it is less of it."""
+    made_up(tmp_path, 0.1)
+    for path in tmp_path.glob("*-step_*.json"):
+        data = read_json(path)
+        if data["checkpoint"]["provenance"]["train"]["alpha"]:
+            data["levels"][-1]["scores"]["truth_parent_missed"] += missed
+        write_json(path, data)
+    text = said(read_results([tmp_path]))
+    assert "latent is silent is higher with nesting" in text
+    assert VERDICTS[change, ""] in text

@@ -20,7 +20,7 @@ from evaluate.report.scored import Container, Run
 from evaluate.report.svg import Panel
 from evaluate.report.table import Table
 from evaluate.report.wording import column_decimals, count, number, plus_minus, signed_plus_minus
-from evaluate.statistics import Comparison, Estimate, compare, estimate, interpolated
+from evaluate.statistics import Comparison, Estimate, Replicate, compare, estimate, interpolated
 
 TITLE = "What nesting buys and costs"
 SILENT, MISSED = "truth_parent_silent", "truth_parent_missed"
@@ -235,10 +235,24 @@ def sentences(table: Table, measure: Measure, pair: Pair) -> list[str]:
     said = f"{what} is {change} with nesting" if change else f"a difference in {what} is not shown"
     return [
         f"{where}, {at}, {said}: {shown}.",
-        verdict(change, cost),
+        verdict(absorption_change(measure, pair, change), cost),
         beside(measure, pair),
         cost_sentence(table, pair),
     ]
+
+
+def absorption_change(measure: Measure, pair: Pair, change: str) -> str:
+    """Which way absorption goes: what the measure says, but for silence that is beyond mere misses where those are known."""
+    if measure.metric != SILENT or not pair.nested.values(MISSED) or not pair.flat.values(MISSED):
+        return change
+    difference = compare(beyond_misses(pair.nested), beyond_misses(pair.flat))
+    return direction(difference) if difference else ""
+
+
+def beyond_misses(row: Row) -> dict[Replicate, float]:
+    """How much more often a parent's latent is silent under a child than alone, by replicate."""
+    silent, missed = row.values(SILENT), row.values(MISSED)
+    return {r: silent[r] - missed[r] for r in silent.keys() & missed.keys()}
 
 
 def direction(difference: Comparison) -> str:
@@ -278,11 +292,7 @@ def verdict(change: str, cost: str) -> str:
 def beside(measure: Measure, pair: Pair) -> str:
     """What must be known to read absorption: mere misses; or whether the label's latents are any good, and on what."""
     if measure.metric == SILENT:
-        beyond = [
-            {r: values[r] - missed[r] for r in values.keys() & missed.keys()}
-            for row in (pair.nested, pair.flat)
-            for values, missed in [(row.values(SILENT), row.values(MISSED))]
-        ]
+        beyond = [beyond_misses(row) for row in (pair.nested, pair.flat)]
         own, flat = (estimate(list(values.values())) for values in beyond)
         if not own or not flat:
             return ""
