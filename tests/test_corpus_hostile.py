@@ -231,13 +231,13 @@ def test_many_corpora_end_in_one_line(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "says"),
     [
-        ("a.csv", b"te\0xt,n\n1,2\n", "a.csv"),
+        ("a.csv", b'"te"xt,n\n1,2\n', r"a\.csv:1: its header is not CSV"),
         ("a.jsonl.gz", gzip.compress(b"!evil\n"), r"a\.jsonl\.gz:1: is not JSON"),
         ("a.jsonl", b'{"%s": 1}\n' % (b"x" * 100_000), r"no field 'text'; fields found: .{1,200}; choose"),
     ],
 )
 def test_odd_files_are_refused(tmp_path: Path, name: str, data: bytes, says: str) -> None:
-    """A header with NUL, a line that looks like a mark of ours, and a name without end are each one line of some length."""
+    """A header with a stray quote, a line that looks like a mark of ours, and a name without end are each one line of some length."""
     (tmp_path / name).write_bytes(data)
     with pytest.raises(CorpusError, match=says):
         list(LocalCorpus(Source(str(tmp_path / name)), tmp_path).documents())
