@@ -237,7 +237,7 @@ def test_many_corpora_end_in_one_line(tmp_path: Path, kind: str) -> None:
     ],
 )
 def test_odd_files_are_refused(tmp_path: Path, name: str, data: bytes, says: str) -> None:
-    """A header with a stray quote, a line that looks like a mark of ours, and a name without end are each one line of some length."""
+    """A header with a stray quote, a line that looks like a mark of ours and a name without end are each one short line."""
     (tmp_path / name).write_bytes(data)
     with pytest.raises(CorpusError, match=says):
         list(LocalCorpus(Source(str(tmp_path / name)), tmp_path).documents())

@@ -215,7 +215,10 @@ def read_arrow(path: Path, columns: Sequence[str] | None) -> Iterator[Found]:
     """Rows of an Arrow file: the stream that `datasets` saves, or the file format."""
     import pyarrow
 
-    with arrow_errors(path, "Arrow"), pyarrow.OSFile(str(path)) as file:  # mapped, one cut short would end the process
+    with (
+        arrow_errors(path, "Arrow"),
+        pyarrow.OSFile(str(path)) as file,
+    ):  # mapped, one that shrinks would end the process
         if file.read(6) == b"ARROW1":
             table = pyarrow.ipc.open_file(file)
             batches: Iterable[Any] = (table.get_batch(i) for i in range(table.num_record_batches))
