@@ -21,7 +21,7 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("places", metavar="CHECKPOINT_OR_DIR...", nargs=-1, required=True, type=SOURCE)
+@click.argument("places", metavar="CHECKPOINT_OR_DIR...", nargs=-1, required=True, type=NAMED_SOURCE)
 @click.option("--store", required=True, type=SOURCE, help="Activation store; its eval split is used.")
 @click.option(
     "--model",
@@ -92,11 +92,12 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 @click.option("--trust-remote-code", is_flag=True, help="Run the model's own code from its folder or the Hub.")
 @click.option("--dry-run", is_flag=True, help="Print what it would take, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print {results, failed} to stdout as JSON.")
-def evaluate(places: tuple[Path, ...], as_json: bool, all_steps: bool, dry_run: bool, **options: Any) -> None:
+def evaluate(places: tuple[str, ...], as_json: bool, all_steps: bool, dry_run: bool, **options: Any) -> None:
     """Score checkpoints: what they do to the language model when spliced in, how well they rebuild the residual stream,
     and how they use their latents; at every level, with and without massive rows.
 
-    A folder of train stands for the final checkpoint of each member in it. Starts from the store's cached residuals: only
+    A folder of train stands for the final checkpoint of each member in it; an SAE on the Hub goes by owner/name, or
+    owner/name/folder in a suite. Starts from the store's cached residuals: only
     the layers after the cut run, the clean ones once for all checkpoints. Results are one JSON file a checkpoint and
     results.csv in --out; what is done already is skipped. Exits 1 when a checkpoint failed; the others are finished.
 
@@ -113,7 +114,7 @@ def evaluate(places: tuple[Path, ...], as_json: bool, all_steps: bool, dry_run: 
     config = make_config(**options)
     if options["scores"] is None:
         config = dataclasses.replace(config, scores=default_scores(Store.load(config.store)))
-    outcome = run(config, places, all_steps=all_steps, dry_run=dry_run)
+    outcome = run(config, [found(place) for place in places], all_steps=all_steps, dry_run=dry_run)
     if as_json:
         failed = [{"path": str(path), "error": str(error)} for path, error in outcome.failed]
         print_json({"out": str(options["out"]), "results": outcome.results, "failed": failed})
@@ -121,6 +122,16 @@ def evaluate(places: tuple[Path, ...], as_json: bool, all_steps: bool, dry_run: 
         n_failed, n_done = len(outcome.failed), len(outcome.results)
         print(f"error: checkpoints that failed: {n_failed}; that have results: {n_done}", file=sys.stderr)
         sys.exit(1)
+
+
+def found(place: str) -> Path:
+    """A path as it is; of an id on the Hub, where no such path is and none was meant, what was downloaded. Raises
+    CheckpointError."""
+    from pipeline.sae.hub import HUB_ID, find_checkpoint
+
+    path = Path(place)
+    meant = path.exists() or (path.parent != Path() and path.parent.exists()) or HUB_ID.fullmatch(place) is None
+    return path if meant else find_checkpoint(place)
 
 
 def make_config(

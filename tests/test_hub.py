@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import pipeline
+from evaluate.__main__ import found
 from pipeline.__main__ import cli
 from pipeline.base.errors import CheckpointError
 from pipeline.base.files import hash_file, write_json
@@ -190,6 +191,7 @@ def test_suite_folder_is_downloaded_alone(stand_in: type[StandIn], tmp_path: Pat
     assert fetched == {"layer_20/width_16k/average_l0_71/params.npz"}
     with pytest.raises(CheckpointError, match=r"owner/name/layer_21: .* found 0 checkpoints among 0 files"):
         pipeline.load("owner/name/layer_21")
+    assert (found("owner/name/layer_20/width_16k/average_l0_71") / "params.npz").is_file()
     words = [
         "export",
         "owner/name/layer_19/width_16k/average_l0_71",
@@ -226,6 +228,15 @@ def test_pulled_results_are_of_the_checkpoint(stand_in: type[StandIn], tmp_path:
     with pytest.raises(CheckpointError, match="results of another checkpoint"):
         hub.pull("owner/name", tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
+
+
+def test_evaluated_paths_stay_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that is there, one mistyped in a folder that is, and what is no id are never asked of the Hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    monkeypatch.setattr(hub, "find_checkpoint", lambda source: pytest.fail(f"asked for {source}"))
+    for place in ("runs/a", "runs/b", "runs", str(tmp_path / "x" / "y"), "one"):
+        assert found(place) == Path(place)
 
 
 def test_transcoder_card_runs(tmp_path: Path) -> None:
