@@ -325,5 +325,5 @@ def test_unreachable_hub_set_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(CorpusError, match=r"LabHC/bias_in_bios: split 'train' cannot be loaded \(offline\)"):
+    with pytest.raises(CorpusError, match=r"^LabHC/bias_in_bios: .*the Hub cannot be reached"):
         load_attribute_data("LabHC/bias_in_bios")

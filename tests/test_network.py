@@ -50,8 +50,9 @@ REFUSALS = [
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test knows what another has found."""
+    """No test knows what another has found, nor that CI is told to be offline."""
     monkeypatch.setattr(network.Reach, "lost", None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture(autouse=True)

@@ -435,6 +435,7 @@ def train_one_of_two(rank: int, folder: str) -> None:
             half = raw_rows(step)[rank * ROWS // 2 : (rank + 1) * ROWS // 2]
             member.step(normalise_batch(half, member.center, member.scale))
         save_file(member.state(), f"{folder}/{recipe}{rank}.safetensors")
+    torch.distributed.barrier()  # as `parallel.join` does
     torch.distributed.destroy_process_group()
 
 

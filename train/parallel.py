@@ -114,5 +114,6 @@ def join(data_parallel: bool, device: torch.device) -> Iterator[Processes]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes(rank(), world_size(), device, dist.group.WORLD)
+        dist.barrier()  # one that leaves while another still sums has made gloo abort that one
     finally:
         dist.destroy_process_group()
