@@ -25,6 +25,7 @@ import zstandard
 from harvest.corpus import LocalCorpus, Source
 from harvest.texts import Reader
 from pipeline.base.errors import CorpusError
+from pipeline.base.records import arrow_errors
 from support.fuzzing import BAD, hurt, mutated, one_line_or_none
 
 RECORDS: list[dict[str, Any]] = [
@@ -258,3 +259,10 @@ def test_file_names_need_not_be_text(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text('{"text": "x"}\n')
     corpus = LocalCorpus(Source(str(tmp_path)), tmp_path)
     assert [document.content for document in corpus.documents()] == ["x"]
+
+
+@pytest.mark.parametrize(("size", "kind"), [(1 << 62, CorpusError), (1 << 30, pyarrow.lib.ArrowMemoryError)])
+def test_claimed_sizes_are_damage(tmp_path: Path, size: int, kind: type[Exception]) -> None:
+    """Memory for a size that no file has is not what the machine lacks: the file is damaged; for another it is."""
+    with pytest.raises(kind, match="malloc of size"), arrow_errors(tmp_path / "a.arrow", "Arrow"):
+        raise pyarrow.lib.ArrowMemoryError(f"malloc of size {size} failed")

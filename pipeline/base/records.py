@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -262,11 +263,21 @@ def arrow_errors(path: Path, kind: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        if lacks_memory(error):
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
+        if lacks_memory(error) and not claims_too_much(error):
             raise
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise CorpusError(f"{path}: cannot be read as {kind} ({first}); get the file again or leave it out") from error
+
+
+MOST_ALLOCATED = 1 << 40
+"""Bytes that no batch of records takes: who asks for them at once read a damaged size."""
+
+
+def claims_too_much(error: BaseException) -> bool:
+    """Whether memory lacked only because a file claims a size that none can have."""
+    size = re.search(r"size (\d+)", str(error))
+    return size is not None and int(size[1]) > MOST_ALLOCATED
 
 
 READERS: dict[str, Callable[[Path, Sequence[str] | None], Iterator[Found]]] = {
