@@ -214,7 +214,7 @@ def nesting_found(table: Table, results: Results) -> tuple[str, ...]:
 
 
 def sentences(table: Table, measure: Measure, pair: Pair) -> list[str]:
-    """What one measure of absorption says of the pair: the finding, then what stands beside it."""
+    """What one measure of absorption says of the pair: the finding, what stands beside it, and what follows from both."""
     where, what, metric = measure.where, measure.what, measure.metric
     own, flat = (mean_of(row.values("l0")) for row in (pair.nested, pair.flat))
     name = f"nested ({pair.nested.label})"
@@ -235,9 +235,9 @@ def sentences(table: Table, measure: Measure, pair: Pair) -> list[str]:
     said = f"{what} is {change} with nesting" if change else f"a difference in {what} is not shown"
     return [
         f"{where}, {at}, {said}: {shown}.",
-        verdict(absorption_change(measure, pair, change), cost),
         beside(measure, pair),
         cost_sentence(table, pair),
+        verdict(absorption_change(measure, pair, change), cost),
     ]
 
 
