@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.base.errors import UsageError
-from support.reference import reference_latents, reference_objective
+from support.reference import away_from_start, reference_latents, reference_objective
 from train.config import RECIPES, TrainConfig, batchtopk
 from train.step.member import Member, normalise_batch
 from train.step.objectives import auxiliary_pool, random_prefixes, reconstruction_terms
@@ -63,15 +63,7 @@ def tiny(**changes: Any) -> TrainConfig:
 def tiny_member(config: TrainConfig, d_model: int = D_MODEL, *, seed: int = 1) -> Member:
     """A member whose weights are all away from their initial zeros and ones."""
     member = Member(config, d_model, torch.zeros(d_model, dtype=torch.float64), 1.0, CPU, Scratch(CPU))
-    generator = torch.Generator().manual_seed(seed)
-    member.draws_thresholds = False
-    if "log_threshold" in member.weights:
-        member.weights["log_threshold"].fill_(math.log(0.1))
-    for name, weight in member.weights.items():
-        if name != "W_dec":
-            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
-    member.adam.refresh_low()
-    return member
+    return away_from_start(member, seed)
 
 
 def tiny_rows(n: int = ROWS, d_model: int = D_MODEL, seed: int = 0) -> Tensor:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ from pipeline.base.errors import CheckpointError, DamagedError, MismatchError, U
 from pipeline.sae.checkpoint import load_checkpoint, read_header, save_checkpoint
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from pipeline.store.reader import Store
-from support.reference import reference_objective, reference_update
+from support.reference import away_from_start, reference_objective, reference_update
 from support.stores import make_store
 from support.train_crasher import small
 from train.config import RECIPES, TrainConfig
@@ -61,19 +60,6 @@ def member_of(config: TrainConfig) -> Member:
     wide = torch.float64 if config.dtype == "float64" else torch.float32
     center, target = torch.full((D_IN,), 0.3, dtype=wide), Target(torch.full((D_OUT,), -0.2, dtype=wide), 0.6)
     return Member(config, D_IN, center, 1.7, CPU, Scratch(CPU), target=target)
-
-
-def away_from_start(member: Member) -> Member:
-    """The member with weights that are away from their initial zeros and ones."""
-    generator = torch.Generator().manual_seed(1)
-    member.draws_thresholds = False
-    if "log_threshold" in member.weights:
-        member.weights["log_threshold"].fill_(math.log(0.1))
-    for name, weight in member.weights.items():
-        if name != "W_dec":
-            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
-    member.adam.refresh_low()
-    return member
 
 
 def raw_pair(step: int) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ def parse(path: Path, data: Mapping[str, Any], known: Set[str], where: str, trus
     name = data.get("name", "" if where else path.stem)
     if not isinstance(name, str):
         raise UsageError(f"{path}: {where}name is {type(name).__name__}, expected text")
-    grids = data["train"] if isinstance(data["train"], list) else [data["train"]]
+    grids = as_list(data["train"])
     if not grids:
         raise UsageError(f"{path}: {where}train is an empty list, expected at least one grid")
     here = path.resolve().parent
@@ -117,7 +117,7 @@ def table(path: Path, name: str, found: Any) -> dict[str, Any]:
         option = key.replace("_", "-")
         if not OPTION.fullmatch(option) or option == "help":
             raise UsageError(f"{path}: {name}: {key[:60]!a} is no name of an option")
-        for one in value if isinstance(value, list) else [value]:
+        for one in as_list(value):
             require_value(f"{path}: {name}.{key[:60]}", one)
         options[option] = value
     if name == "harvest" and (unknown := [hook for hook in as_list(options.get("hook", [])) if hook not in HOOKS]):

@@ -50,11 +50,10 @@ def require_extender(path: str, n_train: int, makers: Sequence[Maker], *, mixed:
 def record_makers(store: Store, makers: Sequence[Maker], *, mixed: bool) -> None:
     """Write down who makes the shards that are missing, before the first of them is made. Raises as `require_makers`."""
     require_makers(store, makers, mixed=mixed)
-    there = store.made_by if any_committed(store) else []
-    if any_committed(store) and not there:
-        there = [dict.fromkeys(makers[0], "unknown")]
-    made_by = list(there)
-    made_by += [dict(maker) for i, maker in enumerate(makers) if maker not in there and maker not in makers[:i]]
+    made_by = (store.made_by or [dict.fromkeys(makers[0], "unknown")]) if any_committed(store) else []
+    for maker in makers:
+        if maker not in made_by:
+            made_by.append(dict(maker))
     if made_by != store.made_by:
         write_root(store.files, store.attributes | {"made_by": made_by})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pipeline.sae.nested import NestedSAE
 from train.config import TrainConfig
+from train.step.member import Member
 
 # ---- training: the objective by its formulas, for autograd ----
 
@@ -44,6 +46,19 @@ class JumpReLU(torch.autograd.Function):
         p, theta = ctx.saved_tensors
         near = ((p - theta).abs() < ctx.bandwidth / 2).to(p)
         return g * (p > theta), -(near * g * theta / ctx.bandwidth).sum(0), None
+
+
+def away_from_start(member: Member, seed: int = 1) -> Member:
+    """The member with weights that are away from their initial zeros and ones."""
+    generator = torch.Generator().manual_seed(seed)
+    member.draws_thresholds = False
+    if "log_threshold" in member.weights:
+        member.weights["log_threshold"].fill_(math.log(0.1))
+    for name, weight in member.weights.items():
+        if name != "W_dec":
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    member.adam.refresh_low()
+    return member
 
 
 def reference_layernorm(a: Tensor, weights: dict[str, Tensor], config: TrainConfig) -> Tensor:
