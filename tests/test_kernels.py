@@ -31,7 +31,11 @@ from train.feed.resident import place_for
 from train.plan import RunConfig, make_order
 from train.run import run
 from train.step import traffic
-from train.step.fused import FusedBatches, FusedMember, FusedStep, fuses, make_normalise, member_kind, say_plain
+from train.step.fused import auxiliary, latents
+from train.step.fused.batch import FusedBatches
+from train.step.fused.choice import fuses, make_normalise, member_kind, say_plain
+from train.step.fused.context import Step
+from train.step.fused.step import FusedMember, forward
 from train.step.member import Batch, Member, normalise_batch
 from train.step.objectives import auxiliary_pool
 from train.step.scratch import Scratch
@@ -74,7 +78,7 @@ def interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE.type == "cpu":
             put_right(patch)
-            patch.setattr("train.step.fused.TALL", 32)
+            patch.setattr("train.step.fused.tiles.TALL", 32)
         yield
     torch.set_num_threads(n_threads)
 
@@ -166,8 +170,8 @@ def test_form_equals_float64_step(form: str) -> None:
 @pytest.mark.parametrize(("recipe", "n", "n_steps"), [("batchtopk", 69, 2), ("paper", 69, 1), ("topk", 13, 1)])
 def test_odd_sizes_over_several_programs(recipe: str, n: int, n_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ragged ends of rows, latents and dimensions, more than one program along each."""
-    monkeypatch.setattr("train.step.fused.TALL", 4)
-    monkeypatch.setattr("train.step.kernels.ROWS", 32)
+    monkeypatch.setattr("train.step.fused.tiles.TALL", 4)
+    monkeypatch.setattr("train.step.fused.tiles.ROWS", 32)
     form = RECIPE_FORMS[recipe] | {"width": 149, "batch_size": n, "levels": (0.3, 1.0), "alpha": None}
     step_both(form | ({"aux_k": 0} if recipe == "topk" else {}), n_steps, n=n, d_model=133)
 
@@ -179,11 +183,11 @@ def test_bf16_latents_are_bit_equal(recipe: str) -> None:
     ours, plain = fused(config_of("bf16", **form)), make(Member, config_of("bf16", **form), device=DEVICE)
     for seed in range(3):
         batch = batch_of(plain, raw_rows(seed))
-        forward = plain._forward(batch)
-        step = FusedStep(ours, batch)
-        step.forward()
+        expected = plain._forward(batch)
+        step = Step(ours, ours.kept, batch)
+        forward(step)
         assert torch.equal(step.z, plain.latents.z)
-        assert torch.equal(step.counts.sum(0), forward.fired.counts)
+        assert torch.equal(step.counts.sum(0), expected.fired.counts)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
@@ -191,12 +195,12 @@ def test_bf16_latents_are_bit_equal(recipe: str) -> None:
 def test_ties_are_kept(recipe: str, dtype: str) -> None:
     """All latents equal to the last that is kept stay."""
     ours = fused(config_of(dtype, recipe=recipe, k=3, aux_k=0))
-    step = FusedStep(ours, batch_of(ours, raw_rows()))
+    step = Step(ours, ours.kept, batch_of(ours, raw_rows()))
     ours.weights["b_enc"].zero_()
-    step.forward()
+    forward(step)
     values = torch.tensor([4.0, 3.0, 2.0, 2.0, 2.0, 1.0] + [-1.0] * (WIDTH - 6))
     step.a = values.expand(ROWS, WIDTH).to(DEVICE, step.a.dtype).contiguous()
-    step._latents()
+    latents.select(step)
     assert step.z[:, :6].tolist() == [[4.0, 3.0, 2.0, 2.0, 2.0, 0.0]] * ROWS
     assert not step.z[:, 6:].any()
 
@@ -207,17 +211,17 @@ def test_any_guess_finds_the_threshold(guess: float, dtype: str) -> None:
     """The guess, a multiple of the threshold here, changes none: 0, too low, the very value, far too high; afterwards it is a
     little below what was found."""
     ours = fused(config_of(dtype, recipe="batchtopk", k=5, aux_k=0))
-    step = FusedStep(ours, batch_of(ours, raw_rows()))
-    step.forward()
+    step = Step(ours, ours.kept, batch_of(ours, raw_rows()))
+    forward(step)
     before = (step.x_low @ ours.adam.low["W_enc"]).float() + ours.weights["b_enc"]
     expected = before.to(step.z.dtype).relu().flatten().topk(5 * ROWS).values.amin()
-    assert float(ours.search[1]) == float(expected)
-    ours.search[0] = guess * expected
-    ours.search[1:] = -1
-    FusedStep(ours, step.batch).forward()
-    assert float(ours.search[1]) == float(expected)
-    assert float(ours.search[0]) == pytest.approx(0.97 * float(expected), rel=1e-6)
-    assert not any(bins.any() for bins in ours.bins)  # empty again for the next step
+    assert float(ours.kept.search[1]) == float(expected)
+    ours.kept.search[0] = guess * expected
+    ours.kept.search[1:] = -1
+    forward(Step(ours, ours.kept, step.batch))
+    assert float(ours.kept.search[1]) == float(expected)
+    assert float(ours.kept.search[0]) == pytest.approx(0.97 * float(expected), rel=1e-6)
+    assert not any(bins.any() for bins in ours.kept.bins)  # empty again for the next step
 
 
 @pytest.mark.parametrize("recipe", RECIPE_FORMS)
@@ -244,8 +248,8 @@ def test_pool_is_that_of_the_objectives(n_dead: int) -> None:
     ages[ages == 100] += torch.randint(0, 4, (n_dead,), generator=torch.Generator().manual_seed(2))
     ours.rows_since_fired.copy_(ages)
     ours.n_rows = 200
-    step = FusedStep(ours, batch_of(ours, raw_rows()))
-    step._find_pool()
+    step = Step(ours, ours.kept, batch_of(ours, raw_rows()))
+    auxiliary.find_pool(step)
     expected = auxiliary_pool(ours.config, ages)
     wanted = [] if expected is None else sorted(expected.tolist())
     assert int(step.n_dead) == len(wanted)
@@ -365,7 +369,7 @@ def test_recorded_fused_step_is_bit_equal(recipe: str) -> None:
     for tensors, kept in ((taped.state(), state), (taped.adam.low, low)):
         for name, tensor in tensors.items():
             tensor.copy_(kept[name])
-    taped.search.copy_(plain.search)
+    taped.kept.search.copy_(plain.kept.search)
     for seed in (1, 2):
         normalise_batch(raw_rows(seed), plain.center, plain.scale, out=batch)
         let_latents_die(plain)
@@ -464,7 +468,7 @@ def test_plain_step_where_triton_is_missing(
     assert member_kind(config, cuda, is_transcoder=True) is Member
     assert member_kind(config, CPU) is Member
     assert make_normalise(config, CPU, Scratch(CPU)) is normalise_batch
-    monkeypatch.setattr("train.step.fused.has_triton", lambda: False)
+    monkeypatch.setattr("train.step.fused.choice.has_triton", lambda: False)
     say_plain.cache_clear()
     assert not any(fuses(config, cuda) for _ in range(3))
     assert capsys.readouterr().err.count("Triton is not installed") == 1
@@ -506,7 +510,7 @@ def test_every_kernel_compiles_for_every_target() -> None:
 
 def test_tests_see_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests run kernels, and not stand-ins: a broken one fails them."""
-    from train.step import kernels
+    from train.step.fused import backward, optimiser
 
     launched: list[Callable[..., Any]] = []
     traffic.observers.append(lambda launch: launched.append(launch.kernel))
@@ -515,8 +519,8 @@ def test_tests_see_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         ours.step(batch_of(ours, raw_rows()))
     finally:
         traffic.observers.clear()
-    assert kernels.backward_kernel in launched
-    assert kernels.adam_rows_kernel in launched
+    assert backward.backward_kernel in launched
+    assert optimiser.adam_rows_kernel in launched
 
 
 # ---- a whole run ----
@@ -534,7 +538,7 @@ def test_fused_run_resumes_near_plain(tiny_store: Path, tmp_path: Path, monkeypa
         return [load_checkpoint(outcome.final)[0].state_dict() for outcome in done if outcome.final is not None]
 
     plain = outcomes(tmp_path / "plain")
-    monkeypatch.setattr("train.step.fused.fuses", lambda config, device: True)
+    monkeypatch.setattr("train.step.fused.choice.fuses", lambda config, device: True)
     monkeypatch.setattr(
         "train.plan.place_on_device",
         lambda store, tasks, *_: place_for(store.train, make_order(store, tasks[0]), 1 << 40),

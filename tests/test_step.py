@@ -16,7 +16,7 @@ from pipeline.sae.nested import NestedSAE
 from support.reference import reference_objective, reference_update
 from train.config import RECIPES, TrainConfig, paper
 from train.plan import SHARED_PARTS, memory_bytes
-from train.step.fused import member_kind
+from train.step.fused.choice import member_kind
 from train.step.graphs import cuda_capture
 from train.step.member import Batch, Member, normalise_batch, product_dtype
 from train.step.schedules import learning_rate, sparsity_ramp

@@ -23,7 +23,7 @@ from train.feed.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
 from train.feed.order import Order
 from train.feed.resident import Place, place_for
 from train.folder import Folder, Keep
-from train.step.fused import make_normalise, member_kind
+from train.step.fused.choice import make_normalise, member_kind
 from train.step.member import Pairs, Target, product_dtype
 from train.step.sample import n_held
 from train.step.scratch import CACHE_NUMBERS, Scratch

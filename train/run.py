@@ -31,7 +31,7 @@ from train.folder import Keep, check_out
 from train.held_out import HeldOut
 from train.parallel import Processes, join
 from train.plan import RunConfig, Task
-from train.step.fused import make_normalise, member_kind
+from train.step.fused.choice import make_normalise, member_kind
 from train.step.graphs import cuda_capture
 from train.step.member import Batch, Pairs
 from train.step.scratch import Scratch

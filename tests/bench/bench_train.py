@@ -30,7 +30,7 @@ import torch
 
 from pipeline.base.runtime import resolve_device, resolve_dtype
 from train.config import TrainConfig, batchtopk, jumprelu, paper, topk
-from train.step.fused import fuses, member_kind
+from train.step.fused.choice import fuses, member_kind
 from train.step.member import Batch, Member, normalise_batch
 from train.step.scratch import Scratch
 

@@ -181,7 +181,7 @@ def profile(toy: bool, out: Path) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
 
     from train.config import batchtopk
-    from train.step.fused import make_normalise, member_kind
+    from train.step.fused.choice import make_normalise, member_kind
     from train.step.scratch import Scratch
 
     device = torch.device("cpu" if toy else "cuda")

@@ -29,7 +29,8 @@ from triton.compiler import ASTSource
 from evaluate.scores.vocabulary import compare_arguments, compare_kernel
 from train.config import RECIPES, TrainConfig
 from train.step import traffic
-from train.step.fused import FusedBatches, FusedMember
+from train.step.fused.batch import FusedBatches
+from train.step.fused.step import FusedMember
 from train.step.scratch import Scratch
 from train.step.traffic import Launch
 

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from train.config import TrainConfig
 from train.step import traffic
-from train.step.fused import FusedBatches, FusedMember
+from train.step.fused.batch import FusedBatches
+from train.step.fused.step import FusedMember
 from train.step.member import Member, normalise_batch
 from train.step.scratch import Scratch
 

@@ -1,0 +1,38 @@
+"""The large products over all latents, and the passes between those of the backward."""
+
+from __future__ import annotations
+
+import torch
+
+from train.step.fused import auxiliary
+from train.step.fused.backward import b_dec_gradient, latents_backward
+from train.step.fused.context import Step
+
+
+def decode(step: Step) -> None:
+    """Every prefix from the one before it."""
+    w_dec = step.member.adam.low["W_dec"]
+    step.decoded = step.take("decoded", len(step.terms.sizes), step.n_rows, step.d_model)
+    for i, block in enumerate(step.terms.blocks):
+        if i == 0:
+            torch.mm(step.z[:, block], w_dec[block], out=step.decoded[0])
+        else:
+            torch.addmm(step.decoded[i - 1], step.z[:, block], w_dec[block], out=step.decoded[i])
+
+
+def backward(step: Step) -> None:
+    """Gradients of all weights: matrices in the products' dtype, vectors in float32, one behind the other."""
+    low, reducer = step.member.adam.low, step.member.reducer
+    step.gradients = step.take("gradients", 2, step.width * step.d_model)
+    step.w_dec = step.gradients[0].view(step.width, step.d_model)
+    step.w_enc = step.gradients[1].view(step.d_model, step.width)
+    dz = step.take("dz", step.n_rows, step.width)
+    for block, gradient in zip(step.terms.blocks, step.decoded):
+        torch.mm(step.z[:, block].T, gradient, out=step.w_dec[block])
+    auxiliary.backward(step)
+    reducer.add_whole(step.w_dec)
+    for block, gradient in zip(step.terms.blocks, step.decoded):
+        torch.mm(gradient, low["W_dec"][block].T, out=dz[:, block])
+    latents_backward(step, dz)
+    reducer.product(step.x_low.T, dz, out=step.w_enc)
+    b_dec_gradient(step)

@@ -1,0 +1,46 @@
+"""The order of a fused step, and the member that steps so."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from train.step.fused import account, auxiliary, dense, latents, optimiser, residuals
+from train.step.fused.context import Kept, Step
+from train.step.member import Batch, Member
+
+
+class FusedMember(Member):
+    """A `Member` whose steps run in fused passes; its state, files and numbers are those of any member."""
+
+    def _prepare(self) -> None:
+        self.kept = Kept(self)
+
+    def _changed(self) -> dict[str, Tensor]:
+        return super()._changed() | self.kept.changed()
+
+    def _step(self, batch: Batch) -> None:
+        step = Step(self, self.kept, batch)
+        forward(step)
+        dense.backward(step)
+        update(step)
+
+
+def forward(step: Step) -> None:
+    """Latents, reconstructions of all prefixes and what they leave over."""
+    latents.encode(step)
+    auxiliary.find_pool(step)
+    latents.select(step)
+    dense.decode(step)
+    residuals.measure(step)
+    auxiliary.forward(step)
+
+
+def update(step: Step) -> None:
+    """Sums over processes, the optimiser, counters."""
+    reducer = step.member.reducer
+    now = account.collect(step)
+    reducer.add(step.vectors)
+    reducer.add(now.flat)
+    reducer.wait()
+    optimiser.update(step)
+    account.account(step, now)

@@ -1,0 +1,242 @@
+"""What topk and batchtopk keep: the n-th largest latent of each row or of the batch, exactly, found on the device."""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch.distributed as dist
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from train.step.fused import tiles
+from train.step.fused.activation import before_selection, columns, level_of
+from train.step.fused.context import Step
+from train.step.fused.tiles import ceil_div, next_power
+from train.step.selection import MARGIN
+from train.step.traffic import launch
+
+
+@triton.jit
+@no_type_check
+def histogram_kernel(
+    a,
+    b_enc,
+    gain,
+    shift,
+    moments,
+    ratios,
+    ends,
+    search,
+    counts,
+    n_rows,
+    width,
+    PASS: tl.constexpr,
+    N_LEVELS: tl.constexpr,
+    NORM: tl.constexpr,
+    RESCALE: tl.constexpr,
+    PART_ROWS: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_F: tl.constexpr,
+):
+    """Count latents before selection by the upper bits of their float32: those above the guess (PASS 0), all the other
+    positive ones when those were too few (PASS 1), or by the lower bits those whose upper bits are the wanted one's (PASS 2).
+
+    search, float32: the guess, the threshold, 1 where the guess was too high, and as an int32 how many are wanted of the bin.
+    """
+    guess = tl.load(search)
+    missed = tl.load(search + 2)
+    wanted = tl.load(search + 1).to(tl.int32, bitcast=True) >> 16
+    if (PASS != 1) | (missed > 0):
+        cols = tl.program_id(1) * TILE_F + tl.arange(0, TILE_F)
+        col_mask = cols < width
+        level = level_of(cols, ends, N_LEVELS)
+        bias, gains, shifts = columns(cols, width, b_enc, gain, shift, NORM)
+        first = tl.program_id(0) * PART_ROWS
+        for start in range(first, min(first + PART_ROWS, n_rows), TILE_R):
+            rows = start + tl.arange(0, TILE_R)
+            row_mask = rows < n_rows
+            mask = row_mask[:, None] & col_mask[None, :]
+            z = before_selection(
+                a,
+                rows,
+                cols,
+                level,
+                n_rows,
+                width,
+                bias,
+                gains,
+                shifts,
+                bias,
+                moments,
+                ratios,
+                N_LEVELS,
+                0,
+                NORM,
+                RESCALE,
+            )
+            key = z.to(tl.int32, bitcast=True)
+            if PASS == 0:
+                tl.atomic_add(counts + (key >> 16), 1, mask=mask & (z > guess), sem="relaxed")
+            elif PASS == 1:
+                tl.atomic_add(counts + (key >> 16), 1, mask=mask & (z > 0) & (z <= guess), sem="relaxed")
+            else:
+                tl.atomic_add(counts + (key & 0xFFFF), 1, mask=mask & ((key >> 16) == wanted), sem="relaxed")
+
+
+@triton.jit
+@no_type_check
+def find_kernel(
+    search, counts, n, margin, PASS: tl.constexpr, LAST: tl.constexpr, N_BINS: tl.constexpr, SIZE: tl.constexpr
+):
+    """The bin that holds the n-th largest value, from the histogram of the pass; one program. What is there after the last
+    pass is the threshold, and the next step's guess a little below it; counts are 0 again."""
+    missed = tl.load(search + 2)
+    if (PASS != 1) | (missed > 0):
+        left = n + tl.zeros((), tl.int32)
+        if PASS == 2:
+            left = tl.load(search + 3).to(tl.int32, bitcast=True)
+        above = tl.zeros((), tl.int32)  # values in the bins after the chunk at hand
+        found = tl.full((), -1, tl.int32)
+        rest = left
+        for i in range(N_BINS // SIZE):
+            base = N_BINS - (i + 1) * SIZE
+            count = tl.load(counts + base + tl.arange(0, SIZE))
+            behind = above + tl.cumsum(count, 0, reverse=True)  # values in this bin and all after it
+            n_enough = tl.sum((behind >= left).to(tl.int32))
+            here = (found < 0) & (n_enough > 0)
+            later = tl.max(tl.where(behind < left, behind, above))  # values in the bins after the one that is found
+            found = tl.where(here, base + n_enough - 1, found)
+            rest = tl.where(here, left - later, rest)
+            above += tl.sum(count)
+        threshold = tl.maximum(found, 0) << 16
+        if PASS == 2:
+            threshold = (tl.load(search + 1).to(tl.int32, bitcast=True) >> 16) << 16
+            threshold = tl.where(threshold == 0, 0, threshold + tl.maximum(found, 0))
+        else:
+            tl.store(search + 3, rest.to(tl.float32, bitcast=True))
+        if PASS == 0:
+            tl.store(search + 2, tl.where(found < 0, 1.0, 0.0))
+        tl.debug_barrier()
+        tl.store(search + 1, threshold.to(tl.float32, bitcast=True))
+        tl.debug_barrier()
+    if PASS != 0:
+        for i in range(N_BINS // SIZE):
+            tl.store(counts + i * SIZE + tl.arange(0, SIZE), tl.zeros((SIZE,), tl.int32))
+    if LAST:
+        tl.store(search, tl.load(search + 1) * margin)
+
+
+@triton.jit
+@no_type_check
+def row_threshold_kernel(
+    a,
+    b_enc,
+    gain,
+    shift,
+    moments,
+    ratios,
+    ends,
+    thresholds,
+    n_rows,
+    width,
+    k,
+    FIRST_BIT: tl.constexpr,
+    N_LEVELS: tl.constexpr,
+    NORM: tl.constexpr,
+    RESCALE: tl.constexpr,
+    TILE_R: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The k-th largest latent of each row before selection, bit by bit from the highest; a program goes along TILE_R rows,
+    whose products stay in cache. FIRST_BIT: the lowest bit that is not always 0 in the products' dtype."""
+    rows = tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)
+    row_mask = rows < n_rows
+    found = tl.zeros((TILE_R,), tl.int32)
+    for i in range(31 - FIRST_BIT):
+        tried = found | (1 << (30 - i))
+        count = tl.zeros((TILE_R,), tl.int32)
+        for start in range(0, width, SIZE):
+            cols = start + tl.arange(0, SIZE)
+            col_mask = cols < width
+            mask = row_mask[:, None] & col_mask[None, :]
+            level = level_of(cols, ends, N_LEVELS)
+            bias, gains, shifts = columns(cols, width, b_enc, gain, shift, NORM)
+            z = before_selection(
+                a,
+                rows,
+                cols,
+                level,
+                n_rows,
+                width,
+                bias,
+                gains,
+                shifts,
+                bias,
+                moments,
+                ratios,
+                N_LEVELS,
+                0,
+                NORM,
+                RESCALE,
+            )
+            key = z.to(tl.int32, bitcast=True)
+            count += tl.sum(((key >= tried[:, None]) & mask).to(tl.int32), 1)
+        found = tl.where(count >= k, tried, found)
+    tl.store(thresholds + rows, found.to(tl.float32, bitcast=True), mask=row_mask)
+
+
+def find(step: Step) -> Tensor:
+    """What is kept is not below these: one number, or one a row."""
+    member = step.member
+    bias, gain, shift = step.columns("b_enc", "ln_gain", "ln_bias")
+    common = [step.a, bias, gain, shift, step.moments, step.ratios, step.ends]
+    reads = [*{id(tensor): tensor for tensor in common}.values()]
+    if step.config.activation == "topk":
+        thresholds = step.wide("row_thresholds", step.n_rows)
+        launch(
+            row_threshold_kernel,
+            (ceil_div(step.n_rows, tiles.TALL),),
+            [*common, thresholds, step.n_rows, step.width, member._kept],
+            reads=reads,
+            writes=[thresholds],
+            FIRST_BIT=step.first_bit,
+            N_LEVELS=step.n_levels,
+            TILE_R=tiles.TALL,
+            SIZE=min(tiles.LONG, next_power(step.width)),
+            **step.kept.flags,
+        )
+        return thresholds
+    if step.config.activation != "batchtopk":
+        return step.none
+    n_passes = 1 + len(step.kept.bins)
+    for index in range(n_passes):
+        counts = step.kept.bins[index == 2]
+        launch(
+            histogram_kernel,
+            step.tiles,
+            [*common, step.kept.search, counts, step.n_rows, step.width],
+            reads=[step.kept.search] if index == 1 else [*reads, step.kept.search],
+            writes=[],
+            touched={"bins": counts},
+            PASS=index,
+            N_LEVELS=step.n_levels,
+            num_warps=8,
+            **step.kept.flags,
+            **step.tiling,
+        )
+        if member.group is not None:
+            dist.all_reduce(counts, group=member.group)
+        launch(
+            find_kernel,
+            (1,),
+            [step.kept.search, counts, member._kept * step.n_rows_all, MARGIN],
+            reads=[step.kept.search] if index == 1 else [step.kept.search, counts],
+            writes=[step.kept.search, counts] if index else [step.kept.search],
+            PASS=index,
+            LAST=index == n_passes - 1,
+            N_BINS=len(counts),
+            SIZE=8192,
+            num_warps=16,
+        )
+    return step.kept.search[1:]
