@@ -8,12 +8,22 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from evaluate.scores.absorption import Asked, absorbed, average, probe_f1, split_latents
+from evaluate.scores.absorption import (
+    AbsorptionScore,
+    Asked,
+    absorbed,
+    average,
+    probe_f1,
+    probe_logits,
+    split_latents,
+)
 from evaluate.scores.labels import (
     CLASSES,
     LABELS,
     PER_TYPE,
     TRAIN_SHARE,
+    Labelled,
+    Probes,
     best_threshold,
     f1_score,
     fit_logistic,
@@ -21,6 +31,7 @@ from evaluate.scores.labels import (
     labels_of,
     train_probes,
 )
+from pipeline.sae.nested import NestedSAE, SAEConfig
 
 
 def said(text: str) -> dict[str, int]:
@@ -94,7 +105,7 @@ def test_one_token_has_no_probe() -> None:
 
 
 def test_silent_rows_count_as_one() -> None:
-    """Probes on latents that rarely fire are those of all rows with balanced classes, one row each."""
+    """Logits of probes on latents that rarely fire are those of all rows with balanced classes, one row each; so is the F1."""
     from sklearn.linear_model import LogisticRegression
 
     rng = np.random.default_rng(1)
@@ -105,11 +116,35 @@ def test_silent_rows_count_as_one() -> None:
     )
     spread = fit.std(0)
     model = LogisticRegression(class_weight="balanced", max_iter=200, tol=1e-8).fit(fit / spread, y)
-    logit, logit_test = (torch.from_numpy(model.decision_function(part / spread)) for part in (fit, test))
-    cut = max(best_threshold(logit, torch.from_numpy(y)), float(model.intercept_[0]))
-    slow = f1_score(logit_test > cut, torch.from_numpy(y_test))
-    assert 0.5 < slow < 0.95
-    assert probe_f1(fit, test, y, y_test) == pytest.approx(slow, abs=0.01)
+    slow = [model.decision_function(part / spread) for part in (fit, test)]
+    logit, logit_test, quiet = probe_logits(fit, test, y)
+    np.testing.assert_allclose(logit, slow[0], atol=0.01)
+    np.testing.assert_allclose(logit_test, slow[1], atol=0.01)
+    assert quiet == pytest.approx(float(model.intercept_[0]), abs=0.01)
+    assert quiet < -0.5
+    cut = max(best_threshold(torch.from_numpy(slow[0]), torch.from_numpy(y)), quiet)
+    wanted = f1_score(torch.from_numpy(slow[1]) > cut, torch.from_numpy(y_test))
+    assert 0.5 < wanted < 0.95
+    assert probe_f1(fit, test, y, y_test) == pytest.approx(wanted, abs=0.01)
+
+
+def test_encoded_rows_have_their_centre() -> None:
+    """What an SAE is asked to encode are the rows themselves, however far from 0 their centre: in chunks, as it encodes them."""
+    g = torch.Generator().manual_seed(0)
+    x, center = torch.randn(50, 6, generator=g), 10 * torch.randn(6, generator=g)
+    sae = NestedSAE(SAEConfig(d_model=6, width=12, levels=(12,)))
+    sae.W_enc.data = torch.randn(6, 12, generator=g)
+    at = np.arange(50)
+    rows = Labelled(at, at, np.full((50, len(LABELS)), -1, np.int8), at < 30, "words", ())
+    probes = Probes((), torch.zeros(0, 6), torch.zeros(0), (), {}, rows, x)
+    score = AbsorptionScore(sae.requires_grad_(False), probes)
+    score.encode(center)
+    z = torch.zeros(50, 12)
+    z[np.concatenate(score.rows), np.concatenate(score.latents)] = torch.from_numpy(np.concatenate(score.values))
+    wanted = sae.encode(x + center)
+    torch.testing.assert_close(z, wanted)
+    assert 0.2 < float((wanted > 0).float().mean()) < 0.8
+    assert not torch.allclose(wanted, sae.encode(x))
 
 
 def test_logistic_fit_is_sklearn_s() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,25 @@ def test_too_few_positions_are_said(place: Path) -> None:
 def test_joined_words_are_refused() -> None:
     """A tokenizer without a border behind the word is refused in one line that names the word."""
     model = TextModel(lambda texts: [[len(text)] for text in texts], lambda tokens: tokens, None, (), {})
+    with pytest.raises(UsageError, match="joins ' azaa' with what follows it"):
+        prompt_rows(some_words(), 0, model, 4)
+
+
+@pytest.mark.parametrize("changed", ["word", "question"])
+def test_words_changed_in_place_are_refused(changed: str) -> None:
+    """A tokenizer that gives a word's end another token where something follows, all else as it was; or what follows, in a
+    prompt of several lines alone."""
+
+    def tokenize(texts: Sequence[str]) -> list[list[int]]:
+        ids = [[ord(c) for c in text] for text in texts]
+        for text, row in zip(texts, ids):
+            if changed == "word" and text.endswith(first_letter.QUESTION):
+                row[-len(first_letter.QUESTION) - 1] += 1000
+            if changed == "question" and text.count("\n") > 1:
+                row[-1] += 1000
+        return ids
+
+    model = TextModel(tokenize, lambda tokens: tokens, None, (), {})
     with pytest.raises(UsageError, match="joins ' azaa' with what follows it"):
         prompt_rows(some_words(), 0, model, 4)
 

@@ -239,7 +239,17 @@ def pursuit(standard: npt.NDArray[np.float64], toward: npt.NDArray[np.float64]) 
 
 
 def probe_f1(fit: npt.NDArray[np.float32], test: npt.NDArray[np.float32], y: Bools, y_test: Bools) -> float:
-    """F1 on test types of a logistic regression on some latents [row, latent], cut where training F1 is best.
+    """F1 on test types of a logistic regression on some latents [row, latent], cut where training F1 is best."""
+    logit, logit_test, quiet = probe_logits(fit, test, y)
+    threshold = max(best_threshold(torch.from_numpy(logit), torch.from_numpy(y)), quiet)
+    return f1_score(torch.from_numpy(logit_test) > threshold, torch.from_numpy(y_test))
+
+
+def probe_logits(
+    fit: npt.NDArray[np.float32], test: npt.NDArray[np.float32], y: Bools
+) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating], float]:
+    """Logits of training and of test rows by a logistic regression on some latents, and what it says where none of them
+    fires, which is never yes.
 
     Classes weigh alike. Rows on which none of the latents fires are one row a class, as heavy as all of them: the same
     objective, and most rows are such.
@@ -252,10 +262,7 @@ def probe_f1(fit: npt.NDArray[np.float32], test: npt.NDArray[np.float32], y: Boo
     is_one = np.concatenate([y[fires], [False, True]])
     weight = np.concatenate([heavy[y[fires].astype(int)], heavy * silent])
     model = LogisticRegression(max_iter=200).fit(rows, is_one, sample_weight=weight)
-    logit, logit_test = (torch.from_numpy(model.decision_function(part)) for part in (x, test / spread))
-    quiet = float(model.intercept_[0])  # what is said where no latent fires: never yes
-    threshold = max(best_threshold(logit, torch.from_numpy(y)), quiet)
-    return f1_score(logit_test > threshold, torch.from_numpy(y_test))
+    return model.decision_function(x), model.decision_function(test / spread), float(model.intercept_[0])
 
 
 AVERAGED = ("full", "fraction", "f1", "recall", "n_latents")
