@@ -19,7 +19,7 @@ from evaluate.report.runs import Group, Results, Row
 from evaluate.report.scored import Container, Run
 from evaluate.report.svg import Panel
 from evaluate.report.table import Table
-from evaluate.report.wording import column_decimals, count, number, plus_minus, signed_plus_minus
+from evaluate.report.wording import column_decimals, count, listed, number, plus_minus, signed_plus_minus
 from evaluate.statistics import Comparison, Estimate, Replicate, compare, estimate, interpolated
 
 TITLE = "What nesting buys and costs"
@@ -37,6 +37,11 @@ class Measure:
     what: str
     label: str = ""
     row: str = ""
+
+    @property
+    def f1(self) -> str:
+        """The metric of the F1 of its features' or labels' best latents."""
+        return f"{self.family}_f1"
 
 
 FRACTION = "others than its own latents carry,"
@@ -230,15 +235,25 @@ def sentences(table: Table, measure: Measure, pair: Pair) -> list[str]:
         return [
             f"{where}, {at}, {what}: {name} {values}; without an interval, which takes two seeds, no more is claimed."
         ]
-    cost, change = cost_of(table, pair), direction(difference)
+    change = direction(difference)
     shown = f"{name} {values}, {signed_plus_minus(difference.difference, difference.half)}"
     said = f"{what} is {change} with nesting" if change else f"a difference in {what} is not shown"
     return [
         f"{where}, {at}, {said}: {shown}.",
         beside(measure, pair),
+        f1_sentence(measure, pair),
         cost_sentence(table, pair),
-        verdict(absorption_change(measure, pair, change), cost),
+        verdict(GOOD_IF_LOW[absorption_change(measure, pair, change)], f1_change(measure, pair), cost_of(table, pair)),
     ]
+
+
+GOOD_IF_LOW = {"lower": "better", "higher": "worse", "": ""}
+
+
+def f1_change(measure: Measure, pair: Pair) -> str | None:
+    """better, worse or nothing that is shown of the F1 that stands beside absorption; None where there is nothing to tell by."""
+    difference = pair.difference(measure.f1)
+    return {"lower": "worse", "higher": "better", "": ""}[direction(difference)] if difference else None
 
 
 def absorption_change(measure: Measure, pair: Pair, change: str) -> str:
@@ -271,22 +286,25 @@ def cost_of(table: Table, pair: Pair) -> str:
     return {"lower": "worse", "higher": "better", "": ""}[direction(difference)] if difference else ""
 
 
-VERDICTS = {
-    ("lower", "worse"): "So nesting buys less absorption here, and pays for it in explained variance.",
-    ("lower", ""): "So nesting buys less absorption here, at no cost in explained variance that is shown.",
-    ("lower", "better"): "So nesting buys less absorption here, and more explained variance with it.",
-    ("higher", "worse"): "So nesting buys nothing here: there is more absorption, and less explained variance.",
-    ("higher", ""): "So nesting costs absorption here, and no difference in explained variance is shown.",
-    ("higher", "better"): "So nesting costs absorption here, and buys explained variance.",
-    ("", "worse"): "So nesting costs explained variance here, and what it would buy is not shown.",
-    ("", ""): "So neither what nesting buys nor what it costs is shown here.",
-    ("", "better"): "So nesting buys explained variance here, and no difference in absorption is shown.",
-}
-
-
-def verdict(change: str, cost: str) -> str:
-    """What was bought and what was paid."""
-    return VERDICTS[change, cost]
+def verdict(absorption: str, f1: str | None, ev: str) -> str:
+    """What was bought and what was paid, of absorption, F1 and explained variance, by what became of each: better, worse or
+    nothing that is shown; F1 is None where it was not scored."""
+    changes = {
+        "absorption": (absorption, "less absorption", "more absorption"),
+        "F1": (f1, "a higher F1", "a lower F1"),
+        "explained variance": (ev, "more explained variance", "less explained variance"),
+    }
+    bought = [good for change, good, _ in changes.values() if change == "better"]
+    paid = [bad for change, _, bad in changes.values() if change == "worse"]
+    open_ones = [name for name, (change, _, _) in changes.items() if change == ""]
+    rest = f"; a difference in {' or '.join(open_ones)} is not shown" if open_ones else ""
+    if bought and paid:
+        return f"So nesting buys {listed(bought)} here, and pays for it with {listed(paid)}{rest}."
+    if bought:
+        return f"So nesting buys {listed(bought)} here{rest}."
+    if paid:
+        return f"So nesting costs here and buys nothing that is shown: there is {listed(paid)}{rest}."
+    return f"So neither what nesting buys nor what it costs is shown here{rest}."
 
 
 def beside(measure: Measure, pair: Pair) -> str:
@@ -312,7 +330,8 @@ def beside(measure: Measure, pair: Pair) -> str:
         else ""
     )
     return (
-        f"Read with it ({n}an undertrained dictionary scores falsely low): best-latent F1 {pair.both(f'{family}_f1')} flat, "
+        f"Read with it ({n}an undertrained dictionary scores falsely low): best-latent F1 {pair.both(measure.f1)} flat"
+        f"{interval_text(pair.difference(measure.f1))}, "
         f"recall {pair.both(f'{family}_recall')} flat."
     )
 
@@ -325,11 +344,21 @@ def interval_text(difference: Comparison | None) -> str:
     return f" ({signed_plus_minus(difference.difference, difference.half)}{said})"
 
 
+def f1_sentence(measure: Measure, pair: Pair) -> str:
+    """F1 of known features' latents; of labels it is said with what stands beside absorption."""
+    if measure.metric != SILENT or not (both := pair.both(measure.f1)):
+        return ""
+    return f"F1 of the features’ latents is {both} flat{interval_text(pair.difference(measure.f1))}."
+
+
 def cost_sentence(table: Table, pair: Pair) -> str:
     """Explained variance of both, and its difference: at equal L0 where it was tested."""
     cell = table.line(pair.group, pair.nested).cells.get("ev")
     difference = (cell.test if cell else None) or pair.difference("ev")
-    return f"Explained variance is {pair.both('ev')} flat{interval_text(difference)}."
+    said = interval_text(difference)
+    if difference and direction(difference) and not cost_of(table, pair):
+        said = said.replace(")", "; not shown after correction for all that was tested)")
+    return f"Explained variance is {pair.both('ev')} flat{said}."
 
 
 @dataclass(frozen=True)
