@@ -54,7 +54,7 @@ class Job:
             )
         if not there:
             raise UsageError(f"{store.path}: its evaluation split is empty; harvest with --eval-tokens")
-        return Job(config, store, device, asked, Models(config, store, device), source or store)
+        return Job(config, store, device, asked, Models(config, store, device, source), source or store)
 
     def only(self, families: Sequence[str]) -> Job:
         """The same job for some of its score families; models are shared."""

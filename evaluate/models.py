@@ -17,16 +17,25 @@ if TYPE_CHECKING:
     from pipeline.model.split_lm import ModelInfo, Part, SplitLM
 
 
-class Models:
-    """Loads parts of the language model on demand; every part is checked against the store."""
+def point_of(store: Store) -> Point:
+    """Where the rows of a store come from; where nobody says the hook, the stream after the layer."""
+    return Point(int(store.config["layer"]), str(store.config.get("hook") or "resid_post"))
 
-    def __init__(self, config: EvaluateConfig, store: Store, device: torch.device) -> None:
+
+class Models:
+    """Loads parts of the language model on demand; every part is checked against the store.
+
+    `source`: the store that transcoders read, of another point than `store`, which a prefix then gives too (`reads`).
+    """
+
+    def __init__(self, config: EvaluateConfig, store: Store, device: torch.device, source: Store | None = None) -> None:
         self.config, self.store, self.device = config, store, device
         self.name = config.model or str(store.config["model"])
         self.dtype = (
             str(store.config.get("compute_dtype", store.config["dtype"])) if config.dtype == "store" else config.dtype
         )
-        self.point = Point(int(store.config["layer"]), str(store.config.get("hook") or "resid_post"))
+        self.point = point_of(store)
+        self.reads = None if source is None or source is store else point_of(source)
 
     @property
     def revision(self) -> str | None:
@@ -73,7 +82,7 @@ class Models:
             dtype=self.dtype,
             device=self.device,
             part=part,
-            layers=[self.point],
+            layers=[self.point, *([self.reads] if part == "prefix" and self.reads is not None else [])],
             attention=made_by["attention"],
             trust_remote_code=self.config.trust_remote_code,
         )

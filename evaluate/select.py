@@ -73,16 +73,7 @@ def only_fitting_scores(config: EvaluateConfig, store: Store) -> tuple[EvaluateC
         raise UsageError(
             f"{asked}: the rows of {config.store} are of no text, so there is nothing to show or read; leave it out"
         )
-    if config.target is not None and config.probing is not None:
-        raise UsageError(
-            f"--scores {','.join(config.probing.scores)}: texts are read at the point whose rows are rebuilt, and a transcoder "
-            "reads another; leave them out"
-        )
     unfit = unfit_scores(config.scores, store)
-    if config.target is not None and "first_letter" in config.scores:
-        unfit["first_letter"] = UsageError(
-            "--scores first_letter: words are read at the point whose rows are rebuilt, and a transcoder reads another"
-        )
     for family in [name for name in OF_TOKENS if name in config.scores and name not in unfit]:
         try:
             _ = Models(config, store, resolve_device(config.device)).tokenizer

@@ -41,7 +41,11 @@ class Work:
 def text_bytes(job: Job, texts: Sequence[Texts]) -> int:
     """Memory that the residuals of texts take at most, before they were tokenised."""
     itemsize = DTYPES[job.models.dtype].itemsize
-    return 0 if job.config.probing is None else most_bytes(job.config.probing, texts, job.store.d_model, itemsize)
+    return (
+        0
+        if job.config.probing is None
+        else most_bytes(job.config.probing, texts, job.store.d_model, itemsize, 1 if job.source is job.store else 2)
+    )
 
 
 def plan(job: Job, todo: Sequence[Checkpoint], held: int, n_texts: int = 0) -> planning.Plan:
@@ -88,6 +92,7 @@ def prepare_texts(job: Job, texts: Sequence[Texts]) -> tuple[Probing | None, Let
         job.store.config["bos"],
         parse_special=bool(job.store.config.get("parse_special")),
         special=job.store.config.get("special_ids"),
+        reads=job.models.reads,
     )
     folder, letters, probing = job.config.out / "probes", None, None
     if job.words is not None:

@@ -7,23 +7,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import harvest.run
 from evaluate.config import EvaluateConfig
-from evaluate.probing.job import ProbingConfig
+from evaluate.probing.first_letter import draw_words, first_letters, prompt_rows
+from evaluate.probing.job import ProbingConfig, prepare, read_texts
+from evaluate.probing.probes import ProbeConfig
+from evaluate.probing.sparse_probing import fitted_accuracy
+from evaluate.probing.texts import clipped, real_positions, text_model
 from evaluate.report.runs import read_results
 from evaluate.run import Outcome
 from evaluate.run import run as evaluate
-from pipeline.base.errors import MismatchError, UsageError
+from evaluate.scores.absorption import AbsorptionScore
+from evaluate.scores.labels import LABELS, Labelled, Probes
+from pipeline.base.errors import MismatchError
+from pipeline.model.points import Point
+from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.checkpoint import load_checkpoint
-from pipeline.sae.nested import NestedSAE
+from pipeline.sae.nested import NestedSAE, SAEConfig
 from pipeline.store.reader import Store
 from support import tiny_models
 from support.harvests import harvest_config
-from support.reference import reference_behaviour, reference_reconstruction, reference_sparse_coding
+from support.reference import (
+    reference_behaviour,
+    reference_reconstruction,
+    reference_scr,
+    reference_sparse_coding,
+    reference_tpp,
+)
 from support.train_crasher import small
 from train.plan import RunConfig
 from train.run import run as train
@@ -172,15 +187,127 @@ def test_wrong_kind_is_refused(made: Path, tmp_path: Path, places: str, target: 
 
 
 def test_other_target_is_refused(made: Path, tmp_path: Path, tiny_store: Path) -> None:
-    """A target of other rows, texts for a transcoder, and stores the wrong way round are refused."""
+    """A target of other rows, and stores the wrong way round, are refused."""
     read, target = (made / f"stores/layer_1.{hook}.zarr" for hook in ("mlp_in", "mlp_out"))
     with pytest.raises(MismatchError, match="its rows are not those of"):
         evaluate(EvaluateConfig(read, tmp_path, device="cpu", target=tiny_store, scores=("ev",)), [made / "runs"])
-    probing = ProbingConfig(sources=("nowhere",), scores=("scr",))
-    with pytest.raises(UsageError, match="--scores scr: texts are read at the point"):
-        scored(made, tmp_path, scores=("ev",), probing=probing)
-    with pytest.raises(UsageError, match="--scores first_letter: words are read at the point"):
-        scored(made, tmp_path, scores=("first_letter",))
     swapped = evaluate(EvaluateConfig(target, tmp_path, device="cpu", target=read, scores=("ev",)), [made / "runs"])
     assert all("trained on hook 'mlp_in'" in str(error) for _, error in swapped.failed)
     assert swapped.failed
+
+
+def texts_folder(folder: Path) -> Path:
+    """Texts of two attributes that their words give away, of different lengths."""
+    words = {"austen": "residual stream", "other": "small model", "female": "best times", "male": "worst line"}
+    folder.mkdir()
+    for split, n in (("train", 40), ("test", 24)):
+        pairs = [(a, b) for a in ("austen", "other") for b in ("female", "male")]
+        lines = [
+            {"text": f"{words[a]} {words[b]} " * (1 + i % 3) + f"line {i}", "author": a, "gender": b}
+            for a, b in pairs
+            for i in range(2 * n)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+PROBING = {"n_values": (2, 5), "k_values": (1, 3), "seeds": (42,), "train_size": 60, "test_size": 40, "context": 24}
+READ, MADE = Point(1, "mlp_in"), Point(1, "mlp_out")
+
+
+def test_scores_of_texts_are_of_plain_hooks(
+    made: Path, results: list[dict[str, Any]], lm_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """SCR and TPP take latents away from what the MLP adds, which the probes look at; sparse probes read latents of what the
+    MLP reads: all of the whole model's rows, by plain hooks, one text at a time, in float64."""
+    folder = lm_folder("gemma2")
+    config = ProbingConfig((str(texts_folder(tmp_path / "texts")),), probe=ProbeConfig(epochs=3, lr=0.02), **PROBING)
+    lm = SplitLM.load(str(folder), dtype="float32", part="prefix", layers=[MADE, READ])
+    tokenizer = load_tokenizer(str(folder))
+    model = text_model(lm, tokenizer, MADE, 2, reads=READ)
+    (texts,) = read_texts(config)
+    job = prepare(config, [texts], model)
+    whole, padded, n_real = tiny_models.whole_model(folder, torch.float32), torch.zeros(2, len(texts.texts), 24, 64), []
+    for i, text in enumerate(texts.texts):
+        ids = clipped(tokenizer(text, add_special_tokens=False)["input_ids"], 2, 24)
+        seen: list[Tensor] = []
+        logits(whole, torch.tensor([ids]), lambda given, out, seen=seen: seen.extend((given, out)) or out)  # type: ignore[misc]
+        kept = torch.from_numpy(real_positions(ids, model.special))
+        for k in range(2):
+            padded[k, i, : len(ids)][kept] = seen[k][0][kept]
+        n_real.append(int(kept.sum()))
+    x, y, real = padded[0], padded[1], torch.tensor(n_real)
+    group, n_compared = job.groups[0], 0
+    torch.testing.assert_close(group.bank.probed, y.sum(1) / real[:, None], rtol=1e-4, atol=1e-5)
+    for result in results:
+        sae = load_checkpoint(Path(result["checkpoint"]["path"]))[0].requires_grad_(False)
+        scores = job.score(sae, [1])
+        for task in group.tasks:
+            draw, found = task.draws[0], {name: rows for name, rows in scores.tasks[task.name].items()}
+            for reference, name in ((reference_scr, "scr"), (reference_tpp, "tpp")):
+                for row in found.get(name, []):
+                    probes = group.probed[task.name][0].probes
+                    wanted = reference(sae, x, real, draw, probes, sae.config.width, row["n"], y)
+                    assert row["value"] == pytest.approx(wanted[name], abs=1e-9), (task.name, name)
+                    n_compared += 1
+            for row in found.get("k_sparse_probe", []):
+                (train, test) = next(iter(draw.values()))
+                z = sae.encode(x) * (x.abs().sum(-1, keepdim=True) > 0)
+                pooled = z.sum(1) / real[:, None] / sae.target_scale
+                apart = (pooled[train.positive].mean(0) - pooled[train.negative].mean(0)).abs()
+                best = apart.topk(row["n"]).indices
+                assert row["value"] == pytest.approx(fitted_accuracy(pooled[:, best], train, test), abs=0.03)
+                n_compared += 1
+    assert n_compared == 2 * (2 + 2 + 2 * 2)  # transcoders; n of SCR, n of TPP, k of two attributes
+
+
+def test_all_scores_of_texts_are_given(made: Path, tmp_path: Path) -> None:
+    """An evaluation of transcoders gives SCR, TPP and sparse probing like one of SAEs, and says why it has no first letters."""
+    probing = ProbingConfig((str(texts_folder(tmp_path / "texts")),), probe=ProbeConfig(epochs=2, lr=0.02), **PROBING)
+    outcome = scored(made, tmp_path / "out", scores=("ev", "first_letter"), probing=probing)
+    assert not outcome.failed
+    for entry in outcome.results:
+        data = json.loads(Path(entry["path"]).read_text())
+        assert {"scr", "tpp", "k_sparse_probe"} <= data["series"].keys()
+        assert data["first_letter"]["why"].startswith("First letters were not scored")
+        assert all(
+            "accuracy_residual" in task
+            for task in data["sample"]["probing"].values()
+            if "k_sparse_probe" in task["scores"]
+        )
+
+
+def test_words_are_read_and_made(lm_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """First letters of a transcoder: probes look at words' rows at the point that it makes, it encodes those at the point that
+    it reads, of one pass; both as at that point alone."""
+    words, tokenizer = (
+        draw_words([" times", " stream", " best", "line", " qua", " worst"], 0),
+        tiny_models.build_tokenizer(),
+    )
+    folder = str(tiny_models.make_model(tmp_path / "model", "gemma2", max_position_embeddings=512))
+
+    def rows_at(*points: Point) -> Any:
+        lm = SplitLM.load(folder, dtype="float32", part="prefix", layers=list(points))
+        model = text_model(lm, tokenizer, points[0], 2, reads=points[1] if len(points) > 1 else None)
+        return model, prompt_rows(words, 0, model, 4)
+
+    model, (read, rebuilt) = rows_at(MADE, READ)
+    assert torch.equal(read, rows_at(READ)[1][0])
+    assert torch.equal(rebuilt, rows_at(MADE)[1][0])
+    assert (
+        first_letters(words, 0, model, torch.zeros(64), 4, torch.device("cpu")).probes is None
+    )  # six words, few letters
+
+
+def test_letters_are_encoded_where_read() -> None:
+    """Latents of a transcoder on words are those of the rows that it reads, not of those that its probes look at."""
+    g = torch.Generator().manual_seed(0)
+    sae = NestedSAE(SAEConfig(6, 12, (12,), d_out=5))
+    sae.W_enc.data, x, read = (torch.randn(shape, generator=g) for shape in ((6, 12), (50, 5), (50, 6)))
+    at = np.arange(50)
+    rows = Labelled(at, at, np.full((50, len(LABELS)), -1, np.int8), at < 30, "words", ())
+    score = AbsorptionScore(sae.requires_grad_(False), Probes((), torch.zeros(0, 5), torch.zeros(0), (), {}, rows, x))
+    score.encode(torch.zeros(5), read)
+    z = torch.zeros(50, 12)
+    z[np.concatenate(score.rows), np.concatenate(score.latents)] = torch.from_numpy(np.concatenate(score.values))
+    torch.testing.assert_close(z, sae.encode(read))

@@ -340,7 +340,7 @@ def logit_lens(sae: NestedSAE, unembedding: Float[Tensor, "vocab d_model"]) -> L
     n = min(N_TOKENS, len(weights))
     parts = []
     for rows in torch.split(sae.W_dec.detach().float(), 64):
-        logits = (rows / sae.scale.float()) @ weights.T
+        logits = (rows / sae.made_scale.float()) @ weights.T
         logits = logits - logits.mean(1, keepdim=True)
         up, down = logits.topk(n, 1), logits.topk(n, 1, largest=False)
         parts.append([t.cpu() for t in (up.values, up.indices, down.values, down.indices)])

@@ -312,8 +312,7 @@ def gather(
     One pass over the rows counts, and fills `together`; each further one takes as many latents as fit into MOST_FIRINGS.
     """
     config, kept = sae.config, torch.from_numpy(sample.split.kept())
-    scale = sae.target_scale if config.is_transcoder else sae.scale
-    width, unit = config.width, (sae.W_dec.detach().float().norm(dim=1) / scale.float()).cpu()
+    width, unit = config.width, (sae.W_dec.detach().float().norm(dim=1) / sae.made_scale.float()).cpu()
     counts = torch.zeros(width, dtype=torch.int64)
     with Progress(sample.n_rows, "latents, counting", "row", quiet=quiet) as bar:
         for z, first in stream(sae, sample.split, sample.context, sample.chunks):

@@ -122,9 +122,11 @@ def word_ends(
 
 
 @torch.inference_mode()
-def prompt_rows(words: Words, seed: int, model: TextModel, batch_size: int) -> Float[Tensor, "word d_model"] | int:
-    """The residual of every word's last token in its prompt, float32; or, where the model has too few positions for the
-    longest prompt, that prompt's length.
+def prompt_rows(
+    words: Words, seed: int, model: TextModel, batch_size: int
+) -> tuple[Float[Tensor, "word d_model"], Float[Tensor, "word d_made"]] | int:
+    """The rows of every word's last token in its prompt, float32: those that are encoded and those that are rebuilt, which
+    are the same ones but for transcoders; or, where the model has too few positions for the longest prompt, its length.
 
     Raises UsageError as `word_ends`. Prompts go through in order of length, so that batches hold little padding.
     """
@@ -134,18 +136,19 @@ def prompt_rows(words: Words, seed: int, model: TextModel, batch_size: int) -> F
     longest = len(bos) + max(map(len, tokens))
     if model.context_limit is not None and longest > model.context_limit:
         return longest
-    rows = None
+    found: list[Tensor] = []
     order = np.argsort([-len(ids) for ids in tokens], kind="stable")
     with Progress(len(order), "first letters", "prompt") as bar:
         for batch in np.split(order, range(batch_size, len(order), batch_size)):
-            residual = model.residual(padded([clipped(tokens[i], model.bos, longest) for i in batch]))
-            last = torch.tensor([len(bos) + ends[i] - 1 for i in batch], device=residual.device)
-            found = residual[torch.arange(len(batch), device=residual.device), last].float().cpu()
-            rows = torch.empty(len(order), found.shape[1]) if rows is None else rows
-            rows[torch.from_numpy(batch)] = found
+            last = torch.tensor([len(bos) + ends[i] - 1 for i in batch])
+            both = model.read_and_made(padded([clipped(tokens[i], model.bos, longest) for i in batch]))
+            for k, residual in enumerate(both[:1] if model.both is None else both):
+                if len(found) <= k:
+                    found.append(torch.empty(len(order), residual.shape[-1]))
+                at = last.to(residual.device)
+                found[k][torch.from_numpy(batch)] = residual[torch.arange(len(at), device=at.device), at].float().cpu()
             bar.advance(len(batch))
-    assert rows is not None
-    return rows
+    return found[0], found[-1]
 
 
 def first_letters(
@@ -163,10 +166,11 @@ def first_letters(
     `word_ends`, DamagedError for kept probes whose bytes changed.
     """
     about = {"template": "{word}" + QUESTION, "n_examples": N_EXAMPLES, "n_words": len(words.text)}
-    rows = prompt_rows(words, seed, model, batch_size)
-    if isinstance(rows, int):
-        why = f"prompts are up to {rows} tokens long and the model has {model.context_limit} positions"
+    both = prompt_rows(words, seed, model, batch_size)
+    if isinstance(both, int):
+        why = f"prompts are up to {both} tokens long and the model has {model.context_limit} positions"
         return Letters(about | {"why": f"First letters were not scored: {why}."}, None, center)
+    read, rows = both
     label = np.full((len(words.text), len(LABELS)), -1, np.int8)
     label[:, : len(LETTERS)] = words.letters[:, None] == np.arange(len(LETTERS))
     position = np.arange(len(words.text))
@@ -180,7 +184,7 @@ def first_letters(
             f"unseen words, and it takes {MIN_LETTERS}."
         )
         return Letters(about | probes.about() | {"why": why}, None, center)
-    return Letters(about, probes, center.to(device))
+    return Letters(about, probes, center.to(device), None if model.both is None else read.to(device))
 
 
 def kept_probes(x: Float[Tensor, "word d_model"], rows: Labelled, path: Path | None) -> Probes:

@@ -8,8 +8,9 @@
 Preparing runs the language model's prefix once over every text that any task uses, keeps the residuals of real positions,
 and trains every linear probe. A checkpoint then costs one encode of those rows.
 
-Memory: on the host, for the whole job, Σ over groups of (rows · d_model · itemsize + texts · d_model · 4) bytes, real positions
-only and in the model's dtype; where checkpoints are, what `texts.pooling_bytes` says. Both are in the job's plan (`work.plan`).
+Memory: on the host, for the whole job, Σ over groups of (rows · d_model · itemsize + texts · d_model · 4) bytes (8 for
+transcoders, whose probes look at other rows than they encode), real positions only and in the model's dtype; where checkpoints
+are, what `texts.pooling_bytes` says. Both are in the job's plan (`work.plan`).
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class Probing:
             if "tpp" in task.scores:
                 scores |= tpp_scores(seeds, levels, config.n_values)
         if "k_sparse_probe" in task.scores:
-            scores |= k_sparse_scores(task.draws, latents, levels, config.k_values, float(sae.scale))
+            scores |= k_sparse_scores(task.draws, latents, levels, config.k_values, float(sae.made_scale))
         return scores
 
 
@@ -203,9 +204,9 @@ def most_rows(config: ProbingConfig, texts: Sequence[Texts]) -> int:
     return config.context * sum(len(part.texts) for part in texts)
 
 
-def most_bytes(config: ProbingConfig, texts: Sequence[Texts], d_model: int, itemsize: int) -> int:
-    """Memory of the texts' residuals, likewise: rows in the model's dtype, means in float32."""
-    return d_model * (most_rows(config, texts) * itemsize + 4 * sum(len(part.texts) for part in texts))
+def most_bytes(config: ProbingConfig, texts: Sequence[Texts], d_model: int, itemsize: int, n_means: int = 1) -> int:
+    """Memory of the texts' residuals, likewise: rows in the model's dtype, means (two for transcoders) in float32."""
+    return d_model * (most_rows(config, texts) * itemsize + 4 * n_means * sum(len(part.texts) for part in texts))
 
 
 def prepare(
@@ -226,11 +227,11 @@ def prepare(
         bank = make_bank(part.texts, model, config.context, config.batch_size, part.name, left)
         identity = {**model.identity, "context": config.context, "data": part.data.sha256()}
         trained = {
-            task.name: load_or_train(bank.mean, task, config.seeds, config.probe, identity, probes_folder)
+            task.name: load_or_train(bank.probed, task, config.seeds, config.probe, identity, probes_folder)
             for task in part.tasks
             if {"scr", "tpp"} & set(task.scores)
         }
-        probed = {t.name: by_seed(t, bank.mean, trained[t.name]) for t in part.tasks if t.name in trained}
+        probed = {t.name: by_seed(t, bank.probed, trained[t.name]) for t in part.tasks if t.name in trained}
         group = TextGroup(part.name, bank, part.tasks, probed)
         sample |= {t.name: describe(t, group, part.data) for t in part.tasks}
         groups.append(group)

@@ -1,8 +1,8 @@
 """k-sparse probing: how well a classifier does that may look at k latents only. The score its critics trust most.
 
 The k latents with the largest |mean over positives − mean over negatives| of the training texts (pooled over real
-positions, in units of the residual); scikit-learn's LogisticRegression (L2, C = 1, at most 1000 iterations) on them;
-accuracy on the test texts, averaged over classes. The same classifier on the whole pooled residual is the baseline
+positions, in units of the rows that are rebuilt); scikit-learn's LogisticRegression (L2, C = 1, at most 1000 iterations) on them;
+accuracy on the test texts, averaged over classes. The same classifier on the whole pooled rows that are encoded is the baseline
 (EVALUATION.md 3).
 """
 
@@ -30,8 +30,8 @@ def k_sparse_scores(
 ) -> Scores:
     """k_sparse_probe for each level and each k up to its number of latents, by seed.
 
-    The classifier sees latents divided by the SAE's `scale`, in units of the residual: its L2 penalty would otherwise
-    depend on the units that the SAE was trained in.
+    The classifier sees latents divided by `scale`, that of the rows that the SAE makes, in their units: its L2 penalty would
+    otherwise depend on the units that the SAE was trained in.
     """
     pooled = latents.mean / scale
     scores: Scores = {}

@@ -1,8 +1,11 @@
-"""Texts as rows of the residual stream, pooled: by the mean over real positions, raw or as an SAE's latents.
+"""Texts as rows of a hook point, pooled: by the mean over real positions, raw or as an SAE's latents.
 
 SAEBench pads each text to `context` positions and sets special ones (BOS, EOS, PAD) to the zero vector; its ablation then
 runs over all of them, so that each masked position contributes f(0), the latents of the zero vector (EVALUATION.md 2.5).
 Here only real positions are kept and encoded, and f(0) once: the sums are the same and nothing is padded.
+
+A transcoder reads one point and makes the rows of another, of the same forward pass: its latents are those of the first,
+and the probes that its ablations move look at the second, where its decoder writes.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ class TextModel:
     """What turns texts into residuals.
 
     `tokenize`: token ids of each text, no special tokens added. `residual`: tokens [seq pos] → [seq pos d_model], for
-    causal models (texts are padded on the right and the padding dropped). `bos`: put first in every text, or None.
+    causal models (texts are padded on the right and the padding dropped). `both`: for transcoders, the rows that they read
+    and those that they make, which are `residual`'s, of one pass. `bos`: put first in every text, or None.
     `special`: ids whose positions are masked; the first position always is. `identity`: plain JSON that names model,
     weights, layer and dtype, for cache keys. `context_limit`: the most positions it takes, None where nobody says.
     """
@@ -45,6 +49,14 @@ class TextModel:
     special: tuple[int, ...]
     identity: Mapping[str, Any]
     context_limit: int | None = None
+    both: Callable[[Int[Tensor, "seq pos"]], tuple[Tensor, Tensor]] | None = None
+
+    def read_and_made(self, tokens: Int[Tensor, "seq pos"]) -> tuple[Tensor, Tensor]:
+        """The rows that are encoded and those that are rebuilt, [seq pos d]: the same ones, but for transcoders."""
+        if self.both is not None:
+            return self.both(tokens)
+        rows = self.residual(tokens)
+        return rows, rows
 
 
 def text_model(
@@ -55,14 +67,21 @@ def text_model(
     *,
     parse_special: bool = False,
     special: Sequence[int] | None = None,
+    reads: Point | None = None,
 ) -> TextModel:
     """A SplitLM's prefix and its Hugging Face tokenizer as a TextModel; `bos`, `parse_special` and ids that are `special` as
-    the store has them, by default what the tokenizer declares and the BOS."""
+    the store has them, by default what the tokenizer declares and the BOS. `reads`: the point that transcoders read, whose
+    rows the prefix gives too, where `layer` is the one that they make."""
     ids = special_ids(tokenizer, bos, *(special or ()))
     point = as_point(layer)
     lm_identity = {"weights_sha256": lm.weights_sha256, **point.recorded, "dtype": str(lm.dtype), "bos": bos}
     lm_identity |= {"parse_special": parse_special, "special": ids}
     options = {"add_special_tokens": False, "split_special_tokens": not parse_special}
+
+    def both(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        rows = lm.prefix(tokens.to(lm.device))
+        return rows[reads], rows[layer]
+
     return TextModel(
         tokenize=lambda texts: tokenizer(list(texts), **options)["input_ids"],
         residual=lambda tokens: lm.prefix(tokens.to(lm.device))[layer],
@@ -70,6 +89,7 @@ def text_model(
         special=tuple(ids),
         identity=lm_identity,
         context_limit=lm.context_limit,
+        both=None if reads is None else both,
     )
 
 
@@ -77,19 +97,26 @@ def text_model(
 class TextBank:
     """Residuals of the real positions of many texts, text after text, in the model's dtype, on the CPU.
 
-    rows [row, d_model]; n_real int64 [text]: rows of each; n_masked int64 [text]: its masked positions, so that the two
-    add up to `context`; mean float32 [text, d_model]: over real positions, what probes see.
+    rows [row, d_model]: what is encoded; n_real int64 [text]: rows of each; n_masked int64 [text]: its masked positions, so
+    that the two add up to `context`; mean float32 [text, d_model]: over real positions. mean_made [text, d_made]: the same of
+    the rows that transcoders make; None: of SAEs.
     """
 
     rows: Float[Tensor, "row d_model"]
     n_real: Int[Tensor, " text"]
     n_masked: Int[Tensor, " text"]
     mean: Float[Tensor, "text d_model"]
+    mean_made: Float[Tensor, "text d_made"] | None = None
+
+    @property
+    def probed(self) -> Float[Tensor, "text d_made"]:
+        """What linear probes see: the means of the rows that are rebuilt, which ablation moves."""
+        return self.mean if self.mean_made is None else self.mean_made
 
     @property
     def n_bytes(self) -> int:
-        """Memory it holds: rows · d_model · itemsize, and texts · d_model · 4 for the means."""
-        return self.rows.nbytes + self.mean.nbytes
+        """Memory it holds: rows · d_model · itemsize, and texts · d_model · 4 for the means, twice for transcoders."""
+        return self.rows.nbytes + self.mean.nbytes + (0 if self.mean_made is None else self.mean_made.nbytes)
 
 
 def make_bank(
@@ -108,25 +135,29 @@ def make_bank(
         text = texts[int(n_real.argmin())]
         raise CorpusError(f"{label}: a text has no token beside special ones ({text[:60]!r}); leave it out of the data")
     starts = torch.cat([torch.zeros(1, dtype=torch.long), n_real.cumsum(0)])
-    rows = None
+    rows, mean_made = None, None
     order = np.argsort([-len(ids) for ids in tokens], kind="stable")
     with Progress(len(texts), f"residuals of {label}", "text") as bar:
         for batch in np.split(order, range(batch_size, len(order), batch_size)):
-            residual = model.residual(padded([tokens[i] for i in batch])).cpu()
+            read, made = (part.cpu() for part in model.read_and_made(padded([tokens[i] for i in batch])))
             if rows is None:
-                require_room(len(texts), int(starts[-1]), residual, label, limit)
-                rows = torch.empty(int(starts[-1]), residual.shape[-1], dtype=residual.dtype)
-            for i, of_text in zip(batch, residual):
-                rows[starts[i] : starts[i + 1]] = of_text[: len(tokens[i])][torch.from_numpy(real[i])]
+                require_room(len(texts), int(starts[-1]), read, label, limit, n_means=1 if model.both is None else 2)
+                rows = torch.empty(int(starts[-1]), read.shape[-1], dtype=read.dtype)
+                mean_made = None if model.both is None else torch.empty(len(texts), made.shape[-1])
+            for i, of_text, of_made in zip(batch, read, made):
+                chosen = torch.from_numpy(real[i])
+                rows[starts[i] : starts[i + 1]] = of_text[: len(tokens[i])][chosen]
+                if mean_made is not None:
+                    mean_made[i] = of_made[: len(tokens[i])][chosen].float().mean(0)
             bar.advance(len(batch))
     assert rows is not None, "make_bank needs at least one text"
     mean = torch.stack([part.float().mean(0) for part in torch.split(rows, n_real.tolist())])
-    return TextBank(rows, n_real, context - n_real, mean)
+    return TextBank(rows, n_real, context - n_real, mean, mean_made)
 
 
-def require_room(n_texts: int, n_rows: int, residual: Tensor, label: str, limit: int | None) -> None:
-    """Raise UsageError where so many rows as those of `residual`, and a mean a text, take more than `limit` bytes."""
-    n_bytes = residual.shape[-1] * (n_rows * residual.element_size() + 4 * n_texts)
+def require_room(n_texts: int, n_rows: int, residual: Tensor, label: str, limit: int | None, n_means: int = 1) -> None:
+    """Raise UsageError where so many rows as those of `residual`, and means of texts, take more than `limit` bytes."""
+    n_bytes = residual.shape[-1] * (n_rows * residual.element_size() + 4 * n_texts * n_means)
     if limit is not None and n_bytes > limit:
         raise UsageError(
             f"residuals of {n_texts:,} texts ({label}) take {human_bytes(n_bytes)} of the host's memory, "
@@ -233,5 +264,5 @@ def whole_texts(lengths: Sequence[int], limit: int) -> tuple[int, int]:
 
 
 def raw_decoder(sae: NestedSAE) -> Float[Tensor, "latent d_model"]:
-    """Decoder rows in the space of raw residuals, float32: W_dec / scale, since decode divides by the scale."""
-    return sae.W_dec.detach().float() / sae.scale.float()
+    """Decoder rows in the space of the raw rows that are rebuilt, float32: decode divides by their scale."""
+    return sae.W_dec.detach().float() / sae.made_scale.float()

@@ -99,11 +99,12 @@ class AbsorptionScore:
         a, b = np.searchsorted(wanted, [first, first + batch.kept.numel()])
         self.add(int(a), z[torch.from_numpy(np.searchsorted(position, wanted[a:b])).to(z.device)])
 
-    def encode(self, center: Float[Tensor, " d_model"]) -> None:
-        """Take all labelled rows, encoded here; `center` is what was taken off them."""
+    def encode(self, center: Float[Tensor, " d_model"], read: Float[Tensor, "row d_in"] | None = None) -> None:
+        """Take all labelled rows, encoded here; `center` is what was taken off them. `read`: what a transcoder reads instead."""
         step = max(1, CHUNK_ELEMENTS // self.sae.config.width)
         for first in range(0, len(self.probes.x), step):
-            self.add(first, self.sae.encode(self.probes.x[first : first + step] + center))
+            part = slice(first, first + step)
+            self.add(first, self.sae.encode(self.probes.x[part] + center if read is None else read[part]))
 
     def add(self, first: int, z: Float[Tensor, "row latent"]) -> None:
         """Take the latents of labelled rows that begin at the first-th."""
@@ -114,7 +115,7 @@ class AbsorptionScore:
 
     def results(self, levels: list[int]) -> dict[str, Any]:
         """Per level what became of each label, with means over labels; and what the probes are."""
-        norm = (self.sae.W_dec.float().norm(dim=1) / self.sae.scale).cpu().numpy()
+        norm = (self.sae.W_dec.float().norm(dim=1) / self.sae.made_scale).cpu().numpy()
         values, latents = np.concatenate(self.values), np.concatenate(self.latents)
         shape = (len(self.probes.rows.position), self.sae.config.width)
         z = csr_matrix((values * norm[latents], (np.concatenate(self.rows), latents)), shape=shape)

@@ -142,11 +142,13 @@ class Letters:
     """Words in prompts and probes of their first letters: what results say of them, beside what probes say of themselves.
 
     No probes where there is to be no number: `about` then has a sentence that says why. `center`: what was taken off rows.
+    `read`: of transcoders, the words' rows that are encoded, where the probes look at those that are rebuilt.
     """
 
     about: dict[str, Any]
     probes: Probes | None
     center: Float[Tensor, " d_model"]
+    read: Float[Tensor, "word d_in"] | None = None
 
 
 def read_probes(store: Store, n_sequences: int, text: Callable[[int], str], seed: int, device: torch.device) -> Probes:

@@ -209,7 +209,7 @@ class Scorer:
         if self.letters.probes is None:
             return self.letters.about
         score = AbsorptionScore(self.sae, self.letters.probes)
-        score.encode(self.letters.center)
+        score.encode(self.letters.center, self.letters.read)
         return self.letters.about | score.results(self.levels)
 
     def beside(self) -> dict[str, Any]:

@@ -315,8 +315,7 @@ class Attached:
 
     def _linear(self, z: Tensor) -> Tensor:
         """What latents add to the raw residual, without b_dec and centre."""
-        scale = self.sae.target_scale if self.sae.config.is_transcoder else self.sae.scale
-        return (z @ self.sae.W_dec[: self.n_latents]).float() / scale
+        return (z @ self.sae.W_dec[: self.n_latents]).float() / self.sae.made_scale
 
 
 def past_length(cache: Any) -> int:

@@ -207,6 +207,11 @@ class NestedSAE(nn.Module):
             self.register_buffer("target_center", torch.zeros(config.d_made))
             self.register_buffer("target_scale", torch.ones(()))
 
+    @property
+    def made_scale(self) -> Float[Tensor, ""]:
+        """What the rows that it makes are multiplied by in the training space: W_dec / made_scale is in their raw units."""
+        return self.target_scale if self.config.is_transcoder else self.scale
+
     def normalize(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """Raw residuals to the training space, in float32: centred, then scaled so that the mean of ‖x‖² was 1."""
         return (x.float() - self.center.float()) * self.scale.float()

@@ -249,21 +249,25 @@ def reference_firing(z: Tensor) -> dict[str, float]:
     }
 
 
-def reference_pool_ablated(sae: NestedSAE, padded: Tensor, n_real: Tensor, latents: list[int]) -> Tensor:
+def reference_pool_ablated(
+    sae: NestedSAE, padded: Tensor, n_real: Tensor, latents: list[int], made: Tensor | None = None
+) -> Tensor:
     """The long way of SCR's ablation, float64: [text pos d_model] with masked positions zero → [text d_model].
 
     Encodes every position, masked ones too, zeroes the latents, decodes, adds the SAE's error, sums over all positions and
-    divides by the number of real ones (SAEBench 0.6).
+    divides by the number of real ones (SAEBench 0.6). `made`: the rows that a transcoder makes of `padded`.
     """
     sae = copy.deepcopy(sae).double()
     x = padded.double()
     flat = (x - sae.center.double()) * sae.scale.double()
+    center, scale = (sae.target_center, sae.target_scale) if sae.config.is_transcoder else (sae.center, sae.scale)
+    beside = flat @ sae.W_skip if sae.config.skip else 0.0
 
     def decoded(z: Tensor) -> Tensor:
-        return (z @ sae.W_dec + sae.b_dec) / sae.scale.double() + sae.center.double()
+        return (z @ sae.W_dec + sae.b_dec + beside) / scale.double() + center.double()
 
     z = sae.encode_normalized(flat)
-    error = x - decoded(z)
+    error = (x if made is None else made.double()) - decoded(z)
     z[..., latents] = 0
     return (decoded(z) + error).sum(1) / n_real[:, None]
 
@@ -292,7 +296,14 @@ def reference_train_probe(
 
 
 def reference_scr(
-    sae: NestedSAE, padded: Tensor, n_real: Tensor, draw: Any, probes: Any, n_latents: int, n: int
+    sae: NestedSAE,
+    padded: Tensor,
+    n_real: Tensor,
+    draw: Any,
+    probes: Any,
+    n_latents: int,
+    n: int,
+    made: Tensor | None = None,
 ) -> dict[str, float | None]:
     """SCR of one seed at one n, the long way in float64: effects from masked latents, ablation at every position.
 
@@ -301,7 +312,7 @@ def reference_scr(
     keep = (padded.sum(-1) != 0).double()
     z = copy.deepcopy(sae).double().encode_normalized((padded.double() - sae.center.double()) * sae.scale.double())
     pooled = (z * keep[..., None]).sum(1) / n_real[:, None]
-    decoder = sae.W_dec.double() / sae.scale.double()
+    decoder = sae.W_dec.double() / (sae.target_scale if sae.config.is_transcoder else sae.scale).double()
 
     def tested(name: str, data: str, means: Tensor) -> float:
         positive, negative = draw[data][1].positive, draw[data][1].negative
@@ -309,14 +320,14 @@ def reference_scr(
         hits = int((means[positive] @ w + b > 0).sum()) + int((means[negative] @ w + b <= 0).sum())
         return hits / (len(positive) + len(negative))
 
-    clean = padded.double().sum(1) / n_real[:, None]
+    clean = (padded if made is None else made).double().sum(1) / n_real[:, None]
     before, scores = {}, {}
     for direction, ablated, data in (("scr_dir1", "second", "first"), ("scr_dir2", "first", "second")):
         train = draw[ablated][0]
         difference = pooled[train.positive].mean(0) - pooled[train.negative].mean(0)
         effects = (difference * (decoder @ probes[ablated][0].double())).abs()[:n_latents]
         chosen = effects.argsort(descending=True, stable=True)[: min(n, int((effects != 0).sum()))].tolist()
-        after = tested("both", data, reference_pool_ablated(sae, padded, n_real, chosen))
+        after = tested("both", data, reference_pool_ablated(sae, padded, n_real, chosen, made))
         before[direction] = tested("both", data, clean)
         gap = tested(data, data, clean) - before[direction]
         scores[direction] = 0.0 if gap < 0.001 else (after - before[direction]) / gap
@@ -326,13 +337,20 @@ def reference_scr(
 
 
 def reference_tpp(
-    sae: NestedSAE, padded: Tensor, n_real: Tensor, draw: Any, probes: Any, n_latents: int, n: int
+    sae: NestedSAE,
+    padded: Tensor,
+    n_real: Tensor,
+    draw: Any,
+    probes: Any,
+    n_latents: int,
+    n: int,
+    made: Tensor | None = None,
 ) -> dict[str, float]:
     """TPP of one seed at one n, the long way in float64; arguments as `reference_scr`."""
     keep = (padded.sum(-1) != 0).double()
     z = copy.deepcopy(sae).double().encode_normalized((padded.double() - sae.center.double()) * sae.scale.double())
     pooled = (z * keep[..., None]).sum(1) / n_real[:, None]
-    decoder = sae.W_dec.double() / sae.scale.double()
+    decoder = sae.W_dec.double() / (sae.target_scale if sae.config.is_transcoder else sae.scale).double()
 
     def tested(name: str, means: Tensor) -> float:
         w, b = (part.double() for part in probes[name])
@@ -340,14 +358,14 @@ def reference_tpp(
         hits = int((means[test.positive] @ w + b > 0).sum()) + int((means[test.negative] @ w + b <= 0).sum())
         return hits / (len(test.positive) + len(test.negative))
 
-    clean = padded.double().sum(1) / n_real[:, None]
+    clean = (padded if made is None else made).double().sum(1) / n_real[:, None]
     intended, unintended = [], []
     for ablated in draw:
         train = draw[ablated][0]
         difference = (pooled[train.positive].mean(0) - pooled[train.negative].mean(0)).clamp(min=0)
         effects = (difference * (decoder @ probes[ablated][0].double()))[:n_latents]
         chosen = effects.argsort(descending=True, stable=True)[: min(n, int((effects != 0).sum()))].tolist()
-        after = reference_pool_ablated(sae, padded, n_real, chosen)
+        after = reference_pool_ablated(sae, padded, n_real, chosen, made)
         falls = {name: tested(name, clean) - tested(name, after) for name in draw}
         intended.append(falls.pop(ablated))
         unintended.append(sum(falls.values()) / len(falls))
