@@ -38,7 +38,7 @@ def cli() -> None:
 def demo(out: Path, seed: tuple[int, ...]) -> None:
     """Harvest a small real Gemma-2 over real text, train 18 flat and nested SAEs of equal sparsity, score them, write the report.
 
-    Takes two and a half minutes on two cores; nothing is downloaded and nothing is canned. Killed or stopped, the same
+    Takes about two minutes on two cores; nothing is downloaded and nothing is canned. Killed or stopped, the same
     command goes on where it was.
     """
     experiment = experiments.Experiment.read(Path("demo.toml"))

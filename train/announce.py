@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from pipeline.base.files import human_bytes
+from pipeline.base.processes import is_launched
 from pipeline.base.progress import format_seconds, say
 from pipeline.store.layout import SplitLayout
 from train import plan
 from train.folder import Keep
-from train.parallel import Processes, is_torchrun
+from train.parallel import Processes
 from train.plan import RunConfig, Task
 from train.stores import Stores
 
@@ -35,7 +37,7 @@ def announce(stores: Stores, tasks: Sequence[Task], passes: Sequence[Sequence[Ta
 def say_share(job: RunConfig, tasks: Sequence[Task], processes: Processes) -> None:
     """Say that this process trains a part of the members, where RANK and WORLD_SIZE say so."""
     if processes.group is None and processes.n > 1:
-        alone = "" if is_torchrun() else " but not torchrun's; unset both to train all of them here"
+        alone = "" if is_launched() else " but not torchrun's; unset both to train all of them here"
         say(
             f"process {processes.rank} of {processes.n}: {len(tasks)} of {len(job.members)} members, as RANK and WORLD_SIZE in "
             f"the environment say{alone}"
@@ -51,15 +53,17 @@ def announce_planned(
         say(f"{len(group)} side by side, memory: {plan.memory_text(plan.pass_memory(rows, group, device))}")
 
 
-def say_costs(job: RunConfig, rows: SplitLayout, tasks: Sequence[Task], device: torch.device) -> None:
-    """For a dry run: every member, memory, disk and a rough time."""
+def say_costs(job: RunConfig, rows: SplitLayout, tasks: Sequence[Task], device: torch.device, n: int) -> None:
+    """For a dry run in n processes: every member, memory, disk and a rough time."""
     for task in tasks:
         config = task.config
         say(f"  {task.folder.name}: {config.recipe}, width {config.width}, {config.steps} steps, {task.status}")
     disk = plan.disk_bytes(rows, tasks, Keep.parse(job.keep))
     say(f"memory free: {human_bytes(plan.free_memory(device))}; disk: at most {human_bytes(disk)}")
-    seconds = plan.estimate_seconds(rows, tasks, device)
-    say(f"time: about {format_seconds(seconds)} (a step of each kind of member, measured now)")
+    turns = math.ceil(len(tasks) / n) / len(tasks)  # the process with most members ends last
+    seconds = plan.estimate_seconds(rows, tasks, device) * turns
+    in_processes = f" in {n} processes" if n > 1 else ""
+    say(f"time: about {format_seconds(seconds)}{in_processes} (a step of each kind of member, measured now)")
 
 
 def say_second_epoch(step: int, batch_size: int, n_kept: int) -> None:

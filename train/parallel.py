@@ -99,11 +99,6 @@ def require_launched(data_parallel: bool) -> None:
         )
 
 
-def is_torchrun() -> bool:
-    """Whether torchrun started this process, and not another launcher or a variable left over."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 @contextlib.contextmanager
 def join(data_parallel: bool, device: torch.device) -> Iterator[Processes]:
     """The processes of this torchrun; just this one outside of it. Raises UsageError when the environment names none."""

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from pipeline.base.errors import ADVICE, DiskError, PipelineError, UsageError, explain, one_line
+from pipeline.base.processes import is_launched
 from pipeline.base.progress import log_line, say
 from pipeline.base.startup import INTERRUPTED, heard
 
@@ -49,7 +50,16 @@ class Size(Count):
         return super().convert(re.sub(r"(?i)i?b$", "", value) if isinstance(value, str) else value, param, ctx)
 
 
-COUNT, SIZE = Count(), Size()
+class CountOrAuto(click.ParamType[int | str]):
+    """A whole number of things, or the word auto."""
+
+    name = "count or auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        return "auto" if value == "auto" else COUNT.convert(value, param, ctx)
+
+
+COUNT, COUNT_OR_AUTO, SIZE = Count(), CountOrAuto(), Size()
 
 
 class Source(click.ParamType[Any]):
@@ -172,7 +182,7 @@ RANK_0_FIRST = 5.0
 def let_rank_0_speak() -> None:
     """Under torchrun, wait in all ranks but the first: an error of all is said by that one, at whose exit torchrun ends the
     others; one that rank 0 does not have is said after that."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+    if is_launched() and os.environ.get("RANK", "0") != "0":
         time.sleep(RANK_0_FIRST)
 
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.base.files import write_bytes
+from pipeline.base.processes import ROOT
 from pipeline.experiment import experiment as experiments
-from pipeline.experiment import stages
 
 HEAD = """#!/usr/bin/env bash
 #SBATCH --job-name={name}
@@ -50,7 +50,7 @@ def write_jobs(experiment: experiments.Experiment, file: Path, out: Path, sbatch
 def write_job(folder: Path, name: str, stage: str, words: list[str], sbatch: str) -> None:
     """One job's script: the directives, then the stage's command with this interpreter."""
     extra = "".join(f"#SBATCH {word}\n" for word in shlex.split(sbatch))
-    head = HEAD.format(name=name, log=folder / f"{name}.log", extra=extra, root=shlex.quote(str(stages.ROOT)))
+    head = HEAD.format(name=name, log=folder / f"{name}.log", extra=extra, root=shlex.quote(str(ROOT)))
     write_script(folder / f"{name}.sh", head + shlex.join([sys.executable, "-m", stage, *words]) + "\n")
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import PipelineError, UsageError
+from pipeline.base.processes import ROOT, die_with_parent, python_path
 from pipeline.base.progress import LOG_VARIABLE
-
-ROOT = Path(__file__).parents[2]
-"""The checkout: `data/` lies here, and stages run here so that `evaluate` is ours whatever else is installed."""
 
 
 def options(settings: Mapping[str, Any], *, negatable: bool = False) -> list[str]:
@@ -128,11 +124,6 @@ def pass_on(stage: str, words: Sequence[str]) -> None:
     )
 
 
-def python_path() -> str:
-    """PYTHONPATH with the checkout first."""
-    return os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
-
-
 def stage_environment(log: Path) -> dict[str, str]:
     """Our environment with the log's path, and with the checkout first where Python looks.
 
@@ -140,10 +131,3 @@ def stage_environment(log: Path) -> dict[str, str]:
     step several times slower (NOTES.md)."""
     waiting = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     return os.environ | waiting | {"PYTHONPATH": python_path(), LOG_VARIABLE: str(log.resolve())}
-
-
-def die_with_parent() -> None:
-    """In the child before exec: have the kernel kill it when its parent dies (Linux; elsewhere it lives on)."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

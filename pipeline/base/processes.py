@@ -1,0 +1,33 @@
+"""Processes that belong together: those that one starts for its own work, and those that a launcher started side by side."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+"""The checkout: `data/` lies here, and stages run here so that `evaluate` is ours whatever else is installed."""
+SPREAD_VARIABLE = "TRAIN_PROCESSES"
+"""Environment variable in the processes of one `python -m train --processes N`, the first one included: N."""
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", SPREAD_VARIABLE)
+"""Environment variables that say who set RANK and WORLD_SIZE: torchrun, or we."""
+
+
+def is_launched() -> bool:
+    """Whether torchrun or `--processes` gave this process its rank, and not another launcher or a variable left over."""
+    return any(name in os.environ for name in LAUNCHERS)
+
+
+def python_path() -> str:
+    """PYTHONPATH with the checkout first."""
+    return os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
+
+
+def die_with_parent() -> None:
+    """In the child before exec: have the kernel kill it when its parent dies (Linux; elsewhere it lives on)."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
