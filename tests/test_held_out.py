@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from pipeline.base.errors import UsageError
 from pipeline.sae.checkpoint import load_checkpoint
+from pipeline.store.kept import KeptRows
 from pipeline.store.reader import Store
 from support.train_crasher import small
 from train import held_out
@@ -99,7 +100,7 @@ def test_the_sample_is_spread_and_bounded(tiny_store: Path, monkeypatch: pytest.
     monkeypatch.setattr(held_out, "ROWS", 50)
     monkeypatch.setattr(held_out, "CHUNKS", 2)
     split = Store.open(tiny_store).eval
-    found = HeldOut.read(split, split.kept(5.0), torch.device("cpu"))
+    found = HeldOut.read(split, split.kept_rows(5.0), torch.device("cpu"))
     assert found is not None
     assert found.x.shape == (50, 64)
     kept = split.kept(5.0)
@@ -109,11 +110,11 @@ def test_the_sample_is_spread_and_bounded(tiny_store: Path, monkeypatch: pytest.
     assert torch.equal(found.x[-1], allowed[-1])
 
 
-def test_constant_rows_are_not_scored(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_constant_rows_are_not_scored(tiny_store: Path) -> None:
     """Nothing of them can be explained: no division by zero."""
     split = Store.open(tiny_store).eval
-    monkeypatch.setattr(split, "kept", lambda max_norm: np.arange(split.n_rows) == 3)
-    assert HeldOut.read(split, split.kept(None), torch.device("cpu")) is None
+    one = KeptRows.of(iter([np.arange(split.n_rows) == 3]), split.chunk_rows)
+    assert HeldOut.read(split, one, torch.device("cpu")) is None
 
 
 def test_logs_get_them_by_level() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import shutil
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.base.errors import DamagedError, StoreError, UsageError
+from pipeline.store.kept import KeptRows
+from pipeline.store.mapping import MappedShard
 from pipeline.store.reader import Split, Store
 from support.stores import make_store
+from train.feed import loader
 from train.feed.bodies import BodyCheck
 from train.feed.loader import Feed, Loader, idle_seconds, resolve_mode
 from train.feed.order import Order, share_of
@@ -29,7 +33,7 @@ def orders(draw: st.DrawFn) -> Order:
     n_rows, chunk_rows = draw(st.integers(1, 200)), draw(st.integers(1, 40))
     kept = np.array(draw(st.lists(st.booleans(), min_size=n_rows, max_size=n_rows)))
     kept[draw(st.integers(0, n_rows - 1))] = True
-    return Order(kept, chunk_rows, draw(st.integers(0, 5)), draw(st.none() | st.integers(1, 120)))
+    return Order(KeptRows.of(iter([kept]), chunk_rows), draw(st.integers(0, 5)), draw(st.none() | st.integers(1, 120)))
 
 
 def delivered(order: Order, position: int, batch_size: int, n_batches: int) -> list[list[int]]:
@@ -45,7 +49,21 @@ def delivered(order: Order, position: int, batch_size: int, n_batches: int) -> l
 def test_epoch_yields_each_kept_row_once(order: Order, epoch: int) -> None:
     """Every kept row comes exactly once in an epoch."""
     (rows,) = delivered(order, epoch * order.n_kept, order.n_kept, 1)
-    assert sorted(rows) == np.flatnonzero(order.kept).tolist()
+    assert sorted(rows) == np.flatnonzero(order.kept.mask(np.arange(order.n_chunks))).tolist()
+
+
+@given(st.data(), st.integers(1, 20), st.integers(1, 3), st.integers(1, 100))
+def test_kept_rows_are_a_bit_each(data: st.DataObject, chunk_rows: int, shard_chunks: int, n_rows: int) -> None:
+    """Packed shard by shard, the masks come back: by chunk, in any order, and as numbers of rows."""
+    kept = np.array(data.draw(st.lists(st.booleans(), min_size=n_rows, max_size=n_rows)))
+    rows = chunk_rows * shard_chunks
+    packed = KeptRows.of((kept[a : a + rows] for a in range(0, n_rows, rows)), chunk_rows)
+    chunks = np.array(data.draw(st.permutations(range(-(-n_rows // chunk_rows)))))
+    parts = [np.flatnonzero(kept[c * chunk_rows : (c + 1) * chunk_rows]) + c * chunk_rows for c in chunks.tolist()]
+    assert packed.rows(chunks).tolist() == np.concatenate(parts).tolist()
+    assert packed.in_chunks()[chunks].tolist() == [len(part) for part in parts]
+    assert packed.bits.nbytes == len(chunks) * -(-chunk_rows // 8)
+    assert (packed & KeptRows.of(iter([~kept]), chunk_rows)).in_chunks().sum() == 0
 
 
 @given(orders(), st.integers(1, 50), st.integers(0, 12))
@@ -63,7 +81,7 @@ def test_window_spans_at_most_its_rows(order: Order) -> None:
     assert sum(sizes) == order.n_chunks
     assert max(sizes) - min(sizes) <= 1
     for index, chunks in enumerate(order.chunks(1)):
-        assert set(order.window(1, index).rows // order.chunk_rows) <= set(chunks.tolist())
+        assert set(order.window(1, index).rows // order.kept.chunk_rows) <= set(chunks.tolist())
 
 
 @given(orders(), st.integers(1, 6), st.integers(1, 20), st.integers(0, 50))
@@ -81,17 +99,17 @@ def test_shares_are_equal_parts_of_batch(order: Order, n_parts: int, size: int, 
 
 def test_order_window_spans_at_most_rows() -> None:
     """A window of an order spans its rows at most."""
-    order = Order(np.ones(1000, bool), 10, 0, 250)
+    order = Order(KeptRows.of(iter([np.ones(1000, bool)]), 10), 0, 250)
     assert [len(chunks) for chunks in order.chunks(1)] == [25, 25, 25, 25]
     assert [len(chunks) for chunks in order.chunks(0)] == [3, 22, 25, 25, 25]
-    assert Order(np.ones(1000, bool), 10, 0, 240).n_windows == 5
+    assert Order(KeptRows.of(iter([np.ones(1000, bool)]), 10), 0, 240).n_windows == 5
 
 
 @pytest.mark.parametrize("window_rows", [None, 256])
 def test_epochs_and_seeds_differ_in_order(window_rows: int | None) -> None:
     """Epochs and seeds have orders of their own."""
-    first = delivered(Order(np.ones(512, bool), 16, 0, window_rows), 0, 512, 2)
-    other = delivered(Order(np.ones(512, bool), 16, 1, window_rows), 0, 512, 1)
+    first = delivered(Order(KeptRows.of(iter([np.ones(512, bool)]), 16), 0, window_rows), 0, 512, 2)
+    other = delivered(Order(KeptRows.of(iter([np.ones(512, bool)]), 16), 1, window_rows), 0, 512, 1)
     assert first[0] != first[1]
     assert first[0] != other[0]
 
@@ -99,7 +117,7 @@ def test_epochs_and_seeds_differ_in_order(window_rows: int | None) -> None:
 def test_split_without_kept_rows_is_refused() -> None:
     """A split without kept rows is refused."""
     with pytest.raises(StoreError, match="no training row is left"):
-        Order(np.zeros(32, bool), 16, 0, None)
+        Order(KeptRows.of(iter([np.zeros(32, bool)]), 16), 0, None)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +128,7 @@ def compressed_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_order(split: Split, exact: bool, seed: int = 0, window_rows: int = 512) -> Order:
-    return Order(split.kept(), split.chunk_rows, seed, None if exact else window_rows)
+    return Order(split.kept_rows(), seed, None if exact else window_rows)
 
 
 def take(split: Split, order: Order, size: int, n: int, position: int = 0, threads: int = 2) -> list[Tensor]:
@@ -122,6 +140,29 @@ def take(split: Split, order: Order, size: int, n: int, position: int = 0, threa
 def bits(rows: Tensor) -> list[bytes]:
     """Rows as bytes, sorted, so that two sets of rows can be compared bit for bit."""
     return sorted(row.contiguous().view(torch.uint8).numpy().tobytes() for row in rows)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_mapped_shards_are_bounded(tiny_store: Path, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for one mapped shard of three, batches are the same and no more than two are ever mapped at once."""
+    split = Store.open(tiny_store).train
+    expected = take(split, make_order(split, exact), 50, 40)
+    alive: list[weakref.ref[Tensor]] = []
+    most = [0]
+    mapped_shard = Split.mapped_shard
+
+    def counted(self: Split, k: int) -> MappedShard:
+        found = mapped_shard(self, k)
+        alive.append(weakref.ref(found.view))
+        most[0] = max(most[0], sum(one() is not None for one in alive))
+        return found
+
+    monkeypatch.setattr(Split, "mapped_shard", counted)
+    monkeypatch.setattr(loader, "MOST_MAPPED", 1)
+    found = take(split, make_order(split, exact), 50, 40, threads=1)
+    assert all(map(torch.equal, found, expected))
+    assert len(alive) > 3
+    assert most[0] <= 2  # the one that is read, and the one that takes its place
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -259,6 +259,17 @@ def test_evaluation_uses_the_training_median(tiny_store: Path) -> None:
     assert np.array_equal(store.eval.kept(), ~store.eval.special.reshape(-1) & (store.eval.norm <= limit))
 
 
+def test_ranges_are_read_by_shard(tiny_store: Path) -> None:
+    """Tokens, special positions and kept rows of some sequences, within a shard and across two, are those of the whole."""
+    split = Store.open(tiny_store).train
+    for first, stop in ((0, 152), (3, 5), (60, 70), (64, 128), (150, 152), (7, 7)):
+        assert np.array_equal(split.tokens_of(first, stop), split.tokens[first:stop])
+        assert np.array_equal(split.special_of(first, stop), split.special[first:stop])
+        for multiple in ("store", 1.5, None):
+            kept = split.kept(multiple)  # type: ignore[arg-type]
+            assert np.array_equal(split.kept_of(first, stop, multiple), kept[16 * first : 16 * stop])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "float32"])
 def test_estimate_is_exact_to_one_percent(tmp_path: Path, dtype: str) -> None:
     """The estimate is exact to one per cent."""

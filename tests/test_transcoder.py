@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.base.errors import CheckpointError, DamagedError, MismatchError, UsageError
 from pipeline.sae.checkpoint import load_checkpoint, read_header, save_checkpoint
 from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.store.kept import KeptRows
 from pipeline.store.reader import Store
 from support.reference import away_from_start, reference_objective, reference_update
 from support.stores import make_store
@@ -211,7 +212,7 @@ def test_checkpoint_names_both_stores(pair: tuple[Path, Path], whole: list[Outco
 def test_metrics_score_rows_made(pair: tuple[Path, Path], whole: list[Outcome]) -> None:
     """The last line's held-out explained variance is of the target's rows, by the saved transcoder; it learns."""
     read, made = map(Store.open, pair)
-    kept = torch.from_numpy(Stores(read, made).kept("eval", None))
+    kept = torch.from_numpy(read.eval.kept() & made.eval.kept())
     x, y = (store.eval.read(0, store.eval.n_rows)[kept].float() for store in (read, made))
     for outcome in whole:
         assert outcome.final is not None
@@ -250,7 +251,9 @@ def test_rows_massive_anywhere_are_out(pair: tuple[Path, Path]) -> None:
     stores = Stores.open(*pair)
     masks = [store.train.kept(1.1) for store in stores.all]
     assert (masks[0] != masks[1]).any()
-    assert np.array_equal(stores.kept("train", 1.1), masks[0] & masks[1])
+    assert np.array_equal(
+        stores.kept("train", 1.1).bits, KeptRows.of(iter([masks[0] & masks[1]]), stores.train.chunk_rows).bits
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "window", "window_rows": 512}], ids=["global", "window"])

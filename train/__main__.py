@@ -211,7 +211,7 @@ def command(
 def kept_rows(store: Path, target: Path | None, max_norm: float | None) -> int:
     """Rows of one epoch of a store, or of the rows that two have in common."""
     both = Stores(Store.open(store, check=False), None if target is None else Store.open(target, check=False))
-    return int(both.kept("train", max_norm).sum())
+    return int(both.kept("train", max_norm).in_chunks().sum())
 
 
 def in_order(shares: Sequence[Sequence[Outcome]]) -> list[Outcome]:

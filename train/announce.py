@@ -25,7 +25,7 @@ def announce(stores: Stores, tasks: Sequence[Task], passes: Sequence[Sequence[Ta
     say(f"{len(tasks)} members, {n_done} finished, {len(passes)} passes over {over} on {device}")
     for group in passes:
         order, config = plan.make_order(stores, group[0]), group[0].config
-        usable = int((~stores.train.special).sum())
+        usable = stores.train.n_rows - stores.read.statistics.n_special
         say(
             f"{len(group)} side by side in {group[0].order['mode']} order over {order.n_kept:,} rows; left out: "
             f"{usable - order.n_kept:,} massive and {stores.train.n_rows - usable:,} special; "

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.sae.nested import NestedSAE
+from pipeline.store.kept import KeptRows
 from pipeline.store.split import Split
 from train.config import TrainConfig
 
@@ -31,9 +31,7 @@ class HeldOut:
     variance: float
 
     @staticmethod
-    def read(
-        split: Split, kept: npt.NDArray[np.bool_], device: torch.device, target: Split | None = None
-    ) -> HeldOut | None:
+    def read(split: Split, kept: KeptRows, device: torch.device, target: Split | None = None) -> HeldOut | None:
         """The sample of a split's kept rows, for transcoders with the same rows of `target`; None where what is to be made
         does not vary, so that nothing can be explained. Raises DamagedError."""
         x = sampled(split, kept)
@@ -57,12 +55,13 @@ class HeldOut:
         return {"eval_ev": ev.tolist(), "eval_l0": l0.tolist()}
 
 
-def sampled(split: Split, kept: npt.NDArray[np.bool_]) -> Tensor:
+def sampled(split: Split, kept: KeptRows) -> Tensor:
     """Some kept rows of a split, evenly spread."""
     chunks = np.unique(np.linspace(0, split.n_chunks - 1, CHUNKS).round().astype(int))
     blocks = []
-    for first, stop in (split.chunk_rows_range(int(chunk)) for chunk in chunks):
-        blocks.append(split.read(first, stop)[torch.from_numpy(kept[first:stop])])
+    for chunk, mask in zip(chunks.tolist(), kept.mask(chunks)):
+        first, stop = split.chunk_rows_range(chunk)
+        blocks.append(split.read(first, stop)[torch.from_numpy(mask[: stop - first])])
     x = torch.cat(blocks)
     return x[np.unique(np.linspace(0, max(len(x) - 1, 0), min(ROWS, len(x))).round().astype(int))]
 

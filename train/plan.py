@@ -119,7 +119,7 @@ class Task:
 def make_order(stores: Stores, task: Task) -> Order:
     """The order of rows of a member's stream."""
     kept = stores.kept("train", task.config.max_norm)
-    return Order(kept, stores.train.chunk_rows, task.config.data_seed, task.order.get("window_rows"))
+    return Order(kept, task.config.data_seed, task.order.get("window_rows"))
 
 
 def make_tasks(job: RunConfig, stores: Stores, members: Sequence[TrainConfig]) -> list[Task]:

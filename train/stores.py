@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipeline.base.errors import CheckpointError, UsageError
+from pipeline.store.kept import KeptRows
 from pipeline.store.layout import SplitLayout
 from pipeline.store.pair import require_same_rows
 from pipeline.store.reader import Store
@@ -58,10 +58,10 @@ class Stores:
         """The training rows that transcoders make."""
         return None if self.target is None else self.target.train.shape
 
-    def kept(self, name: str, max_norm: float | None) -> npt.NDArray[np.bool_]:
+    def kept(self, name: str, max_norm: float | None) -> KeptRows:
         """Rows of a split ("train" or "eval") that count in every store. max_norm: the option."""
-        masks = [getattr(store, name).kept(multiple_of(store, max_norm)) for store in self.all]
-        kept: npt.NDArray[np.bool_] = np.logical_and.reduce(masks)
+        first, *others = (getattr(store, name).kept_rows(multiple_of(store, max_norm)) for store in self.all)
+        kept: KeptRows = functools.reduce(KeptRows.__and__, others, first)
         return kept
 
     def space(self, config: TrainConfig, device: torch.device) -> tuple[Tensor, float]:

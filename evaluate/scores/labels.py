@@ -154,7 +154,7 @@ class Letters:
 def read_probes(store: Store, n_sequences: int, text: Callable[[int], str], seed: int, device: torch.device) -> Probes:
     """Label rows of the first sequences of the evaluation split and train a probe a label; `seed` splits token types."""
     split, context = store.eval, store.context
-    rows = label_rows(split.tokens[:n_sequences], ~split.special[:n_sequences], text, seed)
+    rows = label_rows(split.tokens_of(0, n_sequences), ~split.special_of(0, n_sequences), text, seed)
     x = torch.empty(len(rows.position), store.d_model)
     for first in range(0, n_sequences * context, step := 64 * context):
         a, b = np.searchsorted(rows.position, [first, first + step])

@@ -79,10 +79,10 @@ class Sample:
         split, context = self.store.eval, self.store.context
         rows = slice(first * context, stop * context)
         residual = split.read(rows.start, rows.stop).to(self.device).view(stop - first, context, -1)
-        kept = ~torch.from_numpy(split.special[first:stop]).bool()
+        kept = ~torch.from_numpy(split.special_of(first, stop)).bool()
         has_tokens = split.shape.layout.has_tokens
-        tokens = torch.from_numpy(split.tokens[first:stop]).long() if has_tokens else torch.full(kept.shape, -1)
-        normal = torch.from_numpy(split.kept()[rows]).view_as(kept)[kept]
+        tokens = torch.from_numpy(split.tokens_of(first, stop)).long() if has_tokens else torch.full(kept.shape, -1)
+        normal = torch.from_numpy(split.kept_of(first, stop)).view_as(kept)[kept]
         targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], 1)[kept]
         group = (torch.arange(first, stop) // GROUP_SEQUENCES)[:, None].expand_as(kept)[kept]
         index = kept.flatten().nonzero()[:, 0].to(self.device)

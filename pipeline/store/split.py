@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,8 @@ from torch import Tensor
 from pipeline.base.errors import DamagedError, StoreError, UsageError
 from pipeline.base.files import crc32c
 from pipeline.store.backend import Files, LocalFiles
+from pipeline.store.kept import KeptRows
+from pipeline.store.kept import Mask as Mask
 from pipeline.store.layout import COMMITTED, Array, SplitLayout
 from pipeline.store.mapping import MappedShard, map_file
 from pipeline.store.moments import Statistics, not_massive
@@ -33,7 +37,8 @@ def commit_tags(origin: str | None, split: str, k: int) -> tuple[int, ...]:
 
 
 Rows = npt.NDArray[np.int32]
-Mask = npt.NDArray[np.bool_]
+PARTS_HELD = 4
+"""Shards' tokens, masks and norms that a split keeps in memory, those last read."""
 
 
 def to_numpy(rows: Tensor) -> npt.NDArray[Any]:
@@ -87,6 +92,7 @@ class Split:
         )
         self.n_chunks = -(-self.n_rows // self.chunk_rows)
         self.arrays = shape.arrays
+        self._part = functools.lru_cache(PARTS_HELD)(self._read_part)
         self._index: dict[int, Index] = {}
         self._records: dict[int, tuple[int, ...]] = {}
         self._checksums: dict[int, list[bytes]] = {}
@@ -109,24 +115,55 @@ class Split:
     @cached_property
     def moments(self) -> npt.NDArray[np.float64]:
         """Count, Σ‖x‖², Σx of each shard's non-special rows, float64 [n_shards, 2 + d_model]."""
-        return np.concatenate([self._committed("moments", k) for k in range(self.n_shards)])
+        return np.concatenate([self._read_part("moments", k) for k in range(self.n_shards)])
 
     def kept(self, max_norm: float | Literal["store"] | None = "store") -> Mask:
         """Rows that count, bool [n_rows]: not special, and norm at most `max_norm` times the training median.
 
         "store" takes the multiple of the store's own statistics; None keeps massive rows too.
         """
-        usable = ~self.special.reshape(-1)
+        return np.concatenate([self.shard_kept(k, max_norm) for k in range(self.n_shards)])
+
+    def kept_rows(self, max_norm: float | Literal["store"] | None = "store") -> KeptRows:
+        """The same, a bit a row. Reads one shard's norms at a time."""
+        return KeptRows.of((self.shard_kept(k, max_norm) for k in range(self.n_shards)), self.chunk_rows)
+
+    def kept_of(self, first: int, stop: int, max_norm: float | Literal["store"] | None = "store") -> Mask:
+        """The same of the rows of sequences first … stop − 1, bool [row]."""
+        context = self.shape.layout.context
+        return self._rows_of(first * context, stop * context, lambda k: self.shard_kept(k, max_norm))
+
+    def shard_kept(self, k: int, max_norm: float | Literal["store"] | None = "store") -> Mask:
+        """The same of shard k, bool [row]."""
+        usable = self.shard_usable(k)
         if max_norm is None:
             return usable
         if self.statistics is None:
             raise StoreError(f"{self.files.where('')}: unfinished, so its median norm is not known; finish the harvest")
         multiple = self.statistics.massive_multiple if max_norm == "store" else max_norm
-        return usable & not_massive(self.norm, multiple, self.statistics.median_norm)
+        return usable & not_massive(self.shard_norm(k), multiple, self.statistics.median_norm)
+
+    def tokens_of(self, first: int, stop: int) -> Rows:
+        """Token ids of sequences first … stop − 1, int32 [seq, context]. Raises StoreError for rows of no text."""
+        context = self.shape.layout.context
+        tokens = self._rows_of(first * context, stop * context, lambda k: self.shard_tokens(k).reshape(-1))
+        return tokens.reshape(-1, context)
+
+    def special_of(self, first: int, stop: int) -> Mask:
+        """Special positions of sequences first … stop − 1, bool [seq, context]."""
+        context = self.shape.layout.context
+        return ~self._rows_of(first * context, stop * context, self.shard_usable).reshape(-1, context)
+
+    def _rows_of(self, start: int, stop: int, of_shard: Callable[[int], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """Rows start … stop of what `of_shard` says of the rows of a shard, of the shards that they lie in."""
+        first = start // self.shard_rows
+        parts = [of_shard(k) for k in range(first, max(-(-stop // self.shard_rows), first + 1))]
+        return np.concatenate(parts)[start - first * self.shard_rows : stop - first * self.shard_rows]
 
     def shard_tokens(self, k: int) -> Rows:
         """Token ids of shard k alone, int32 [seq, context]. Raises StoreError likewise."""
-        return read_part(self.files, self.require_tokens(), k)
+        self.require_tokens()
+        return self._part("tokens", k)
 
     def require_tokens(self) -> Array:
         """The array of tokens. Raises StoreError when there is none."""
@@ -138,15 +175,16 @@ class Split:
 
     def shard_usable(self, k: int) -> Mask:
         """Rows of shard k that are not special, bool [row]."""
-        return ~read_part(self.files, self.arrays["special"], k).reshape(-1).view(np.bool_)
+        return ~self._part("special", k).reshape(-1).view(np.bool_)
 
     def shard_norm(self, k: int) -> npt.NDArray[np.float32]:
         """‖x‖ of the rows of shard k, float32 [row]."""
-        return self._committed("norm", k)
+        return self._part("norm", k)
 
-    def _committed(self, name: str, k: int) -> npt.NDArray[Any]:
-        """Shard k's part of an array that its commit record vouches for."""
-        return read_part(self.files, self.arrays[name], k, self.record(k)[COMMITTED.index(name)])
+    def _read_part(self, name: str, k: int) -> npt.NDArray[Any]:
+        """Shard k's part of an array, compared with its commit record where that vouches for it."""
+        committed = self.record(k)[COMMITTED.index(name)] if name in COMMITTED else None
+        return read_part(self.files, self.arrays[name], k, committed)
 
     def massive(self, multiple: float | None, median: float) -> npt.NDArray[np.int64]:
         """Rows, in order, that are not special and whose norm is beyond `multiple` medians; none when it is None.
@@ -202,6 +240,7 @@ class Split:
 
     def forget(self, k: int) -> None:
         """Read shard k's record, index and checksums again when they are next needed: its files are others now."""
+        self._part.cache_clear()
         self._records.pop(k, None)
         self._index.pop(k, None)
         self._checksums.pop(k, None)

@@ -62,7 +62,7 @@ def write_store(path: Path, gb: float, d_model: int) -> None:
 
 def make_loader(store: Store, mode: str, threads: int, device: torch.device = CPU) -> Feed:
     """A feed as training makes it; `resident`, `resident window`: from rows in the device's memory."""
-    order = Order(store.train.kept(), store.train.chunk_rows, 0, WINDOW_ROWS if mode.endswith("window") else None)
+    order = Order(store.train.kept_rows(), 0, WINDOW_ROWS if mode.endswith("window") else None)
     if not mode.startswith("resident"):
         return Loader(store.train, order, BATCH, threads=threads, device=device)
     place = place_for(store.train, order, 1 << 62)

@@ -28,9 +28,9 @@ from train.step.member import normalise_batch
 def write_rows(store: Store, out: Path, steps: int, batch_size: int, data_seed: int) -> dict[str, object]:
     """Write the rows of `steps` batches; returns what OUT.json says."""
     multiple = store.statistics.massive_multiple
-    kept = store.train.kept(multiple)
+    kept = store.train.kept_rows(multiple)
     center, scale = store.mean_and_scale(multiple)
-    order = Order(kept, store.train.chunk_rows, data_seed, None)
+    order = Order(kept, data_seed, None)
     rows = np.lib.format.open_memmap(out, "w+", np.float32, (steps * batch_size, store.d_model))
     with Loader(store.train, order, batch_size) as loader:
         for step in range(steps):

@@ -14,6 +14,7 @@ in the order of the store wherever they come from one window.
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -37,6 +38,9 @@ from train.feed.order import Order, Piece, Rows, Window, share_of
 Mode = Literal["auto", "global", "window"]
 WINDOW_ROWS = 262_144
 """Default window: batch means vary 4 % more than under an exact permutation (STORAGE.md). 1.2 GB at d_model 2304."""
+
+MOST_MAPPED = 16_384
+"""Shards mapped at a time, the last that were read: a process of Linux may have 65,530 mappings, two stores are fed at most."""
 
 AHEAD = 4
 """Batches gathered ahead of the one in use."""
@@ -78,7 +82,7 @@ class MappedRows:
         self.split = split
         self.readers = readers
         self.shard_rows = split.shard_rows
-        self.shards = [split.mapped_shard(k) for k in range(split.n_shards)]
+        self.shard = functools.lru_cache(MOST_MAPPED)(split.mapped_shard)
         self.own = threading.local()
 
     def load(self, window: Window) -> Gather:
@@ -98,10 +102,10 @@ class MappedRows:
     def gather(self, rows: Rows, out: Shaped[Tensor, "row d_model"]) -> None:
         """`rows` ascending."""
         shard, within = np.divmod(rows, self.shard_rows)
-        at = self.shards[0].at(torch.from_numpy(within))  # whole shards are all laid out alike
+        at = self.shard(int(shard[0])).at(torch.from_numpy(within))  # all shards are laid out alike
         present, starts = np.unique(shard, return_index=True)
         for k, a, b in zip(present.tolist(), starts.tolist(), [*starts[1:].tolist(), len(rows)]):
-            torch.index_select(self.shards[k].view, 0, at[a:b], out=out[a:b])
+            torch.index_select(self.shard(k).view, 0, at[a:b], out=out[a:b])
 
 
 class BufferedRows:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from pipeline.base.errors import StoreError
 from pipeline.base.runtime import numpy_rng
+from pipeline.store.kept import KeptRows
 
 Rows = npt.NDArray[np.int64]
 
@@ -50,22 +51,21 @@ class Piece:
 class Order:
     """The stream of kept rows. `window_rows` is the most rows a window may span, kept or not; None: exact.
 
+    Memory: that of `kept`, 16 bytes a chunk, and 16 bytes a row of a window while it is made; an exact order's is all rows.
     Raises StoreError when no row is kept.
     """
 
-    def __init__(self, kept: npt.NDArray[np.bool_], chunk_rows: int, seed: int, window_rows: int | None) -> None:
+    def __init__(self, kept: KeptRows, seed: int, window_rows: int | None) -> None:
         self.kept = kept
-        self.chunk_rows = chunk_rows
         self.seed = seed
-        self.n_kept = int(np.count_nonzero(kept))
+        self.kept_in_chunk = kept.in_chunks()
+        self.n_kept = int(self.kept_in_chunk.sum())
         if not self.n_kept:
             raise StoreError(
                 "no training row is left without special and massive ones; raise --max-norm or harvest more"
             )
-        starts = np.arange(0, len(kept), chunk_rows)
-        self.kept_in_chunk = np.add.reduceat(kept, starts, dtype=np.int64)
-        self.n_chunks = len(starts)
-        chunks_a_window = self.n_chunks if window_rows is None else max(window_rows // chunk_rows, 1)
+        self.n_chunks = kept.n_chunks
+        chunks_a_window = self.n_chunks if window_rows is None else max(window_rows // kept.chunk_rows, 1)
         self.exact = window_rows is None
         self.n_windows = -(-self.n_chunks // chunks_a_window)
 
@@ -90,15 +90,7 @@ class Order:
     def window(self, epoch: int, index: int) -> Window:
         """One window with its rows in the order of delivery."""
         chunks = self.chunks(epoch)[index]
-        rows = np.flatnonzero(self.kept) if self.exact else self.kept_rows_of(chunks)
-        return Window(chunks, numpy_rng("rows", self.seed, epoch, index).permutation(rows))
-
-    def kept_rows_of(self, chunks: Rows) -> Rows:
-        """The kept rows of some chunks, chunk after chunk."""
-        rows = (chunks[:, None] * self.chunk_rows + np.arange(self.chunk_rows)).reshape(-1)
-        rows = rows[rows < len(self.kept)]
-        kept: Rows = rows[self.kept[rows]]
-        return kept
+        return Window(chunks, numpy_rng("rows", self.seed, epoch, index).permutation(self.kept.rows(chunks)))
 
     def pieces(self, position: int) -> Iterator[Piece]:
         """What is left of the stream from `position` on, window by window, without end."""
