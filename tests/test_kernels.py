@@ -26,7 +26,7 @@ from pipeline.sae.checkpoint import load_checkpoint
 from support.moved import count_step
 from test_graphs import Tape
 from test_step import sums_of_two
-from train.config import RECIPES, TrainConfig, batchtopk
+from train.config import RECIPES, TrainConfig, batchtopk, topk
 from train.feed.resident import place_for
 from train.plan import RunConfig, make_order
 from train.run import run
@@ -90,10 +90,13 @@ def config_of(dtype: str = "float32", **changes: Any) -> TrainConfig:
     return RECIPES[changes.pop("recipe", "paper")](**changes)
 
 
-def make(kind: type[Member], config: TrainConfig, d_model: int = D_MODEL, device: torch.device = CPU) -> Member:
+def make(
+    kind: type[Member], config: TrainConfig, d_model: int = D_MODEL, device: torch.device = CPU, sparse: bool = False
+) -> Member:
     """A member whose weights are all away from their first zeros and ones, the same in every kind and dtype."""
     wide = torch.float64 if config.dtype == "float64" else torch.float32
-    member = kind(config, d_model, torch.full((d_model,), 0.1, dtype=wide, device=device), 1.3, device, Scratch(device))
+    center = torch.full((d_model,), 0.1, dtype=wide, device=device)
+    member = kind(config, d_model, center, 1.3, device, Scratch(device), is_sparse=sparse)
     generator = torch.Generator().manual_seed(1)
     member.draws_thresholds = False
     if "log_threshold" in member.weights:
@@ -106,8 +109,8 @@ def make(kind: type[Member], config: TrainConfig, d_model: int = D_MODEL, device
     return member
 
 
-def fused(config: TrainConfig, d_model: int = D_MODEL) -> FusedMember:
-    member = make(FusedMember, config, d_model, DEVICE)
+def fused(config: TrainConfig, d_model: int = D_MODEL, sparse: bool = False) -> FusedMember:
+    member = make(FusedMember, config, d_model, DEVICE, sparse)
     assert isinstance(member, FusedMember)
     return member
 
@@ -138,9 +141,11 @@ def assert_close(found: Member, expected: Member, tolerance: float = 3e-5) -> No
         assert off <= tolerance * size, f"{name} is off by {off / size:.1e} of its largest"
 
 
-def step_both(form: dict[str, Any], n_steps: int = 2, *, n: int = ROWS, d_model: int = D_MODEL) -> None:
+def step_both(
+    form: dict[str, Any], n_steps: int = 2, *, n: int = ROWS, d_model: int = D_MODEL, sparse: bool = False
+) -> None:
     """The fused step in float32 and the plain one in float64 from the same weights on the same rows, compared."""
-    ours = fused(config_of(**form), d_model)
+    ours = fused(config_of(**form), d_model, sparse)
     plain = make(Member, config_of(**form | {"dtype": "float64"}), d_model)
     for step in range(n_steps):
         raw = raw_rows(step, n, d_model)
@@ -165,6 +170,42 @@ def test_recipe_equals_float64_step(recipe: str, n_levels: int) -> None:
 def test_form_equals_float64_step(form: str) -> None:
     """LayerNorm's forms, objectives, penalties, prefixes, clipping, controllers: a fused step is the plain one."""
     step_both(OTHER_FORMS[form])
+
+
+@pytest.mark.parametrize("n_levels", LEVELS)
+@pytest.mark.parametrize("recipe", ["topk", "batchtopk"])
+def test_sparse_step_equals_float64_step(recipe: str, n_levels: int) -> None:
+    """A fused step with products over active latents alone is the plain dense one."""
+    step_both(RECIPE_FORMS[recipe] | LEVELS[n_levels], sparse=True)
+
+
+def test_sparse_member_warms_up_densely() -> None:
+    """While k falls a sparse member's fused products are dense, its encoder by latents all the same, and then sparse."""
+    step_both(RECIPE_FORMS["batchtopk"] | {"sparsity_warmup_steps": 1, "alpha": 0.2}, sparse=True)
+
+
+@pytest.mark.parametrize("recipe", ["topk", "batchtopk"])
+def test_sparse_odd_sizes_over_programs(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged ends, several programs along each side, latents that are active on all rows, rows with more entries than a tile."""
+    monkeypatch.setattr("train.step.fused.tiles.ROWS", 16)
+    monkeypatch.setattr("train.step.fused.sparse.DIMS", 64)
+    monkeypatch.setattr("train.step.fused.sparse.PART", 32)
+    form = RECIPE_FORMS[recipe] | {"width": 70, "batch_size": 37, "levels": (0.3, 1.0), "alpha": None, "k": 20}
+    step_both(form, 2, n=37, d_model=69, sparse=True)
+
+
+@pytest.mark.parametrize("what", ["nothing active", "all equal"])
+def test_sparse_lists_never_overflow(what: str) -> None:
+    """Rows on which nothing is active, and ties without end, where every latent is: still the plain dense step."""
+    form = RECIPE_FORMS["batchtopk"] | {"aux_k": 0, "alpha": 0.2}
+    ours, plain = fused(config_of(**form), sparse=True), make(Member, config_of(**form | {"dtype": "float64"}))
+    for member in (ours, plain):
+        member.weights["W_enc"].zero_()
+        member.weights["b_enc"].fill_(-1.0 if what == "nothing active" else 0.01)
+        member.adam.refresh_low()
+        member.step(batch_of(member, raw_rows()))
+    assert_close(ours, plain)
+    assert ours.metrics()["l0"] == (0 if what == "nothing active" else WIDTH)
 
 
 @pytest.mark.parametrize(("recipe", "n", "n_steps"), [("batchtopk", 69, 2), ("paper", 69, 1), ("topk", 13, 1)])
@@ -349,11 +390,14 @@ def replay_launch(launch: Launch) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a tape stands in for CUDA's graphs where there are none")
-@pytest.mark.parametrize("recipe", ["batchtopk", pytest.param("paper", marks=pytest.mark.slow)])
-def test_recorded_fused_step_is_bit_equal(recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "sparse"),
+    [("batchtopk", False), ("batchtopk", True), pytest.param("paper", False, marks=pytest.mark.slow)],
+)
+def test_recorded_fused_step_is_bit_equal(recipe: str, sparse: bool) -> None:
     """A fused step replayed on other rows is the step: nothing of it is decided in Python."""
     config = config_of("bf16", **RECIPE_FORMS[recipe])
-    plain, taped = fused(config), fused(config)
+    plain, taped = fused(config, sparse=sparse), fused(config, sparse=sparse)
     batch = batch_of(plain, raw_rows())
     for member in (plain, taped):
         member.n_rows = 200
@@ -445,6 +489,41 @@ def test_launches_move_what_they_say(form: str, monkeypatch: pytest.MonkeyPatch)
     finally:
         traffic.observers.clear()
     assert off == {}
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="addresses are seen in the interpreter only")
+def test_sparse_launches_gather_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes at places that lists tell are what is read there, entry by entry: hardly more (lists and values come again with
+    every block of dimensions), and no less."""
+    member = fused(config_of("float32", **RECIPE_FORMS["topk"] | LEVELS[2] | {"k": 7}), d_model=64, sparse=True)
+    batch = batch_of(member, raw_rows(d_model=64))
+    member.step(batch)
+    touched, off, seen = Touched(monkeypatch), {}, set[str]()
+
+    def observe(launch: Launch) -> None:
+        if not launch.gathered:
+            return
+        seen.add(launch.kernel.__name__)
+        touched.run(launch)
+        found = sum(len(part) for part in (*touched.read, *touched.written))
+        if not launch.n_bytes * 0.97 <= found <= launch.n_bytes * 1.1 + 64:
+            off[launch.kernel.__name__] = (found, launch.n_bytes)
+
+    traffic.observers.append(observe)
+    try:
+        member.step(batch)
+    finally:
+        traffic.observers.clear()
+    assert off == {}
+    assert len(seen) == 5
+
+
+def test_sparse_step_has_one_product() -> None:
+    """A sparse step at width 65536 does no product over all latents but the encoder's, in no more than 40 launches."""
+    config = topk(width=65536, alpha=0.2, dtype="bf16")
+    dense, sparse = (count_step(config, 64, 2048, fused=True, sparse=sparse) for sparse in (False, True))
+    assert sparse["products"].launches == 1 < dense["products"].launches
+    assert sum(part.launches for part in sparse.values()) <= 40
 
 
 def test_fused_step_moves_half() -> None:
@@ -565,16 +644,16 @@ def test_fused_run_resumes_near_plain(tiny_store: Path, tmp_path: Path, monkeypa
 # ---- two processes ----
 
 
-@pytest.mark.parametrize("recipe", ["batchtopk", "paper"])
-def test_fused_processes_of_equal_rows(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("recipe", "sparse"), [("batchtopk", False), ("batchtopk", True), ("paper", False)])
+def test_fused_processes_of_equal_rows(recipe: str, sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process beside another of equal rows, each summing gradients and histograms with it, steps as one alone: sums are done
     when they are waited for and not before."""
     config = config_of(**RECIPE_FORMS[recipe])
-    alone = fused(config)
+    alone = fused(config, sparse=sparse)
     alone.step(batch_of(alone, raw_rows()))
     group = sums_of_two(monkeypatch, [])
     scratch = Scratch(DEVICE)
-    member = FusedMember(config, D_MODEL, alone.center, 1.3, DEVICE, scratch, group)
+    member = FusedMember(config, D_MODEL, alone.center, 1.3, DEVICE, scratch, group, is_sparse=sparse)
     member.load_state({name: tensor.clone() for name, tensor in fused(config).state().items()})
     member.step(batch_of(member, raw_rows()))
     for name, weight in alone.weights.items():

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
@@ -31,6 +31,7 @@ from train.parallel import Processes
 from train.plan import RunConfig
 from train.run import own_members, run
 from train.spread import Others, cores_divided, environment, n_processes
+from train.step.sparse import Choice
 from train.stores import Stores
 from train.trainee import Outcome
 
@@ -121,6 +122,14 @@ class Remembering(click.Command):
     help="On CUDA: replay each step as one graph. For small SAEs, whose kernels take longer to launch than to run.",
 )
 @click.option(
+    "--sparse",
+    type=click.Choice(get_args(Choice)),
+    default="auto",
+    show_default=True,
+    help="topk, batchtopk: matrix products over active latents alone, once k has stopped falling. auto: from width 65,536 on, "
+    "on GPUs on which that was measured to be faster (none yet).",
+)
+@click.option(
     "--verify-first", is_flag=True, help="Check every byte of the store before the first step, not beside it."
 )
 @click.option("--dry-run", is_flag=True, help="Print members, memory, disk and a rough time; train nothing.")
@@ -149,6 +158,7 @@ def command(
     processes: int | str,
     data_parallel: bool,
     cuda_graphs: bool,
+    sparse: Choice,
     verify_first: bool,
     dry_run: bool,
     planned: Path | None,
@@ -184,6 +194,7 @@ def command(
         verify_first,
         data_parallel,
         cuda_graphs,
+        sparse,
         extend,
         target,
     )

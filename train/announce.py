@@ -32,6 +32,8 @@ def announce(stores: Stores, tasks: Sequence[Task], passes: Sequence[Sequence[Ta
             f"{config.steps * config.batch_size / order.n_kept:.2f} epochs"
         )
         say(f"memory: {plan.memory_text(plan.pass_memory(stores.train.shape, group, device))}")
+        if n_sparse := sum(task.is_sparse(device) for task in group):
+            say(f"{n_sparse} of them with products over active latents alone, once k has stopped falling")
 
 
 def say_share(job: RunConfig, tasks: Sequence[Task], processes: Processes) -> None:

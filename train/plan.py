@@ -27,6 +27,7 @@ from train.step.fused.choice import make_normalise, member_kind
 from train.step.member import Pairs, Target, product_dtype
 from train.step.sample import n_held
 from train.step.scratch import CACHE_NUMBERS, Scratch
+from train.step.sparse import Choice, is_sparse
 from train.step.weights import initial_shapes
 from train.stores import Stores
 
@@ -46,7 +47,8 @@ class RunConfig:
     written. keep_state: a finished member's training state stays too, so that it can be extended. checkpoint_minutes: write
     the training state every so many minutes, and not with every checkpoint of the SAE. data_parallel: all processes of
     torchrun train every member together, instead of sharing members out. cuda_graphs: record steps and replay them, on
-    CUDA; for small SAEs, whose kernels take longer to launch than to run. extend: a new member begins with the state of a
+    CUDA; for small SAEs, whose kernels take longer to launch than to run. sparse: products over active latents alone
+    (`step/sparse.py`). extend: a new member begins with the state of a
     shorter one that is the same but for its steps (`extend.py`). target: members are transcoders, from the rows of `store` to
     those of this one.
     """
@@ -65,6 +67,7 @@ class RunConfig:
     verify_first: bool = False
     data_parallel: bool = False
     cuda_graphs: bool = False
+    sparse: Choice = "auto"
     extend: bool = False
     target: Path | None = None
 
@@ -81,18 +84,22 @@ class RunConfig:
             raise UsageError("--skip is of transcoders; give --target, the store of the rows that they are to make")
         if self.checkpoint_minutes is not None and not 0 < self.checkpoint_minutes < math.inf:
             raise UsageError(f"--checkpoint-minutes {self.checkpoint_minutes}: must be above 0")
+        if self.sparse == "on":
+            for config in self.members:
+                is_sparse("on", config, torch.device("cpu"), is_transcoder=self.target is not None)
         Keep.parse(self.keep)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One member and where it stands. `target`: the rows that it makes, where it is a transcoder."""
+    """One member and where it stands. `target`: the rows that it makes, where it is a transcoder. `sparse`: as the run chose."""
 
     folder: Folder
     order: Mapping[str, Any]
     step: int
     finished: bool
     target: SplitLayout | None = None
+    sparse: Choice = "auto"
 
     @property
     def d_out(self) -> int | None:
@@ -103,6 +110,10 @@ class Task:
     def config(self) -> TrainConfig:
         """Its config, dtype resolved."""
         return self.folder.config
+
+    def is_sparse(self, device: torch.device) -> bool:
+        """Whether it steps with sparse products on the device."""
+        return is_sparse(self.sparse, self.config, device, is_transcoder=self.target is not None)
 
     @property
     def stream(self) -> tuple[Any, ...]:
@@ -133,7 +144,9 @@ def planned_tasks(
 ) -> list[Task]:
     """The members of a store still to be made, `target` beside it. Raises MismatchError when one is there, which another store
     has made."""
-    tasks = [Task(Folder(job.out, config, {}), new_order(job, rows), 0, False, target) for config in members]
+    tasks = [
+        Task(Folder(job.out, config, {}), new_order(job, rows), 0, False, target, job.sparse) for config in members
+    ]
     for task in tasks:
         if task.folder.path.exists():
             raise MismatchError(
@@ -154,7 +167,7 @@ def from_data(
     """The tasks of these members, and the passes, that another process told."""
     folders = [Folder(job.out, config, stores.identity(config)) for config in members]
     stands = zip(folders, data["tasks"], strict=True)
-    tasks = [Task(folder, target=stores.target_layout, **stand) for folder, stand in stands]
+    tasks = [Task(folder, target=stores.target_layout, sparse=job.sparse, **stand) for folder, stand in stands]
     return tasks, [[tasks[n] for n in group] for group in data["passes"]]
 
 
@@ -175,7 +188,7 @@ def make_task(job: RunConfig, folder: Folder, new: Mapping[str, Any], target: Sp
             f"{folder.path}: trained in order {dict(order)}, asked mode {job.mode}, window_rows {job.window_rows}; "
             "leave both options out to go on, or choose another --out"
         )
-    return Task(folder, order, folder.step(), folder.final() is not None, target)
+    return Task(folder, order, folder.step(), folder.final() is not None, target, job.sparse)
 
 
 def stream_memory(rows: SplitLayout, task: Task) -> int:
@@ -191,9 +204,12 @@ def stream_memory(rows: SplitLayout, task: Task) -> int:
     return total
 
 
-def memory_bytes(config: TrainConfig, d_model: int, device: torch.device, d_out: int | None = None) -> dict[str, int]:
+def memory_bytes(
+    config: TrainConfig, d_model: int, device: torch.device, d_out: int | None = None, is_sparse: bool = False
+) -> dict[str, int]:
     """Bytes of one member by part: weights (with the products' copy), optimiser, counters; activations and gradients are
-    those of the member that is stepping (SHARED_PARTS). `config.dtype` is resolved; `d_out`: of a transcoder."""
+    those of the member that is stepping (SHARED_PARTS). `config.dtype` is resolved; `d_out`: of a transcoder; `is_sparse`: with
+    lists of active latents, which have room for all on CUDA, and a gradient's copy elsewhere."""
     low = product_dtype(config.dtype).itemsize
     wide = max(low, 4)
     n_rows, width, shape = config.batch_size, config.width, config.sae_config(d_model, d_out)
@@ -205,12 +221,17 @@ def memory_bytes(config: TrainConfig, d_model: int, device: torch.device, d_out:
     n_chunks = 6 if shape.layernorm != "none" else 3
     rows = n_rows * (low * (d_model + made * (shape.n_levels + bool(config.aux_k) + config.skip)) + 3 * made * wide)
     rows += n_rows * made * wide * (config.skip + (d_out is not None))
+    lists = n_rows * width * 8 if device.type == "cuda" else width * d_model * low + config.k * n_rows * 64
     pool = min(2 * config.aux_k, width) * (n_rows * 3 + made) * low
     return {
         "weights": n_weights * wide + (matrices * low if low != wide else 0),
         "optimiser": 2 * n_weights * wide,
         "counters": width * (8 + 2 * wide) + 8 * made + n_held(config) * d_model * low,
-        "activations": n_latent_arrays * n_rows * width * low + n_chunks * chunk * wide + rows + pool,
+        "activations": n_latent_arrays * n_rows * width * low
+        + n_chunks * chunk * wide
+        + rows
+        + pool
+        + lists * is_sparse,
         "gradients": matrices * low,
     }
 
@@ -218,7 +239,7 @@ def memory_bytes(config: TrainConfig, d_model: int, device: torch.device, d_out:
 def member_memory(rows: SplitLayout, task: Task, device: torch.device) -> dict[str, int]:
     """Bytes by part, with the snapshots from which its checkpoints are written."""
     d_model = rows.layout.d_model
-    parts = memory_bytes(task.config, d_model, device, task.d_out)
+    parts = memory_bytes(task.config, d_model, device, task.d_out, task.is_sparse(device))
     snapshot = 2 * parts["optimiser"] + parts["counters"]  # weights and both moments; the SAE
     return parts | {"snapshot": snapshot, "held out": held_out.memory_bytes(task.config, d_model, task.d_out)}
 
@@ -320,24 +341,27 @@ def estimate_seconds(rows: SplitLayout, tasks: Sequence[Task], device: torch.dev
     left = [task for task in tasks if not task.finished]
     d_model = rows.layout.d_model
     measured = {
-        kind: step_seconds(kind[0], d_model, device, kind[1])
-        for kind in {(kind_of(task.config), task.d_out) for task in left}
+        kind: step_seconds(kind[0], d_model, device, kind[1], kind[2])
+        for kind in {time_kind(task, device) for task in left}
     }
-    return sum((task.config.steps - task.step) * measured[kind_of(task.config), task.d_out] for task in left)
+    return sum((task.config.steps - task.step) * measured[time_kind(task, device)] for task in left)
 
 
-def kind_of(config: TrainConfig) -> TrainConfig:
-    """The config without what a step takes no other time for."""
-    return dataclasses.replace(config, seed=0, data_seed=0, init_from="")
+def time_kind(task: Task, device: torch.device) -> tuple[TrainConfig, int | None, bool]:
+    """What a step's time depends on: the config without what it does not, d_out of a transcoder, sparse products."""
+    config = dataclasses.replace(task.config, seed=0, data_seed=0, init_from="")
+    return config, task.d_out, task.is_sparse(device)
 
 
-def step_seconds(config: TrainConfig, d_model: int, device: torch.device, d_out: int | None = None) -> float:
+def step_seconds(
+    config: TrainConfig, d_model: int, device: torch.device, d_out: int | None = None, is_sparse: bool = False
+) -> float:
     """Seconds of one step of such a member, of a transcoder with `d_out`, the best of three."""
     wide = torch.float64 if config.dtype == "float64" else torch.float32
     scratch, center = Scratch(device), torch.zeros(d_model, device=device, dtype=wide)
     target = None if d_out is None else Target(torch.zeros(d_out, device=device, dtype=wide), 1.0)
     kind = member_kind(config, device, is_transcoder=target is not None)
-    member = kind(config, d_model, center, 1.0, device, scratch, target=target)
+    member = kind(config, d_model, center, 1.0, device, scratch, target=target, is_sparse=is_sparse)
     generator = torch.Generator().manual_seed(0)
 
     def made_up(d: int) -> Tensor:

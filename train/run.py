@@ -184,6 +184,7 @@ class Pass:
             group,
             self.capture,
             self.target,
+            task.is_sparse(self.device),
         )
         return Trainee(self.job, task, member, writer, self.order.n_kept, self.processes.writes, self.held_out)
 

@@ -33,6 +33,7 @@ from train.config import TrainConfig, batchtopk, jumprelu, paper, topk
 from train.step.fused.choice import fuses, member_kind
 from train.step.member import Batch, Member, normalise_batch
 from train.step.scratch import Scratch
+from train.step.sparse import refusal
 
 LIMIT = 120
 """Seconds that a peer's step may take."""
@@ -201,7 +202,8 @@ def summary(medians: dict[str, float], dtype: str) -> dict[str, Any]:
 
 
 def count_bytes(shapes: Sequence[str], rows: int) -> dict[str, Any]:
-    """Operations and bytes of a step on a GPU in bf16, plain and fused, by part, counted without one; prints tables."""
+    """Operations and bytes of a step on a GPU in bf16, by part, counted without one; prints tables: plain, fused, and fused with
+    products over active latents alone."""
     from support.moved import count_step  # needs Triton
 
     found: dict[str, Any] = {}
@@ -209,13 +211,12 @@ def count_bytes(shapes: Sequence[str], rows: int) -> dict[str, Any]:
         d_model, width = (int(number) for number in shape.split("x"))
         for name, make in OURS.items():
             config = make(width=width, dtype="bf16")
-            for fused in (False, True):
-                parts = count_step(config, d_model, rows, fused)
+            for way in ("plain", "fused", *([] if refusal(config, False) else ["sparse"])):
+                parts = count_step(config, d_model, rows, way != "plain", way == "sparse")
                 total = {
                     "launches": sum(part.launches for part in parts.values()),
                     "bytes": sum(part.n_bytes for part in parts.values()),
                 }
-                way = "fused" if fused else "plain"
                 found[f"{shape}, {name}, {way}"] = total
                 print(
                     f"\n{shape}, {rows} rows, {name}, {way}: {total['launches']} operations, {total['bytes'] / 1e9:.2f} GB"

@@ -3,6 +3,7 @@
 machine    what it is, its bandwidth and rate of products
 kernels    `pytest -m gpu` (toy: kernels in Triton's interpreter)
 steps      a step of every recipe at three shapes over the products' floor, fused and plain, by CUDA events
+sparse     products over active latents alone against dense steps, by k: whether `--sparse auto` may use them on this GPU
 training   4882 steps of one member and of 25 from a store on this machine's disk: seconds, rows/s, wait
 harvest    Gemma-2-2B's shapes with random weights against the bare forward pass, rows/s; three stores written at once
 evaluate   1, 10 and 50 checkpoints at those shapes against the naive way
@@ -30,7 +31,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT))
 BENCH = ROOT / "tests" / "bench"
-PARTS = ("machine", "kernels", "steps", "training", "harvest", "evaluate", "profile")
+PARTS = ("machine", "kernels", "steps", "sparse", "training", "harvest", "evaluate", "profile")
 SELF = str(Path(__file__).resolve())
 
 
@@ -47,6 +48,10 @@ def commands(part: str, toy: bool, out: Path) -> list[str]:
             else "--shape 640x4096 --shape 2304x16384 --shape 2304x65536 --rounds 20 --members 1,5,25 --member-shape 640x4096"
         )
         return [python, str(BENCH / "bench_train.py"), "--device", device, *sizes.split()]
+    if part == "sparse":
+        sizes = ("--shape 16x256 --rows 64 --rounds 1 --k 4" if toy else
+                 "--shape 2304x16384 --shape 2304x65536 --rounds 20 --k 32 --k 64 --k 128")  # fmt: skip
+        return [python, str(BENCH / "bench_sparse.py"), "--device", device, *sizes.split()]
     if part == "harvest":
         sizes = ("--d-model 128 --layers 2 --tokens 2k --rounds 1 --writer-rows 8k --writer-d-model 64" if toy else
                  "--d-model 2304 --layers 20 --tokens 500k --rounds 3 --writer-rows 500k")  # fmt: skip

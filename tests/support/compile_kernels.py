@@ -43,6 +43,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "levels": (0.0625, 0.125, 0.25, 0.5, 1),
     },
     "topk": {"recipe": "topk"},
+    "topk, sparse": {"recipe": "topk", "sparse": True},
+    "batchtopk, sparse, float32, 5 levels": {
+        "recipe": "batchtopk",
+        "dtype": "float32",
+        "levels": (0.0625, 0.125, 0.25, 0.5, 1),
+        "sparse": True,
+    },
     "jumprelu": {"recipe": "jumprelu"},
     "paper, LayerNorm before": {"recipe": "paper"},
     "paper, LayerNorm after": {"recipe": "paper", "layernorm": "post"},
@@ -57,16 +64,16 @@ TYPES = {
 }
 
 
-def config_of(width: int, recipe: str, **changes: Any) -> TrainConfig:
-    """A config of a step at that width, bf16 unless said otherwise."""
-    return RECIPES[recipe](**({"width": width, "dtype": "bf16"} | changes))
-
-
-def launches_of(config: TrainConfig, d_model: int, rows: int) -> list[Launch]:
-    """What two steps launch, latents dead in the second; on tensors without values."""
+def launches_of(name: str, d_model: int, width: int, rows: int) -> list[Launch]:
+    """What two steps of a config launch, latents dead in the second; on tensors without values."""
+    changes = {"width": width, "dtype": "bf16"} | CONFIGS[name]
+    sparse = changes.pop("sparse", False)
+    config: TrainConfig = RECIPES[changes.pop("recipe")](**changes)
     noted: list[Launch] = []
-    member = FusedMember(config, d_model, torch.zeros(d_model, device=META), 1.0, META, Scratch(META))
+    center = torch.zeros(d_model, device=META)
+    member = FusedMember(config, d_model, center, 1.0, META, Scratch(META), is_sparse=sparse)
     member.draws_thresholds = False
+    member.n_steps = config.sparsity_warmup_steps
     raw = torch.zeros(rows, d_model, dtype=torch.bfloat16, device=META)
     traffic.observers.append(noted.append)
     try:
@@ -146,9 +153,7 @@ def main(targets: tuple[int, ...], shapes: tuple[str, ...], names: tuple[str, ..
             launch
             for name in names
             for launch in (
-                vocabulary_launches(rows)
-                if name == "vocabulary"
-                else launches_of(config_of(width, **CONFIGS[name]), d_model, rows)
+                vocabulary_launches(rows) if name == "vocabulary" else launches_of(name, d_model, width, rows)
             )
         ]
         for capability in targets:

@@ -106,10 +106,11 @@ def counting() -> Iterator[Counter]:
         traffic.observers.remove(counter.see)
 
 
-def count_step(config: TrainConfig, d_model: int, rows: int, fused: bool) -> dict[str, Moved]:
+def count_step(config: TrainConfig, d_model: int, rows: int, fused: bool, sparse: bool = False) -> dict[str, Moved]:
     """A step in the middle of a training, batch included, in which latents may be dead and none is."""
     kind = FusedMember if fused else Member
-    member = kind(config, d_model, torch.zeros(d_model, device=META), 1.0, META, Scratch(META))
+    center = torch.zeros(d_model, device=META)
+    member = kind(config, d_model, center, 1.0, META, Scratch(META), is_sparse=sparse)
     member.draws_thresholds = False
     raw = torch.zeros(rows, d_model, dtype=torch.bfloat16, device=META)
     normalise = FusedBatches(member.scratch).normalise if fused else normalise_batch

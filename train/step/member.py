@@ -26,7 +26,7 @@ from torch import Tensor
 from pipeline.base.errors import CheckpointError
 from pipeline.sae.nested import NestedSAE
 from train.config import TrainConfig
-from train.step import objectives, schedules
+from train.step import objectives, schedules, sparse
 from train.step.graphs import Capture, Recorded
 from train.step.latents import Fired, Latents, Penalty, PoolGradient
 from train.step.optim import Adam
@@ -107,8 +107,12 @@ class Member:
     summed over processes, threshold and clip are those of the global batch. None: one process.
     capture: records steps to replay them (`graphs.py`); None: every step runs operation by operation.
     target: the space of the rows that it makes, where it is a transcoder.
+    is_sparse: its products are over active latents alone once k has stopped falling, and W_enc lies in memory by latents.
+    `counts_active`: whether sparse products need to know, on the host, how many latents are active.
     `n_steps` is the optimiser steps done, `n_rows` the rows seen by all processes together.
     """
+
+    counts_active = True
 
     def __init__(
         self,
@@ -121,9 +125,11 @@ class Member:
         group: dist.ProcessGroup | None = None,
         capture: Capture | None = None,
         target: Target | None = None,
+        is_sparse: bool = False,
     ) -> None:
         self.config = config
         self.target = target
+        self.is_sparse = is_sparse
         d_out = None if target is None else len(target.center)
         self.shape = config.sae_config(d_model, d_out)
         self.scratch = scratch
@@ -138,6 +144,8 @@ class Member:
         self.draws_thresholds = config.activation == "jumprelu"
         drawn = initial_weights(config, d_model, d_out)
         self.weights = {name: weight.to(device, self.wide) for name, weight in drawn.items()}
+        if is_sparse:
+            self.weights["W_enc"] = sparse.by_latent(self.weights["W_enc"])
         self.adam = Adam(self.weights, self.dtype, config)
         self.schedule = Schedule(config, device)
         self.recorded = Recorded(capture, self._changed)
@@ -223,6 +231,8 @@ class Member:
         """What a step depends on beside the contents of tensors; None where that is new at every step."""
         if self.config.level_weighting == "random" or self.group is not None:
             return None
+        if self._is_sparse_now and self.counts_active:
+            return None
         if self.config.k and not self._controls:
             return None  # a warm-up keeps another number of latents at nearly every step
         places = (batch.x.data_ptr(), self.scratch.generation)
@@ -239,6 +249,10 @@ class Member:
     @property
     def _controls(self) -> bool:
         return self.n_steps >= self.config.sparsity_warmup_steps
+
+    @property
+    def _is_sparse_now(self) -> bool:
+        return self.is_sparse and self._controls
 
     def _step(self, batch: Batch) -> None:
         forward = self._forward(batch)
@@ -262,14 +276,29 @@ class Member:
         fired = self.latents.forward(a, batch.norm, pool, self._kept, n_rows)
         terms = objectives.reconstruction_terms(config, self.shape.levels, self.n_steps)
         rest = batch.made - (x_low @ low["W_skip"]).to(self.wide) if config.skip else batch.made
+        active = sparse.Active(self.latents.z, terms.blocks) if self._is_sparse_now else None
+        prefixes = [self._take(f"decoded{i}", *rest.shape) for i in range(len(terms.sizes))]
+        if active is not None:
+            active.decode(low["W_dec"], prefixes)
+        else:
+            objectives.decode(self.latents.z, low["W_dec"], terms, prefixes)
         decoded = objectives.reconstruct(
-            self.latents.z, low["W_dec"], self.weights["b_dec"], rest, terms, n_rows, self.scratch, pool is not None
+            prefixes, self.weights["b_dec"], rest, terms, n_rows, self.scratch, pool is not None
         )
         factor = self.schedule.ramp * self.controller.factor
-        return Forward(n_rows, x_low, pool, terms, fired, decoded, factor)
+        return Forward(n_rows, x_low, pool, terms, fired, decoded, factor, active)
 
     def _backward(self, forward: Forward) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients by name, and the value of the auxiliary loss."""
+        backward = self._backward_dense if forward.active is None else self._backward_sparse
+        gradients, aux = backward(forward)
+        b_dec = forward.decoded.b_dec
+        if self.target is None:
+            b_dec = b_dec - self.weights["W_enc"] @ gradients["b_enc"]
+        skip = {"W_skip": forward.x_low.T @ forward.decoded.gradients[0]} if self.config.skip else {}
+        return gradients | {"b_dec": b_dec} | skip, aux
+
+    def _backward_dense(self, forward: Forward) -> tuple[dict[str, Tensor], Tensor]:
         z, low, config = self.latents.z, self.adam.low, self.config
         w_dec = self._take("W_dec", config.width, self.shape.d_made)
         dz = self._take("dz", len(z), config.width)
@@ -282,13 +311,35 @@ class Member:
             torch.mm(gradient, low["W_dec"][block].T, out=dz[:, block])
         penalty = Penalty(config.penalty, self.penalty * (forward.factor / forward.n_rows).to(self.wide))
         gradients = self.latents.backward(dz, penalty, auxiliary)
-        w_enc = self._take("W_enc", self.shape.d_model, config.width)
-        self.reducer.product(forward.x_low.T, dz, out=w_enc)
-        b_dec = forward.decoded.b_dec
-        if self.target is None:
-            b_dec = b_dec - self.weights["W_enc"] @ gradients["b_enc"]
-        skip = {"W_skip": forward.x_low.T @ forward.decoded.gradients[0]} if config.skip else {}
-        return {"W_enc": w_enc, "W_dec": w_dec, "b_dec": b_dec} | skip | gradients, aux
+        return gradients | {"W_enc": self._encoder_gradient(forward.x_low, dz), "W_dec": w_dec}, aux
+
+    def _encoder_gradient(self, x_low: Tensor, da: Tensor) -> Tensor:
+        """∂W_enc, in memory as W_enc lies there."""
+        if self.is_sparse:
+            rows = self._take("W_enc", self.config.width, self.shape.d_model)
+            self.reducer.product(da.T, x_low, out=rows)
+            return rows.T
+        w_enc = self._take("W_enc", self.shape.d_model, self.config.width)
+        self.reducer.product(x_low.T, da, out=w_enc)
+        return w_enc
+
+    def _backward_sparse(self, forward: Forward) -> tuple[dict[str, Tensor], Tensor]:
+        """As `_backward_dense`, where ∂loss/∂a is 0 but for active latents and those of the auxiliary loss."""
+        active, gradients = forward.active, forward.decoded.gradients
+        assert active is not None, "a sparse backward follows a sparse forward"
+        w_dec = self._take("W_dec", self.config.width, self.shape.d_made)
+        w_enc = self._take("W_enc", self.config.width, self.shape.d_model)
+        active.decoder_gradient(gradients, w_dec)
+        aux, auxiliary = self._auxiliary(forward, w_dec)
+        self.reducer.add_whole(w_dec)
+        da = active.latents_gradient(gradients, self.adam.low["W_dec"], self.wide)
+        b_enc = active.sums(da.to(self.wide))
+        active.encoder_gradient(da, forward.x_low, w_enc)
+        if auxiliary is not None:
+            b_enc.index_add_(0, auxiliary.latents, auxiliary.gradient.sum(0, dtype=self.wide))
+            w_enc.index_add_(0, auxiliary.latents, auxiliary.gradient.T @ forward.x_low)
+        self.reducer.add_whole(w_enc)
+        return {"W_enc": w_enc.T, "W_dec": w_dec, "b_enc": b_enc}, aux
 
     def _auxiliary(self, forward: Forward, w_dec: Tensor) -> tuple[Tensor, PoolGradient | None]:
         """The auxiliary loss and its gradient for latents; its decoder gradient is added to `w_dec`."""
@@ -484,6 +535,7 @@ class Forward:
     fired: Fired
     decoded: objectives.Reconstruction
     factor: Tensor  # [] of the penalty: warm-up times controller
+    active: sparse.Active | None  # where products are over active latents alone
 
 
 def product_dtype(name: str) -> torch.dtype:

@@ -15,6 +15,7 @@ own block is the suffix sum Σ_{m' ≥ m} 2 w_m' (x̂_m' − x) / n, so that lev
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,9 +88,22 @@ class Reconstruction:
     remainder: Tensor | None  # [row, d_model] x̂ − x of the whole dictionary, when asked for
 
 
-def reconstruct(
+def decode(
     z: Float[Tensor, "row latent"],
     w_dec: Float[Tensor, "latent d_model"],
+    terms: Terms,
+    out: Sequence[Float[Tensor, "row d_model"]],
+) -> None:
+    """Decode every prefix from the one before it; all in the products' dtype."""
+    for i, block in enumerate(terms.blocks):
+        if i == 0:
+            torch.mm(z[:, block], w_dec[block], out=out[0])
+        else:
+            torch.addmm(out[i - 1], z[:, block], w_dec[block], out=out[i])
+
+
+def reconstruct(
+    decoded: list[Float[Tensor, "row d_model"]],
     b_dec: Float[Tensor, " d_model"],
     x: Float[Tensor, "row d_model"],
     terms: Terms,
@@ -97,19 +111,13 @@ def reconstruct(
     scratch: Scratch,
     keep_remainder: bool,
 ) -> Reconstruction:
-    """Decode every prefix from the one before it, then turn the decodes in place into the suffix sums of the backward.
+    """Errors of the decodes of all prefixes, which are turned in place into the suffix sums of the backward.
 
-    z and w_dec are in the products' dtype, x and b_dec in the weights'; n_rows is what losses are averaged over.
+    decoded is in the products' dtype, x and b_dec in the weights'; n_rows is what losses are averaged over.
     """
-    decoded = [scratch.take(f"decoded{i}", tuple(x.shape), z.dtype) for i in range(len(terms.sizes))]
-    for i, block in enumerate(terms.blocks):
-        if i == 0:
-            torch.mm(z[:, block], w_dec[block], out=decoded[0])
-        else:
-            torch.addmm(decoded[i - 1], z[:, block], w_dec[block], out=decoded[i])
     errors = torch.zeros(len(terms.sizes), dtype=torch.float64, device=x.device)
     b_dec_gradient = torch.zeros_like(b_dec)
-    remainder = scratch.take("remainder", tuple(x.shape), z.dtype) if keep_remainder else None
+    remainder = scratch.take("remainder", tuple(x.shape), decoded[0].dtype) if keep_remainder else None
     for rows in row_chunks(len(x), x.shape[1], x.device):
         target = x[rows] - b_dec
         suffix = torch.zeros_like(target)

@@ -58,13 +58,14 @@ class Adam:
         shrink = clip_factor(norm, self.config)
         self.n_updates += 1
         for name, weight in self.weights.items():
-            for rows in weight_chunks(weight):
-                gradient = gradients[name][rows].to(weight.dtype).mul_(shrink.to(weight.dtype))
+            gradient_in_memory = in_memory(gradients[name])
+            for rows in weight_chunks(in_memory(weight)):
+                gradient = gradient_in_memory[rows].to(weight.dtype).mul_(shrink.to(weight.dtype))
                 self._update_rows(name, rows, gradient, lr)
         return norm
 
     def _update_rows(self, name: str, rows: slice, gradient: Tensor, lr: Tensor) -> None:
-        weight = self.weights[name][rows]
+        weight = in_memory(self.weights[name])[rows]
         if name == "log_threshold":
             lr = lr * self.config.threshold_lr
         if name == "W_dec":
@@ -72,8 +73,8 @@ class Adam:
         torch._fused_adam_(
             [weight],
             [gradient],
-            [self.first[name][rows]],
-            [self.second[name][rows]],
+            [in_memory(self.first[name])[rows]],
+            [in_memory(self.second[name])[rows]],
             [],
             [self.n_updates],
             lr=lr,
@@ -87,7 +88,12 @@ class Adam:
         if name == "W_dec":
             weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True))
         if name in self.low and self.low[name].dtype != weight.dtype:
-            self.low[name][rows].copy_(weight)
+            in_memory(self.low[name])[rows].copy_(weight)
+
+
+def in_memory(weight: Tensor) -> Tensor:
+    """A tensor as it lies in memory: transposed where that is what makes it contiguous (W_enc by latents)."""
+    return weight if weight.is_contiguous() else weight.T
 
 
 def weight_chunks(weight: Tensor) -> Iterator[slice]:
@@ -102,7 +108,7 @@ def gradient_norm(gradients: Mapping[str, Tensor]) -> Float[Tensor, ""]:
     wide = {torch.float64: torch.float64}
     norms = [
         torch.linalg.vector_norm(gradient[rows], dtype=wide.get(gradient.dtype, torch.float32)).double()
-        for gradient in gradients.values()
+        for gradient in map(in_memory, gradients.values())
         for rows in weight_chunks(gradient)
     ]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))

@@ -16,7 +16,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Launch:
     """One launch. `reads` and `writes` are what it must move, each tensor once; `touched`, by the reason, what it moves parts
-    of where there is one: slots of dead latents, bins of a histogram."""
+    of where there is one: slots of dead latents, bins of a histogram. `gathered`: bytes at places that only a
+    list on the device tells, each time that they are read, as many as are expected."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -25,11 +26,12 @@ class Launch:
     reads: Sequence[Tensor]
     writes: Sequence[Tensor]
     touched: Mapping[str, Tensor]
+    gathered: int = 0
 
     @property
     def n_bytes(self) -> int:
         """Bytes read and written."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.reads, *self.writes))
+        return self.gathered + sum(tensor.numel() * tensor.element_size() for tensor in (*self.reads, *self.writes))
 
 
 observers: list[Callable[[Launch], None]] = []
@@ -44,10 +46,11 @@ def launch(
     reads: Sequence[Tensor],
     writes: Sequence[Tensor],
     touched: Mapping[str, Tensor] | None = None,
+    gathered: int = 0,
     **options: Any,
 ) -> None:
     """Run a kernel over a grid; on meta tensors only its observers are told."""
     for observe in observers:
-        observe(Launch(kernel, grid, arguments, options, reads, writes, touched or {}))
+        observe(Launch(kernel, grid, arguments, options, reads, writes, touched or {}, gathered))
     if not any(isinstance(argument, Tensor) and argument.is_meta for argument in arguments):
         kernel[grid](*arguments, **options, enable_fp_fusion=True)

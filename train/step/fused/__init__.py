@@ -8,7 +8,7 @@ threshold, the auxiliary loss while no latent is dead) is a launch that returns 
     choice     which members step so                     step        the order of a step
     context    what its parts share                      batch       rows normalised
     activation, thresholds, latents                      forward, from products to latents
-    dense                                                the large products over all latents
+    dense, sparse                                        the large products: over all latents, over active ones
     residuals, auxiliary                                 the loss and what it sends back
     backward, optimiser, account                         gradients, weights, counters
 

@@ -7,6 +7,7 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from train.step.fused.context import Step
 from train.step.fused.tiles import ceil_div, next_power
@@ -134,10 +135,10 @@ def pool_decode_kernel(
 
 @triton.jit
 @no_type_check
-def pool_decoder_kernel(
-    pool_z,
+def pool_weights_kernel(
+    pool_values,
     pool,
-    slope,
+    rows_of,
     gradient,
     n_dead,
     n_rows,
@@ -147,7 +148,7 @@ def pool_decoder_kernel(
     TILE_D: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """ẑᵀ slope is added to the decoder's gradient at the pool's latents."""
+    """pool_values [row, pool_size] transposed times rows_of [row, d_model] is added to a gradient, at the pool's latents."""
     n = tl.load(n_dead)
     slots = tl.program_id(0) * TILE_P + tl.arange(0, TILE_P)
     if tl.program_id(0) * TILE_P < n:
@@ -156,12 +157,12 @@ def pool_decoder_kernel(
         for start in range(0, n_rows, TILE_K):
             rows = start + tl.arange(0, TILE_K)
             left = tl.load(
-                pool_z + rows.to(tl.int64)[None, :] * pool_size + slots[:, None],
+                pool_values + rows.to(tl.int64)[None, :] * pool_size + slots[:, None],
                 mask=(rows < n_rows)[None, :] & (slots < n)[:, None],
                 other=0.0,
             )
             right = tl.load(
-                slope + rows.to(tl.int64)[:, None] * d_model + cols[None, :],
+                rows_of + rows.to(tl.int64)[:, None] * d_model + cols[None, :],
                 mask=(rows < n_rows)[:, None] & (cols < d_model)[None, :],
                 other=0.0,
             )
@@ -299,16 +300,26 @@ def forward(step: Step) -> None:
 
 def backward(step: Step) -> None:
     """What the auxiliary loss adds to the decoder's gradient."""
-    if not step.pool_size:
-        return
+    if step.pool_size:
+        add_product(step, step.pool_z, step.slope, step.w_dec)
+
+
+def encoder_backward(step: Step) -> None:
+    """What the auxiliary loss adds to the encoder's gradient, which lies by latents."""
+    if step.pool_size:
+        add_product(step, step.pool_gradient, step.x_low, step.w_enc)
+
+
+def add_product(step: Step, pool_values: Tensor, rows: Tensor, gradient: Tensor) -> None:
+    """pool_values [row, pool] transposed times rows [row, d_model] is added to a gradient by latents, at the pool's."""
     tile = 64
     launch(
-        pool_decoder_kernel,
+        pool_weights_kernel,
         (ceil_div(step.pool_size, tile), ceil_div(step.d_model, tile)),
-        [step.pool_z, step.pool, step.slope, step.w_dec, step.n_dead, step.n_rows, step.d_model, step.pool_size],
+        [pool_values, step.pool, rows, gradient, step.n_dead, step.n_rows, step.d_model, step.pool_size],
         reads=[step.n_dead],
         writes=[],
-        touched={"pool": step.w_dec},
+        touched={"pool": gradient},
         TILE_P=tile,
         TILE_D=tile,
         TILE_K=32,

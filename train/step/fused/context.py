@@ -84,6 +84,9 @@ class Step:
     counts: Tensor  # [part, latent] rows on which each is not 0
     sizes: Tensor  # [2, part, block] Σ|z| shared, specialised
     decoded: Tensor  # [term, row, d_model] reconstructions, then what the loss sends back to each term's own block
+    row_lists: Tensor  # [row, latent] of sparse products: each row's latents that are not 0
+    stops: Tensor  # [term, row] how many of them are in each prefix
+    latent_lists: Tensor  # [latent, row] each latent's rows on which it is not 0
     remainder: Tensor  # [row, d_model] x̂ − x
     errors: Tensor  # [term, part, block] Σ ‖x − x̂‖²
     b_dec_parts: Tensor  # [part, d_model] ∂loss/∂b_dec through the decoder
@@ -107,6 +110,7 @@ class Step:
         self.n_rows, self.d_model = batch.x.shape
         self.width = config.width
         self.n_rows_all = member._n_rows(batch)
+        self.is_sparse = member._is_sparse_now
         self.ends = kept.table(shape.levels, torch.int32)
         self.n_levels = shape.n_levels
         self.terms = objectives.reconstruction_terms(config, shape.levels, member.n_steps)

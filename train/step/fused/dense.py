@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from train.step.fused import auxiliary
+from train.step.fused import auxiliary, sparse
 from train.step.fused.backward import b_dec_gradient, latents_backward
 from train.step.fused.context import Step
 
@@ -25,7 +25,8 @@ def backward(step: Step) -> None:
     low, reducer = step.member.adam.low, step.member.reducer
     step.gradients = step.take("gradients", 2, step.width * step.d_model)
     step.w_dec = step.gradients[0].view(step.width, step.d_model)
-    step.w_enc = step.gradients[1].view(step.d_model, step.width)
+    by_latent = step.member.is_sparse  # how W_enc lies in memory
+    step.w_enc = step.gradients[1].view((step.width, step.d_model) if by_latent else (step.d_model, step.width))
     dz = step.take("dz", step.n_rows, step.width)
     for block, gradient in zip(step.terms.blocks, step.decoded):
         torch.mm(step.z[:, block].T, gradient, out=step.w_dec[block])
@@ -34,5 +35,9 @@ def backward(step: Step) -> None:
     for block, gradient in zip(step.terms.blocks, step.decoded):
         torch.mm(gradient, low["W_dec"][block].T, out=dz[:, block])
     latents_backward(step, dz)
-    reducer.product(step.x_low.T, dz, out=step.w_enc)
-    b_dec_gradient(step)
+    if by_latent:
+        reducer.product(dz.T, step.x_low, out=step.w_enc)
+        sparse.b_dec_gradient(step)
+    else:
+        reducer.product(step.x_low.T, dz, out=step.w_enc)
+        b_dec_gradient(step)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from train.step.fused import account, auxiliary, dense, latents, optimiser, residuals
+from train.step.fused import account, auxiliary, dense, latents, optimiser, residuals, sparse
 from train.step.fused.context import Kept, Step
 from train.step.member import Batch, Member
 
 
 class FusedMember(Member):
     """A `Member` whose steps run in fused passes; its state, files and numbers are those of any member."""
+
+    counts_active = False
 
     def _prepare(self) -> None:
         self.kept = Kept(self)
@@ -21,7 +23,7 @@ class FusedMember(Member):
     def _step(self, batch: Batch) -> None:
         step = Step(self, self.kept, batch)
         forward(step)
-        dense.backward(step)
+        (sparse if step.is_sparse else dense).backward(step)
         update(step)
 
 
@@ -30,7 +32,7 @@ def forward(step: Step) -> None:
     latents.encode(step)
     auxiliary.find_pool(step)
     latents.select(step)
-    dense.decode(step)
+    (sparse if step.is_sparse else dense).decode(step)
     residuals.measure(step)
     auxiliary.forward(step)
 
