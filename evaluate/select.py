@@ -51,7 +51,7 @@ def select(job: Job, paths: Sequence[Path]) -> Selection:
                     allow_other_model=job.config.allow_other_model,
                     makes=makes,
                 )
-            if "module" in (checkpoint.provenance.get("store") or {}):
+            if "module" in checkpoint.made_for:
                 require_module(checkpoint, job.models.module)
             resolve_levels(job.config.levels, checkpoint)
             missing = job.missing(checkpoint)

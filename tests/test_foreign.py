@@ -247,17 +247,131 @@ def test_gemma_scope_2_sae(tmp_path: Path) -> None:
     assert load_foreign(named)[1]["store"] == {"hook": "resid_post", "layer": 22}
 
 
+def transcoded(folder: Path, z: torch.Tensor, y: torch.Tensor, store: dict[str, Any]) -> None:
+    """The folder's transcoder has these latents on `rows()`, makes these rows of them, and says so where it is from."""
+    sae, provenance = load_foreign(folder)
+    assert sae.config.is_transcoder
+    torch.testing.assert_close(sae.encode(rows()), z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sae.decode(z, rows()), y, rtol=1e-4, atol=1e-5)
+    assert provenance["store"] == store
+
+
+MLP = {
+    "hf_hook_point_in": "model.layers.7.pre_feedforward_layernorm.output",
+    "hf_hook_point_out": "model.layers.7.post_feedforward_layernorm.output",
+}
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_gemma_scope_2_transcoder(tmp_path: Path, affine: bool) -> None:
+    """A Gemma Scope 2 transcoder goes from what the MLP reads to what it adds; config or path say so; affine ones have x W."""
+    w = weights()
+    a = rows() @ w["W_enc"] + w["b_enc"]
+    z = a.relu() * (a > torch.linspace(0, 1, F))
+    skip = torch.randn(D, D, generator=torch.Generator().manual_seed(9))
+    y = z @ w["W_dec"] + w["b_dec"] + (rows() @ skip if affine else 0)
+    held = w | ({"affine_skip_connection": skip} if affine else {})
+    made = {"hook": "mlp_out", "layer": 7}
+    place = {"hook": "mlp_in", "layer": 7}
+    told = gemma_scope_2(tmp_path / "told", held, **MLP, affine_connection=affine)
+    module = {"module": "post_feedforward_layernorm"}
+    target = load_foreign(told)[1]["store"]["target"]
+    assert target | made | module == target
+    transcoded(told, z, y, {"model": "gemma-3-1b-pt", **place, "target": target})
+    named = gemma_scope_2(tmp_path / "transcoder_all" / "layer_7_width_16k_l0_big", held)
+    transcoded(named, z, y, place | {"target": made})
+
+
+def test_gemma_scope_transcoder(tmp_path: Path) -> None:
+    """A Gemma Scope transcoder, told from an SAE by its release alone, reads a norm before its gain: read, and at no point of
+    ours, so that nothing takes it for an SAE of the stream."""
+    w, threshold = weights(), torch.linspace(0, 1, F)
+    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_5" / "width_16k" / "average_l0_76"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **{name: t.numpy() for name, t in (w | {"threshold": threshold}).items()})
+    a = rows() @ w["W_enc"] + w["b_enc"]
+    z = a.relu() * (a > threshold)
+    target = {"layer": 5, "hook": "mlp_out"}
+    place = {"layer": 5, "hook": "ln2.hook_normalized", "target": target}
+    transcoded(folder, z, z @ w["W_dec"] + w["b_dec"], place)
+    with pytest.raises(UsageError, match=r"hook ln2\.hook_normalized: known are"):
+        attach(
+            tiny_models.whole_model(tiny_models.make_model(tmp_path / "m", "gemma2"), torch.float32),
+            pipeline.load(folder),
+        )
+
+
+def saelens_transcoder(folder: Path, w: dict[str, torch.Tensor], kind: str, **cfg: Any) -> Path:
+    """A transcoder's folder as SAELens writes it; b_dec and W_dec of D."""
+    names = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.hook_mlp_out"}
+    plain = {"architecture": kind, "d_out": D, "apply_b_dec_to_input": False, "metadata": names}
+    return saelens(folder, w, **(plain | cfg))
+
+
+@pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"])
+def test_saelens_transcoder(tmp_path: Path, kind: str) -> None:
+    """A SAELens transcoder subtracts no b_dec; its skip connection is [d_out, d_in], its threshold on pre-activations."""
+    w, threshold = weights(), torch.linspace(0, 1, F)
+    skip = torch.randn(D, D, generator=torch.Generator().manual_seed(9))
+    a = rows() @ w["W_enc"] + w["b_enc"]
+    z = a.relu() * (a > threshold) if "jumprelu" in kind else a.relu()
+    y = z @ w["W_dec"] + w["b_dec"] + (rows() @ skip.T if "skip" in kind else 0)
+    held = w | ({"threshold": threshold} if "jumprelu" in kind else {}) | ({"W_skip": skip} if "skip" in kind else {})
+    store = {"hook": "mlp_in", "layer": 1, "target": {"hook": "mlp_out", "layer": 1}}
+    transcoded(saelens_transcoder(tmp_path / "s", held, kind), z, y, store)
+
+
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        ({"hf_hook_point_in": "a", "hf_hook_point_out": "b"}, r"hf_hook_point_out .a transcoder's. 'b'"),
+        ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input .of a transcoder. 'True' cannot be read"),
+        ({"d_out": D + 1}, f"d_out '{D}' cannot be read"),
+        ({"metadata": {"hook_name": "blocks.1.ln2.hook_normalized"}}, "inside a norm, before its gain"),
+        ({"metadata": {"hook_head_index_out": 2}}, "hook_head_index_out '2' cannot be read"),
+        ({"architecture": "clt"}, "architecture 'clt' cannot be read"),
+    ],
+)
+def test_odd_transcoders_are_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
+    """A transcoder's folder that says what cannot be computed, or placed, is refused by name."""
+    with pytest.raises(CheckpointError, match=message):
+        load_foreign(saelens_transcoder(tmp_path / "s", weights(), "transcoder", **cfg))
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_sparsify_transcoder(tmp_path: Path, skips: bool) -> None:
+    """A sparsify transcoder goes from its module's input to its output; which module's the point is, the model says."""
+    w = weights()
+    skip = torch.randn(D, D, generator=torch.Generator().manual_seed(9))
+    folder = tmp_path / "layers.1.mlp"
+    folder.mkdir()
+    cfg = {"k": 9, "d_in": D, "expansion_factor": 2, "transcode": True, "skip_connection": skips}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    tensors = {"encoder.weight": w["W_enc"].T.contiguous(), "encoder.bias": w["b_enc"]}
+    more = {"W_dec": w["W_dec"], "b_dec": w["b_dec"]} | ({"W_skip": skip} if skips else {})
+    save_file(tensors | more, folder / "sae.safetensors")
+    z = top(rows() @ w["W_enc"] + w["b_enc"], 9)
+    store = load_foreign(folder)[1]["store"]
+    assert store["target"]["module"] == "mlp"
+    y = z @ w["W_dec"] + w["b_dec"] + (rows() @ skip.T if skips else 0)
+    transcoded(folder, z, y, {"hook": "mlp_in", "layer": 1, "target": store["target"]})
+    gemma2 = tiny_models.whole_model(tiny_models.make_model(tmp_path / "m", "gemma2"), torch.float32)
+    with pytest.raises(UsageError, match="the SAE is of the output of 'mlp'"):
+        attach(gemma2, pipeline.load(folder))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"hf_hook_point_in": "a", "hf_hook_point_out": "b"}, "made for 'b', a hook that is not known"),
         ({"affine_connection": True}, "affine_connection 'True'"),
+        (MLP | {"affine_connection": True}, "affine_connection 'True'"),
+        ({"hf_hook_point_in": MLP["hf_hook_point_in"]}, "cannot be placed"),
         ({"architecture": "topk"}, "architecture 'topk'"),
         ({"hf_hook_point_in": "model.layers.3.self_attn.o_proj.input"}, "cannot be placed"),
     ],
 )
-def test_gemma_scope_2_transcoders_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
-    """What is no residual SAE of one place is refused by name."""
+def test_odd_gemma_scope_2_is_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
+    """What sits at no point of ours, or says otherwise than its tensors, is refused by name."""
     with pytest.raises(CheckpointError, match=message):
         load_foreign(gemma_scope_2(tmp_path / "g", weights(), **cfg))
 
@@ -326,10 +440,13 @@ def test_folders_of_their_own_libraries(tmp_path: Path) -> None:
     script = Path(__file__).parent / "peers" / "make_foreign.py"
     subprocess.run([os.environ["PEERS_PYTHON"], script, tmp_path], check=True, capture_output=True)
     made = sorted(tmp_path.glob("*/reference.safetensors"))
-    assert len(made) >= 13
+    assert len(made) >= 17
     for reference in made:
-        expected, (sae, _) = load_file(reference), load_foreign(reference.parent / "sae" / "layers.1")
-        for name, found in (("z", sae.encode(expected["x"])), ("x_hat", sae.decode(expected["z"]))):
+        (folder,) = (reference.parent / "sae").iterdir()
+        expected, (sae, about) = load_file(reference), load_foreign(folder)
+        if sae.config.is_transcoder:
+            assert (about["store"]["hook"], about["store"]["target"]["hook"]) == ("mlp_in", "mlp_out")
+        for name, found in (("z", sae.encode(expected["x"])), ("x_hat", sae.decode(expected["z"], expected["x"]))):
             error = float((found - expected[name]).norm() / expected[name].norm())
             assert error < 1e-6, (reference.parent.name, name, error)
         assert (expected["z"] != 0).any()

@@ -39,6 +39,12 @@ class Checkpoint:
         """The training run's name; of an SAE made elsewhere, its file's or folder's."""
         return str(self.provenance.get("member") or self.path.stem)
 
+    @property
+    def made_for(self) -> dict[str, Any]:
+        """What it says of the rows that it makes: of an SAE, those that it reads."""
+        store: dict[str, Any] = self.provenance.get("store") or {}
+        return (store.get("target") or {}) if self.sae.is_transcoder else store
+
     def load(self) -> NestedSAE:
         """The SAE in float32 on the CPU. Raises CheckpointError or DamagedError."""
         return load_sae(self.path)[0]
@@ -217,7 +223,7 @@ def require_fit(
 def require_module(checkpoint: Checkpoint, found: str) -> None:
     """Raise CheckpointError for an SAE made elsewhere of the output of a module that is not the one, called `found`, whose output
     the store's rows are: on some models a norm stands between an MLP's module and the stream."""
-    trained = checkpoint.provenance.get("store") or {}
+    trained = checkpoint.made_for
     if trained.get("module") not in (None, found):
         raise CheckpointError(
             f"{checkpoint.path}: trained on the output of {trained['module']!r}; in this model {trained['hook']}, what is added "

@@ -76,8 +76,8 @@ def attach(
     place = place_of(model, made, n_layers, d_model)
     reads = place_of(model, point, n_layers, d_model) if sae.config.is_transcoder else None
     if hook is None:
-        block = find_layers(model, n_layers)[point.layer]
-        require_module(sae, point, block, place if reads is None else reads)
+        block = find_layers(model, n_layers)[made.layer]
+        require_module(sae, made, block, place)
     return Attached(model, place, sae, level, keep_error, edits, ids, gradients, reads)
 
 
@@ -117,7 +117,8 @@ def point_of(sae: NestedSAE, layer: int | None, hook: str | None) -> Point:
 
 def require_module(sae: NestedSAE, point: Point, block: nn.Module, place: Place) -> None:
     """Raise UsageError for an SAE made elsewhere of the output of a module that is not the one at the point in this model."""
-    recorded = sae.made_for.get("module")
+    made_for = (sae.made_for.get("target") or {}) if sae.config.is_transcoder else sae.made_for
+    recorded = made_for.get("module")
     if recorded is not None and recorded != (found := module_name(block, place)):
         raise UsageError(
             f"the SAE is of the output of {recorded!r}; in this model {point} is that of {found!r}, another point; give hook= if "

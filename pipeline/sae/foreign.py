@@ -10,7 +10,8 @@
 
 A .pt is a pickle: it is read with weights_only, which runs nothing.
 
-All become a NestedSAE that computes the same latents up to float32 rounding. Rows are raw: center 0, scale 1.
+All become a NestedSAE that computes the same latents up to float32 rounding. Rows are raw: center 0, scale 1. Transcoders of
+SAELens (its four), sparsify and Gemma Scope 1 and 2 likewise: what they make is the `target` beside what they read.
 `load_sae` and `read_sae` take these folders and our own checkpoints alike.
 """
 
@@ -47,6 +48,12 @@ SAELENS_ACTIVATIONS = {
     "matryoshka_batchtopk": "batchtopk",
 }
 """The last two are a trainer's own checkpoints; what SAELens saves for inference is a jumprelu without its levels."""
+SAELENS_TRANSCODERS = {
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
 SAELENS_TENSORS = {
     "gated": "W_enc W_dec b_gate b_mag r_mag b_dec",
     "jumprelu": "W_enc W_dec b_enc b_dec threshold",
@@ -69,6 +76,7 @@ SAELENS_READ = frozenset(
         "activation_fn_kwargs",
         "apply_b_dec_to_input",
         "d_in",
+        "d_out",
         "d_sae",
         "hook_layer",
         "hook_name",
@@ -120,8 +128,6 @@ MATRYOSHKA_ACTIVATIONS = {
 }
 SPARSIFY_NEUTRAL = {
     "activation": ("topk",),
-    "skip_connection": (False,),
-    "transcode": (False,),
 }
 SPARSIFY_READ = frozenset(
     {
@@ -131,6 +137,8 @@ SPARSIFY_READ = frozenset(
         "expansion_factor",
         "normalize_decoder",
         "multi_topk",
+        "skip_connection",
+        "transcode",
     }
 )
 
@@ -315,13 +323,10 @@ def from_saelens(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tup
     """
     fields = Fields(folder / "cfg.json", data)
     architecture = fields.text("architecture", "standard")
-    refuse_unless(folder, "architecture", architecture, tuple(SAELENS_ACTIVATIONS))
-    for name, neutral in SAELENS_NEUTRAL.items():  # others must be folded into the weights first
-        refuse_unless(folder, name, data.get(name, neutral[0]), neutral)
-    if unknown := sorted(data.keys() - SAELENS_READ - SAELENS_NEUTRAL.keys() - SAELENS_HARMLESS):
-        raise CheckpointError(
-            f"{folder}: cfg.json says {unknown[0]!r}, of which is not known whether it changes latents"
-        )
+    if architecture in SAELENS_TRANSCODERS:
+        return from_saelens_transcoder(folder, data, tensors, architecture)
+    refuse_unless(folder, "architecture", architecture, (*SAELENS_ACTIVATIONS, *SAELENS_TRANSCODERS))
+    refuse_unknown_saelens(folder, data)
     activation = SAELENS_ACTIVATIONS[architecture]
     old = fields.text("activation_fn_str", "relu")
     refuse_unless(folder, "activation_fn_str", old, ("relu", "topk"))
@@ -344,14 +349,48 @@ def from_saelens(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tup
     applies = data.get("apply_b_dec_to_input", True)
     refuse_unless(folder, "apply_b_dec_to_input", applies, (True, False))
     sae = assemble(activation, k, levels, tensors if applies else uncentred(tensors))
-    metadata = fields.inner("metadata") if data.get("metadata") else fields
-    refuse_unless(folder, "hook_head_index", metadata.data.get("hook_head_index"), (None,))
+    return sae, saelens_place(folder, fields, "hook_name")
+
+
+def refuse_unknown_saelens(folder: Path, data: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a field of cfg.json that changes what is computed, or may: those must be folded first."""
+    for name, neutral in SAELENS_NEUTRAL.items():
+        refuse_unless(folder, name, data.get(name, neutral[0]), neutral)
+    if unknown := sorted(data.keys() - SAELENS_READ - SAELENS_NEUTRAL.keys() - SAELENS_HARMLESS):
+        raise CheckpointError(
+            f"{folder}: cfg.json says {unknown[0]!r}, of which is not known whether it changes latents"
+        )
+
+
+def saelens_place(folder: Path, fields: Fields, name: str) -> About:
+    """Model and hook point that cfg.json, or its metadata, says under a name; `NAME_out`'s is what a transcoder makes."""
+    metadata = fields.inner("metadata") if fields.data.get("metadata") else fields
+    head = name.replace("hook_name", "hook_head_index")
+    refuse_unless(folder, head, metadata.data.get(head), (None,))
     about: About = {"model": metadata.text("model_name", "") or None}
-    placed = hook_point(folder, hook) if (hook := metadata.text("hook_name", "")) else {}
+    placed = hook_point(folder, hook) if (hook := metadata.text(name, "")) else {}
     options = (
         metadata.inner("model_from_pretrained_kwargs") if metadata.data.get("model_from_pretrained_kwargs") else None
     )
-    return sae, about | (centred(placed, options.data) if options is not None else placed)
+    return about | (centred(placed, options.data) if options is not None else placed)
+
+
+def from_saelens_transcoder(
+    folder: Path, data: Mapping[str, Any], tensors: Tensors, architecture: str
+) -> tuple[NestedSAE, About]:
+    """transcoder, jumprelu_transcoder and their skip kinds: act(x W_enc + b_enc), decode z W_dec + b_dec (+ W_skip x, [d_out,
+    d_in])."""
+    fields, activation = Fields(folder / "cfg.json", data), SAELENS_TRANSCODERS[architecture]
+    refuse_unknown_saelens(folder, data)
+    refuse_unless(folder, "apply_b_dec_to_input (of a transcoder)", data.get("apply_b_dec_to_input", False), (False,))
+    refuse_unless(folder, "rescale_acts_by_decoder_norm", data.get("rescale_acts_by_decoder_norm", False), (False,))
+    skips, jumps = "skip" in architecture, activation == "jumprelu"
+    only(folder, tensors, "W_enc W_dec b_enc b_dec" + " threshold" * jumps + " W_skip" * skips)
+    require_size(folder, tensors, fields.some_whole("d_in"), fields.some_whole("d_sae"))
+    refuse_unless(folder, "d_out", tensors["W_dec"].shape[-1], (fields.whole("d_out", tensors["W_dec"].shape[-1]),))
+    sae = assemble_transcoder(activation, 0, tensors | ({"W_skip": tensors["W_skip"].T} if skips else {}))
+    made = {name: one for name, one in saelens_place(folder, fields, "hook_name_out").items() if name != "model"}
+    return sae, saelens_place(folder, fields, "hook_name") | {"target": made}
 
 
 def from_dictionary_learning(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
@@ -390,48 +429,81 @@ def from_dictionary_learning(folder: Path, data: Mapping[str, Any], tensors: Ten
 
 
 def from_sparsify(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
-    """topk of relu((x − b_dec) W_enc + b_enc); the hook point is the folder's name."""
+    """topk of relu((x − b_dec) W_enc + b_enc); the hook point is the folder's name. A transcoder, which subtracts no b_dec, goes
+    from the input of the module of that name to its output, with W_skip x, [d_out, d_in], where it has a skip connection."""
     for name, neutral in SPARSIFY_NEUTRAL.items():
         refuse_unless(folder, name, data.get(name, neutral[0]), neutral)
     if unknown := sorted(data.keys() - SPARSIFY_READ - SPARSIFY_NEUTRAL.keys()):
         raise CheckpointError(
             f"{folder}: cfg.json says {unknown[0]!r}, of which is not known whether it changes latents"
         )
-    only(folder, tensors, "encoder.weight encoder.bias W_dec b_dec")
     fields = Fields(folder / "cfg.json", data)
+    transcodes, skips = (name in data and fields.flag(name) for name in ("transcode", "skip_connection"))
+    refuse_unless(folder, "skip_connection (of an SAE)", skips, (False, True) if transcodes else (False,))
+    only(folder, tensors, "encoder.weight encoder.bias W_dec b_dec" + " W_skip" * skips)
     tensors = tensors | {"W_enc": tensors["encoder.weight"].T, "b_enc": tensors["encoder.bias"]}
     require_size(folder, tensors, fields.some_whole("d_in"), None)
-    sae = assemble("topk", fields.whole("k", least=1), [len(tensors["W_dec"])], tensors)
-    named = re.search(r"\d", folder.resolve().name)
-    return sae, hook_point(folder, folder.resolve().name) if named else {}
+    k, name = fields.whole("k", least=1), folder.resolve().name
+    placed = hook_point(folder, name) if re.search(r"\d", name) else {}
+    if not transcodes:
+        return assemble("topk", k, [len(tensors["W_dec"])], tensors), placed
+    if placed and placed["hook"] != "mlp_out":
+        raise CheckpointError(
+            f"{folder}: a transcoder of {name!r}, whose input is no point known here; it cannot be placed"
+        )
+    sae = assemble_transcoder("topk", k, tensors | ({"W_skip": tensors["W_skip"].T} if skips else {}))
+    return sae, {"hook": "mlp_in", "layer": placed["layer"], "target": placed} if placed else {}
 
 
 def from_gemma_scope(folder: Path, _data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
-    """JumpReLU that does not subtract b_dec: a · (a > threshold), a = x W_enc + b_enc. The path names layer and hook."""
+    """JumpReLU that does not subtract b_dec: a · (a > threshold), a = x W_enc + b_enc. The path names layer and hook: an
+    SAE's and a transcoder's tensors are alike. Transcoders read the MLP's norm before its gain, which is none of our points."""
     only(folder, tensors, "W_enc W_dec b_enc b_dec threshold")
-    sae = assemble("jumprelu", 0, [len(tensors["W_dec"])], uncentred(tensors))
     path = str(folder.resolve())
-    layer = re.findall(r"/layer_(\d+)(?=/|$)", path)
-    release = re.findall(r"gemma-scope-[^/]*-(res|mlp|att)(?=[-/]|$)", path)
+    found = re.findall(r"/layer_(\d+)(?=/|$)", path)
+    layer = int(found[-1]) if found else None
+    release = re.findall(r"gemma-scope-[^/]*-(res|mlp|att|transcoders)(?=[-/]|$)", path)
+    if release and release[-1] == "transcoders":
+        target = {"layer": layer, "hook": "mlp_out"}
+        return assemble_transcoder("jumprelu", 0, tensors), {
+            "layer": layer,
+            "hook": "ln2.hook_normalized",
+            "target": target,
+        }
+    sae = assemble("jumprelu", 0, [len(tensors["W_dec"])], uncentred(tensors))
     hook = {"res": "resid_post", "mlp": "mlp_out", "att": "attn.hook_z"}[release[-1]] if release else None
-    return sae, {"layer": int(layer[-1]) if layer else None, "hook": hook}
+    return sae, {"layer": layer, "hook": hook}
 
 
 def from_gemma_scope_2(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
-    """The same JumpReLU under names in lower case. config.json, else the path, names layer and hook; transcoders are refused."""
+    """The same JumpReLU under names in lower case; config.json, else the path, names layer and hook. A transcoder, from what the
+    MLP reads to what it adds, has `affine_skip_connection` [d_in, d_out] where it is affine."""
     fields = Fields(folder / "config.json", data)
     refuse_unless(folder, "architecture", fields.text("architecture", "jump_relu"), ("jump_relu",))
-    refuse_unless(folder, "affine_connection", data.get("affine_connection", False), (False, None))
-    reads, writes = fields.text("hf_hook_point_in", ""), data.get("hf_hook_point_out")
-    refuse_unless(folder, "hf_hook_point_out (a transcoder's)", writes, (None, reads))
-    only(folder, tensors, "w_enc w_dec b_enc b_dec threshold")
-    named = {"W_enc": tensors["w_enc"], "W_dec": tensors["w_dec"]}
-    sae = assemble("jumprelu", 0, [len(tensors["w_dec"])], uncentred(tensors | named))
+    reads, writes = fields.text("hf_hook_point_in", ""), fields.data.get("hf_hook_point_out")
+    place = re.findall(r"/(resid_post|mlp_out|transcoder)[^/]*/layer_(\d+)", str(folder.resolve()))
+    transcodes = writes not in (None, reads) if reads else bool(place) and place[-1][0] == "transcoder"
+    skips = transcodes and "affine_skip_connection" in tensors
+    affine = data.get("affine_connection", skips)
+    refuse_unless(folder, "affine_connection", affine, (True,) if skips else (False, None))
+    only(folder, tensors, "w_enc w_dec b_enc b_dec threshold" + " affine_skip_connection" * skips)
+    tensors = tensors | {"W_enc": tensors["w_enc"], "W_dec": tensors["w_dec"]}
     model = fields.text("model_name", "").replace("gemma-v3", "gemma-3") or None
-    if reads:
-        return sae, {"model": model} | hook_point(folder, reads)
-    place = re.findall(r"/(resid_post|mlp_out)[^/]*/layer_(\d+)", str(folder.resolve()))
-    return sae, {"hook": place[-1][0], "layer": int(place[-1][1])} if place else {}
+    about: About = {"model": model}
+    if not transcodes:
+        sae = assemble("jumprelu", 0, [len(tensors["W_dec"])], uncentred(tensors))
+        named = {"hook": place[-1][0], "layer": int(place[-1][1])} if place else {}
+        return sae, about | (hook_point(folder, reads) if reads else named)
+    sae = assemble_transcoder("jumprelu", 0, tensors | ({"W_skip": tensors["affine_skip_connection"]} if skips else {}))
+    if not reads:
+        layer = int(place[-1][1])
+        return sae, about | {"hook": "mlp_in", "layer": layer, "target": {"hook": "mlp_out", "layer": layer}}
+    made = hook_point(folder, fields.text("hf_hook_point_out"))
+    norm = re.fullmatch(
+        r"model\.layers\.(\d+)\.pre_feedforward_layernorm\.output", reads
+    )  # Gemma's MLP reads just this
+    read = {"hook": "mlp_in", "layer": int(norm[1])} if norm else hook_point(folder, reads)
+    return sae, about | read | {"target": made}
 
 
 def from_openai(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
@@ -530,6 +602,18 @@ def assemble(activation: Any, k: int, levels: list[int], tensors: Tensors) -> Ne
     if sae.config.has_threshold:
         state["threshold"] = tensors["threshold"].expand(width).contiguous()
     sae.load_state_dict(state | {"center": torch.zeros(d_model), "scale": torch.ones(())})
+    return sae
+
+
+def assemble_transcoder(activation: Any, k: int, tensors: Tensors) -> NestedSAE:
+    """The same for a transcoder, flat; W_skip [d_model, d_out] where there is one."""
+    (d_model, width), d_out, skips = tensors["W_enc"].shape, tensors["W_dec"].shape[1], "W_skip" in tensors
+    sae = NestedSAE(SAEConfig(d_model, width, (width,), activation, k, d_out=d_out, skip=skips))
+    state = {name: tensors[name].contiguous() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    state |= {"W_skip": tensors["W_skip"].contiguous()} if skips else {}
+    state |= {"threshold": tensors["threshold"].expand(width).contiguous()} if sae.config.has_threshold else {}
+    places = {"center": torch.zeros(d_model), "target_center": torch.zeros(d_out)}
+    sae.load_state_dict(state | places | {"scale": torch.ones(()), "target_scale": torch.ones(())})
     return sae
 
 

@@ -17,7 +17,15 @@ from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
 from sae_lens import SAE
-from sae_lens.saes import batchtopk_sae, gated_sae, jumprelu_sae, matryoshka_batchtopk_sae, standard_sae, topk_sae
+from sae_lens.saes import (
+    batchtopk_sae,
+    gated_sae,
+    jumprelu_sae,
+    matryoshka_batchtopk_sae,
+    standard_sae,
+    topk_sae,
+    transcoder,
+)
 from safetensors.torch import save_file
 
 D, F, OUT = 64, 96, Path(sys.argv[1])
@@ -74,6 +82,27 @@ for name, (kind, config, options, values) in LENS.items():
     sae.save_model(place(name))
     keep(name, sae.encode, sae.decode)
 
+MADE = {
+    "lens-transcoder": (transcoder.Transcoder, transcoder.TranscoderConfig, {}),
+    "lens-skip-transcoder": (transcoder.SkipTranscoder, transcoder.SkipTranscoderConfig, {}),
+    "lens-jumprelu-transcoder": (
+        transcoder.JumpReLUTranscoder,
+        transcoder.JumpReLUTranscoderConfig,
+        {"threshold": 0.3},
+    ),
+    "lens-jumprelu-skip-transcoder": (
+        transcoder.JumpReLUSkipTranscoder,
+        transcoder.JumpReLUSkipTranscoderConfig,
+        {"threshold": 0.3},
+    ),
+}
+between = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.hook_mlp_out", "model_name": "tiny"}
+for name, (kind, config, values) in MADE.items():
+    sae = kind(config(d_in=D, d_sae=F, d_out=48, apply_b_dec_to_input=False, metadata=between))
+    perturb(sae, **values)
+    sae.save_model(place(name))
+    keep(name, sae.encode, lambda z, sae=sae: sae(x))
+
 TRAINED = {
     "lens-batchtopk": (batchtopk_sae.BatchTopKTrainingSAE, batchtopk_sae.BatchTopKTrainingSAEConfig, {}),
     "lens-matryoshka": (
@@ -125,3 +154,13 @@ with torch.no_grad():
     values, indices, _ = coder.encode(x)
     z = torch.zeros(len(x), F).scatter(1, indices, values)
     save_file({"x": x, "z": z, "x_hat": coder.decode(values, indices)}, OUT / "sparsify" / "reference.safetensors")
+for name, skips in (("sparsify-transcoder", False), ("sparsify-skip-transcoder", True)):
+    coder = SparseCoder(D, SparseCoderConfig(k=7, num_latents=F, transcode=True, skip_connection=skips))
+    perturb(coder)
+    folder = OUT / name / "sae" / "layers.1.mlp"
+    folder.mkdir(parents=True)
+    coder.save_to_disk(folder)
+    with torch.no_grad():
+        values, indices, _ = coder.encode(x)
+        z = torch.zeros(len(x), F).scatter(1, indices, values)
+        save_file({"x": x, "z": z, "x_hat": coder(x).sae_out}, OUT / name / "reference.safetensors")
