@@ -110,7 +110,7 @@ def test_several_layers_get_own_folders(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('[harvest]\nmodel = "m"\nlayer = [3, 5]\n[train]\nalpha = 0.2\n')
     read = experiments.Experiment.read(tmp_path / "a.toml")
     places = experiments.Places.of(read, tmp_path / "out")
-    words = experiments.train_words(read.train[0], places, "layer_5")
+    words = experiments.train_words(read.train[0], places, read.trained[1])
     assert words[-4:] == [
         "--store",
         str(tmp_path / "out/stores/layer_5.zarr"),
@@ -135,6 +135,86 @@ def test_hooks_get_stores_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"harvest\.hook is 'hook_z', known are resid_post"):
         (tmp_path / "b.toml").write_text('[harvest]\nmodel = "m"\nhook = ["hook_z"]\n[train]\nalpha = 0.2\n')
         experiments.Experiment.read(tmp_path / "b.toml")
+
+
+TRANSCODERS = """
+[harvest]
+model = "m"
+layer = [3, 5]
+hook = ["mlp_in", "mlp_out"]
+[[train]]
+store = "mlp_in"
+target = "mlp_out"
+alpha = [0, 0.2]
+skip = true
+[[train]]
+store = "mlp_out"
+width = 64
+"""
+
+
+def test_grids_name_their_hooks(tmp_path: Path) -> None:
+    """A grid with a target trains transcoders from its store's hook to that, in a folder of their own, and they are evaluated
+    with both stores; one with a store alone trains SAEs on that hook and no other."""
+    (tmp_path / "a.toml").write_text(TRANSCODERS)
+    read = experiments.Experiment.read(tmp_path / "a.toml")
+    names = ["layer_3.mlp_out", "layer_5.mlp_out", "layer_3.mlp_in-to-mlp_out", "layer_5.mlp_in-to-mlp_out"]
+    assert [site.name for site in read.trained] == names
+    places, site = experiments.Places.of(read, tmp_path / "out"), read.trained[2]
+    stores = [
+        f"--{name}={tmp_path}/out/stores/layer_3.{hook}.zarr"
+        for name, hook in (("store", "mlp_in"), ("target", "mlp_out"))
+    ]
+    trained = experiments.train_words(site.grids[0], places, site)
+    scored = experiments.evaluate_words(read, places, site, ["MEMBER"])
+    for words, out in ((trained, "checkpoints"), (scored, "results")):
+        said = [f"{name}={value}" for name, value in zip(words, words[1:])]
+        assert {*stores, f"--out={tmp_path}/out/{out}/layer_3.mlp_in-to-mlp_out"} <= set(said)
+    assert "--skip" in trained
+    assert "--target" not in experiments.train_words(read.trained[0].grids[0], places, read.trained[0])
+    experiments.check(read, experiments.with_parts(read, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("grid", "says"),
+    [
+        ('target = "mlp_out"', "say which other hook its transcoders read"),
+        ('store = "mlp_out"\ntarget = "mlp_out"', "say which other hook its transcoders read"),
+        (
+            'store = "mlp_in"\ntarget = "resid_post"',
+            "train.target is 'resid_post': name a hook that .harvest. has, mlp_in, mlp_out",
+        ),
+        ('store = "acts.zarr"', "train.store is 'acts.zarr': name a hook"),
+        ('store = "mlp_in"\ntarget = ["mlp_out"]', "say which other hook its transcoders read"),
+    ],
+)
+def test_unharvested_hooks_are_refused(tmp_path: Path, grid: str, says: str) -> None:
+    """A grid's store and target are hooks of the harvest, and no transcoder reads what it makes: said before any work."""
+    (tmp_path / "a.toml").write_text(f'[harvest]\nmodel = "m"\nhook = ["mlp_in", "mlp_out"]\n[train]\n{grid}\n')
+    with pytest.raises(UsageError, match=says):
+        experiments.Experiment.read(tmp_path / "a.toml")
+
+
+@pytest.mark.slow
+def test_transcoders_run_as_an_experiment(tmp_path: Path) -> None:
+    """Harvest of both hooks in one pass, SAEs of one and transcoders between them, scores of all and a report that tells them
+    apart; run again, nothing is done."""
+    text = MINI.format(root=ROOT, alphas="[0, 0.25]").replace("seed = [0, 1]", "seed = 0")
+    text = text.replace("layer = [3]", 'layer = [3]\nhook = ["mlp_in", "mlp_out"]').replace("[train]", "[[train]]")
+    grids = text[text.index("[[train]]") : text.index("[evaluate]")]
+    both = grids + 'store = "mlp_out"\n' + grids + 'store = "mlp_in"\ntarget = "mlp_out"\nskip = true\n'
+    (tmp_path / "a.toml").write_text(text.replace(grids, both))
+    out = tmp_path / "out"
+    for _ in range(2):
+        subprocess.run(command(tmp_path / "a.toml", out), cwd=ROOT, check=True)
+        made = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert made == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    results = sorted((out / "results").rglob("*.json"))
+    assert [path.parent.name for path in results] == ["layer_3.mlp_in-to-mlp_out"] * 2 + ["layer_3.mlp_out"] * 2
+    assert [json.loads(path.read_text())["store"].get("source", {}).get("hook") for path in results] == [
+        "mlp_in"
+    ] * 2 + [None] * 2
+    assert "mlp_in" in (out / "report.html").read_text()
 
 
 PART = '[[part]]\nname = "known"\nharvest.truth = "forest"\n[[part.train]]\nalpha = 0\n[part.evaluate]\nscores = "ev,truth"\n'
@@ -298,5 +378,7 @@ def test_models_have_a_default(tmp_path: Path) -> None:
     """An experiment that names no model takes harvest's, in evaluation too."""
     (tmp_path / "e.toml").write_text(f"[harvest]\nlayer = [1]\n{TRAIN}")
     experiment = experiments.Experiment.read(tmp_path / "e.toml")
-    words = experiments.evaluate_words(experiment, experiments.Places.of(experiment, tmp_path), "layer_1", ["x"])
+    words = experiments.evaluate_words(
+        experiment, experiments.Places.of(experiment, tmp_path), experiment.trained[0], ["x"]
+    )
     assert "--model" not in words

@@ -2,10 +2,13 @@
 
     out/
       stores/         acts.zarr, or layer_L.zarr, layer_L.HOOK.zarr for each of several (or wherever `store` says)
-      checkpoints/    layer_L/<member>/…
+      checkpoints/    layer_L/<member>/…, layer_L.HOOK-to-TARGET/<member>/… of transcoders
       results/        layer_L/<member>-step_N-<key>.json, results.csv
       logs/           a file a stage
       report.html, report_files/
+
+A grid trains on every store that is harvested, or on those of the hook that its `store` names; with `target`, another hook,
+transcoders from the one to the other.
 
 Further parts ([[part]], each with a name and tables of its own) are other rows in the same report: PART.zarr, PART/….
 
@@ -34,6 +37,22 @@ OPTION = re.compile("[A-Za-z][A-Za-z0-9-]*")
 """The name of an option, without its dashes."""
 PART_TABLES = {"name", "harvest", "train", "evaluate"}
 TABLES = PART_TABLES | {"report", "part"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """What some grids train on: the store of one site, for transcoders also that of what they make, both by the names that
+    harvest gives them. `name`: its folder among others."""
+
+    name: str
+    store: str
+    target: str | None
+    grids: tuple[dict[str, Any], ...]
+
+    @property
+    def spliced(self) -> str:
+        """The site whose rows are rebuilt."""
+        return self.target or self.store
 
 
 @dataclass(frozen=True)
@@ -76,9 +95,38 @@ class Experiment:
     @property
     def sites(self) -> list[str]:
         """What is harvested, one store each, by the names that harvest gives them: layer_19, layer_19.mlp_out."""
-        layer = self.harvest.get("layer", 0 if "truth" in self.harvest else 19)  # rows of known features have no layer
-        hook = self.harvest.get("hook", "resid_post")
-        return [site_name(one, where) for one in as_list(layer) for where in as_list(hook)]
+        return [site_name(layer, hook) for layer in self.layers for hook in self.hooks]
+
+    @property
+    def layers(self) -> list[int]:
+        """What is harvested, by layer."""
+        return as_list(self.harvest.get("layer", 0 if "truth" in self.harvest else 19))  # known features have no layer
+
+    @property
+    def hooks(self) -> list[str]:
+        """What is harvested of each layer."""
+        return as_list(self.harvest.get("hook", "resid_post"))
+
+    @property
+    def trained(self) -> list[Site]:
+        """What is trained on what: sites in harvest's order with the grids that train SAEs on them, then pairs of sites with
+        those that train transcoders between them."""
+        pairs: dict[tuple[str, str | None], list[dict[str, Any]]] = {(hook, None): [] for hook in self.hooks}
+        for grid in self.train:
+            for store in as_list(grid.get("store", self.hooks)):
+                pairs.setdefault((store, grid.get("target")), []).append(grid)
+        return [
+            Site(
+                site_name(layer, store) + (f"-to-{target}" if target else ""),
+                site_name(layer, store),
+                site_name(layer, target) if target else None,
+                tuple(grids),
+            )
+            for transcoders in (False, True)
+            for layer in self.layers
+            for (store, target), grids in pairs.items()
+            if grids and (target is not None) == transcoders
+        ]
 
 
 def parse(path: Path, data: Mapping[str, Any], known: Set[str], where: str, trust_remote_code: bool) -> Experiment:
@@ -96,6 +144,8 @@ def parse(path: Path, data: Mapping[str, Any], known: Set[str], where: str, trus
     here = path.resolve().parent
     harvest, evaluate, report = (table(path, one, data.get(one, {})) for one in ("harvest", "evaluate", "report"))
     trains = [table(path, "train", grid) for grid in grids]
+    for grid in trains:
+        require_hooks(f"{path}: {where}train", grid, as_list(harvest.get("hook", "resid_post")))
     asks = [one.get("trust-remote-code", False) is not False for one in (harvest, evaluate)]
     if any(asks) and not trust_remote_code:
         raise UsageError(f"{path}: asks for trust-remote-code, a model's own code; allow it on the command line too")
@@ -127,6 +177,22 @@ def table(path: Path, name: str, found: Any) -> dict[str, Any]:
         if not layers or not all(type(layer) is int and abs(layer) < 10_000 for layer in layers):
             raise UsageError(f"{path}: {name}.layer is {str(options['layer'])[:60]!a}, expected whole numbers")
     return options
+
+
+def require_hooks(where: str, grid: Mapping[str, Any], harvested: Sequence[Any]) -> None:
+    """Raise UsageError unless a grid's `store` and `target` are hooks that are harvested, and a target is beside another one."""
+    asked = [(name, hook) for name in ("store", "target") if name in grid for hook in as_list(grid[name])]
+    for name, hook in asked:
+        if hook not in harvested:
+            raise UsageError(
+                f"{where}.{name} is {str(hook)[:60]!a}: name a hook that [harvest] has, {', '.join(map(str, harvested))}"
+            )
+    if "target" in grid and (
+        type(grid["target"]) is not str or grid["target"] in as_list(grid.get("store", harvested))
+    ):
+        raise UsageError(
+            f'{where}.target is {str(grid["target"])[:60]!a}: say which other hook its transcoders read, such as store = "mlp_in"'
+        )
 
 
 def as_list(value: Any) -> list[Any]:
@@ -184,8 +250,13 @@ class Places:
     def store_of(self, site: str) -> Path:
         return self.store / f"{site}.zarr" if self.several else self.store
 
+    def stores_of(self, site: Site) -> dict[str, Path]:
+        """The options that name what a site's members read, and make."""
+        target = {} if site.target is None else {"target": self.store_of(site.target)}
+        return {"store": self.store_of(site.store), **target}
+
     def folder(self, site: str) -> str:
-        """The name that a site has among others: layer_3, layer_3.mlp_out, or the part's."""
+        """The name that a site has among others: layer_3, layer_3.mlp_in-to-mlp_out, or the part's."""
         return "-".join(([self.part] if self.part else []) + ([site] if self.several or not self.part else []))
 
     def checkpoints(self, site: str) -> Path:
@@ -207,17 +278,17 @@ def harvest_words(experiment: Experiment, places: Places) -> list[str]:
     return stages.options({**experiment.harvest, "store": places.store})
 
 
-def train_words(grid: dict[str, Any], places: Places, site: str) -> list[str]:
+def train_words(grid: dict[str, Any], places: Places, site: Site) -> list[str]:
     """Options of one training grid on one site."""
-    settings = {**grid, "store": places.store_of(site), "out": places.checkpoints(site)}
-    return stages.options(settings, negatable=True)
+    own = {name: value for name, value in grid.items() if name not in ("store", "target")}
+    return stages.options({**own, **places.stores_of(site), "out": places.checkpoints(site.name)}, negatable=True)
 
 
-def evaluate_words(experiment: Experiment, places: Places, site: str, members: list[str]) -> list[str]:
+def evaluate_words(experiment: Experiment, places: Places, site: Site, members: list[str]) -> list[str]:
     """Options of one evaluation job: the members that the file asks for, by folder."""
     model = {"model": experiment.harvest["model"]} if "model" in experiment.harvest else {}
     settings = {**model, **experiment.evaluate}
-    places_of_site = {"store": places.store_of(site), "out": places.results(site)}
+    places_of_site = {**places.stores_of(site), "out": places.results(site.name)}
     return [*members, *stages.options({**settings, **places_of_site})]
 
 
@@ -233,8 +304,8 @@ def run(experiment: Experiment, out: Path) -> Path:
     check(experiment, every)
     for one, places in every:
         stages.run_stage("harvest", harvest_words(one, places), places.log("harvest"))
-        for site in one.sites:
-            members = train_site(one, places, site)
+        for site in one.trained:
+            members = train_site(places, site)
             words = evaluate_words(one, places, site, members)
             done = stages.ask_stage("evaluate", words, places.log("evaluate"))
             results += [result["path"] for result in done["results"]]
@@ -248,19 +319,18 @@ def check(experiment: Experiment, every: Sequence[tuple[Experiment, Places]]) ->
     """Have every stage's own parser read every option before the first stage starts. Raises UsageError naming the stage."""
     commands: list[tuple[str, list[str]]] = []
     for one, places in every:
-        site = one.sites[0]
         commands.append(("harvest", harvest_words(one, places)))
-        commands += [("train", train_words(grid, places, site)) for grid in one.train]
-        commands.append(("evaluate", evaluate_words(one, places, site, [str(places.out)])))
+        commands += [("train", train_words(grid, places, site)) for site in one.trained for grid in site.grids]
+        commands += [("evaluate", evaluate_words(one, places, site, [str(places.out)])) for site in one.trained]
     places = every[0][1]
     words = [str(places.out), *stages.options({"out": places.report, **experiment.report})]
     stages.check([*commands, ("evaluate.report", words)])
 
 
-def train_site(experiment: Experiment, places: Places, site: str) -> list[str]:
-    """Train every grid on one site; the member folders asked for, in order, each once."""
+def train_site(places: Places, site: Site) -> list[str]:
+    """Train every grid of one site; the member folders asked for, in order, each once."""
     members: dict[str, None] = {}
-    for grid in experiment.train:
+    for grid in site.grids:
         done = stages.ask_stage("train", train_words(grid, places, site), places.log("train"))
         members |= {member["folder"]: None for member in done["members"]}
     return list(members)
@@ -284,18 +354,18 @@ def dry_run_part(experiment: Experiment, places: Places) -> None:
     planned = stages.ask_stage("harvest", [*words, "--dry-run"], log)
     plan_file = log.with_name(f"{places.part}-harvest-plan.json" if places.part else "harvest-plan.json")
     write_json(plan_file, planned)
-    for site in experiment.sites:
+    for site in experiment.trained:
         n_members = 0
-        for grid in experiment.train:
+        for grid in site.grids:
             words = train_words(grid, places, site)
             say(f"2. {stages.show('train', words)}")
-            there = is_complete(places.store_of(site))
+            there = all(map(is_complete, places.stores_of(site).values()))
             done = stages.ask_stage(
                 "train", [*words, "--dry-run", *([] if there else ["--planned", str(plan_file)])], log
             )
             n_members += len(done["members"])
         say(f"3. {stages.show('evaluate', evaluate_words(experiment, places, site, ['MEMBERS']))}")
-        say(evaluate_cost(experiment, planned, site, n_members))
+        say(evaluate_cost(experiment, planned, site.spliced, n_members))
 
 
 def is_complete(store: Path) -> bool:

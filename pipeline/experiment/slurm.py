@@ -37,8 +37,8 @@ def write_jobs(experiment: experiments.Experiment, file: Path, out: Path, sbatch
     for i, (one, places) in enumerate(every):
         harvest = f"harvest_{i}" if i else "harvest"
         write_job(folder, harvest, "harvest", experiments.harvest_words(one, places), sbatch)
-        for site in one.sites:
-            for grid in one.train:
+        for site in one.trained:
+            for grid in site.grids:
                 train = f"train_{len(needs)}"
                 write_job(folder, train, "train", experiments.train_words(grid, places, site), sbatch)
                 needs[train] = harvest

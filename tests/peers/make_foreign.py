@@ -26,6 +26,7 @@ from sae_lens.saes import (
     topk_sae,
     transcoder,
 )
+from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import save_file
 
 D, F, OUT = 64, 96, Path(sys.argv[1])
@@ -98,7 +99,7 @@ MADE = {
 }
 between = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.hook_mlp_out", "model_name": "tiny"}
 for name, (kind, config, values) in MADE.items():
-    sae = kind(config(d_in=D, d_sae=F, d_out=48, apply_b_dec_to_input=False, metadata=between))
+    sae = kind(config(d_in=D, d_sae=F, d_out=48, apply_b_dec_to_input=False, metadata=SAEMetadata(**between)))
     perturb(sae, **values)
     sae.save_model(place(name))
     keep(name, sae.encode, lambda z, sae=sae: sae(x))
