@@ -125,13 +125,10 @@ def evaluate(places: tuple[str, ...], as_json: bool, all_steps: bool, dry_run: b
 
 
 def found(place: str) -> Path:
-    """A path as it is; of an id on the Hub, where no such path is and none was meant, what was downloaded. Raises
-    CheckpointError."""
-    from pipeline.sae.hub import HUB_ID, find_checkpoint
+    """A path as it is; of an id on the Hub what was downloaded. Raises CheckpointError."""
+    from pipeline.sae.hub import find_checkpoint, hub_id
 
-    path = Path(place)
-    meant = path.exists() or (path.parent != Path() and path.parent.exists()) or HUB_ID.fullmatch(place) is None
-    return path if meant else find_checkpoint(place)
+    return Path(place) if hub_id(place) is None else find_checkpoint(place)
 
 
 def make_config(

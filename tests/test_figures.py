@@ -259,3 +259,18 @@ def test_density_axes_are_fitted(results: Results) -> None:
     """A histogram's axis spans the bins that hold latents, and one to spare."""
     edges = [-6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0]
     assert held({"shared": (edges, [0, 0, 0, 3, 1, 0])}) == (-4.0, 0.0)
+
+
+def test_long_titles_take_lines() -> None:
+    """A panel's title that names many settings is broken into lines within the panel, which grows by them."""
+    settings = ", ".join(f"setting{i} value{i}" for i in range(12))
+    panels = [svg.Panel("p", title, "x", "y", lambda axes: None) for title in ("KL", f"KL ({settings})")]
+    short, long = (ElementTree.fromstring(panel.drawn) for panel in panels)
+    heights = [float(drawn.attrib["height"].removesuffix("pt")) for drawn in (short, long)]
+    texts = [
+        text for text in long.iter("{http://www.w3.org/2000/svg}text") if re.search("setting|value", text.text or "")
+    ]
+    assert " ".join(str(text.text) for text in texts) == f"KL ({settings})"
+    assert len(texts) >= 4
+    assert max(len(str(text.text)) for text in texts) <= svg.TITLE_WIDTH
+    assert heights[1] - heights[0] == pytest.approx(72 * svg.LINE_HEIGHT * (len(texts) - 1))

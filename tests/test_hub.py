@@ -205,12 +205,15 @@ def test_suite_folder_is_downloaded_alone(stand_in: type[StandIn], tmp_path: Pat
 
 
 def test_mistyped_path_asks_no_hub(stand_in: type[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path into a folder that is here is never taken for a repository."""
+    """A path into a folder that is here is never taken for a repository, of one part or more, wherever an SAE is named."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    with pytest.raises(CheckpointError, match="found nothing"):
-        pipeline.load("runs/l19/alpha0.2")
+    for place in ("runs/l19", "runs/l19/alpha0.2"):
+        with pytest.raises(CheckpointError, match="found nothing; runs is a folder here, so it is taken for a path"):
+            pipeline.load(place)
+        assert hub.hub_id(place) is None
     assert stand_in.seen == []
+    assert hub.hub_id("owner/name/a/b") == ("owner/name", "a/b")
 
 
 def test_only_what_is_needed_is_downloaded(stand_in: type[StandIn], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -58,6 +59,10 @@ RC: Any = {
 }
 
 
+TITLE_WIDTH, LINE_HEIGHT = 44, 0.16
+"""Letters of a title that fit above the axes, and inches that each further line adds to a panel."""
+
+
 @dataclass(frozen=True, eq=False)
 class Panel:
     """One set of axes. `draw` plots into it; `tips` are texts by artist gid, shown when the artist is pointed at."""
@@ -72,12 +77,14 @@ class Panel:
 
     @cached_property
     def drawn(self) -> str:
-        """The panel as matplotlib writes it, still in stand-in colours, with a legend that the page hides."""
+        """The panel as matplotlib writes it, still in stand-in colours, with a legend that the page hides. A long title, which
+        names all settings of a group, takes several lines, and the panel grows by them."""
+        lines = textwrap.wrap(self.title, TITLE_WIDTH)
         with matplotlib.rc_context(RC):
-            canvas = Canvas(figsize=(4.1, self.height), layout="constrained")
+            canvas = Canvas(figsize=(4.1, self.height + LINE_HEIGHT * max(len(lines) - 1, 0)), layout="constrained")
             axes = canvas.add_subplot()
             self.draw(axes)
-            axes.set_title(self.title)
+            axes.set_title("\n".join(lines))
             axes.set_xlabel(self.xlabel)
             axes.set_ylabel(self.ylabel)
             if axes.get_legend_handles_labels()[1]:

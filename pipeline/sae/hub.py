@@ -24,7 +24,7 @@ from pipeline.sae.member import final_checkpoint, read_completion
 from pipeline.sae.nested import NestedSAE
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
-"""owner/name, and a folder in the repository; where owner is a folder here, what has more than one slash is a path."""
+"""owner/name, and a folder in the repository."""
 WEIGHTS, RESULTS = "sae.safetensors", "results.json"
 
 
@@ -45,14 +45,23 @@ def find_checkpoint(source: str | Path) -> Path:
         return path
     if path.is_dir():
         return checkpoint_in(path)
-    if (
-        isinstance(source, str)
-        and (named := HUB_ID.fullmatch(source))
-        and not (named[2] and Path(named[1]).parent.exists())
-    ):
-        folder = named[2] or ""
-        return checkpoint_in(download(named[1], folder=folder) / folder)
-    raise CheckpointError(f"{source}: expected a checkpoint, a folder with one, or a Hub id owner/name; found nothing")
+    if named := hub_id(source):
+        repo_id, folder = named
+        return checkpoint_in(download(repo_id, folder=folder) / folder)
+    shadowed = isinstance(source, str) and HUB_ID.fullmatch(source) is not None
+    here = f"; {path.parts[0]} is a folder here, so it is taken for a path" if shadowed else ""
+    raise CheckpointError(
+        f"{source}: expected a checkpoint, a folder with one, or a Hub id owner/name; found nothing{here}"
+    )
+
+
+def hub_id(source: str | Path) -> tuple[str, str] | None:
+    """Repository, and folder in it, of what is an id on the Hub: text of that form which is no path here, nor meant for one,
+    since nothing here has its first part's name."""
+    named = HUB_ID.fullmatch(source) if isinstance(source, str) else None
+    if named is None or Path(Path(named[0]).parts[0]).exists():
+        return None
+    return named[1], named[2] or ""
 
 
 def checkpoint_in(folder: Path) -> Path:
