@@ -215,7 +215,7 @@ PROBING = {"n_values": (2, 5), "k_values": (1, 3), "seeds": (42,), "train_size":
 READ, MADE = Point(1, "mlp_in"), Point(1, "mlp_out")
 
 
-def test_scores_of_texts_are_of_plain_hooks(
+def test_text_scores_are_of_hooks(
     made: Path, results: list[dict[str, Any]], lm_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """SCR and TPP take latents away from what the MLP adds, which the probes look at; sparse probes read latents of what the
@@ -261,7 +261,7 @@ def test_scores_of_texts_are_of_plain_hooks(
     assert n_compared == 2 * (2 + 2 + 2 * 2)  # transcoders; n of SCR, n of TPP, k of two attributes
 
 
-def test_all_scores_of_texts_are_given(made: Path, tmp_path: Path) -> None:
+def test_all_text_scores_are_given(made: Path, tmp_path: Path) -> None:
     """An evaluation of transcoders gives SCR, TPP and sparse probing like one of SAEs, and says why it has no first letters."""
     probing = ProbingConfig((str(texts_folder(tmp_path / "texts")),), probe=ProbeConfig(epochs=2, lr=0.02), **PROBING)
     outcome = scored(made, tmp_path / "out", scores=("ev", "first_letter"), probing=probing)
