@@ -265,6 +265,33 @@ def test_any_guess_finds_the_threshold(guess: float, dtype: str) -> None:
     assert not any(bins.any() for bins in ours.kept.bins)  # empty again for the next step
 
 
+@pytest.mark.parametrize(("dtype", "layernorm"), [("bf16", "none"), ("float32", "none"), ("float32", "pre")])
+def test_calibrated_threshold_is_the_plain_one(dtype: str, layernorm: str) -> None:
+    """batchtopk's threshold of inference is found in passes over the rows held, and is what the search of all says."""
+    ours = fused(config_of(dtype, **RECIPE_FORMS["batchtopk"] | {"layernorm": layernorm}))
+    for step in range(3):
+        ours.step(batch_of(ours, raw_rows(step)))
+    search = ours.kept.search.clone()
+    ours._calibrate()
+    found = float(ours.threshold)
+    assert torch.equal(ours.kept.search, search)  # the next step guesses as it would have
+    assert not any(bins.any() for bins in ours.kept.bins)
+    Member._calibrate(ours)
+    assert found == pytest.approx(float(ours.threshold), rel=0 if layernorm == "none" else 1e-5)
+    assert found > 0
+
+
+def test_checkpoint_fetches_nothing() -> None:
+    """Neither a fused step nor what a checkpoint asks of a member waits for the device: on tensors without values that would be
+    an error."""
+    meta, config = torch.device("meta"), config_of("bf16", **RECIPE_FORMS["batchtopk"])
+    member = FusedMember(config, D_MODEL, torch.zeros(D_MODEL, device=meta), 1.0, meta, Scratch(meta))
+    member.step(normalise_batch(torch.zeros(ROWS, D_MODEL, device=meta), member.center, 1.0))
+    member.sae_of_state()
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        Member._calibrate(member)
+
+
 @pytest.mark.parametrize("recipe", RECIPE_FORMS)
 def test_rows_of_zeros_are_harmless(recipe: str) -> None:
     """Rows that are all 0 after centring, and latents of which fewer are positive than are to be kept."""

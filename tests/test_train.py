@@ -100,6 +100,27 @@ def alone(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ou
     return [outcome for member in GRID for outcome in train(tiny_store, out, member)]
 
 
+@pytest.mark.parametrize(("log_every", "asked"), [(2, []), (3, [2, 4])])
+def test_checkpoint_at_a_line_asks_nothing(
+    log_every: int, asked: list[int], tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of a step that was logged knows from the line whether all is finite and how many latents are dead; one
+    between lines has to ask."""
+    seen: dict[str, list[int]] = {"is_finite": [], "dead": []}
+    originals = {name: getattr(Member, name) for name in seen}
+
+    def noting(name: str) -> Any:
+        return lambda self: seen[name].append(self.n_steps) or originals[name](self)
+
+    for name in seen:
+        monkeypatch.setattr(Member, name, noting(name))
+    config = small(steps=6, log_every=log_every, checkpoint_every=2, lr_warmup_steps=0, sparsity_warmup_steps=0)
+    final = train(tiny_store, tmp_path, config)[0].final
+    assert final is not None
+    assert 0 <= read_header(final).provenance["dead"] <= 1
+    assert seen == {"is_finite": asked, "dead": asked}
+
+
 def test_grid_members_equal_single_ones(tiny_store: Path, tmp_path: Path, alone: list[Outcome]) -> None:
     """Members of a grid are bit identical to the same SAEs alone."""
     for side_by_side, by_itself in zip(train(tiny_store, tmp_path / "out", *GRID), alone):

@@ -125,7 +125,7 @@ class Trainee:
             self.log(clock)
         minutes = self.job.checkpoint_minutes
         if last or step % config.checkpoint_every == 0:
-            self.require_finite(self.member.is_finite())
+            self.require_finite(self.logged == step or self.member.is_finite())  # a line has asked that
             self.save(sae=True, state=minutes is None or last)
         elif minutes is not None and self.writes and time.monotonic() - self.saved_at >= 60 * minutes:
             self.saved_at = time.monotonic()
@@ -185,7 +185,8 @@ class Trainee:
 
     def provenance(self) -> dict[str, Any]:
         """FORMAT.md, "Checkpoint": where this SAE comes from."""
-        dead, fired_rows = self.member.dead()
+        known = self.metrics if self.logged == self.member.n_steps and self.metrics else None
+        dead, fired_rows = (known["dead"], known["dead_rows"]) if known else self.member.dead()
         return {
             "member": self.folder.name,
             "train": self.folder.description(self.task.order)["config"],

@@ -135,18 +135,13 @@ def encode(step: Step) -> None:
     step.a = torch.mm(step.x_low, step.member.adam.low["W_enc"], out=step.take("a", step.n_rows, step.width))
 
 
-def select(step: Step) -> None:
-    """Latents of the encoder's products, those selected, and their counts and sums; those before selection of the pool."""
-    member = step.member
-    norm = step.kept.flags["NORM"]
-    in_place = norm == 0 and step.kept.kind == 0
-    step.z = step.a if in_place else step.take("z", step.n_rows, step.width)
-    step.ratios = step.none
+def normalise(step: Step) -> None:
+    """LayerNorm's means and deviations of each row's levels, and the rows' scale, where there is LayerNorm."""
+    step.ratios = step.moments = step.none
     if step.kept.flags["RESCALE"]:
         step.ratios = step.batch.norm / math.sqrt(step.d_model)
-    step.moments = step.none
-    bias, gain, shift, log_threshold = step.columns("b_enc", "ln_gain", "ln_bias", "log_threshold")
-    if norm:
+    if norm := step.kept.flags["NORM"]:
+        bias = step.member.weights["b_enc"]
         step.moments = step.wide("moments", 2, step.n_levels, step.n_rows)
         launch(
             moments_kernel,
@@ -159,6 +154,14 @@ def select(step: Step) -> None:
             TILE_R=tiles.TALL,
             SIZE=min(tiles.LONG, next_power(step.width)),
         )
+
+
+def select(step: Step) -> None:
+    """Latents of the encoder's products, those selected, and their counts and sums; those before selection of the pool."""
+    member = step.member
+    in_place = step.kept.flags["NORM"] == 0 and step.kept.kind == 0
+    step.z = step.a if in_place else step.take("z", step.n_rows, step.width)
+    bias, gain, shift, log_threshold = step.columns("b_enc", "ln_gain", "ln_bias", "log_threshold")
     least = thresholds.find(step)
     step.counts = member.scratch.take("counts", (step.n_parts, step.width), torch.int32)
     step.sizes = step.wide("sizes", 2, *step.tiles)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from train.step.fused import account, auxiliary, dense, latents, optimiser, residuals, sparse
+from train.step.fused import account, auxiliary, dense, latents, optimiser, residuals, sparse, thresholds
 from train.step.fused.context import Kept, Step
 from train.step.member import Batch, Member
 
@@ -20,6 +21,24 @@ class FusedMember(Member):
     def _changed(self) -> dict[str, Tensor]:
         return super()._changed() | self.kept.changed()
 
+    def _calibrate(self) -> None:
+        """As in `Member`, the same number, but nothing is fetched."""
+        if self.config.activation != "batchtopk" or not self.n_steps:
+            return
+        pieces = self.sample.pieces(self.n_steps)
+        found = thresholds.find_over(
+            lambda: map(self._encoded, pieces), self.kept, self.config.k * sum(map(len, pieces))
+        )
+        self.threshold = found.to(self.wide)
+
+    def _encoded(self, x: Tensor) -> Step:
+        """Normalised rows, up to the encoder's product."""
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=self.wide)
+        step = Step(self, self.kept, Batch(x, norm, norm, norm))
+        latents.encode(step)
+        latents.normalise(step)
+        return step
+
     def _step(self, batch: Batch) -> None:
         step = Step(self, self.kept, batch)
         forward(step)
@@ -30,6 +49,7 @@ class FusedMember(Member):
 def forward(step: Step) -> None:
     """Latents, reconstructions of all prefixes and what they leave over."""
     latents.encode(step)
+    latents.normalise(step)
     auxiliary.find_pool(step)
     latents.select(step)
     (sparse if step.is_sparse else dense).decode(step)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import no_type_check
 
+import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from train.step.fused import tiles
 from train.step.fused.activation import before_selection, columns, level_of
-from train.step.fused.context import Step
+from train.step.fused.context import Kept, Step
 from train.step.fused.tiles import ceil_div, next_power
 from train.step.selection import MARGIN
 from train.step.traffic import launch
@@ -188,55 +190,85 @@ def row_threshold_kernel(
 
 def find(step: Step) -> Tensor:
     """What is kept is not below these: one number, or one a row."""
-    member = step.member
-    bias, gain, shift = step.columns("b_enc", "ln_gain", "ln_bias")
-    common = [step.a, bias, gain, shift, step.moments, step.ratios, step.ends]
-    reads = [*{id(tensor): tensor for tensor in common}.values()]
     if step.config.activation == "topk":
-        thresholds = step.wide("row_thresholds", step.n_rows)
-        launch(
-            row_threshold_kernel,
-            (ceil_div(step.n_rows, tiles.TALL),),
-            [*common, thresholds, step.n_rows, step.width, member._kept],
-            reads=reads,
-            writes=[thresholds],
-            FIRST_BIT=step.first_bit,
-            N_LEVELS=step.n_levels,
-            TILE_R=tiles.TALL,
-            SIZE=min(tiles.LONG, next_power(step.width)),
-            **step.kept.flags,
-        )
-        return thresholds
+        return row_thresholds(step)
     if step.config.activation != "batchtopk":
         return step.none
-    n_passes = 1 + len(step.kept.bins)
-    for index in range(n_passes):
-        counts = step.kept.bins[index == 2]
-        launch(
-            histogram_kernel,
-            step.tiles,
-            [*common, step.kept.search, counts, step.n_rows, step.width],
-            reads=[step.kept.search] if index == 1 else [*reads, step.kept.search],
-            writes=[],
-            touched={"bins": counts},
-            PASS=index,
-            N_LEVELS=step.n_levels,
-            num_warps=8,
-            **step.kept.flags,
-            **step.tiling,
-        )
-        if member.group is not None:
-            dist.all_reduce(counts, group=member.group)
-        launch(
-            find_kernel,
-            (1,),
-            [step.kept.search, counts, member._kept * step.n_rows_all, MARGIN],
-            reads=[step.kept.search] if index == 1 else [step.kept.search, counts],
-            writes=[step.kept.search, counts] if index else [step.kept.search],
-            PASS=index,
-            LAST=index == n_passes - 1,
-            N_BINS=len(counts),
-            SIZE=8192,
-            num_warps=16,
-        )
-    return step.kept.search[1:]
+    kept, group = step.kept, step.member.group
+    for index in range(1 + len(kept.bins)):
+        count(step, kept.search, index)
+        if group is not None:
+            dist.all_reduce(kept.bins[index == 2], group=group)
+        find_bin(kept, kept.search, index, step.member._kept * step.n_rows_all)
+    return kept.search[1:]
+
+
+def find_over(steps: Callable[[], Iterable[Step]], kept: Kept, n: int) -> Tensor:
+    """The n-th largest latent of many rows, in pieces whose products `a` are made anew for every look at them: a number on the
+    device. The guess is a half of the last batch's."""
+    search = torch.zeros_like(kept.search)
+    search[:1] = kept.search[:1] / 2
+    for index in range(1 + len(kept.bins)):
+        for step in steps():
+            count(step, search, index)
+        find_bin(kept, search, index, n)
+    return search[1]
+
+
+def pointers(step: Step) -> list[Tensor]:
+    """What latents before selection are made of."""
+    bias, gain, shift = step.columns("b_enc", "ln_gain", "ln_bias")
+    return [step.a, bias, gain, shift, step.moments, step.ratios, step.ends]
+
+
+def row_thresholds(step: Step) -> Tensor:
+    """The k-th largest latent of each row."""
+    made_of, thresholds = pointers(step), step.wide("row_thresholds", step.n_rows)
+    launch(
+        row_threshold_kernel,
+        (ceil_div(step.n_rows, tiles.TALL),),
+        [*made_of, thresholds, step.n_rows, step.width, step.member._kept],
+        reads=[*{id(tensor): tensor for tensor in made_of}.values()],
+        writes=[thresholds],
+        FIRST_BIT=step.first_bit,
+        N_LEVELS=step.n_levels,
+        TILE_R=tiles.TALL,
+        SIZE=min(tiles.LONG, next_power(step.width)),
+        **step.kept.flags,
+    )
+    return thresholds
+
+
+def count(step: Step, search: Tensor, index: int) -> None:
+    """Add this step's latents to the histogram of a pass."""
+    made_of, counts = pointers(step), step.kept.bins[index == 2]
+    launch(
+        histogram_kernel,
+        step.tiles,
+        [*made_of, search, counts, step.n_rows, step.width],
+        reads=[search] if index == 1 else [*{id(tensor): tensor for tensor in made_of}.values(), search],
+        writes=[],
+        touched={"bins": counts},
+        PASS=index,
+        N_LEVELS=step.n_levels,
+        num_warps=8,
+        **step.kept.flags,
+        **step.tiling,
+    )
+
+
+def find_bin(kept: Kept, search: Tensor, index: int, n: int) -> None:
+    """What the histogram of a pass says of the n-th largest; with the last pass that is all."""
+    counts = kept.bins[index == 2]
+    launch(
+        find_kernel,
+        (1,),
+        [search, counts, n, MARGIN],
+        reads=[search] if index == 1 else [search, counts],
+        writes=[search, counts] if index else [search],
+        PASS=index,
+        LAST=index == len(kept.bins),
+        N_BINS=len(counts),
+        SIZE=8192,
+        num_warps=16,
+    )
