@@ -132,7 +132,7 @@ class Names(click.ParamType[tuple[str, ...]]):
 @click.option(
     "--bos",
     default=DEFAULTS["bos"],
-    help="First token of every sequence. auto: what the tokenizer itself puts first; none; or a token ID.",
+    help="First token of every sequence, or tokens. auto: what the tokenizer itself puts first; none; or a token ID, or ID,ID.",
 )
 @click.option(
     "--attention",
@@ -166,6 +166,18 @@ class Names(click.ParamType[tuple[str, ...]]):
     help="Go on with another torch, transformers or GPU than made the rows that are there: they differ in their last bits. The "
     "store records all of them.",
 )
+@click.option(
+    "--prepare-only",
+    is_flag=True,
+    help="Tokenise and prepare the store, make no rows. With --part: tokenise only that part of the documents.",
+)
+@click.option(
+    "--part",
+    metavar="I/N",
+    help="Make the rows of part I of N, from 0/N on, of a store that is prepared: for job arrays. N may be many more than run at "
+    "once.",
+)
+@click.option("--finish-only", is_flag=True, help="Finish a store whose parts are made, or name those that are not.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how large it would be, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON, for train --planned.")
 @click.option("--repair", is_flag=True, help="Read everything, and make again exactly what is damaged or gone.")
@@ -175,6 +187,9 @@ def command(
     dry_run: bool,
     as_json: bool,
     repair: bool,
+    prepare_only: bool,
+    part: str | None,
+    finish_only: bool,
     truth: str | None,
     **options: Any,
 ) -> None:
@@ -195,14 +210,20 @@ def command(
     """
     if as_json and not dry_run:
         raise UsageError("--json goes with --dry-run")
+    if truth is not None and (prepare_only or part or finish_only):
+        raise UsageError("--truth runs whole, in seconds; leave out --prepare-only, --part and --finish-only")
     if truth is not None:
         truth_command(truth, options, dry_run, as_json, repair)
         return
     from harvest import run as stage  # here, so that --help does not load torch and transformers
+    from harvest.steps import Steps
 
+    steps = Steps.of(prepare_only=prepare_only, part=part, finish_only=finish_only)
+    if repair and steps != Steps():
+        raise UsageError("--repair reads and mends a whole store; leave out --prepare-only, --part and --finish-only")
     config = HarvestConfig(layers=tuple(layers), hooks=tuple(hooks), **options)
     if not dry_run:
-        stage.run(config, repair=repair)
+        stage.run(config, repair=repair, steps=steps)
     elif (plan := stage.dry_run(config, repair=repair)) and as_json:
         print_json(plan)
 

@@ -27,7 +27,7 @@ def describe(plan: Plan) -> str:
         f"model    {c.model}, {', '.join(map(str, plan.stores))} of {plan.info.n_layers}, d_model {plan.info.d_model}",
         f"tokens   {plan.n_train * c.context:,} for training, {plan.n_eval * c.context:,} for evaluation, "
         f"in sequences of {c.context}, "
-        + (f"BOS {plan.packing.bos} first" if plan.packing.bos is not None else "no BOS"),
+        + (f"BOS {', '.join(map(str, plan.packing.first))} first" if len(plan.packing.first) else "no BOS"),
         f"compute  {plan.device}, {c.dtype} (stored as {c.store_dtype}), {c.attention} attention, "
         f"{c.batch_size} sequences a batch",
         f"store    {c.store}: {rows:,} rows × {n_stores} stores, {at_most}{human_bytes(plan.estimate)}{free}",

@@ -1,30 +1,30 @@
-"""Documents in a seeded order: local files, permuted exactly, or a Hub dataset, streamed and shuffled within a buffer."""
+"""Documents in a seeded order, read as they are needed: permuted exactly where a format lets any of them be read, else within a
+buffer."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harvest.shelf import Shelf
+from harvest.index import Index, is_indexed
+from harvest.long_text import TextFile
 from pipeline.base import network
 from pipeline.base.errors import CorpusError
-from pipeline.base.files import disk_errors, hash_file, sha256
+from pipeline.base.files import disk_errors, sha256
+from pipeline.base.kept import kept_hash
 from pipeline.base.progress import say
 from pipeline.base.record_files import TEXT, expected, is_read, listed, record_files
-from pipeline.base.records import (
-    Record,
-    Unread,
-    kind_of,
-)
+from pipeline.base.records import Found, Record, Unread, kind_of, read_records
 from pipeline.base.runtime import derive_seed, numpy_rng
 
 Message = Mapping[str, Any]
-Content = str | list[int] | list[Message]
-"""Text, the token ids of a text that was tokenised before, or the messages of a chat."""
+Content = str | TextFile | list[int] | list[Message]
+"""Text, or a file that is one, the token ids of a text that was tokenised before, or the messages of a chat."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,26 @@ class Source:
         return {"text_field": self.text_field} | ({"skip_bad": self.skip_bad} if self.skip_bad else {})
 
 
-class LocalCorpus:
-    """Files on disk. Every document is as likely at any place: they are permuted by the seed, whatever their number."""
+PERMUTED = "documents permuted by seed {seed}"
+WINDOWED = "files by seed {seed}, documents permuted within {buffer} of them by seed {seed}"
+WINDOW_BYTES = 256 << 20
+"""Text of a window of documents, at most, whatever their number."""
 
-    def __init__(self, source: Source, scratch: Path) -> None:
-        self.source, self.scratch = source, scratch
+
+class LocalCorpus:
+    """Files on disk, in an order that is a function of their contents' names and the seed.
+
+    Where every file lies open (plain JSON lines, whole texts), documents are permuted: each is as likely at any place. Elsewhere
+    (compressed, Parquet, Arrow, CSV, JSON arrays) files are read one after the other in a seeded order, and their documents
+    permuted within windows of `buffer` documents or WINDOW_BYTES; a corpus that fits into one window is permuted whole.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
         self.root = Path(source.corpus).expanduser()
         with disk_errors(self.root):
             self.files = record_files(self.root, source.split, source.subset)
-            self.hashes = {path: hash_file(path) for path in self.files}
+            self.hashes = {path: kept_hash(path) for path in self.files}
             named = (os.fsencode(self._name(path)) + f" {found}\n".encode() for path, found in self.hashes.items())
             self.sha256 = sha256(b"".join(named))  # a name need not be text
 
@@ -73,9 +84,15 @@ class LocalCorpus:
         return path.relative_to(self.root).as_posix() if self.root.is_dir() else path.name
 
     @property
+    def is_indexed(self) -> bool:
+        """Whether any document can be read without those before it."""
+        return all(is_indexed(path) for path in self.files)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The hash is over names and contents of the files."""
-        order = f"documents permuted by seed {self.source.seed}"
+        order = PERMUTED if self.is_indexed else WINDOWED
+        order = order.format(seed=self.source.seed, buffer=self.source.buffer)
         return {"id": self.source.corpus, **self.source.about, "sha256": self.sha256, "order": order}
 
     @property
@@ -83,26 +100,65 @@ class LocalCorpus:
         """Whether it is a single text file, which holds a single document."""
         return len(self.files) == 1 and kind_of(self.files[0]) == TEXT
 
-    def documents(self) -> Iterator[Document]:
-        """Each document once. Files of plain JSON lines are read where they lie, one line after another of the permutation;
-        others are copied once, uncompressed, to an unnamed temporary file. Memory stays small either way."""
-        with disk_errors(self.scratch), Shelf(self.scratch, self.source.text_field) as shelf:
-            for path in self.files:
-                shelf.add(path)
-            order = numpy_rng("corpus", self.source.seed).permutation(len(shelf))
-            found = (document_of(*shelf.record(int(i)), self.source.text_field) for i in order)
-            any_text = False
-            for document in good(found, self.source.skip_bad):
-                any_text = any_text or bool(document.content)
-                yield document
-            if not any_text:
-                raise CorpusError(f"{self.root}: there is no text in it; give a corpus with documents")
+    def documents(self, first: int = 0) -> Iterator[Document | CorpusError]:
+        """Each document once, from the first-th of the order on; for a record that holds none, what is wrong with it."""
+        with disk_errors(self.root):
+            if self.is_indexed:
+                index = Index(self.files, self.source.text_field)
+                order = numpy_rng("corpus", self.source.seed).permutation(len(index))
+                yield from (document_of(*index.record(int(i)), self.source.text_field) for i in order[first:])
+            else:
+                yield from itertools.islice(self._windowed(), first, None)
+
+    def _windowed(self) -> Iterator[Document | CorpusError]:
+        """Documents of all files, permuted within windows."""
+        seed, n_windows = self.source.seed, 0
+        held: list[tuple[int, int, Document | CorpusError]] = []
+        size = 0
+        for n, number, document in self._in_files():
+            held.append((n, number, document))
+            size += size_of(document)
+            if len(held) == self.source.buffer or size >= WINDOW_BYTES:
+                yield from permuted(held, ("corpus", seed, n_windows) if n_windows else ("corpus", seed))
+                held, size, n_windows = [], 0, n_windows + 1
+        yield from permuted(held, ("corpus", seed, n_windows) if n_windows else ("corpus", seed))
+
+    def _in_files(self) -> Iterator[tuple[int, int, Document | CorpusError]]:
+        """Documents with the numbers of their file and in it, file after file in the seed's order."""
+        field = self.source.text_field
+        for n in numpy_rng("corpus files", self.source.seed).permutation(len(self.files)):
+            path = self.files[n]
+            found: Iterable[Found] = (
+                [(str(path), {field: TextFile(path)})]
+                if kind_of(path) == TEXT
+                else read_records(path, (field, field.split(".")[0]))
+            )
+            for number, (where, record) in enumerate(found):
+                yield int(n), number, document_of(where, record, field)
+
+
+def permuted(
+    held: list[tuple[int, int, Document | CorpusError]], key: tuple[Any, ...]
+) -> Iterator[Document | CorpusError]:
+    """Documents of a window in a seeded order, whatever the order of the files in it."""
+    held.sort(key=lambda one: one[:2])
+    yield from (held[i][2] for i in numpy_rng(*key).permutation(len(held)))
+
+
+def size_of(document: Document | CorpusError) -> int:
+    """Bytes of memory that a document takes, about."""
+    if isinstance(document, CorpusError) or isinstance(document.content, TextFile):
+        return 0
+    if isinstance(document.content, str):
+        return len(document.content)
+    return sum(len(str(one)) for one in document.content)
 
 
 class StreamedCorpus:
     """A Hub dataset at one commit, read as it downloads; shuffled within a buffer, and by whole files where it has several."""
 
     is_one_text = False
+    is_indexed = False
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -126,30 +182,28 @@ class StreamedCorpus:
         """What of the Hub it is: id, commit, subset, split."""
         return self.source.corpus.lower(), self.revision, self.source.subset, self.source.split
 
-    def documents(self) -> Iterator[Document]:
-        """Downloads only as far as it is asked for."""
+    def documents(self, first: int = 0) -> Iterator[Document | CorpusError]:
+        """From the first-th on. Downloads only as far as it is asked for, those before the first too."""
         source = self.source
         with hub_errors(source):
             stream = network.retried(lambda: load_stream(source, self.revision), source.corpus)
             stream = stream.shuffle(seed=derive_seed("corpus", source.seed) % 2**32, buffer_size=source.buffer)
-            found = (
-                document_of(f"{source.corpus}, document {n}", record, source.text_field)
-                for n, record in enumerate(stream)
-            )
-            yield from good(found, source.skip_bad)
+            for n, record in enumerate(stream):
+                if n >= first:
+                    yield document_of(f"{source.corpus}, document {n}", record, source.text_field)
 
 
 Corpus = LocalCorpus | StreamedCorpus
 
 
-def open_corpus(source: Source, scratch: Path) -> Corpus:
-    """A corpus from a local file or folder, else from the Hub by id. `scratch` is a folder for a temporary copy of text.
+def open_corpus(source: Source) -> Corpus:
+    """A corpus from a local file or folder, else from the Hub by id.
 
     Raises CorpusError when there is no such thing.
     """
     local = Path(source.corpus).expanduser()
     if local.exists():
-        return LocalCorpus(source, scratch)
+        return LocalCorpus(source)
     if source.corpus.startswith((".", "/", "~")) or is_read(local):
         raise CorpusError(f"{local}: no such file or folder; give a file ({expected()}), a folder of them, or a Hub id")
     return StreamedCorpus(source)
@@ -208,16 +262,29 @@ def hub_errors(source: Source) -> Iterator[None]:
 
 def good(found: Iterable[Document | CorpusError], allowed: int) -> Iterator[Document]:
     """The documents, passing over at most `allowed` records that hold none, each named. Raises CorpusError for one more."""
-    n_bad = 0
+    bad = Bad(allowed)
     for document in found:
         if isinstance(document, Document):
             yield document
-            continue
-        n_bad += 1
-        if n_bad > allowed:
-            hint = f"{allowed} bad records were allowed" if allowed else "mend it, or allow some: --skip-bad N"
-            raise CorpusError(f"{document}; {hint}")
-        say(f"skipped bad record {n_bad} of at most {allowed}: {document}")
+        else:
+            bad.skip(str(document))
+
+
+class Bad:
+    """Records that were passed over."""
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed, self.n = allowed, 0
+
+    def skip(self, what: str) -> None:
+        """Name one more. Raises CorpusError when it is too many."""
+        self.n += 1
+        if self.n > self.allowed:
+            hint = (
+                f"{self.allowed} bad records were allowed" if self.allowed else "mend it, or allow some: --skip-bad N"
+            )
+            raise CorpusError(f"{what}; {hint}")
+        say(f"skipped bad record {self.n} of at most {self.allowed}: {what}")
 
 
 def document_of(where: str, record: Record | Unread | Any, field: str) -> Document | CorpusError:
@@ -234,6 +301,8 @@ def document_of(where: str, record: Record | Unread | Any, field: str) -> Docume
         )
     if isinstance(value, str):
         return Document(where, well_formed(value))
+    if isinstance(value, TextFile):
+        return Document(where, value)
     if is_ids(value) or is_chat(value):
         return Document(where, value)
     kind = "null" if value is None else type(value).__name__

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from harvest.config import HarvestConfig
-from harvest.corpus import Corpus, Source, open_corpus, require_other
+from harvest.corpus import Corpus, LocalCorpus, Source, open_corpus, require_other
 from harvest.texts import Reader
 from harvest.tokens import Packing
 from pipeline.base.errors import DamagedError, StoreError
@@ -21,11 +21,11 @@ from pipeline.base.files import hash_config, read_json
 from pipeline.base.runtime import resolve_device, resolve_dtype
 from pipeline.model.files import tokenizer_sha256
 from pipeline.model.points import Point
-from pipeline.model.specials import resolve_bos, resolve_separator, special_ids
+from pipeline.model.specials import first_ids, resolve_bos, resolve_separator, special_ids
 from pipeline.model.split_lm import ModelInfo, load_tokenizer
 from pipeline.store.backend import is_url
 from pipeline.store.layout import CHUNK_ROWS, EVAL_SHARE, SHARD_CHUNKS, estimate_bytes
-from pipeline.store.prepare import extended, segments
+from pipeline.store.prepare import extended, holds_tokens, segments
 from pipeline.store.reader import Store
 
 BATCH_ROWS = {"cpu": 2048, "cuda": 32_768}
@@ -43,19 +43,35 @@ class Corpora:
     @cached_property
     def opened(self) -> tuple[Corpus, Corpus | None]:
         """Training corpus, separate evaluation corpus. Raises CorpusError, also when the one is in the other."""
-        training = open_corpus(self.training, self.scratch)
-        other = None if self.evaluation is None else open_corpus(self.evaluation, self.scratch)
+        training = open_corpus(self.training)
+        other = None if self.evaluation is None else open_corpus(self.evaluation)
         if other is not None:
             require_other(training, other)
         return training, other
 
-    def identities(self, held: Mapping[str, Any]) -> dict[str, Any]:
-        """What the store's config says of them."""
+    def identities(self, held: Mapping[str, Any], *, read: bool = True) -> dict[str, Any]:
+        """What the store's config says of them. read: text is needed of them; otherwise files on record may be gone, and be those
+        of a version that read them in another order."""
+        ours = {"corpus": self.training} | ({} if self.evaluation is None else {"eval_corpus": self.evaluation})
+        if not read and all(is_on_record(source, held.get(name)) for name, source in ours.items()):
+            return {"eval_corpus": None} | {name: held[name] for name in ours}
         training, other = self.opened
         return {
             "corpus": keep_name(training.identity, held.get("corpus")),
             "eval_corpus": None if other is None else keep_name(other.identity, held.get("eval_corpus")),
         }
+
+
+def is_on_record(source: Source, held: Mapping[str, Any] | None) -> bool:
+    """Whether the files that a store's config names are those of this source, as far as can be told: read as then, and with the
+    same bytes or gone."""
+    if not held or "sha256" not in held or {n: held.get(n) for n in source.about} != source.about:
+        return False
+    if held.get("skip_bad", 0) != source.skip_bad:
+        return False
+    if not Path(source.corpus).expanduser().exists():
+        return bool(held["id"] == source.corpus)
+    return bool(LocalCorpus(source).sha256 == held["sha256"])
 
 
 @dataclass(frozen=True)
@@ -84,9 +100,15 @@ class Plan:
         return dataclasses.replace(self, config=self.config.replace(batch_size=batch_size), configs=configs)
 
     @property
+    def name(self) -> str:
+        """The last part of the path of the store, or of the folder of several."""
+        return self.config.store.rstrip("/").rpartition("/")[2] or "store"
+
+    @property
     def reader(self) -> Reader:
         """How documents become tokens."""
-        return Reader(self.tokenizer, self.info.vocab, self.config.parse_special, self.config.roles)
+        first = tuple(first_ids(self.packing.bos))
+        return Reader(self.tokenizer, self.info.vocab, self.config.parse_special, self.config.roles, first)
 
     @property
     def estimate(self) -> int:
@@ -109,10 +131,13 @@ def make_plan(config: HarvestConfig, *, repair: bool = False) -> Plan:
     asked_batch_size = bool(config.batch_size)
     config, device = settle(config, held)
     packing = make_packing(config, tokenizer)
-    shared = shared_config(config, info, device, packing, special_ids(tokenizer, packing.bos, packing.separator), held)
+    special = special_ids(tokenizer, *first_ids(packing.bos), packing.separator)
+    shared = shared_config(config, info, device, packing, special, held)
     sources = find_corpora(config, held)
     kept = {"corpus": held["corpus"], "eval_corpus": held["eval_corpus"]} if repair and held else None
-    shared |= kept or sources.identities(held)
+    n_evaluated = n_eval(config, recorded)
+    read = not all(holds_tokens(path, config.n_train, n_evaluated) for path in stores.values())
+    shared |= kept or sources.identities(held, read=read)
     earlier = next((found for path in stores.values() if (found := segments(path, repair=repair))), ())
     return Plan(
         config=config,
@@ -123,7 +148,7 @@ def make_plan(config: HarvestConfig, *, repair: bool = False) -> Plan:
         packing=packing,
         segments=extended(earlier, config.n_train),
         n_train=config.n_train,
-        n_eval=n_eval(config, recorded),
+        n_eval=n_evaluated,
         stores=stores,
         configs={point: shared | point.recorded for point in stores},
         is_new=recorded is None,

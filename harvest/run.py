@@ -6,56 +6,123 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from harvest import announce
+from harvest.blocks import sweep_blocks
 from harvest.config import HarvestConfig
 from harvest.forward import fitting_batch, harvest_shards, pending_shards
 from harvest.plan import Plan, make_plan
-from harvest.splits import Splits, make_tokens, stored_tokens
-from pipeline.base.errors import MismatchError
+from harvest.splits import Splits, make_tokens, stored_tokens, tokenise_part
+from harvest.steps import Note, Share, Steps, drop_notes, makers_of, read_notes, require_all
+from pipeline.base.errors import DamagedError, MismatchError, StoreError
 from pipeline.base.progress import Progress, say, silenced
 from pipeline.base.runtime import DTYPES, maker, rank, versions, world_size
 from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM
 from pipeline.model.trial import try_model
-from pipeline.store.makers import Maker, record_makers, require_extender
-from pipeline.store.prepare import locked, prepare, require_space, resume
+from pipeline.store.makers import Maker, add_makers, record_makers, require_extender, require_makers
+from pipeline.store.prepare import holds_tokens, locked, prepare, require_space, resume
 from pipeline.store.writer import StoreWriter
 
-Barrier = Callable[[], None]
 COMPUTE = ("torch", "transformers")
 """The packages that compute rows."""
 
 
-def run(config: HarvestConfig, *, repair: bool = False, quiet: bool = False) -> list[str]:
+def run(
+    config: HarvestConfig,
+    *,
+    repair: bool = False,
+    quiet: bool = False,
+    steps: Steps = Steps(),  # noqa: B008 (frozen)
+) -> list[str]:
     """Harvest into one store a layer, or go on with a harvest that was stopped; returns the stores' paths.
 
-    Under torchrun rank 0 prepares and finishes, and every rank makes its own shards. Raises any PipelineError.
+    Under torchrun every rank tokenises and makes its own shards, and rank 0 prepares and finishes. `steps`: only some of this,
+    for job arrays without torch.distributed. Raises any PipelineError.
     """
-    with workers() as barrier, silenced(quiet):
+    with workers() as group, silenced(quiet):
+        if steps.prepare and steps.part is not None:
+            config = config.replace(device="cpu")  # tokenising needs no other
         plan = make_plan(config, repair=repair)
-        makers = gathered(maker(plan.device, COMPUTE))
         if rank() == 0:
             say(announce.describe(plan))
-        with locked(plan.stores.values()) if rank() == 0 else contextlib.nullcontext():
-            lm: SplitLM | None = None
-            if rank() == 0:
-                require_space(plan.config.store, plan.stores.values(), plan.estimate)
-                try_cuts(plan)
-                if finds_batch_size(plan):
-                    lm = load_prefix(plan, list(plan.stores))
-                    plan = plan.with_batch_size(found_batch_size(plan, lm))
-                prepare_stores(plan, makers, repair)
-            barrier()
-            make_shards(plan, lm)
-            barrier()
-            if rank() == 0:
+        if steps.prepare and steps.part is not None:
+            if needs_text(plan, repair):
+                tokenise_part(plan, *dataclasses.astuple(steps.part.among(rank(), world_size())))
+            return list(plan.stores.values())
+        makers = group.gathered(maker(plan.device, COMPUTE))
+        alone = locked(plan.stores.values(), shared=not steps.is_alone)
+        with alone if rank() == 0 else contextlib.nullcontext():
+            lm = prepare_all(plan, makers, repair, group, steps)
+            if steps.make:
+                make_part(plan, lm, makers, group, steps)
+            if steps.finish and rank() == 0:
                 finish_stores(plan)
-            barrier()
+            group.barrier()
     return list(plan.stores.values())
+
+
+def prepare_all(plan: Plan, makers: Sequence[Maker], repair: bool, group: Group, steps: Steps) -> SplitLM | None:
+    """The step before shards, by all processes of the group; the prefix of the model, where it was loaded for it.
+
+    Where it is not asked for, raises StoreError unless it was done, and MismatchError unless for this model, corpus and options.
+    """
+    lm: SplitLM | None = None
+    if not steps.prepare:
+        if rank() == 0:
+            require_prepared(plan)
+        group.barrier()
+        return None
+    if rank() == 0:
+        require_space(plan.config.store, plan.stores.values(), plan.estimate)
+        try_cuts(plan)
+        if finds_batch_size(plan):
+            lm = load_prefix(plan, list(plan.stores))
+            plan = plan.with_batch_size(found_batch_size(plan, lm))
+    if world_size() > 1 and group.told(needs_text(plan, repair)):
+        tokenise_part(plan, rank(), world_size())
+        group.barrier()
+    if rank() == 0:
+        prepare_stores(plan, makers, repair, makes=steps.make)
+        sweep_blocks(plan.corpora.scratch, plan.name)
+    group.barrier()
+    return lm
+
+
+def needs_text(plan: Plan, repair: bool) -> bool:
+    """Whether a store lacks its tokens, so that the corpus is read. (A repair finds out while it reads the store.)"""
+    return not repair and any(not holds_tokens(path, plan.n_train, plan.n_eval) for path in plan.stores.values())
+
+
+def require_prepared(plan: Plan) -> None:
+    """Raise StoreError unless every store is ready for its shards; MismatchError for another model, corpus or option."""
+    for point, path in plan.stores.items():
+        if resume(path, plan.configs[point], plan.n_train, plan.n_eval) is None:
+            raise StoreError(
+                f"{path}: is not prepared for {plan.n_train:,} training sequences; run --prepare-only first"
+            )
+
+
+def make_part(plan: Plan, lm: SplitLM | None, makers: Sequence[Maker], group: Group, steps: Steps) -> None:
+    """This process's shards of all, or of a part, which leaves its notes in the stores."""
+    notes: list[tuple[StoreWriter, Note]] = []
+    if steps.part is not None and rank() == 0:
+        for path in plan.stores.values():
+            writer = StoreWriter.open(path)
+            note = Note.here(steps.part, world_size(), makers)
+            others = [other for other in read_notes(writer.files) if other.share != note.share]
+            require_makers(writer.store, makers, mixed=plan.config.mixed, also=makers_of(others))
+            note.write(writer.files)
+            notes.append((writer, note))
+    group.barrier()
+    make_shards(plan, lm, (steps.part or Share()).among(rank(), world_size()))
+    group.barrier()
+    for writer, note in notes:
+        dataclasses.replace(note, ended=True).write(writer.files)
 
 
 def dry_run(config: HarvestConfig, *, repair: bool = False) -> dict[str, Any]:
@@ -67,30 +134,50 @@ def dry_run(config: HarvestConfig, *, repair: bool = False) -> dict[str, Any]:
     return announce.as_json(plan, costs)
 
 
+class Group:
+    """The processes that torchrun started, or the only one."""
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if world_size() > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def gathered(self, mine: Maker) -> list[Maker]:
+        """What every process says of itself, by rank."""
+        if world_size() == 1:
+            return [mine]
+        import torch.distributed as dist
+
+        found: list[Maker] = [{}] * world_size()
+        dist.all_gather_object(found, mine)
+        return found
+
+    def told(self, mine: bool) -> bool:
+        """What rank 0 says."""
+        if world_size() == 1:
+            return mine
+        import torch.distributed as dist
+
+        said = [mine]
+        dist.broadcast_object_list(said)
+        return said[0]
+
+
 @contextlib.contextmanager
-def workers() -> Iterator[Barrier]:
-    """The processes of torchrun, as a barrier among them; alone it does nothing."""
+def workers() -> Iterator[Group]:
+    """The group of torchrun's processes; alone nothing is set up."""
     if world_size() == 1:
-        yield lambda: None
+        yield Group()
         return
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     try:
-        yield lambda: dist.barrier() and None
+        yield Group()
     finally:
         dist.destroy_process_group()
-
-
-def gathered(mine: Maker) -> list[Maker]:
-    """What every process of torchrun says of itself, by rank."""
-    if world_size() == 1:
-        return [mine]
-    import torch.distributed as dist
-
-    found: list[Maker] = [{}] * world_size()
-    dist.all_gather_object(found, mine)
-    return found
 
 
 def try_cuts(plan: Plan) -> None:
@@ -117,9 +204,11 @@ def found_batch_size(plan: Plan, lm: SplitLM) -> int:
     return found
 
 
-def prepare_stores(plan: Plan, makers: Sequence[Maker], repair: bool) -> None:
-    """Make every layer's store ready for its shards; tokenises only when a store needs it."""
+def prepare_stores(plan: Plan, makers: Sequence[Maker], repair: bool, *, makes: bool = True) -> None:
+    """Make every layer's store ready for its shards; tokenises only when a store needs it. makes: these makers will make them."""
     made: Splits | None = None
+    for path in plan.stores.values():
+        gather_notes(path, plan.config.mixed)
     for path in () if repair else plan.stores.values():
         require_extender(path, plan.n_train, makers, mixed=plan.config.mixed)
     for point, path in plan.stores.items():
@@ -128,7 +217,7 @@ def prepare_stores(plan: Plan, makers: Sequence[Maker], repair: bool) -> None:
             made = made or tokens_for(plan, path, repair)
             writer = prepare(path, plan.configs[point], *made, versions(), repair=repair)
         writer.sweep()
-        if writer.pending("train") or writer.pending("eval"):
+        if makes and (writer.pending("train") or writer.pending("eval")):
             record_makers(writer.store, makers, mixed=plan.config.mixed)
 
 
@@ -138,18 +227,28 @@ def tokens_for(plan: Plan, path: str, repair: bool) -> Splits:
     return held if held is not None else make_tokens(plan)
 
 
-def make_shards(plan: Plan, lm: SplitLM | None = None) -> None:
-    """Make this process's shards in batches of the size on record. Layers after the last one that still needs a shard are not
+def gather_notes(path: str, mixed: bool) -> None:
+    """Put down in a store's root who made its parts."""
+    try:
+        writer = StoreWriter.open(path)
+    except (StoreError, DamagedError):
+        return  # there is none, or whoever goes on with it will say so
+    if notes := read_notes(writer.files):
+        add_makers(writer.store, makers_of(notes), mixed=mixed)
+
+
+def make_shards(plan: Plan, lm: SplitLM | None = None, share: Share = Share()) -> None:  # noqa: B008 (frozen)
+    """Make this share's shards in batches of the size on record. Layers after the last one that still needs a shard are not
     loaded; `lm`: a prefix of all layers that is loaded already."""
     writers = {point: StoreWriter.open(path) for point, path in plan.stores.items()}
     require_same_tokens(writers)
-    shards = pending_shards(writers, rank(), world_size())
+    shards = pending_shards(writers, share.i, share.n)
     if not shards:
         return
     lm = lm or load_prefix(plan, sorted({point for shard in shards for point in shard.points}))
     batch_size = int(next(iter(writers.values())).store.config["batch_size"])
     n_rows = sum(shard.n_rows for shard in shards)
-    label = "harvest" if world_size() == 1 else f"harvest, worker {rank()}"
+    label = "harvest" if share.n == 1 else f"harvest, part {share}"
     with Progress(n_rows, label, "row") as bar:
         harvest_shards(lm, writers, shards, batch_size, bar)
 
@@ -183,6 +282,12 @@ def require_same_tokens(writers: Mapping[Point, StoreWriter]) -> None:
 
 
 def finish_stores(plan: Plan) -> None:
-    """Write what closes every store, once all its shards are there."""
+    """Write what closes every store, once all its shards are there. Raises StoreError naming the parts that are missing."""
     for path in plan.stores.values():
-        say(announce.finished(StoreWriter.open(path).finish()))
+        writer = StoreWriter.open(path)
+        require_all(writer, read_notes(writer.files))
+        gather_notes(path, plan.config.mixed)
+        store = StoreWriter.open(path).finish()
+        drop_notes(writer.files)
+        say(announce.finished(store))
+    sweep_blocks(plan.corpora.scratch, plan.name)

@@ -8,10 +8,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from harvest.blocks import BLOCK_DOCUMENTS, Blocks
+from harvest.corpus import Corpus, LocalCorpus
+from harvest.long_text import GIANT
 from harvest.plan import Plan
 from harvest.texts import Piece, Tokens
-from harvest.tokens import Pieces, pack, scratch_array, shuffle, tokenized
+from harvest.tokens import Pieces, pack, scratch_array, shuffle
 from pipeline.base.errors import CorpusError, DamagedError, StoreError
+from pipeline.base.files import hash_config, require_free
 from pipeline.base.progress import Progress, say
 from pipeline.model.specials import mark_special
 from pipeline.store.prepare import SplitTokens
@@ -29,8 +33,10 @@ def make_tokens(plan: Plan) -> Splits:
     text evaluation takes the beginning, and training goes on one context further.
     """
     training, other = plan.corpora.opened
-    stream = tokenized(training.documents(), plan.reader)
-    eval_stream = stream if other is None else tokenized(other.documents(), plan.reader)
+    n_tokens = (plan.n_train + plan.n_eval) * plan.config.context
+    require_free(plan.corpora.scratch, 4 * n_tokens, "the tokenised documents")
+    stream = blocks_of(plan, training).pieces()
+    eval_stream = stream if other is None else blocks_of(plan, other).pieces()
     with contextlib.closing(stream), contextlib.closing(eval_stream):
         pieces = Pieces(stream)
         seen = Seen()
@@ -43,6 +49,35 @@ def make_tokens(plan: Plan) -> Splits:
         train_rows = pack_split(plan, pieces, plan.n_train, "training", seen.trained)
     seen.require_apart(separate=other is not None)
     return finished(plan, train_rows, plan.segments), finished(plan, eval_rows, (plan.n_eval,))
+
+
+def blocks_of(plan: Plan, corpus: Corpus) -> Blocks:
+    """The tokenised documents of a corpus, as far as they are there."""
+    about = {
+        "corpus": {name: value for name, value in corpus.identity.items() if name not in ("id", "skip_bad")},
+        "tokenizer": next(iter(plan.configs.values()))["tokenizer_sha256"],
+        "reader": [plan.info.vocab, plan.reader.parse_special, *plan.reader.roles, *plan.reader.first],
+        "cut": [BLOCK_DOCUMENTS, GIANT],
+    }
+    name = f"{plan.name}.tokens-{hash_config(about)[:16]}"
+    return Blocks(plan.corpora.scratch / name, corpus, plan.reader)
+
+
+def tokenise_part(plan: Plan, i: int, n: int) -> None:
+    """Part i of n of the documents that the stores need, into blocks; of a corpus of the Hub, which is read from its beginning by
+    whoever reads it, part 0 takes all."""
+    training, other = plan.corpora.opened
+    context = plan.config.context
+    needed = [(training, (plan.n_train + (plan.n_eval if other is None else 0)) * context)]
+    needed += [] if other is None else [(other, plan.n_eval * context)]
+    for corpus, n_tokens in needed:
+        mine = (i, n) if isinstance(corpus, LocalCorpus) else (0, 1)
+        if mine == (0, 1) and i > 0:
+            continue
+        require_free(plan.corpora.scratch, 4 * n_tokens // n, "the tokenised documents")
+        with Progress(-(-n_tokens // mine[1]), f"tokenise part {i} of {n}", "token") as bar:
+            for n_ids in blocks_of(plan, corpus).share(*mine, n_tokens):
+                bar.advance(n_ids)
 
 
 class Seen:

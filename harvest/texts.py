@@ -14,21 +14,21 @@ import numpy as np
 import numpy.typing as npt
 
 from harvest.corpus import Document, Message
+from harvest.long_text import GIANT, TextFile, cut
 from pipeline.base.errors import CorpusError, ModelError
 
 Tokens = npt.NDArray[np.int32]
-GIANT = 1_000_000
-"""Characters of a text that are tokenised at once; a longer one is cut before white space."""
 
 
 @dataclass(frozen=True)
 class Piece:
     """Tokens of a document, or of a part of one. `starts`: a document begins here. `kept`: which of them are kept (None:
-    all)."""
+    all). `bad`: what is wrong with a record that holds no document."""
 
     ids: Tokens
     starts: bool = True
     kept: npt.NDArray[np.bool_] | None = None
+    bad: str | None = None
 
     def after(self, n: int) -> Piece:
         """What is left of it without its first n tokens."""
@@ -37,31 +37,38 @@ class Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """A text to tokenise, or ids as they are. `spans`: the characters that are kept, where not all are."""
+    """A text to tokenise, or ids as they are. `spans`: the characters that are kept, where not all are. `bad`: as of a Piece."""
 
     where: str
     text: str = ""
     ids: Sequence[int] = ()
     starts: bool = True
     spans: tuple[tuple[int, int], ...] | None = None
+    bad: str | None = None
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How documents become tokens. `roles`: of chats, whose messages' tokens are kept; empty: all of everything."""
+    """How documents become tokens. `roles`: of chats, whose messages' tokens are kept; empty: all of everything. `first`: what
+    begins a row, which texts that were rendered or tokenised before may have too."""
 
     tokenizer: Any
     vocab: int
     parse_special: bool = False
     roles: tuple[str, ...] = ()
+    first: tuple[int, ...] = ()
 
-    def parts(self, documents: Iterator[Document]) -> Iterator[Part]:
+    def parts(self, documents: Iterator[Document] | Iterator[Document | CorpusError]) -> Iterator[Part]:
         """What is tokenised at once. Raises CorpusError for a document that cannot be rendered or has ids out of range."""
         for document in documents:
+            if isinstance(document, CorpusError):
+                yield Part("", bad=str(document))
+                continue
             content = document.content
-            if isinstance(content, str):
+            if isinstance(content, str | TextFile):
                 require_chat(self.roles, document.where)
-                yield from (Part(document.where, text, starts=start == 0) for start, text in cut(content, GIANT))
+                cuts = cut(content, GIANT) if isinstance(content, str) else content.parts()
+                yield from (Part(document.where, text, starts=start == 0) for start, text in cuts)
             elif isinstance(content[0], int):
                 require_chat(self.roles, document.where)
                 yield Part(document.where, ids=self.checked(content, document.where))
@@ -69,21 +76,24 @@ class Reader:
                 yield self.rendered(content, document.where)
 
     def checked(self, ids: Sequence[Any], where: str) -> Sequence[int]:
-        """Ids of the model's vocabulary, without a BOS at their start, which rows have anyway."""
+        """Ids of the model's vocabulary, without what begins rows anyway, or a BOS, at their start."""
         low, high = min(ids), max(ids)
         if low < 0 or high >= self.vocab:
             bad = low if low < 0 else high
             raise CorpusError(f"{where}: token id {bad} is not one of the model's {self.vocab}; were other ids meant?")
+        n = len(self.first)
+        if n and tuple(ids[:n]) == self.first:
+            return ids[n:]
         return ids[1:] if ids[0] == self.tokenizer.bos_token_id else ids
 
     def rendered(self, messages: Sequence[Message], where: str) -> Part:
         """A chat as the tokenizer's template writes it, and the characters of the turns that are kept."""
         text = self.template(messages, where)
         spans = self.turns(messages, text, where) if self.roles else None
-        bos = self.tokenizer.bos_token or ""
-        if not bos or not text.startswith(bos):
+        names = ("".join(self.tokenizer.convert_ids_to_tokens(self.first)), self.tokenizer.bos_token or "")
+        n = next((len(name) for name in names if name and text.startswith(name)), 0)
+        if n == 0:
             return Part(where, text, spans=spans)
-        n = len(bos)
         return Part(where, text[n:], spans=None if spans is None else tuple((a - n, b - n) for a, b in spans))
 
     def template(self, messages: Sequence[Message], where: str, *, prompt: bool = False) -> str:
@@ -140,6 +150,8 @@ class Reader:
 def piece_of(part: Part, ids: Sequence[int], offsets: Sequence[tuple[int, int]] | None) -> Piece:
     """A part's tokens, marked as kept where they begin inside one of its spans."""
     tokens = np.asarray(ids, np.int32)
+    if part.bad is not None:
+        return Piece(tokens, bad=part.bad)
     if part.spans is None or offsets is None:
         return Piece(tokens, part.starts)
     begins = np.array([begin for begin, _ in offsets], np.int64).reshape(-1)
@@ -153,16 +165,3 @@ def require_chat(roles: tuple[str, ...], where: str) -> None:
     """Raise CorpusError when messages are needed and this is not a chat."""
     if roles:
         raise CorpusError(f"{where}: --roles {','.join(roles)} needs messages with roles; choose --text-field")
-
-
-def cut(text: str, limit: int) -> Iterator[tuple[int, str]]:
-    """A text in pieces of at most `limit` characters, cut before a line's or else a word's end where there is one; where
-    each starts."""
-    start = 0
-    while len(text) - start > limit:
-        end = max(text.rfind("\n", start + 1, start + limit), -1)
-        end = end if end > start else text.rfind(" ", start + 1, start + limit)
-        end = end if end > start else start + limit
-        yield start, text[start:end]
-        start = end
-    yield start, text[start:]

@@ -2,6 +2,8 @@
 
     row  =  BOS, then context − 1 tokens of text        (without a BOS: context tokens of text)
 
+Where a tokenizer puts several tokens before a text, all of them begin a row.
+
 Documents follow each other in a row with a separator between them (the BOS, or the EOS where there is no BOS), left out
 where a document starts a row. A long document goes on in the next row. The last fragment is dropped. Giant texts are cut
 before they are tokenised, so that memory does not grow with them.
@@ -17,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,9 +28,10 @@ import numpy.typing as npt
 
 from harvest.corpus import Document
 from harvest.texts import Part, Piece, Reader, Tokens
-from pipeline.base.errors import CorpusError
+from pipeline.base.errors import CorpusError, UsageError
 from pipeline.base.files import disk_errors, require_free
 from pipeline.base.runtime import numpy_rng
+from pipeline.model.specials import First, first_ids
 
 Item = TypeVar("Item")
 
@@ -39,11 +43,25 @@ BLOCK = 4096
 
 @dataclass(frozen=True)
 class Packing:
-    """How rows are made. `separator` stands between documents in a row."""
+    """How rows are made. `bos` begins each of them, `separator` stands between documents in a row.
+
+    Raises UsageError where a row would hold nothing else.
+    """
 
     context: int
-    bos: int | None
+    bos: First
     separator: int
+
+    def __post_init__(self) -> None:
+        if len(self.first) >= self.context:
+            raise UsageError(
+                f"--context {self.context}: a row begins with {len(self.first)} tokens; take a longer context"
+            )
+
+    @cached_property
+    def first(self) -> Tokens:
+        """The tokens that begin a row."""
+        return np.array(first_ids(self.bos), np.int32)
 
 
 def scratch_array(folder: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
@@ -125,7 +143,7 @@ class Packer:
         if len(piece.ids) == 0 or self.full:
             return 0
         if piece.starts:
-            if self.at > (self.packing.bos is not None):
+            if self.at > len(self.packing.first):
                 self._put(np.array([self.packing.separator], np.int32), None)
             self.n_documents += 1
         return self._put(piece.ids, piece.kept)
@@ -133,8 +151,9 @@ class Packer:
     def _put(self, tokens: Tokens, kept: npt.NDArray[np.bool_] | None) -> int:
         done = 0
         while done < len(tokens) and not self.full:
-            if self.at == 0 and self.packing.bos is not None:
-                self.rows[self.row, 0], self.at = self.packing.bos, 1
+            if self.at == 0:
+                self.at = len(self.packing.first)
+                self.rows[self.row, : self.at] = self.packing.first
             n = min(len(tokens) - done, self.packing.context - self.at)
             self.rows[self.row, self.at : self.at + n] = tokens[done : done + n]
             if kept is not None:
@@ -177,7 +196,9 @@ def pack(
     return packer.n_documents
 
 
-def tokenized(documents: Iterator[Document], reader: Reader) -> Generator[Piece, None, None]:
+def tokenized(
+    documents: Iterator[Document] | Iterator[Document | CorpusError], reader: Reader
+) -> Generator[Piece, None, None]:
     """The tokens of each document, made in batches one ahead of who reads them."""
     batches = ahead(reader.pieces(batch) for batch in batched(reader.parts(documents), BATCH_CHARACTERS))
     with contextlib.closing(batches):  # left to the collector, its end would wait for a thread where Ctrl-C gets lost

@@ -22,7 +22,7 @@ import pytest
 import yaml
 import zstandard
 
-from harvest.corpus import LocalCorpus, Source
+from harvest.corpus import LocalCorpus, Source, good
 from harvest.texts import Reader
 from pipeline.base.errors import CorpusError
 from pipeline.base.records import arrow_errors
@@ -188,12 +188,12 @@ FORMATS: dict[str, Callable[[Path, Rng], Path]] = {
 TOKENIZER = SimpleNamespace(bos_token_id=1, bos_token="<s>", chat_template=None)
 
 
-def read_everything(root: Path, scratch: Path, field: str, rng: Rng) -> None:
+def read_everything(root: Path, field: str, rng: Rng) -> None:
     """Everything that is done with a corpus before its text is tokenised."""
     skip = rng.choice([0, 1, 100])
-    corpus = LocalCorpus(Source(str(root), text_field=field, skip_bad=skip), scratch)
+    corpus = LocalCorpus(Source(str(root), text_field=field, skip_bad=skip))
     assert corpus.identity["sha256"]
-    for part in Reader(TOKENIZER, 100).parts(corpus.documents()):
+    for part in Reader(TOKENIZER, 100).parts(good(corpus.documents(), skip)):
         part.text.encode()
 
 
@@ -205,7 +205,7 @@ def fuzz(kind: str, folder: Path, n: int, seed: int) -> int:
         place.mkdir()
         root = FORMATS[kind](place, rng)
         field = rng.choice(["text", "text", "text", "meta.title", str(rng.choice(BAD))])
-        refused += one_line_or_none(partial(read_everything, root, folder / "scratch", field, rng), root)
+        refused += one_line_or_none(partial(read_everything, root, field, rng), root)
         shutil.rmtree(place)
     return refused
 
@@ -241,7 +241,7 @@ def test_odd_files_are_refused(tmp_path: Path, name: str, data: bytes, says: str
     """A header with a stray quote, a line that looks like a mark of ours and a name without end are each one short line."""
     (tmp_path / name).write_bytes(data)
     with pytest.raises(CorpusError, match=says):
-        list(LocalCorpus(Source(str(tmp_path / name)), tmp_path).documents())
+        list(good(LocalCorpus(Source(str(tmp_path / name))).documents(), 0))
 
 
 @pytest.mark.parametrize("pattern", ["/etc/*", "../*", "a/../../*", "", "**a"])
@@ -251,14 +251,14 @@ def test_patterns_of_a_card_are_checked(tmp_path: Path, pattern: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
     (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
     with pytest.raises(CorpusError, match=str(tmp_path)):
-        LocalCorpus(Source(str(tmp_path)), tmp_path)
+        LocalCorpus(Source(str(tmp_path)))
 
 
 def test_file_names_need_not_be_text(tmp_path: Path) -> None:
     """A file in a corpus whose name is not UTF-8 is read like any other."""
     (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text('{"text": "x"}\n')
-    corpus = LocalCorpus(Source(str(tmp_path)), tmp_path)
-    assert [document.content for document in corpus.documents()] == ["x"]
+    corpus = LocalCorpus(Source(str(tmp_path)))
+    assert [document.content for document in good(corpus.documents(), 0)] == ["x"]
 
 
 @pytest.mark.parametrize(("size", "kind"), [(1 << 62, CorpusError), (1 << 30, pyarrow.lib.ArrowMemoryError)])

@@ -27,7 +27,7 @@ from pipeline.experiment.verify import verify
 from pipeline.live.attach import attach
 from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM
-from pipeline.sae.export import export
+from pipeline.sae.export import FORMATS, export
 from pipeline.sae.foreign import hook_point, load_foreign
 from pipeline.store.reader import Store
 from support import lm_stores, tiny_models
@@ -532,8 +532,13 @@ PLACED = [
     ("blocks.3.mlp.hook_in", {"hook": "mlp_in", "layer": 3}),
     ("model.layers.3", {"hook": "resid_post", "layer": 3}),
     ("model.language_model.layers.3.output", {"hook": "resid_post", "layer": 3}),
-    ("model.layers.3.mlp", {"hook": "mlp_out", "layer": 3, "module": "mlp"}),
-    ("transformer.h.3.attn", {"hook": "attn_out", "layer": 3, "module": "attn"}),
+    ("model.layers.3.mlp", {"hook": "mlp_out", "layer": 3, "module": "mlp", "called": "model.layers.3.mlp"}),
+    ("transformer.h.3.attn", {"hook": "attn_out", "layer": 3, "module": "attn", "called": "transformer.h.3.attn"}),
+    ("mlp_out_layer_3", {"hook": "mlp_out", "layer": 3, "module": "mlp", "called": "mlp_out_layer_3"}),
+    (
+        "attention_out_layer_3",
+        {"hook": "attn_out", "layer": 3, "module": "self_attn|attn|attention", "called": "attention_out_layer_3"},
+    ),
     ("resid_post_layer_3", {"hook": "resid_post", "layer": 3}),
 ]
 
@@ -597,6 +602,38 @@ def test_modules_are_those_of_the_model(lm_folder: Callable[[str], Path], tmp_pa
         ):
             attach(whole, sae)
         attach(whole, sae, hook="mlp_out")
+
+
+@pytest.mark.parametrize(("kind", "fits"), [("llama", True), ("gemma2", False), ("gpt2", True), ("gpt_neox", True)])
+@pytest.mark.parametrize("name", ["mlp_out_layer_1", "attn_out_layer_1", "attention_out_layer_1"])
+def test_own_outputs_of_dictionaries(
+    lm_folder: Callable[[str], Path], tmp_path: Path, kind: str, fits: bool, name: str
+) -> None:
+    """dictionary_learning's outputs of modules are what is added to the stream where nothing stands between, and are refused by
+    name where a norm does."""
+    point = Point(1, "mlp_out" if name.startswith("mlp") else "attn_out")
+    lm = SplitLM.load(str(lm_folder(kind)), dtype="float32", part="prefix", layers=[point])
+    checkpoint = open_checkpoint(
+        dictionary(tmp_path / "d", "AutoEncoder", linear_style(weights()), submodule_name=name)
+    )
+    if fits:
+        require_module(checkpoint, lm.module_name())
+    else:
+        with pytest.raises(CheckpointError, match="another point"):
+            require_module(checkpoint, lm.module_name())
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.1.mlp", "model.layers.1.post_feedforward_layernorm", "blocks.1.hook_mlp_out", "mlp_out_layer_1"],
+)
+def test_exports_keep_whose_output(tmp_path: Path, kind: Any, name: str) -> None:
+    """An SAE made elsewhere of a module's output, exported and read again, is still of that module; one of what is added to the
+    stream still of that."""
+    made = saelens(tmp_path / "made", weights(), metadata={"hook_name": name})
+    [folder] = export(made, kind, tmp_path / "out")
+    assert load_foreign(folder)[1]["store"].items() >= hook_point(made, name).items()
 
 
 def test_evaluation_asks_the_model(lm_folder: Callable[[str], Path], tmp_path: Path) -> None:

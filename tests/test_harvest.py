@@ -170,7 +170,7 @@ def test_training_texts_are_no_evaluation_corpus(
     again = tmp_path / "again.jsonl"
     lines = corpus_file.read_text().splitlines()
     again.write_text("".join(json.dumps({"n": 1} | json.loads(line)) + "\n" for line in lines))
-    monkeypatch.setattr(harvest.run, "make_shards", lambda plan: pytest.fail("the model ran"))
+    monkeypatch.setattr(harvest.run, "make_shards", lambda *_: pytest.fail("the model ran"))
     with pytest.raises(CorpusError, match=r"--eval-corpus: .* documents are in the training corpus too"):
         run(config.replace(eval_corpus=str(again)), quiet=True)
 
@@ -450,7 +450,7 @@ def test_lost_roots_forget_their_makers(copy: HarvestConfig) -> None:
 def test_no_shards_need_no_maker(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A harvest that was killed before its first shard goes on after an upgrade: no row is of the old version."""
     monkeypatch.setattr(harvest.run, "maker", lambda device, packages: OTHERS[0])
-    monkeypatch.setattr(harvest.run, "make_shards", lambda plan, lm: 1 / 0)
+    monkeypatch.setattr(harvest.run, "make_shards", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(config, quiet=True)
     assert Store.load(config.store).made_by == [OTHERS[0]]
@@ -752,7 +752,9 @@ def test_foreign_folder_is_left_alone(config: HarvestConfig) -> None:
 
 def test_every_field_has_an_option() -> None:
     """The command has an option for every field."""
-    names = {option.name for option in command.params} - {"dry_run", "as_json", "repair", "truth"}
+    names = {option.name for option in command.params} - {
+        *("dry_run", "as_json", "repair", "truth", "prepare_only", "part", "finish_only"),
+    }
     assert names == {field.name for field in dataclasses.fields(HarvestConfig)}
     assert {o.name: o.default for o in command.params if o.name in ("tokens", "context", "model", "dtype", "seed")} == {
         "tokens": 10_000_000, "context": 128, "model": "google/gemma-2-2b", "dtype": "auto", "seed": 0,

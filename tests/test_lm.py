@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.base.errors import ModelError, UsageError
 from pipeline.base.runtime import resolve_device
 from pipeline.model import files as model_files
-from pipeline.model.specials import resolve_bos, special_ids
+from pipeline.model.specials import resolve_bos, resolve_separator, special_ids
 from pipeline.model.split_lm import ModelInfo, SplitLM, load_tokenizer, placement, truncated
 from support import tiny_models
 
@@ -408,12 +408,16 @@ def with_template(template: str) -> Any:
     return tokenizer
 
 
-def test_two_leading_tokens_are_refused() -> None:
-    """A tokenizer that puts two tokens before a text is refused until one is chosen."""
+def test_two_leading_tokens_are_taken() -> None:
+    """A tokenizer that puts two tokens before a text begins rows with both, unless others are chosen; then what ends a text parts
+    documents, or the last of them."""
     tokenizer = with_template("<pad> <bos> $A")
-    with pytest.raises(ModelError, match=r"puts 2 tokens before a text \(<pad> <bos>\).*--bos 2, or --bos none"):
-        resolve_bos(tokenizer, "auto")
+    assert resolve_bos(tokenizer, "auto") == [0, 2]
     assert resolve_bos(tokenizer, "2") == 2
+    assert resolve_bos(tokenizer, "2,0") == [2, 0]
+    assert resolve_separator(tokenizer, [0, 2], "m") == 1
+    tokenizer.eos_token = None
+    assert resolve_separator(tokenizer, [0, 2], "m") == 2
 
 
 def test_bos_of_id_zero() -> None:
@@ -431,7 +435,7 @@ def test_chosen_bos_is_special() -> None:
     assert special_ids(tiny_models.build_tokenizer(), 7, None) == [0, 1, 2, 3, 7]
 
 
-@pytest.mark.parametrize("bos", ["yes", "-1", "100000"])
+@pytest.mark.parametrize("bos", ["yes", "-1", "100000", "2,", "2, 3", "2,x", "²"])
 def test_unknown_bos_is_refused(bos: str) -> None:
     """A BOS that is no token is refused."""
     with pytest.raises(ModelError, match="not a token id"):

@@ -35,7 +35,8 @@ COMMANDS: dict[str, click.Command] = {
     **{f"pipeline {name}": command for name, command in pipeline.commands.items()},
 }
 NO_PATHS = {
-    *("revision", "subset", "split", "text_field", "device", "bos", "attention", "level_weighting", "keep", "scores", "levels"),
+    *("revision", "subset", "split", "part", "text_field", "device", "bos", "attention", "level_weighting", "keep", "scores"),
+    "levels",
     *("dtype", "scr_text", "scr_attributes", "scr_pairs", "scr_n", "probe_k", "latents", "title", "primary", "model_id"),
     *("set_name", "creator", "creator_id", "sbatch", "key", "hook", "special_ids", "level", "text", "repository"),
 }  # fmt: skip

@@ -16,10 +16,13 @@ from evaluate.config import EvaluateConfig
 from evaluate.models import Models
 from evaluate.probing.texts import make_bank, text_model
 from evaluate.scores.sample import Sample
-from pipeline.base.errors import ModelError
+from harvest.corpus import Document
+from harvest.texts import Reader
+from pipeline.base.errors import ModelError, UsageError
 from pipeline.base.fields import Fields
 from pipeline.live.attach import attach
 from pipeline.live.inspect import inspect_checkpoint
+from pipeline.model.specials import First, first_ids
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.foreign import load_sae
@@ -70,7 +73,10 @@ def usable(store: Store, split: str) -> np.ndarray[Any, Any]:
 
 
 CASES = [
-    ("<pad> <bos> $A", {"bos": "2"}, 2, 2),  # two tokens first: one of them is chosen
+    ("<pad> <bos> $A", {}, [0, 2], 1),  # two tokens first, as [gMASK]<sop>
+    ("<pad> <bos> $A", {"bos": "2,0"}, [2, 0], 1),  # or in an order that is asked for
+    ("<pad> <bos> <pad> $A", {}, [0, 2, 0], 1),
+    ("<pad> <bos> $A", {"bos": "2"}, 2, 2),  # or one of them
     ("<pad> <bos> $A", {"bos": "none"}, None, 1),
     ("$A", {}, None, 1),  # none: the end of a text stands between documents
     ("<pad> $A", {}, 0, 0),  # id 0
@@ -79,26 +85,49 @@ CASES = [
 
 
 @pytest.mark.parametrize(("template", "options", "bos", "separator"), CASES)
-def test_rows_begin_as_said(
-    tmp_path: Path, template: str, options: dict[str, Any], bos: int | None, separator: int
-) -> None:
-    """Rows begin with the BOS that was found or chosen, documents are parted, and both are special wherever they stand."""
+def test_rows_begin_as_said(tmp_path: Path, template: str, options: dict[str, Any], bos: First, separator: int) -> None:
+    """Rows begin with the tokens that were found or chosen, documents are parted, and both are special wherever they stand."""
     store = harvested(model_with(tmp_path / "lm", template), tmp_path, **options)
     assert (store.config["bos"], store.config["separator"]) == (bos, separator)
     for split in ("train", "eval"):
         tokens = np.asarray(getattr(store, split).tokens)
-        assert bos is None or (tokens[:, 0] == bos).all()
+        assert (tokens[:, : len(first_ids(bos))] == first_ids(bos)).all()
         assert (tokens[:, 1:] == separator).any()
         special = np.isin(tokens, [0, 1, 2, 3])
         special[:, 0] = True
         assert np.array_equal(usable(store, split), ~special)
 
 
-def test_two_first_tokens_stop_a_harvest(tmp_path: Path) -> None:
-    """A tokenizer that puts two tokens first makes no store until one is chosen."""
-    with pytest.raises(ModelError, match=r"puts 2 tokens before a text \(<pad> <bos>\).*--bos 2, or --bos none"):
-        harvested(model_with(tmp_path / "lm", "<pad> <bos> $A"), tmp_path)
+def test_rows_need_room_for_text(tmp_path: Path) -> None:
+    """A context that the first tokens fill makes no store."""
+    with pytest.raises(UsageError, match=r"--context 2: a row begins with 2 tokens"):
+        harvested(model_with(tmp_path / "lm", "<pad> <bos> $A"), tmp_path, context=2, chunk_rows=64)
     assert not (tmp_path / "acts.zarr").exists()
+
+
+def test_two_first_tokens_everywhere(tmp_path: Path) -> None:
+    """Where a tokenizer puts two tokens first, labelled texts and a text that is inspected begin with both, and both are special
+    and left alone."""
+    store = harvested(model_with(tmp_path / "lm", "<pad> <bos> $A"), tmp_path)
+    folder, config = store.config["model"], store.config
+    lm, tokenizer = SplitLM.load(folder, dtype="float32", part="prefix", layers=[1]), load_tokenizer(folder)
+    bank = make_bank(["It was the best"], text_model(lm, tokenizer, 1, config["bos"]), 64, 1, "texts")
+    ids = torch.tensor([tokenizer("It was the best")["input_ids"]])
+    assert ids[0, :2].tolist() == config["bos"] == [0, 2]
+    assert torch.equal(bank.rows, lm.prefix(ids)[1][0, 2:])
+    sae = NestedSAE(SAEConfig(store.d_model, 48, (48,)))
+    save_checkpoint(tmp_path / "sae.safetensors", sae, 1, {"store": identity_of(store, TrainConfig())})
+    _, tokens = inspect_checkpoint(str(tmp_path / "sae.safetensors"), "It was", None, None, None, 3, "cpu")
+    assert [token.text for token in tokens if not token.blocks] == ["<pad>", "<bos>"]
+
+
+def test_ids_lose_their_first_tokens(tmp_path: Path) -> None:
+    """Ids that were made with the same tokenizer begin with its two tokens, which a row has anyway."""
+    tokenizer = load_tokenizer(str(model_with(tmp_path / "lm", "<pad> <bos> $A")))
+    reader = Reader(tokenizer, len(tokenizer), first=(0, 2))
+    parts = reader.parts(iter([Document("one", tokenizer("It was")["input_ids"]), Document("two", [2, 7, 8])]))
+    plain = tokenizer("It was", add_special_tokens=False)["input_ids"]
+    assert [list(part.ids) for part in parts] == [plain, [7, 8]]
 
 
 @pytest.fixture(scope="module")

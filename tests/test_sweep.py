@@ -19,8 +19,9 @@ from support.harvests import harvest_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CUT = ("mixtral", "gemma3", "opt", "mamba", "bert", "granite")
-"""A mixture of experts, a multimodal wrapper, a projected head, a state-space model, an older family, scaled logits."""
+CUT = ("mixtral", "gemma3", "opt", "mamba", "bert", "granite", "zamba2", "modernbert-decoder")
+"""A mixture of experts, a multimodal wrapper, a projected head, a state-space model, an older family, scaled logits, layers that
+share weights, a head that is called the decoder."""
 
 
 @pytest.mark.parametrize("kind", CUT)

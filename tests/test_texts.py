@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harvest.corpus import Document, Source, open_corpus
-from harvest.texts import GIANT, Piece, Reader, cut
+from harvest.corpus import Document, Source, good, open_corpus
+from harvest.long_text import GIANT, TextFile, cut
+from harvest.texts import Piece, Reader
 from harvest.tokens import Packing, Pieces, pack, tokenized
 from pipeline.base.errors import CorpusError, ModelError
 from support import tiny_models
@@ -152,8 +153,8 @@ def write(path: Path, records: list[Any]) -> Path:
 
 def contents(path: Path, **options: Any) -> list[Any]:
     """What every document holds, sorted as text."""
-    opened = open_corpus(Source(str(path), **options), path.parent)
-    return sorted((document.content for document in opened.documents()), key=str)
+    source = Source(str(path), **options)
+    return sorted((document.content for document in good(open_corpus(source).documents(), source.skip_bad)), key=str)
 
 
 def test_nested_fields_are_found(tmp_path: Path) -> None:
@@ -189,21 +190,22 @@ def test_bad_records_are_counted(tmp_path: Path, suffix: str, capsys: pytest.Cap
         contents(path)
 
 
-def test_plain_lines_are_not_copied(tmp_path: Path) -> None:
-    """Plain JSON lines are read where they lie; nothing is written beside the store."""
-    path = write(tmp_path / "a.jsonl", [{"text": f"t{n}"} for n in range(9)])
-    opened = open_corpus(Source(str(path)), tmp_path / "scratch")
-    assert sorted(str(document.content) for document in opened.documents()) == [f"t{n}" for n in range(9)]
-    assert not (tmp_path / "scratch").exists()
-
-
-def test_a_copy_needs_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy that does not fit on the disk is refused before it is written."""
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_text_files_are_cut_alike(tmp_path: Path, suffix: str) -> None:
+    """A file of text, read as it is needed, is cut where the same text in memory is, wherever its bytes are parted."""
     import gzip
 
-    from pipeline.base.errors import DiskError
+    text = "ü" * 30 + " word\nnext €uro 😀 " * 200 + "x" * 100
+    data = b"\xef\xbb\xbf" + text.encode()
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix else data)
+    for limit in (5, 7, 64, 1000, 10_000):
+        assert list(TextFile(path).parts(limit)) == list(cut(text, limit))
 
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n'))
-    monkeypatch.setattr("pipeline.base.files.free_bytes", lambda path: 1000)
-    with pytest.raises(DiskError, match="a copy of the corpus"):
-        contents(tmp_path / "a.jsonl.gz")
+
+def test_text_files_must_be_text(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8, or end inside a character, are refused."""
+    for data in (b"a\xffb", "é".encode()[:1]):
+        (tmp_path / "a.txt").write_bytes(data)
+        with pytest.raises(CorpusError, match=r"a\.txt: not UTF-8 text"):
+            list(TextFile(tmp_path / "a.txt").parts())

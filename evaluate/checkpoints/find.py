@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import hash_file
-from pipeline.sae.foreign import foreign_sha256, is_foreign, load_sae, read_sae
+from pipeline.sae.foreign import foreign_sha256, is_foreign, is_module, load_sae, read_sae
 from pipeline.sae.member import final_checkpoint, read_completion, read_config, require_recorded
 from pipeline.sae.nested import NestedSAE, SAEConfig
 
@@ -224,7 +224,7 @@ def require_module(checkpoint: Checkpoint, found: str) -> None:
     """Raise CheckpointError for an SAE made elsewhere of the output of a module that is not the one, called `found`, whose output
     the store's rows are: on some models a norm stands between an MLP's module and the stream."""
     trained = checkpoint.made_for
-    if trained.get("module") not in (None, found):
+    if not is_module(trained, found):
         raise CheckpointError(
             f"{checkpoint.path}: trained on the output of {trained['module']!r}; in this model {trained['hook']}, what is added "
             f"to the stream, is that of {found!r}, another point"

@@ -32,7 +32,7 @@ from pipeline.base.files import hash_config, sha256
 from pipeline.base.progress import Progress
 from pipeline.base.runtime import numpy_rng
 from pipeline.base.token_text import TokenText
-from pipeline.model.specials import special_ids
+from pipeline.model.specials import first_ids, special_ids
 from pipeline.sae.checkpoint import load_tensors, save_tensors
 
 QUESTION = " has the first letter:"
@@ -132,7 +132,7 @@ def prompt_rows(
     """
     tokens = model.tokenize(make_prompts(words, seed))
     ends = word_ends(tokens, words, model.tokenize)
-    bos = [] if model.bos is None else [model.bos]
+    bos = first_ids(model.bos)
     longest = len(bos) + max(map(len, tokens))
     if model.context_limit is not None and longest > model.context_limit:
         return longest

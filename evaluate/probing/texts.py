@@ -24,7 +24,7 @@ from pipeline.base.files import human_bytes
 from pipeline.base.progress import Progress
 from pipeline.base.runtime import tf32
 from pipeline.model.points import Point
-from pipeline.model.specials import special_ids
+from pipeline.model.specials import First, first_ids, special_ids
 from pipeline.model.split_lm import SplitLM, as_point
 from pipeline.sae.nested import NestedSAE
 
@@ -38,14 +38,14 @@ class TextModel:
 
     `tokenize`: token ids of each text, no special tokens added. `residual`: tokens [seq pos] → [seq pos d_model], for
     causal models (texts are padded on the right and the padding dropped). `both`: for transcoders, the rows that they read
-    and those that they make, which are `residual`'s, of one pass. `bos`: put first in every text, or None.
+    and those that they make, which are `residual`'s, of one pass. `bos`: what begins every text.
     `special`: ids whose positions are masked; the first position always is. `identity`: plain JSON that names model,
     weights, layer and dtype, for cache keys. `context_limit`: the most positions it takes, None where nobody says.
     """
 
     tokenize: Callable[[Sequence[str]], list[list[int]]]
     residual: Callable[[Int[Tensor, "seq pos"]], Float[Tensor, "seq pos d_model"]]
-    bos: int | None
+    bos: First
     special: tuple[int, ...]
     identity: Mapping[str, Any]
     context_limit: int | None = None
@@ -63,7 +63,7 @@ def text_model(
     lm: SplitLM,
     tokenizer: Any,
     layer: int | Point,
-    bos: int | None,
+    bos: First,
     *,
     parse_special: bool = False,
     special: Sequence[int] | None = None,
@@ -72,7 +72,7 @@ def text_model(
     """A SplitLM's prefix and its Hugging Face tokenizer as a TextModel; `bos`, `parse_special` and ids that are `special` as
     the store has them, by default what the tokenizer declares and the BOS. `reads`: the point that transcoders read, whose
     rows the prefix gives too, where `layer` is the one that they make."""
-    ids = special_ids(tokenizer, bos, *(special or ()))
+    ids = special_ids(tokenizer, *first_ids(bos), *(special or ()))
     point = as_point(layer)
     lm_identity = {"weights_sha256": lm.weights_sha256, **point.recorded, "dtype": str(lm.dtype), "bos": bos}
     lm_identity |= {"parse_special": parse_special, "special": ids}
@@ -165,9 +165,9 @@ def require_room(n_texts: int, n_rows: int, residual: Tensor, label: str, limit:
         )
 
 
-def clipped(ids: Sequence[int], bos: int | None, context: int) -> list[int]:
+def clipped(ids: Sequence[int], bos: First, context: int) -> list[int]:
     """Token ids with BOS first, cut to `context` positions."""
-    return [*([] if bos is None else [bos]), *ids][:context]
+    return [*first_ids(bos), *ids][:context]
 
 
 def real_positions(ids: Sequence[int], special: Sequence[int]) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harvest.announce import finished
-from harvest.run import gathered, workers
+from harvest.run import workers
 from harvest.truth.forest import make_directions
 from harvest.truth.rows import BLOCK, Rows
 from harvest.truth.spec import Spec, load_spec
@@ -94,21 +94,21 @@ def run_truth(config: TruthConfig, *, repair: bool = False, quiet: bool = False)
 
     Under torchrun rank 0 prepares and finishes, and every rank makes its own shards. Raises any PipelineError.
     """
-    with workers() as barrier, silenced(quiet):
+    with workers() as group, silenced(quiet):
         plan = make_plan(config)
-        makers = gathered(maker(torch.device("cpu"), COMPUTE))
+        makers = group.gathered(maker(torch.device("cpu"), COMPUTE))
         if rank() == 0:
             say(describe(plan))
         with locked([config.store]) if rank() == 0 else contextlib.nullcontext():
             if rank() == 0:
                 require_space(config.store, [config.store], plan.estimate)
                 prepare_store(plan, makers, repair)
-            barrier()
+            group.barrier()
             write_shards(StoreWriter.open(config.store), plan)
-            barrier()
+            group.barrier()
             if rank() == 0:
                 say(finished(StoreWriter.open(config.store).finish()))
-            barrier()
+            group.barrier()
     return config.store
 
 

@@ -97,8 +97,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def lock_folder(folder: Path, what: str) -> int:
-    """A descriptor that holds the one lock of a folder until it is closed or the process is gone, however it ends.
+def lock_folder(folder: Path, what: str, *, shared: bool = False) -> int:
+    """A descriptor that holds the one lock of a folder until it is closed or the process is gone, however it ends; `shared` with
+    others who ask for it so.
 
     Raises DiskError, saying `what` the other process is doing, when the lock is held for longer than a process that was
     killed takes to let go of it (a child that it was starting may hold it too), or when the file system has no locks.
@@ -107,7 +108,7 @@ def lock_folder(folder: Path, what: str) -> int:
     deadline = time.monotonic() + LET_GO_S
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             return descriptor
         except OSError as error:
             if isinstance(error, BlockingIOError) and time.monotonic() < deadline:

@@ -28,6 +28,7 @@ from pipeline.model.points import HOOKS, Point, canonical
 from pipeline.model.specials import config_special_ids
 from pipeline.model.splicing import splice
 from pipeline.model.split_lm import find_layers
+from pipeline.sae.foreign import is_module
 from pipeline.sae.nested import NestedSAE
 
 
@@ -118,11 +119,11 @@ def point_of(sae: NestedSAE, layer: int | None, hook: str | None) -> Point:
 def require_module(sae: NestedSAE, point: Point, block: nn.Module, place: Place) -> None:
     """Raise UsageError for an SAE made elsewhere of the output of a module that is not the one at the point in this model."""
     made_for = (sae.made_for.get("target") or {}) if sae.config.is_transcoder else sae.made_for
-    recorded = made_for.get("module")
-    if recorded is not None and recorded != (found := module_name(block, place)):
+    found = module_name(block, place) if "module" in made_for else ""
+    if not is_module(made_for, found):
         raise UsageError(
-            f"the SAE is of the output of {recorded!r}; in this model {point} is that of {found!r}, another point; give hook= if "
-            "it is meant"
+            f"the SAE is of the output of {made_for['module']!r}; in this model {point} is that of {found!r}, another point; "
+            "give hook= if it is meant"
         )
 
 

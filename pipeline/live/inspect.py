@@ -17,7 +17,7 @@ from pipeline.base.token_text import TokenText
 from pipeline.live.attach import attach, point_of
 from pipeline.model.files import tokenizer_sha256
 from pipeline.model.points import Point
-from pipeline.model.specials import special_ids
+from pipeline.model.specials import first_ids, special_ids
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.foreign import load_sae
 from pipeline.sae.hub import find_checkpoint
@@ -100,7 +100,7 @@ def token_ids(tokenizer: Any, text: str, made: Mapping[str, Any]) -> list[int]:
     if "special_ids" in made:
         options = {"add_special_tokens": False, "split_special_tokens": not made.get("parse_special", False)}
         ids = list(tokenizer(text, **options)["input_ids"])
-        ids = ids if made.get("bos") is None else [int(made["bos"]), *ids]
+        ids = [*first_ids(made.get("bos")), *ids]
     else:
         ids = list(tokenizer(text)["input_ids"])
     if not ids:

@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from pipeline.base import network
 from pipeline.base.errors import ModelError
 from pipeline.base.files import hash_file, read_json, sha256
+from pipeline.base.kept import kept_hash
 
 WANTED = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
 """What is fetched of a Hub repository: config, tokenizer, safetensors weights; never pickles."""
@@ -77,9 +78,9 @@ def require_plain(folder: Path) -> None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Hash over the names and contents of the safetensors files in a model folder; reads them all."""
+    """Hash over the names and contents of the safetensors files in a model folder; reads them all, once (`kept.py`)."""
     files = sorted(folder.glob("model*.safetensors"))
-    return sha256("".join(f"{path.name} {hash_file(path)}\n" for path in files))
+    return sha256("".join(f"{path.name} {kept_hash(path)}\n" for path in files))
 
 
 def tokenizer_sha256(folder: Path) -> str:

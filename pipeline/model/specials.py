@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,17 @@ import numpy.typing as npt
 
 from pipeline.base.errors import ModelError
 
+First = int | Sequence[int] | None
+"""What begins a row and a text, as a store records it (`bos`): a token, several of them, or none."""
 BLOCK = 4096
 """Sequences that are marked at a time."""
+
+
+def first_ids(first: First) -> list[int]:
+    """The same as a list."""
+    if first is None:
+        return []
+    return [first] if isinstance(first, int) else list(first)
 
 
 def special_ids(tokenizer: Any, *others: int | None) -> list[int]:
@@ -46,25 +56,26 @@ def named_tokens(config: Any) -> set[int]:
     return named
 
 
-def resolve_bos(tokenizer: Any, bos: str) -> int | None:
-    """`auto`: the token that the tokenizer itself puts before a text, if any; `none`; or an id.
+def resolve_bos(tokenizer: Any, bos: str) -> First:
+    """`auto`: what the tokenizer itself puts before a text, if anything; `none`; or ids with commas between them.
 
-    Raises ModelError for an id that is no token, and where `auto` finds several tokens before a text.
+    Raises ModelError for an id that is no token.
     """
     if bos == "none":
         return None
     if bos != "auto":
-        if not bos.isdigit() or int(bos) >= len(tokenizer):
-            raise ModelError(f"--bos {bos}: not a token id below {len(tokenizer)}, nor auto or none")
-        return int(bos)
-    leading = leading_ids(tokenizer)
-    if len(leading) > 1:
-        names = " ".join(tokenizer.convert_ids_to_tokens(leading))
-        raise ModelError(
-            f"the tokenizer puts {len(leading)} tokens before a text ({names}), a row begins with at most one; "
-            f"say which: --bos {leading[-1]}, or --bos none"
-        )
-    return leading[0] if leading else None
+        named = bos.split(",")
+        if not all(re.fullmatch("[0-9]+", id) and int(id) < len(tokenizer) for id in named):
+            raise ModelError(
+                f"--bos {bos}: not a token id below {len(tokenizer)} (or several, as 3,5), nor auto or none"
+            )
+        return one_or_several([int(id) for id in named])
+    return one_or_several(leading_ids(tokenizer))
+
+
+def one_or_several(ids: list[int]) -> First:
+    """Ids as a store records them."""
+    return ids if len(ids) > 1 else next(iter(ids), None)
 
 
 def leading_ids(tokenizer: Any) -> list[int]:
@@ -79,9 +90,12 @@ def leading_ids(tokenizer: Any) -> list[int]:
     return whole[: starts[0]]
 
 
-def resolve_separator(tokenizer: Any, bos: int | None, model: str) -> int:
-    """What stands between documents: the BOS, or the EOS where there is none. Raises ModelError without either."""
-    separator = tokenizer.eos_token_id if bos is None else bos
+def resolve_separator(tokenizer: Any, bos: First, model: str) -> int:
+    """What stands between documents: the BOS, or the EOS where there is none; of several first tokens the EOS too, or the last
+    of them. Raises ModelError without either."""
+    separator = bos if isinstance(bos, int) else tokenizer.eos_token_id
+    if separator is None:
+        separator = next(reversed(first_ids(bos)), None)
     if separator is None:
         raise ModelError(f"{model}: its tokenizer has no BOS and no EOS to put between documents; give --bos ID")
     return int(separator)

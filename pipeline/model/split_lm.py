@@ -480,6 +480,10 @@ def without_layers(kind: type, n_layers: int, n_kept: int) -> Iterator[None]:
         for module in (inner for block in blocks[n_kept:] for inner in block.modules()):
             module._parameters.update(dict.fromkeys(module._parameters))
             vars(module)["_is_hf_initialized"] = True  # nothing is left of it that transformers could initialise
+        left_out = layers_after(self, n_layers, n_kept - 1)
+        tied: dict[str, str] = getattr(self, "all_tied_weights_keys", {})  # of layers that are there alone, as in Zamba
+        for name in [name for name in tied if name.startswith(left_out)]:
+            del tied[name]
 
     kind.__init__ = make  # type: ignore[misc]
     try:
@@ -492,9 +496,10 @@ def without_layers(kind: type, n_layers: int, n_kept: int) -> Iterator[None]:
 
 
 def find_layers(model: Any, n_layers: int) -> nn.ModuleList:
-    """The decoder layers: the only ModuleList of that length under the text decoder. Raises ModelError otherwise."""
-    decoder = model.get_decoder()
-    found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    """The decoder layers: the outermost ModuleList of that length in the text decoder, or where what the model calls its decoder
+    has none, in the model. Raises ModelError otherwise."""
+    places = (model.get_decoder(), model)
+    found = [m for place in places for m in place.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not found:
         raise ModelError(f"{type(model).__name__}: no list of {n_layers} decoder layers was found; it cannot be split")
     return found[0]  # modules() is outermost first; a list inside a layer comes after the list of layers

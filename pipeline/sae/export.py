@@ -31,7 +31,7 @@ from pipeline.base.digests import DIGESTS, write_digests
 from pipeline.base.errors import DiskError, UsageError
 from pipeline.base.files import PARTIAL, atomic, hash_file, lock_folder, sweep_partials, write_bytes, write_json
 from pipeline.sae.checkpoint import Header
-from pipeline.sae.foreign import load_sae
+from pipeline.sae.foreign import OWN_OUTPUTS, load_sae
 from pipeline.sae.nested import NestedSAE
 
 Format = Literal["saelens", "dictionary-learning"]
@@ -196,7 +196,10 @@ def layernorm_settings(sae: NestedSAE) -> dict[str, Any]:
 
 
 def transformer_lens_name(store: Mapping[str, Any]) -> str | None:
-    """TransformerLens's name of a store's hook point. What an MLP reads is behind the gain of its norm, which it folds away."""
+    """TransformerLens's name of a store's hook point, of a module's output the name it came with. What an MLP reads is behind the
+    gain of its norm, which it folds away."""
+    if store.get("called"):
+        return str(store["called"])
     forms = {"embed": "blocks.0.hook_resid_pre", "mlp_in": "blocks.{layer}.mlp.hook_in"}
     return place_name(store, forms.get(store.get("hook") or "", "blocks.{layer}.hook_{hook}"))
 
@@ -223,6 +226,14 @@ def place_name(store: Mapping[str, Any], form: str) -> str | None:
     return None if hook is None else form.format(hook=hook, layer=store.get("layer"))
 
 
+def dictionary_name(store: Mapping[str, Any]) -> str | None:
+    """dictionary_learning's name of a hook point. Where that would be a module's own output, TransformerLens's, which is what is
+    added to the stream."""
+    if store.get("hook") in OWN_OUTPUTS:
+        return transformer_lens_name(store)
+    return place_name(store, "{hook}_layer_{layer}")
+
+
 def write_dictionary_learning(sae: NestedSAE, header: Header, folder: Path) -> None:
     """ae.pt (plain tensors) and config.json of dictionary_learning. Raises UsageError for LayerNorm."""
     config = sae.config
@@ -240,7 +251,7 @@ def write_dictionary_learning(sae: NestedSAE, header: Header, folder: Path) -> N
         "dict_size": config.width,
         "layer": store.get("layer"),
         "lm_name": store.get("model"),
-        "submodule_name": place_name(store, "{hook}_layer_{layer}"),
+        "submodule_name": dictionary_name(store),
         "k": config.k,
         "group_sizes": [block.stop - block.start for block in config.blocks],
     }

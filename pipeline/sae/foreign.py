@@ -270,6 +270,8 @@ MODULES = {
 }
 """Modules of a layer whose output may be what is added to the stream, and what that is called. In some models it is (Llama's
 `mlp`), in some a norm comes between (Gemma-2's `mlp`), in some the norm comes before: which is seen in the model, not here."""
+OWN_OUTPUTS = {"mlp_out": "mlp", "attn_out": "self_attn|attn|attention"}
+"""What dictionary_learning calls so: the output of the model's own module, under one of these names, whatever comes behind it."""
 OTHER_POINTS = {
     r"blocks\.\d+\.hook_mlp_in": "the MLP's own copy of resid_mid, before its norm",
     r"blocks\.\d+\.ln[12](_post)?\.hook_\w+": "inside a norm, before its gain",
@@ -282,8 +284,8 @@ OTHER_POINTS = {
 
 
 def hook_point(folder: Path, name: str) -> About:
-    """Layer and hook of a name of TransformerLens, transformers or dictionary_learning, and of transformers' names the `module`
-    whose output it is. Raises CheckpointError for others.
+    """Layer and hook of a name of TransformerLens, transformers or dictionary_learning; where it is the output of a module, the
+    `module` (or those it may be, with | between) and the name itself as `called`. Raises CheckpointError for others.
 
     The stream before layer n is that after layer n − 1. TransformerLens's attn_out and mlp_out are what is added to the stream,
     behind Gemma-2's second norms, as ours are; its bridge's `mlp.hook_in` is what the MLP's module reads.
@@ -302,11 +304,19 @@ def hook_point(folder: Path, name: str) -> About:
     found = {key: value for key, value in match.groupdict().items() if value is not None}
     layer, module = int(found["layer"]), found.get("module")
     if module is not None:
-        return {"hook": MODULES[module], "layer": layer, "module": module}
+        return {"hook": MODULES[module], "layer": layer, "module": module, "called": name}
     hook = found.get("hook", "resid_post")
+    hook = {"in": "mlp_in", "attention_out": "attn_out"}.get(hook, hook)
+    if hook in OWN_OUTPUTS and not name.startswith("blocks."):
+        return {"hook": hook, "layer": layer, "module": OWN_OUTPUTS[hook], "called": name}
     if hook == "resid_pre":
         return {"hook": "resid_post", "layer": layer - 1} if layer else {"hook": "embed"}
-    return {"hook": {"in": "mlp_in", "attention_out": "attn_out"}.get(hook, hook), "layer": layer}
+    return {"hook": hook, "layer": layer}
+
+
+def is_module(made_for: Mapping[str, Any], found: str) -> bool:
+    """Whether an SAE is of the output of the module called `found`, or does not say of which."""
+    return made_for.get("module") is None or found in str(made_for["module"]).split("|")
 
 
 def centred(about: About, options: Mapping[str, Any]) -> About:

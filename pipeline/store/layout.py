@@ -32,8 +32,10 @@ COMMITTED = ("resid", "norm", "moments")
 """The arrays whose shard files a commit record vouches for, in its order."""
 
 BF16_NAN = 0x7FC0
+PARTS = "parts"
+"""Folder of the notes of parts, while many processes make a store's shards; gone when it is finished."""
 OUR_KEY = re.compile(
-    r"(zarr\.json|mean/(zarr\.json|c/0)|(eval/)?truth/(zarr\.json|[a-z]+/(zarr\.json|c/0(/0)?))"
+    r"(zarr\.json|parts/\d+-\d+\.json|mean/(zarr\.json|c/0)|(eval/)?truth/(zarr\.json|[a-z]+/(zarr\.json|c/0(/0)?))"
     r"|(train|eval)/(zarr\.json|(tokens|special|resid|norm|moments|commit)/(zarr\.json|c/\d+(/0)?)))(\.\d+\.partial)?"
 )
 """Every file that a store may hold, leftovers of killed writers included."""

@@ -16,8 +16,9 @@ Maker = Mapping[str, str]
 """Library → version, and `device`: the name of the GPU, or cpu."""
 
 
-def require_makers(store: Store, makers: Sequence[Maker], *, mixed: bool) -> None:
-    """Raise MismatchError, unless `mixed`, where rows of these makers would stand beside rows of another.
+def require_makers(store: Store, makers: Sequence[Maker], *, mixed: bool, also: Sequence[Maker] = ()) -> None:
+    """Raise MismatchError, unless `mixed`, where rows of these makers would stand beside rows of another: of those on record, and
+    `also` of these.
 
     A store where no shard is committed yet takes any one maker. One that does not say who made its rows takes none.
     """
@@ -29,8 +30,9 @@ def require_makers(store: Store, makers: Sequence[Maker], *, mixed: bool) -> Non
             f"{store.where}: the processes of this harvest differ ({difference(makers[0], others[0])}), so its rows would in "
             "their last bits; run it on equal ones, or give --mixed, which the store records"
         )
-    if any_committed(store) and makers[0] not in store.made_by:
-        there = store.made_by[-1] if store.made_by else dict.fromkeys(makers[0], "unknown")
+    made_by = [*(store.made_by or ()), *also]
+    if any_committed(store) and makers[0] not in made_by:
+        there = made_by[-1] if made_by else dict.fromkeys(makers[0], "unknown")
         raise MismatchError(
             f"{store.where}: its rows were made by others ({difference(there, makers[0])}), so further ones would differ in "
             "their last bits; go back to those, harvest to another path, or give --mixed, which the store records"
@@ -54,6 +56,19 @@ def record_makers(store: Store, makers: Sequence[Maker], *, mixed: bool) -> None
     for maker in makers:
         if maker not in made_by:
             made_by.append(dict(maker))
+    if made_by != store.made_by:
+        write_root(store.files, store.attributes | {"made_by": made_by})
+
+
+def add_makers(store: Store, makers: Sequence[Maker], *, mixed: bool) -> None:
+    """Write down who made a store's shards in parts, as they said. Raises MismatchError, unless `mixed`, for unlike ones."""
+    made_by = [dict(maker) for maker in store.made_by or ()]
+    made_by += [dict(maker) for maker in makers if maker not in made_by]
+    if len(made_by) > 1 and not mixed and made_by != store.made_by:
+        raise MismatchError(
+            f"{store.where}: its parts were made by others ({difference(made_by[0], made_by[1])}), so their rows differ in their "
+            "last bits; run the odd ones again with --repair, or give --mixed, which the store records"
+        )
     if made_by != store.made_by:
         write_root(store.files, store.attributes | {"made_by": made_by})
 

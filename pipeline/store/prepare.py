@@ -132,6 +132,16 @@ def resume(path: Path | str, config: Mapping[str, Any], n_train: int, n_eval: in
     return StoreWriter.open(path)
 
 
+def holds_tokens(path: Path | str, n_train: int, n_eval: int) -> bool:
+    """Whether a store is there with the tokens of so many sequences, whatever its config."""
+    try:
+        store = Store.load(path)
+    except (StoreError, DamagedError):
+        return False
+    there = (store.train.n_sequences, store.eval.n_sequences)
+    return store.attributes["state"] != "preparing" and there == (n_train, n_eval)
+
+
 def prepare(
     path: Path | str,
     config: Mapping[str, Any],
@@ -374,8 +384,9 @@ def prepared_files(
 
 
 @contextlib.contextmanager
-def locked(stores: Iterable[str]) -> Iterator[None]:
-    """Hold local stores against a second writer. Raises DiskError when another process has one.
+def locked(stores: Iterable[str], *, shared: bool = False) -> Iterator[None]:
+    """Hold local stores against a second writer, `shared` with other makers of parts. Raises DiskError when another process has
+    one.
 
     A store's folder is made for this, and taken away again where nothing came into it.
     """
@@ -384,7 +395,7 @@ def locked(stores: Iterable[str]) -> Iterator[None]:
         for folder in folders:
             with disk_errors(folder):
                 make_folder(folder)
-                stack.callback(os.close, lock_folder(folder, "writing this store"))
+                stack.callback(os.close, lock_folder(folder, "writing this store", shared=shared))
         try:
             yield
         finally:

@@ -177,7 +177,10 @@ def require_model(config: Fields) -> None:
     for name in ("compile", "parse_special"):
         if name in config.data:
             config.flag(name)
-    config.some_whole("bos")
+    if isinstance(config.data.get("bos"), list):
+        config.list_of_wholes("bos")  # several tokens begin every row
+    else:
+        config.some_whole("bos")
     config.list_of_wholes("special_ids")
     config.list_of_texts("roles")
     for name in ("corpus", "eval_corpus"):

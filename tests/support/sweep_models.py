@@ -35,7 +35,7 @@ from pipeline.model.trial import trial_tokens, try_model
 LAYERS, VOCAB = 4, 300
 
 SIZES = (
-    (r"num_hidden_layers|n_layers?|num_layers|decoder_layers|encoder_layers", LAYERS),
+    (r"num_hidden_layers|n_layers?|num_layers|num_blocks|decoder_layers|encoder_layers", LAYERS),
     (r"hidden_size|d_model|n_embd|embedding_dim|dim|emb_dim|word_embed_proj_dim|cross_attention_hidden_size", 64),
     (r"vocab_size|text_vocab_size|vocab_size_per_layer_input", VOCAB),
     (
