@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.base.digests import DIGESTS, sealed
+from pipeline.base.digests import DIGESTS, sealed, unvouch, vouch
 from pipeline.base.errors import CheckpointError, DamagedError
 from pipeline.base.fields import Fields
 from pipeline.base.files import disk_errors, sweep_partials, write_csv, write_json
@@ -189,7 +189,9 @@ def tabulate(folder: Path) -> Path:
         ]
         names = dict.fromkeys(name for part in zip(*rows) for columns in part for name in columns)
         flat = [{name: value for part in row for name, value in part.items()} for row in rows]
+        unvouch(folder / CSV_NAME)
         write_csv(folder / CSV_NAME, flat, list(names))
+        vouch(folder / CSV_NAME)
     return folder / CSV_NAME
 
 

@@ -330,14 +330,14 @@ def inspect(
     \b
     Example: python -m pipeline inspect runs/l19/alpha0.2-seed0-1a2b3c4d5e --text "The capital of France is Paris"
     """
-    from pipeline.base.files import write_bytes
+    from pipeline.base.digests import write_vouched
     from pipeline.live.inspect import as_lines, as_page, block_names, inspect_checkpoint
 
     sae, tokens = inspect_checkpoint(checkpoint, text, model, layer, hook, top, device)
     if out is None:
         click.echo("\n".join(as_lines(tokens)))
         return
-    write_bytes(out, as_page(tokens, block_names(sae.config.n_levels), text).encode())
+    write_vouched(out, as_page(tokens, block_names(sae.config.n_levels), text).encode())
     click.echo(out)
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.base.digests import write_vouched
 from pipeline.base.errors import UsageError
-from pipeline.base.files import write_bytes
 from pipeline.base.progress import format_seconds
 
 SHOWN = ("loss", "ev", "l0", "dead", "eval_ev", "eval_l0")
@@ -250,7 +250,7 @@ def looks(runs: Path, every: float, once: bool) -> Iterator[list[Watched]]:
 
 def write_page(path: Path, members: Sequence[Watched], runs: Path, every: float) -> None:
     """Replace the page."""
-    write_bytes(path, page(members, str(runs), every).encode())
+    write_vouched(path, page(members, str(runs), every).encode())
 
 
 def screen(text: str, is_terminal: bool, again: bool) -> str:

@@ -22,6 +22,7 @@ from evaluate.explain.prompts import (
     token_label,
 )
 from evaluate.latents.files import read_labels, write_labels
+from pipeline.base.digests import beside_problem, is_sealed
 from pipeline.base.errors import DamagedError, PipelineError, UsageError
 from pipeline.base.runtime import numpy_rng
 from support import lm_stores
@@ -246,6 +247,8 @@ def test_a_whole_round_is_scored(place: Path, tmp_path: Path) -> None:
     assert found["latents"][0]["label"].startswith("label of ")
     assert all(one["detection"]["balanced_accuracy"] == 0.5 for one in found["latents"])
     assert found["summary"]["rule_detection"]["n"] == len(found["latents"])
+    assert is_sealed(tmp_path / "labels.json", found)
+    assert [beside_problem(tmp_path / name) for name in ("explain.jsonl", "judge.jsonl")] == ["", ""]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.base.errors import DiskError, UsageError
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.export import FORMATS, Format, export
+from pipeline.sae.foreign import load_foreign
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from test_sae import KINDS, random_sae
 
@@ -67,6 +68,18 @@ def test_every_level_exports_alone(tmp_path: Path, kind: str) -> None:
     w = load_file(folders[0] / "sae_weights.safetensors")
     z = sae.encode(rows())[:, : sae.config.levels[0]] / sae.scale
     assert torch.allclose(z @ w["W_dec"] + w["b_dec"], sae.decode_level(sae.encode(rows()), 0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_unnamed_places_stay_unnamed(tmp_path: Path, kind: Format) -> None:
+    """An SAE that says of no layer what it is for is exported without a hook, and read back as such."""
+    sae = random_sae(KINDS["relu"])
+    save_checkpoint(tmp_path / "c", sae, 5, {"member": "mine"})
+    (folder,) = export(tmp_path / "c", kind, tmp_path / "out")
+    assert "None" not in "".join(path.read_text() for path in folder.glob("*.json"))
+    loaded, provenance = load_foreign(folder)
+    assert "layer" not in provenance["store"]
+    torch.testing.assert_close(loaded(rows()), sae(rows()), rtol=1e-4, atol=1e-4)
 
 
 def test_inexpressible_sae_is_refused(tmp_path: Path) -> None:

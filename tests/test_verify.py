@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from evaluate.latents.files import write_labels
 from evaluate.report.write import write_report
 from evaluate.run import EvaluateConfig
 from evaluate.run import run as evaluate
-from pipeline.base.digests import sealed, write_digests
+from pipeline.base.digests import sealed, write_digests, write_vouched
 from pipeline.base.errors import DamagedError, PipelineError
 from pipeline.base.files import write_json
+from pipeline.experiment.slurm import write_script
+from pipeline.experiment.stages import run_stage
 from pipeline.experiment.verify import verify
+from pipeline.live.inspect import Block, Token, as_page
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.export import export
 from pipeline.sae.foreign import load_sae
+from pipeline.watch import watched, write_page
 from support import lm_stores
 from support.train_crasher import small
 from test_checkpoint_hostile import PROVENANCE
@@ -43,7 +49,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert not evaluate(config, [out / "runs"]).failed
     write_report([out / "results"], out / "report.html")
     export(first(out, "runs/*/checkpoints/*.safetensors"), "saelens", out / "exported")
+    write_beside_them(out)
     return out
+
+
+def write_beside_them(out: Path) -> None:
+    """What else commands write: labels, an explanation, a page of watch and of inspect, a job's script, a log, a plan."""
+    write_labels(first(out, "results/*.latents"), {3: "rivers"})
+    write_json(out / "explained.json", sealed({"format": "nested-sae-explanations", "latents": [{"latent": 3}]}))
+    write_page(out / "watch.html", watched(out / "runs", 0), out / "runs", 5)
+    tokens = [Token("It", (Block("latents", ((7, 0.5),), 1),))]
+    write_vouched(out / "inspect.html", as_page(tokens, ["latents"], "It").encode())
+    write_script(out / "jobs" / "train_0.sh", "#!/usr/bin/env bash\npython -m train --lr 0.001\n")
+    run_stage("evaluate.report", ["--help"], out / "logs" / "report.log")
+    write_json(out / "logs" / "harvest-plan.json", sealed({"cost": {"seconds": 3.5}}))
 
 
 @pytest.fixture
@@ -149,6 +168,26 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a number in a report": (lambda r: replace(r / "report.html", r"0\.\d", "0.0!"), "report.html: SHA-256"),
     "a figure of a report": (lambda r: flip(first(r, "report_files/*.svg")), r"svg: SHA-256"),
     "a report's numbers": (lambda r: flip(r / "report_files" / "table1.csv"), r"table1.csv: SHA-256"),
+    "a score in results.csv": (lambda r: replace(r / "results" / "results.csv", r"0\.\d", "0.!"), r"results\.csv: SHA-256"),
+    "results.csv that is gone": (lambda r: (r / "results" / "results.csv").unlink(), "the digest of a file that is gone"),
+    "a rate of timings": (
+        lambda r: replace(first(r, "runs/*/timings.jsonl"), r'"rows_per_s":\d', '"rows_per_s":!'),
+        r"timings\.jsonl: SHA-256",
+    ),
+    "a label of a latent": (
+        lambda r: replace(first(r, "results/*.latents/labels.json"), "rivers", "lakes"),
+        "labels.json: what it says changed",
+    ),
+    "an explanation": (lambda r: replace(r / "explained.json", '"latent": 3', '"latent": 4'), "what it says changed"),
+    "a page of watch": (lambda r: replace(r / "watch.html", "step", "steq"), r"watch\.html: SHA-256"),
+    "a number of inspect": (lambda r: replace(r / "inspect.html", r"0\.5", "0.7"), r"inspect\.html: SHA-256"),
+    "an option of a job": (lambda r: replace(r / "jobs" / "train_0.sh", "0.001", "0.1"), r"train_0\.sh: SHA-256"),
+    "a line of a log": (lambda r: replace(r / "logs" / "report.log", "report", "retort"), r"report\.log: SHA-256"),
+    "a number of a plan": (lambda r: replace(r / "logs" / "harvest-plan.json", "3.5", "2.5"), "what it says changed"),
+    "the digest beside a log": (
+        lambda r: replace(r / "logs" / "report.log.sha256", r"\A..", "!!"),
+        r"report\.log\.sha256: is no digest of report\.log",
+    ),
     "a report that is gone": (lambda r: (r / "report.html").unlink(), "the files of a report that is gone"),
     "a byte of exported weights": (lambda r: flip(r / "exported" / "sae_weights.safetensors"), "weights.safetensors: SHA-256"),
     "a field of an export": (
@@ -166,7 +205,7 @@ def test_whole_experiment_is_whole(made: Path) -> None:
     """Nothing is found in what nobody touched, and what carries no digest is listed."""
     found = verify(str(made))
     assert found.problems == []
-    assert {Path(line.partition(": ")[0]).name for line in found.unvouched} == {"timings.jsonl", "results.csv"}
+    assert found.unvouched == []
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -194,6 +233,12 @@ PLACES = {
     "results/*.latents/page_0000.js": ("results/*.latents/page_0000.js", flip),
     "report.html": ("report.html", flip),
     "report_files/table1.csv": ("report_files/table1.csv", flip),
+    "results/results.csv": ("results/results.csv", flip),
+    "results/*.latents/labels.json": ("results/*.latents/labels.json", lambda path: replace(path, "rivers", "lakes")),
+    "runs/*/timings.jsonl": ("runs/*/timings.jsonl", flip),
+    "logs": ("logs/report.log", flip),
+    "explained.json": ("explained.json", lambda path: replace(path, '"latent": 3', '"latent": 4')),
+    "inspect.html": ("inspect.html", flip),
     "exported": ("exported/cfg.json", flip),
     "exported/cfg.json": ("exported/cfg.json", flip),
 }
@@ -224,6 +269,31 @@ def test_unfinished_state_is_checked(root: Path) -> None:
     assert any("metrics.jsonl: not the lines" in problem for problem in verify(str(member)).problems)
     save_tensors(member / "state.safetensors", {}, header | {"member": "x", "metrics_sha256": hash_lines(lines)})
     assert any("the state of 'x', not of" in problem for problem in verify(str(member)).problems)
+
+
+@pytest.mark.parametrize("place", ["exported", "report_files", "results/*.latents", "runs/*", "stores", "logs"])
+def test_strangers_are_listed(root: Path, place: str) -> None:
+    """A file that nobody wrote for us, in any folder of ours, is no damage and is listed; in a log's place it is too."""
+    stranger = first(root, place) / "numbers.csv"
+    stranger.write_text("ev\n0.9\n")
+    (root / "logs" / "report.log.sha256").unlink()
+    found = verify(str(root))
+    assert found.problems == []
+    assert {line.partition(": ")[0] for line in found.unvouched} == {str(stranger), str(root / "logs" / "report.log")}
+
+
+def test_running_training_is_listed(root: Path) -> None:
+    """Timings that training still appends to carry no digest, which is said."""
+    member = first(root, "runs/*")
+    (member / "timings.jsonl.sha256").unlink()
+    (member / "complete.json").unlink()
+    assert any("timings.jsonl: appended to until" in line for line in verify(str(member)).unvouched)
+
+
+def test_digests_are_sha256sums(made: Path) -> None:
+    """`sha256sum -c` reads the digests that lie beside files."""
+    for digest in (made / "logs" / "report.log.sha256", first(made, "runs/*/timings.jsonl.sha256")):
+        subprocess.run(["sha256sum", "-c", "--strict", digest.name], cwd=digest.parent, check=True, capture_output=True)
 
 
 def test_foreign_paths_are_named(tmp_path: Path) -> None:

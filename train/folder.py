@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 
-from pipeline.base.digests import sealed
+from pipeline.base.digests import sealed, unvouch, vouch
 from pipeline.base.errors import DamagedError, DiskError, MismatchError, UsageError
 from pipeline.base.fields import Fields
 from pipeline.base.files import (
@@ -221,6 +221,7 @@ class Folder:
             "config_sha256": hash_file(self.path / "config.json"),
             "metrics_sha256": hash_file(self.path / "metrics.jsonl"),
         }
+        vouch(self.path / "timings.jsonl")
         write_json(self.path / "complete.json", sealed(record))
         if not keep_state:
             self.drop_state()
@@ -245,7 +246,8 @@ class Folder:
             )
 
     def truncate(self, step: int) -> None:
-        """Take back lines of metrics and timings beyond a step, and a torn one."""
+        """Take back lines of metrics and timings beyond a step, and a torn one; more will be appended."""
+        unvouch(self.path / "timings.jsonl")
         for name in ("metrics.jsonl", "timings.jsonl"):
             path = self.path / name
             lines = path.read_text(errors="replace").splitlines() if path.exists() else []

@@ -16,8 +16,9 @@ from typing import Any
 import click
 
 from pipeline.base.cli import COUNT, NAMED_SOURCE, OUT_FILE, SOURCE, main
+from pipeline.base.digests import sealed, write_vouched
 from pipeline.base.errors import UsageError
-from pipeline.base.files import write_bytes, write_json
+from pipeline.base.files import write_json
 from pipeline.base.progress import say
 
 FORMAT, VERSION = "nested-sae-explanations", 1
@@ -188,12 +189,12 @@ def report(asked: Asked, said: Mapping[str, str], prompts: Path | None, out: Pat
     skipped = {str(e.latent): e.skipped for e in asked.examples if e.skipped}
     say(f"{len(used)} latents with examples, {len(skipped)} without; {len(labels)} labels")
     if prompts is not None:
-        write_bytes(prompts, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        write_vouched(prompts, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
         say(f"{prompts}: {len(lines)} prompts")
     if out is not None:
         head = {"format": FORMAT, "version": VERSION, "store": asked.store, "seed": asked.seed}
         about = {"checkpoint": {"path": str(asked.checkpoint), "sha256": asked.sha256}, "skipped": skipped}
-        write_json(out, head | about | {"latents": entries, "summary": summary(entries)})
+        write_json(out, sealed(head | about | {"latents": entries, "summary": summary(entries)}))
         say(f"{out}: {json.dumps(summary(entries))}")
     if pages is not None:
         from evaluate.latents.files import read_summary, write_labels

@@ -4,7 +4,7 @@
       page_0000.js ...         nestedLatents.page(0, {"strings": [...], "latents": [...]}), PAGE_SIZE latents each
       digests.json             the SHA-256 of each of these files
       index.js                 nestedLatents.index({"summary": {...}, "level": [...], ...}), written last: marks completion
-      labels.json              where evaluate.explain read labels back: {"labels": {"17": "…"}}, no part of the digests
+      labels.json              where evaluate.explain read labels back: {"labels": {"17": "…"}}, sealed, no part of the digests
 
 Nothing ever runs these files: the report parses them and writes what they hold anew. Corpus text in them is data: every
 character outside ASCII, and `<`, is escaped, and characters that reorder or hide text are spelled out.
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.base.digests import DIGESTS, write_digests
+from pipeline.base.digests import DIGESTS, is_sealed, sealed, write_digests
 from pipeline.base.errors import DamagedError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import hash_file, read_json, sha256, write_bytes, write_json
@@ -96,7 +96,7 @@ def write_index(folder: Path, summary: dict[str, Any], columns: dict[str, Iterab
 def write_labels(folder: Path, labels: Mapping[int, str]) -> None:
     """Write labels of latents beside their pages: what `evaluate.explain` read back, shown when a report is written."""
     data = {"format": LABELS_FORMAT, "version": 1, "labels": {str(latent): text for latent, text in labels.items()}}
-    write_json(folder / LABELS, data)
+    write_json(folder / LABELS, sealed(data))
 
 
 def read_labels(folder: Path) -> dict[int, str]:
@@ -108,6 +108,7 @@ def read_labels(folder: Path) -> dict[int, str]:
     require_plain(path, data)
     fields = Fields(path, data)
     fields.one_of("format", (LABELS_FORMAT,))
+    is_sealed(path, fields.data)
     texts = fields.texts("labels")
     if wrong := next((name for name in texts if not name.isdecimal()), None):
         raise fields.wrong("labels", "texts by the number of a latent", wrong)

@@ -156,8 +156,8 @@ def require_place(path: Path, *, folder: bool) -> None:
         raise DiskError(f"{path}: {there} cannot be written; choose another {kind}, or have its permissions changed")
 
 
-LEFT_FOR_SUFFIXES = 20
-"""Bytes of a name that what we put behind it takes: `.12345678.partial`, `_files`."""
+LEFT_FOR_SUFFIXES = 28
+"""Bytes of a name that what we put behind it takes: `.sha256.12345678.partial`, `_files`."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:

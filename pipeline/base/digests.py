@@ -1,22 +1,27 @@
 """Digests of what artefacts say, so that what changed after it was written is found: accidents, not forgers.
 
 A JSON file of ours carries its own, as `seal`: the hash of the canonical JSON of all else in it. Folders of other files have
-a `digests.json` beside them, itself sealed: the SHA-256 of each file's bytes.
+a `digests.json` beside them, itself sealed: the SHA-256 of each file's bytes. A file that stands alone and is read by other
+programs (a table, a page, a script, a log) has NAME.sha256 beside it, which `sha256sum -c` reads too.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.base.errors import DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import canonical_json, hash_file, read_json, sha256, write_json
+from pipeline.base.files import canonical_json, hash_file, read_json, sha256, write_bytes, write_json
 
 DIGESTS = "digests.json"
 FORMAT, VERSION = "nested-sae-digests", 1
+BESIDE = ".sha256"
+"""Suffix of the digest of one file, beside it."""
 
 
 def seal_of(data: Mapping[str, Any]) -> str:
@@ -78,6 +83,42 @@ def problem_of(path: Path, digest: str) -> str:
         return f"{path}: gone, though {DIGESTS} names it; make it again"
     if (found := hash_file(path)) != digest:
         return f"{path}: SHA-256 {found[:10]}, {DIGESTS} says {digest[:10]!a}; it changed since it was written, make it again"
+    return ""
+
+
+def beside(path: Path) -> Path:
+    """Where the digest of a file that stands alone is."""
+    return path.with_name(path.name + BESIDE)
+
+
+def unvouch(path: Path) -> None:
+    """Take the digest beside a file away: before it is written, or appended to."""
+    beside(path).unlink(missing_ok=True)
+
+
+def vouch(path: Path) -> None:
+    """Write the digest of a file beside it, once it is done. Raises DiskError."""
+    write_bytes(beside(path), os.fsencode(f"{hash_file(path)}  {path.name}\n"))
+
+
+def write_vouched(path: Path, data: bytes) -> None:
+    """Write a whole file atomically, then its digest beside it; killed in between, it has none."""
+    unvouch(path)
+    write_bytes(path, data)
+    vouch(path)
+
+
+def beside_problem(path: Path) -> str:
+    """What is wrong with a file that has a digest beside it; nothing where it is what was written."""
+    said = beside(path).read_bytes()[: 64 + 2 + 255 + 1]
+    digest, _, _ = said.decode(errors="replace").partition("  ")
+    if not re.fullmatch("[0-9a-f]{64}", digest) or said[66:] != os.fsencode(f"{path.name}\n"):
+        return f"{beside(path)}: is no digest of {path.name} as sha256sum writes it; make the file again"
+    if not path.is_file():
+        return f"{path}: gone, though {beside(path).name} is there; make it again"
+    if (found := hash_file(path)) != digest:
+        changed = "it changed since it was written, make it again"
+        return f"{path}: SHA-256 {found[:10]}, {beside(path).name} says {digest[:10]}; {changed}"
     return ""
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.cli import read_toml
+from pipeline.base.digests import sealed
 from pipeline.base.errors import UsageError
 from pipeline.base.files import read_json, write_json
 from pipeline.base.progress import format_seconds, say
@@ -353,7 +354,7 @@ def dry_run_part(experiment: Experiment, places: Places) -> None:
     say(f"1. {stages.show('harvest', words)}")
     planned = stages.ask_stage("harvest", [*words, "--dry-run"], log)
     plan_file = log.with_name(f"{places.part}-harvest-plan.json" if places.part else "harvest-plan.json")
-    write_json(plan_file, planned)
+    write_json(plan_file, sealed(planned))
     for site in experiment.trained:
         n_members = 0
         for grid in site.grids:

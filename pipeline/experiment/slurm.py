@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.base.files import write_bytes
+from pipeline.base.digests import write_vouched
 from pipeline.base.processes import ROOT
 from pipeline.experiment import experiment as experiments
 
@@ -73,5 +73,5 @@ def write_submit(folder: Path, needs: Mapping[str, str]) -> Path:
 
 
 def write_script(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
+    write_vouched(path, text.encode())
     path.chmod(0o755)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.base.digests import unvouch, vouch
 from pipeline.base.errors import PipelineError, UsageError
 from pipeline.base.processes import ROOT, die_with_parent, python_path
 from pipeline.base.progress import LOG_VARIABLE
@@ -86,6 +87,7 @@ def run_stage(stage: str, words: Sequence[str], log: Path) -> str:
     process dies, however, the stage dies with it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    unvouch(log)
     with open(log, "a") as file:
         file.write(f"$ {show(stage, words)}\n")
     with subprocess.Popen(
@@ -101,6 +103,7 @@ def run_stage(stage: str, words: Sequence[str], log: Path) -> str:
         except KeyboardInterrupt:
             process.wait()
             raise
+    vouch(log)
     if process.returncode == 130:
         raise KeyboardInterrupt
     if process.returncode != 0:

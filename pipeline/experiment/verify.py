@@ -1,9 +1,9 @@
 """Whether what lies at a path is whole: any path that this project writes, up to the folder of a whole experiment.
 
 Every artefact carries a digest of what it says: a store its seal, commit records and checksums, a checkpoint and a state a
-crc32c, config.json, complete.json and results a seal, metrics a hash in complete.json or the state, latent pages, reports and
-exports a file of digests. Names are compared with what lies under them, a store's statistics with its rows' norms and moments.
-What carries none is listed, never called whole.
+crc32c, config.json, complete.json, results and other JSON a seal, metrics a hash in complete.json or the state, latent pages,
+reports and exports a file of digests, tables, pages, scripts and logs a NAME.sha256. Names are compared with what lies under
+them, a store's statistics with its rows' norms and moments. What carries none is listed, never called whole.
 
 None of this vouches against a forger: whoever can write the files can write their digests too, and no secret is involved. Only
 a hash kept elsewhere (a store's id, a checkpoint's SHA-256 in a paper) says more.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.base.digests import DIGESTS, digest_problems
+from pipeline.base.digests import BESIDE, DIGESTS, beside, beside_problem, digest_problems, is_sealed, read_digests
 from pipeline.base.errors import DamagedError, PipelineError, explain
 from pipeline.base.fields import Fields
 from pipeline.base.files import PARTIAL, hash_config, hash_file, read_json
@@ -35,6 +35,11 @@ TENSORS = {
 """Formats of files of tensors, checkpoints last: what is none of them is told that it is no checkpoint."""
 IGNORED = (".jobs", ".lock")
 """Files of evaluate that say nothing."""
+COPIES = {
+    "tensorboard": "a copy for TensorBoard of metrics.jsonl, which is checked; TensorBoard appends to it",
+    "wandb": "a copy for Weights & Biases of metrics.jsonl, which is checked; wandb appends to it",
+}
+"""Folders of a training that other programs write."""
 
 
 @dataclass
@@ -97,8 +102,10 @@ def checker_of(path: Path) -> Check | None:
         return check_report
     if (path.parent / DIGESTS).is_file():
         return check_listed
-    if path.suffix == ".json" and file_format(path) == RESULTS:
-        return check_results
+    if beside(path).is_file():
+        return check_beside
+    if path.suffix == ".json":
+        return check_results if (kind := file_format(path)) == RESULTS else check_sealed if kind == SEALED else None
     return None
 
 
@@ -134,13 +141,18 @@ def is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
+SEALED = "sealed"
+
+
 def file_format(path: Path) -> str:
-    """What a JSON file says it is; nothing where it says nothing, and RESULTS for what cannot be read, so that this is said."""
+    """RESULTS for a JSON file that says so, or that cannot be read, so that this is said; SEALED for others with a seal."""
     try:
         data = read_json(path)
     except DamagedError:
         return RESULTS
-    return str(data.get("format", "")) if isinstance(data, dict) else ""
+    if not isinstance(data, dict):
+        return ""
+    return RESULTS if data.get("format") == RESULTS else SEALED if "seal" in data else ""
 
 
 def check_folder(path: Path, found: Findings) -> None:
@@ -150,12 +162,24 @@ def check_folder(path: Path, found: Findings) -> None:
             continue
         if child.name.endswith(PARTIAL):
             found.unseal(child, "left by a killed process; the next run sweeps it")
+        elif child.name.endswith(BESIDE) and not child.is_dir():
+            if not child.with_name(child.name.removesuffix(BESIDE)).is_file():
+                found.problems.append(f"{child}: the digest of a file that is gone; make it again")
         elif check := checker_of(child):
             careful(check, child, found)
-        elif child.name == "results.csv":
-            found.unseal(child, "made from the results files beside it, which are checked; evaluate makes it again")
         elif not is_empty(child):
-            found.unseal(child)
+            found.unseal(child, COPIES.get(child.name, "carries no digest"))
+
+
+def check_beside(path: Path, found: Findings) -> None:
+    """A file with its digest beside it."""
+    if problem := beside_problem(path):
+        found.problems.append(problem)
+
+
+def check_sealed(path: Path, found: Findings) -> None:
+    """A JSON file of ours that nothing else is known of: its seal."""
+    is_sealed(path, read_json(path))
 
 
 def check_store(path: Path, found: Findings) -> None:
@@ -196,15 +220,35 @@ def check_own(path: Path, found: Findings) -> None:
 def check_foreign(path: Path, found: Findings) -> None:
     """An export: its digests. An SAE made elsewhere: that it can be read, whole and exactly."""
     if (path / DIGESTS).is_file():
-        found.problems += digest_problems(path / DIGESTS, path)
+        check_digests(path, found)
         return
     foreign.load_sae(path)
     found.unseal(path, "made elsewhere, or exported by an older version: it can be read, and carries no digest")
 
 
 def check_digests(path: Path, found: Findings) -> None:
-    """A folder that carries the digests of all that lies in it: an export to Neuronpedia."""
+    """A folder that carries the digests of all that lies in it: an export."""
     found.problems += digest_problems(path / DIGESTS, path)
+    check_others(path, path, found)
+
+
+def check_others(path: Path, root: Path, found: Findings) -> None:
+    """What lies in a folder whose digests, of files named from `root`, do not name it."""
+    named = {root / name for name in read_digests(path / DIGESTS).texts("files")} | {path / DIGESTS}
+    for other in sorted(one for one in path.rglob("*") if not one.is_dir() and one not in named):
+        careful(check_other, other, found)
+
+
+def check_other(path: Path, found: Findings) -> None:
+    """A file in a folder with digests that they do not name."""
+    if path.name.endswith(PARTIAL):
+        found.unseal(path, "left by a killed process; the next run sweeps it")
+    elif beside(path).is_file():
+        check_beside(path, found)
+    elif path.suffix == ".json" and file_format(path) == SEALED:
+        check_sealed(path, found)
+    elif not path.name.endswith(BESIDE):
+        found.unseal(path)
 
 
 def check_member(path: Path, found: Findings) -> None:
@@ -216,10 +260,20 @@ def check_member(path: Path, found: Findings) -> None:
             careful(check_tensors, checkpoint, found)
     careful(check_config, path, found)
     careful(check_completion, path, found)
-    known = {"config.json", "complete.json", "metrics.jsonl", "checkpoints", "state.safetensors"}
+    careful(check_timings, path / "timings.jsonl", found)
+    known = {"config.json", "complete.json", "metrics.jsonl", "checkpoints", "state.safetensors", "timings.jsonl"}
     for child in children(path):
-        if child.name not in known:
-            found.unseal(child, "a function of the machine" if child.name == "timings.jsonl" else "carries no digest")
+        if child.name not in (*known, f"timings.jsonl{BESIDE}"):
+            found.unseal(child)
+
+
+def check_timings(path: Path, found: Findings) -> None:
+    """Timings have a digest beside them once the member is finished; until then they are appended to."""
+    if beside(path).is_file():
+        check_beside(path, found)
+    elif path.is_file():
+        finished = (path.parent / "complete.json").is_file()
+        found.unseal(path, "written by an older version" if finished else "appended to until training is finished")
 
 
 def check_part(path: Path, found: Findings) -> None:
@@ -227,7 +281,7 @@ def check_part(path: Path, found: Findings) -> None:
     if path.name == "config.json":
         check_config(path.parent, found)
     elif path.name == "timings.jsonl":
-        found.unseal(path, "a function of the machine")
+        check_timings(path, found)
     else:
         check_completion(path.parent, found)
 
@@ -287,6 +341,7 @@ def check_latents(path: Path, found: Findings) -> None:
         found.unseal(path, "carries no digest (written by an older version)")
     else:
         found.problems += digest_problems(path / DIGESTS, path, path.name)
+        check_others(path, path, found)
     if not path.with_suffix(".json").is_file():
         found.problems.append(f"{path}: latent pages without their results; evaluate again, or delete them")
 
@@ -294,6 +349,7 @@ def check_latents(path: Path, found: Findings) -> None:
 def check_report(path: Path, found: Findings) -> None:
     """A report and the folder beside it."""
     found.problems += digest_problems(report_digests(path), path.parent, path.name)
+    check_others(report_digests(path).parent, path.parent, found)
 
 
 def check_report_files(path: Path, found: Findings) -> None:
@@ -308,8 +364,13 @@ def report_digests(path: Path) -> Path:
 
 
 def check_listed(path: Path, found: Findings) -> None:
-    """A file that the digests beside it name."""
+    """A file in a folder with digests: one that they name, or another."""
     root = path.parent.parent if path.parent.name.endswith("_files") else path.parent
+    if path.name != DIGESTS and path.relative_to(root).as_posix() not in read_digests(path.parent / DIGESTS).texts(
+        "files"
+    ):
+        check_other(path, found)
+        return
     problems = digest_problems(path.parent / DIGESTS, root)
     found.problems += [problem for problem in problems if problem.startswith((f"{path}:", f"{path.parent / DIGESTS}:"))]
 

@@ -221,9 +221,9 @@ def saelens_metadata(header: Header) -> dict[str, Any]:
 
 
 def place_name(store: Mapping[str, Any], form: str) -> str | None:
-    """Hook and layer as another library writes them; None for rows of a place that nobody named."""
+    """Hook and layer as another library writes them; None for rows of a place that nobody named, whole or in part."""
     hook = store.get("hook", "resid_post")
-    return None if hook is None else form.format(hook=hook, layer=store.get("layer"))
+    return None if hook is None or store.get("layer") is None else form.format(hook=hook, layer=store.get("layer"))
 
 
 def dictionary_name(store: Mapping[str, Any]) -> str | None:

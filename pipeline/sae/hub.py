@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.base import network
-from pipeline.base.digests import is_sealed
+from pipeline.base.digests import is_sealed, vouch
 from pipeline.base.errors import CheckpointError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import PARTIAL, hash_file, read_json, write_bytes
@@ -161,6 +161,8 @@ def pull(repo_id: str, out: Path, revision: str | None = None) -> Path:
     for name in (RESULTS, "README.md"):
         if (folder / name).exists():
             copy(folder / name, out / name)
+    if (out / "README.md").exists():
+        vouch(out / "README.md")
     return out if source.is_dir() else out / source.name
 
 
