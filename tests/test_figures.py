@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from evaluate.report import svg
 from evaluate.report.drawing import band_of, dodged, held
@@ -15,7 +16,7 @@ from evaluate.report.figures import Figure, Missing, across_n, by_level, curve_o
 from evaluate.report.figures_across import ablation, density, front, front_lines, fronts, make_figures, median
 from evaluate.report.runs import Results, read_results
 from evaluate.report.scored import make_run
-from pipeline.base.files import read_json
+from pipeline.base.files import read_json, write_json
 from support.results_files import write_results
 
 
@@ -274,3 +275,45 @@ def test_long_titles_take_lines() -> None:
     assert len(texts) >= 4
     assert max(len(str(text.text)) for text in texts) <= svg.TITLE_WIDTH
     assert heights[1] - heights[0] == pytest.approx(72 * svg.LINE_HEIGHT * (len(texts) - 1))
+
+
+def ablations(folder: Path) -> Results:
+    """Known features with most dictionaries, and a model's at ten widths: what `pipeline run ablations` makes, in small."""
+    for path in write_results(folder / "forest", alphas=(0.0, 0.1, 0.2, 0.3, 0.5), seeds=(0, 1), steps=(400,), lr=3e-3):
+        data = read_json(path)
+        data["store"] |= {"model": "truth:0123456789", "id": "forest"}
+        write_json(path, data)
+    for i in range(10):
+        write_results(folder / f"{i}", alphas=(0.0, 0.2), seeds=(0, 1), steps=(400,), width=256 + 64 * i)
+    return read_results([folder])
+
+
+def test_known_features_are_not_main(tmp_path: Path) -> None:
+    """However many, they stand behind groups of a model's rows, whose ablations are drawn."""
+    results = ablations(tmp_path)
+    assert len(results.groups) == 11
+    assert [group.runs[0].is_known for group in results.groups] == [False] * 10 + [True]
+    assert len(results.groups[-1].runs) == 10
+    found = figure(ablation(results))
+    assert [panel.id.removeprefix("ablation-width-") for panel in found.panels] == ["kl_nats", "ev", "l0"]
+    assert "Drawn for the first of 11 groups" in figure(loss(results)).caption
+
+
+def test_many_groups_have_one_legend(tmp_path: Path) -> None:
+    """A name stands once in a legend, however many groups have it; a mark is not said to be one group's alone."""
+    found = figure(fronts(ablations(tmp_path)))
+    saved = found.panels[0].drawn
+    assert re.findall(r">(α = [\d.]+)</text>", saved[saved.index('id="legend_1"') :]) == ["α = 0", "α = 0.2"]
+    assert "Marks are those of groups in the order of Table 1, and begin again after 8." in found.caption
+
+
+def test_long_legends_leave_the_axes() -> None:
+    """A legend of forty names, which the page hides, takes no height from the axes."""
+
+    def draw(axes: Axes) -> None:
+        for i in range(40):
+            axes.plot([0, 1], [0, i], label=f"row {i}")
+
+    saved = svg.Panel("p", "title", "x", "y", draw).drawn
+    axes = re.findall(r"[ML] [\d.]+ ([\d.]+)", saved[saved.index('id="patch_2"') :].partition("/>")[0])
+    assert max(map(float, axes)) - min(map(float, axes)) > 100

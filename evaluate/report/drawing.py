@@ -58,6 +58,17 @@ def band_rows(names: dict[str, Any], x: str, lines: Mapping[Row, Band]) -> list[
     ]
 
 
+def marks_note(results: Results, groups: Sequence[int]) -> str:
+    """Which mark is which group's, of the groups with these places; empty for one. With more groups than marks, that marks
+    come again."""
+    if len(groups) < 2:
+        return ""
+    if max(groups) >= len(MARKERS):
+        return f" Marks are those of groups in the order of Table 1, and begin again after {len(MARKERS)}."
+    marks = [f"{MARK_NAMES[g]} {results.groups[g].label}" for g in groups]
+    return f" Marks: {', '.join(marks)}."
+
+
 def shaded(results: Results, lines: Mapping[Row, Band], *, log: bool) -> Draw:
     """Lines of means with shaded intervals; on a logarithmic y when asked and all means are above 0."""
 

@@ -42,7 +42,7 @@ class Missing:
 
 
 def shown_groups(results: Results) -> tuple[Group, ...]:
-    """The groups that figures draw one by one: all of a few, else the largest alone."""
+    """The groups that figures draw one by one: all of a few, else the main one alone."""
     return results.groups if len(results.groups) <= MAX_GROUPS else results.groups[:1]
 
 
@@ -50,12 +50,12 @@ def group_note(results: Results) -> str:
     """A sentence when not every group is drawn."""
     if len(results.groups) <= MAX_GROUPS:
         return ""
-    return f" Drawn for the largest of {len(results.groups)} groups ({results.main.label})."
+    return f" Drawn for the first of {len(results.groups)} groups ({results.main.label})."
 
 
-def titled(group: Group, title: str) -> str:
-    """A panel title with its group, where there are several."""
-    return f"{title} ({group.label})" if group.label else title
+def titled(results: Results, group: Group, title: str) -> str:
+    """A panel title with its group, where several are drawn."""
+    return f"{title} ({group.label})" if len(shown_groups(results)) > 1 else title
 
 
 TERMS = {
@@ -79,7 +79,7 @@ def loss(results: Results) -> Figure | Missing:
             lines = {row: band for row in group.rows if (band := curve_band(row, term))}
             if lines:
                 draw = shaded(results, lines, log=term in ("loss", "recon_innermost", "recon_whole"))
-                panels.append(Panel(f"loss-{g}-{term}", titled(group, label), "step", "loss", draw))
+                panels.append(Panel(f"loss-{g}-{term}", titled(results, group, label), "step", "loss", draw))
                 numbers += band_rows({"group": group.label, "term": term}, "step", lines)
                 rows += lines
     if not panels:
@@ -136,7 +136,7 @@ def across_n(results: Results) -> Figure | Missing:
             lines = {row: band for row in group.rows if (band := band_of([run.at(name) for run in row.runs]))}
             if lines:
                 draw = bars(row_lines(results, lines), log=True, ticks=True)
-                panels.append(Panel(f"n-{g}-{name}", titled(group, label), "n (latents)", "score", draw))
+                panels.append(Panel(f"n-{g}-{name}", titled(results, group, label), "n (latents)", "score", draw))
                 numbers += band_rows({"group": group.label, "score": name}, "n", lines)
                 rows += lines
                 captions += [across_caption(label, lines)] if group is results.main else []
@@ -183,7 +183,7 @@ def by_level(results: Results) -> Figure | Missing:
                 draw = bars(row_lines(results, lines), log=False, ticks=False)
                 label = f"{metric.label} ({metric.unit})"
                 panels.append(
-                    Panel(f"level-{g}-{id}", titled(group, metric.label), "latents in the level", label, draw)
+                    Panel(f"level-{g}-{id}", titled(results, group, metric.label), "latents in the level", label, draw)
                 )
                 numbers += band_rows({"group": group.label, "score": id}, "latents", lines)
                 rows += lines

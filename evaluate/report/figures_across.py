@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from evaluate.report.drawing import MARK_NAMES, Band, FrontLine, Point, bars, colour, histograms, legend, scatter
+from evaluate.report.drawing import Band, FrontLine, Point, bars, colour, histograms, legend, marks_note, scatter
 from evaluate.report.figures import Figure, Missing, Numbers, across_n, by_level, loss
 from evaluate.report.nesting import nesting
 from evaluate.report.runs import Group, Results, Row, sharing_label
@@ -51,9 +51,7 @@ def fronts(results: Results) -> Figure | Missing:
     if not panels:
         return Missing(title, "L0 with KL or explained variance is not among these results")
     caption = f"{front_note(results)} Point at a point, or tap it, to see which checkpoint it is. {' '.join(captions)}"
-    if len(results.groups) > 1:
-        marks = ", ".join(f"{MARK_NAMES[g % len(MARK_NAMES)]} {group.label}" for g, group in enumerate(results.groups))
-        caption += f" Marks: {marks}."
+    caption += marks_note(results, range(len(results.groups)))
     rows = [row for group in results.groups for row in group.rows]
     return Figure("pareto", title, caption, panels, legend(results, rows), numbers)
 

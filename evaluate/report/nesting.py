@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluate.report.drawing import MARK_NAMES, Cross, crosses, legend, trees
+from evaluate.report.drawing import Cross, crosses, legend, marks_note, trees
 from evaluate.report.equal import NEAR, mean_of
 from evaluate.report.figures import Figure, Missing, Numbers
 from evaluate.report.runs import Group, Results, Row
@@ -177,10 +177,7 @@ def absorption_caption(results: Results, rows: Sequence[Row]) -> str:
     """What marks and bars are."""
     said = "Small marks are dictionaries, large ones means over seeds with 95 % intervals; right and down is better."
     groups = [g for g, group in enumerate(results.groups) if any(row in group.rows for row in rows)]
-    if len(groups) > 1:
-        marks = [f"{MARK_NAMES[g % len(MARK_NAMES)]} {results.groups[g].label}" for g in groups]
-        said += f" Marks: {', '.join(marks)}."
-    return said
+    return said + marks_note(results, groups)
 
 
 TREES = (
@@ -297,7 +294,11 @@ def verdict(absorption: str, f1: str | None, ev: str) -> str:
     bought = [good for change, good, _ in changes.values() if change == "better"]
     paid = [bad for change, _, bad in changes.values() if change == "worse"]
     open_ones = [name for name, (change, _, _) in changes.items() if change == ""]
-    rest = f"; a difference in {' or '.join(open_ones)} is not shown" if open_ones else ""
+    rest = (
+        f"; a difference in {', '.join(open_ones[:-1])}{' or ' if len(open_ones) > 1 else ''}{open_ones[-1]} is not shown"
+        if open_ones
+        else ""
+    )
     if bought and paid:
         return f"So nesting buys {listed(bought)} here, and pays for it with {listed(paid)}{rest}."
     if bought:

@@ -82,14 +82,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Results:
-    """All runs given, and the last checkpoints in groups, the largest group first."""
+    """All runs given, and the last checkpoints in groups: of a language model's rows first, the largest of them first."""
 
     runs: tuple[Run, ...]
     groups: tuple[Group, ...]
 
     @property
     def main(self) -> Group:
-        """The group with most runs."""
+        """The group with most runs; one of known features only where there is no other."""
         return self.groups[0]
 
     @cached_property
@@ -190,7 +190,12 @@ def make_groups(runs: Sequence[Run]) -> tuple[Group, ...]:
     for run in last.values():
         grouped.setdefault(canonical_json(shown(run, names)), []).append(run)
     groups = [Group(shown(members[0], names), make_rows(members)) for members in grouped.values()]
-    return tuple(sorted(groups, key=lambda group: (-len(group.runs), [in_order(v) for v in group.settings.values()])))
+    return tuple(sorted(groups, key=place_in_report))
+
+
+def place_in_report(group: Group) -> tuple[bool, int, list[tuple[bool, float, str]]]:
+    """Sorts groups as they are reported: rows of a language model before those of known features, large before small."""
+    return group.runs[0].is_known, -len(group.runs), [in_order(value) for value in group.settings.values()]
 
 
 def told_apart(runs: Sequence[Run]) -> list[Run]:

@@ -87,8 +87,9 @@ class Panel:
             axes.set_title("\n".join(lines))
             axes.set_xlabel(self.xlabel)
             axes.set_ylabel(self.ylabel)
-            if axes.get_legend_handles_labels()[1]:
-                axes.legend(loc="best")
+            handles, labels = axes.get_legend_handles_labels()
+            if once := dict(zip(labels, handles)):
+                axes.legend(once.values(), once.keys(), loc="best").set_in_layout(False)
             buffer = io.StringIO()
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             canvas.savefig(buffer, format="svg", transparent=True, metadata=nothing)
