@@ -48,6 +48,11 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 @click.option("--max-memory", type=SIZE, help="Bytes, like 8GB.  [default: four fifths of what is free]")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N.")
 @click.option(
+    "--device-map",
+    type=click.Choice(["auto", "balanced", "sequential"]),
+    help="Spread the layers of a model too large for one GPU over all of them, as transformers does it (needs accelerate).",
+)
+@click.option(
     "--dtype",
     default="store",
     help="Of the language model: store, bf16, float32 (exact). SAEs run in float32; on CUDA they encode in TF32.",

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from evaluate.checkpoints.find import valid_levels
 from evaluate.probing.job import ProbingConfig
@@ -30,7 +30,8 @@ class EvaluateConfig:
     up to whole sequences; None: all. dtype: of the language model, `store` takes what made the store; SAEs run in float32.
     probing: texts for scr, tpp and k-sparse probing; None: none. latents: also write pages of every latent of members
     whose name begins with it, `all` of every member; empty: none.
-    batch_size (sequences) and max_memory (bytes, None: four fifths of what is free) change speed and rounding only.
+    batch_size (sequences), max_memory (bytes, None: four fifths of what is free) and device_map (how the model's layers are
+    spread over GPUs; None: all on `device`) change speed and rounding only.
     seed draws the latents whose correlations are taken, and splits labelled tokens and words. words: a file of words for
     first_letter; None: those of the model's tokenizer.
     """
@@ -46,6 +47,7 @@ class EvaluateConfig:
     batch_size: int = 16
     max_memory: int | None = None
     device: str = "auto"
+    device_map: Literal["auto", "balanced", "sequential"] | None = None
     dtype: str = "store"
     seed: int = 0
     probing: ProbingConfig | None = None

@@ -84,6 +84,7 @@ class Models:
             part=part,
             layers=[self.point, *([self.reads] if part == "prefix" and self.reads is not None else [])],
             attention=made_by["attention"],
+            device_map=self.config.device_map,
             trust_remote_code=self.config.trust_remote_code,
         )
 

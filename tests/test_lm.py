@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pipeline.base.errors import ModelError, UsageError
 from pipeline.base.runtime import resolve_device
 from pipeline.model import files as model_files
+from pipeline.model.points import Point
 from pipeline.model.specials import resolve_bos, resolve_separator, special_ids
 from pipeline.model.split_lm import ModelInfo, SplitLM, load_tokenizer, placement, truncated
 from support import tiny_models
@@ -503,16 +504,39 @@ def test_spread_model_is_the_plain(lm_folder: Folder) -> None:
     assert torch.equal(mapped.prefix(tokens)[1], rows)
 
 
+@pytest.mark.parametrize("hook", ["resid_post", "mlp_out", "mlp_in"])
+def test_spread_suffix_is_the_plain(lm_folder: Folder, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So do the layers after the cut, and the head."""
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
+    folder, point = str(lm_folder("llama")), Point(1, hook)
+    tokens = torch.arange(3, 35).view(2, 16)
+    rows = SplitLM.load(folder, part="prefix", layers=[point]).prefix(tokens)[point]
+    plain = SplitLM.load(folder, part="suffix", layers=[point])
+    drop_unused = SplitLM._drop_unused
+
+    def behind_hooks(self: SplitLM) -> None:
+        accelerate.dispatch_model(self.model, {"": "cpu"}, force_hooks=True)
+        drop_unused(self)
+
+    monkeypatch.setattr(SplitLM, "_drop_unused", behind_hooks)
+    spread = SplitLM.load(folder, part="suffix", layers=[point], device_map="auto")
+    assert hasattr(spread._blocks[2], "_hf_hook")
+    logits = plain.unembed(plain.suffix(rows, tokens))
+    assert torch.equal(spread.unembed(spread.suffix(rows, tokens)), logits)
+
+
 def test_weights_go_straight_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With accelerate a prefix comes to a GPU from its file; a suffix, which is cut first, and all on a CPU, by the host; a map
-    without accelerate is an error."""
+    """With accelerate a model comes to a GPU from its file, a suffix where all of it fits there before it is cut; what is larger,
+    and all on a CPU, by the host; a map without accelerate is an error."""
     cuda, cpu = torch.device("cuda:1"), torch.device("cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert placement(cuda, "prefix", None) == {"": cuda}
-    assert placement(cuda, "suffix", None) is None
-    assert placement(cpu, "prefix", None) is None
-    assert placement(cuda, "whole", "balanced") == "balanced"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    assert placement(cuda, "prefix", None, 5000) == {"": cuda}
+    assert placement(cuda, "suffix", None, 900) == {"": cuda}
+    assert placement(cuda, "suffix", None, 901) is None
+    assert placement(cpu, "suffix", None, 900) is None
+    assert placement(cuda, "whole", "balanced", 5000) == "balanced"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert placement(cuda, "prefix", None) is None
+    assert placement(cuda, "prefix", None, 5000) is None
     with pytest.raises(UsageError, match="pip install accelerate"):
-        placement(cuda, "prefix", "auto")
+        placement(cuda, "prefix", "auto", 5000)

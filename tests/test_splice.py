@@ -21,7 +21,7 @@ from evaluate.scores.behaviour import (
     compare,
     depends_on_position_alone,
     first_largest,
-    log_probabilities_by_position,
+    readout_by_position,
     score_by_position,
     score_residual,
     splice,
@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
 
 def zero_ablated(lm: SplitLM, store: Store, chunk: int) -> torch.Tensor:
     """Log-probabilities by position after zero ablation."""
-    return log_probabilities_by_position(lm, torch.zeros(1, store.context, lm.d_model, dtype=lm.dtype), chunk)
+    return readout_by_position(lm, torch.zeros(1, store.context, lm.d_model, dtype=lm.dtype), chunk)
 
 
 def batch_of(store: Store, stop: int = 8) -> Batch:
@@ -155,7 +155,7 @@ def test_zero_ablation_of_gemma2_is_uniform(made: Any) -> None:
     batch = batch_of(store)
     clean = clean_pass(lm, batch, 64)
     zero = Behaviour(CPU)
-    zero.update(batch, score_by_position(batch, clean, zero_ablated(lm, store, 64), 64))
+    zero.update(batch, score_by_position(lm, batch, clean, zero_ablated(lm, store, 64), 64))
     assert zero.means(0)["ce"] == pytest.approx(math.log(lm.vocab), rel=1e-6)
     entropy = -float(clean.negative_entropy.double().mean())
     assert zero.means(0)["kl"] == pytest.approx(math.log(lm.vocab) - entropy, rel=1e-5)
@@ -168,7 +168,7 @@ def test_zero_ablation_includes_bos(made: Any, kind: str) -> None:
     batch = batch_of(store)
     clean = clean_pass(lm, batch, 64)
     zero = Behaviour(CPU)
-    zero.update(batch, score_by_position(batch, clean, zero_ablated(lm, store, 7), 64))
+    zero.update(batch, score_by_position(lm, batch, clean, zero_ablated(lm, store, 7), 64))
     other = hooked_logits(whole, batch.tokens, torch.zeros_like)
     expected = reference_behaviour(hooked_logits(whole, batch.tokens, lambda r: r), other, batch.tokens, batch.kept)
     assert zero.means(0) == pytest.approx(expected, rel=1e-5)

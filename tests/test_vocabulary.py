@@ -14,8 +14,19 @@ from support.interpreter import DEVICE, put_right
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from evaluate.scores import behaviour
-from evaluate.scores.behaviour import Clean, TokenScores, compare, compare_hidden, first_largest
-from evaluate.scores.vocabulary import compared
+from evaluate.scores.behaviour import (
+    Clean,
+    TokenScores,
+    clean_rows,
+    compare,
+    compare_hidden,
+    cross_entropy,
+    first_largest,
+    readout_by_position,
+    score_by_position,
+)
+from evaluate.scores.sample import Batch
+from evaluate.scores.vocabulary import clean, compared
 from pipeline.model.split_lm import SplitLM
 
 pytestmark = [pytest.mark.triton, pytest.mark.gpu] if DEVICE.type == "cuda" else pytest.mark.triton
@@ -62,6 +73,34 @@ def test_pass_equals_its_parts(vocab: int, dtype: torch.dtype, cap: float | None
     assert found.top1[3] == 1
 
 
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [700, 3])
+def test_clean_pass_equals_its_parts(vocab: int, dtype: torch.dtype, cap: float | None) -> None:
+    """Probabilities, Σ p log p, the first of the largest, cross-entropy of the clean model: as by a log-softmax."""
+    logits = (4 * torch.randn(5, vocab, generator=torch.Generator().manual_seed(0))).to(DEVICE, dtype)
+    logits[2, [0, vocab - 1]] = logits.amax()
+    logits[3] = 1.0
+    targets = torch.tensor([0, vocab - 1, 1, 2, -1], device=DEVICE)
+    capped = logits if cap is None else torch.tanh(logits / cap) * cap
+    log_p = torch.log_softmax(capped, 1, dtype=torch.float32)
+    p = torch.full((5, vocab), torch.nan, device=DEVICE)
+    negative_entropy, top, ce = clean(logits, targets, p, cap)
+    torch.testing.assert_close(p, log_p.exp(), rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(negative_entropy, (log_p.exp() * log_p).sum(1), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(ce, cross_entropy(log_p, targets), rtol=2e-5, atol=2e-5)
+    assert torch.equal(top, first_largest(log_p))
+
+
+def test_rows_share_logits_by_place() -> None:
+    """Rows compared with logits of places, as an ablation by position has them, are compared with those places' logits."""
+    clean, places = clean_of(5, 300), torch.tensor([1, 0, 1, 2, 0], device=DEVICE)
+    logits, targets = torch.randn(3, 300, generator=torch.Generator().manual_seed(2)).to(DEVICE), places
+    found = compared(logits, clean.p, targets, clean.top, clean.negative_entropy, None, places)
+    expected = compare(clean, slice(0, 5), torch.log_softmax(logits[places], 1), targets)
+    assert_alike(TokenScores(*found), expected)
+
+
 def test_diverged_row_is_seen() -> None:
     """A logit that is not a number makes the row's KL so."""
     clean, logits = clean_of(2, 300), torch.zeros(2, 300, device=DEVICE)
@@ -91,6 +130,20 @@ def test_cap_is_left_to_the_pass(
     monkeypatch.setattr(behaviour, "one_pass", lambda device: True)
     assert_alike(compare_hidden(lm, clean, slice(0, 6), hidden, targets), plain)
     assert first_largest(whole).shape == (6,)
+    ways: list[tuple[Tensor, ...]] = []
+    index, kept = torch.tensor([0, 2, 3, 7], device=DEVICE), torch.ones(2, 4, dtype=torch.bool)
+    x, tokens, ones = hidden[:4].float(), torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4)
+    batch = Batch(0, torch.zeros(2, 4, lm.d_model), tokens, kept, x, ones, targets[:4], index, index)
+    for passes in (False, True):
+        monkeypatch.setattr(behaviour, "one_pass", lambda device, passes=passes: passes)
+        p = torch.empty(4, lm.vocab, device=DEVICE)
+        of_clean = clean_rows(lm, hidden[:4], targets[:4], p)
+        same = Clean(p, *of_clean)
+        readout = readout_by_position(lm, torch.zeros(1, 4, lm.d_model, dtype=lm.dtype, device=DEVICE), 3)
+        scored = score_by_position(lm, batch, same, readout, 3)
+        ways.append((p, *of_clean, scored.kl, scored.ce, scored.top1))
+    for found, expected in zip(*ways, strict=True):
+        torch.testing.assert_close(found, expected, rtol=5e-5, atol=5e-5)
 
 
 def test_logits_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,5 +167,5 @@ def test_logits_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", create_masked_store)
     clean = clean_of(3, 700)
     compared(clean.p * 5, clean.p, torch.zeros(3, dtype=torch.int64), clean.top, clean.negative_entropy, None)
-    assert 3 * 2 * 700 <= n_loaded[0] <= 3 * (2 * 700 + 4)
+    assert 3 * 2 * 700 <= n_loaded[0] <= 3 * (2 * 700 + 5)
     assert n_stored[0] <= 9

@@ -78,17 +78,31 @@ def clean_pass(lm: SplitLM, batch: Batch, chunk: int, space: Float[Tensor, "most
     p = torch.empty(len(hidden), lm.vocab, device=hidden.device) if space is None else space[: len(hidden)]
     parts = []
     for rows in chunks(len(hidden), chunk):
-        log_p = log_probabilities(lm, hidden[rows])
-        torch.exp(log_p, out=p[rows])
-        parts.append(
-            (torch.linalg.vecdot(p[rows], log_p), first_largest(log_p), cross_entropy(log_p, batch.targets[rows]))
-        )
+        parts.append(clean_rows(lm, hidden[rows], batch.targets[rows], p[rows]))
     if not parts:
         return Clean(p, p.new_zeros(0), batch.targets, p.new_zeros(0))
     clean = Clean(p, *(torch.cat(column) for column in zip(*parts)))
     if not clean.negative_entropy.isfinite().all():
         raise ModelError(f"{lm.info.folder}: the clean model's log-probabilities are not finite; try --dtype float32")
     return clean
+
+
+def clean_rows(
+    lm: SplitLM, hidden: Float[Tensor, "row d_head"], targets: Int[Tensor, " row"], p: Float[Tensor, "row vocab"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write the distributions of some rows into p; returns Σ p log p, the most likely tokens, cross-entropies."""
+    if one_pass(hidden.device):
+        from evaluate.scores import vocabulary
+
+        return vocabulary.clean(capless(lm, hidden), targets, p, lm.softcap)
+    log_p = log_probabilities(lm, hidden)
+    torch.exp(log_p, out=p)
+    return torch.linalg.vecdot(p, log_p), first_largest(log_p), cross_entropy(log_p, targets)
+
+
+def capless(lm: SplitLM, hidden: Float[Tensor, "row d_head"]) -> Float[Tensor, "row vocab"]:
+    """Logits without the soft cap that is left to who reads them (`softcap`)."""
+    return lm.unembed(hidden, capped=lm.softcap is None)
 
 
 def compare(clean: Clean, rows: slice, log_q: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"]) -> TokenScores:
@@ -133,12 +147,22 @@ def compare_hidden(
     """Scores of some rows from what their unembedding takes: in one pass over the vocabulary where kernels run."""
     if not one_pass(hidden.device):
         return compare(clean, rows, log_probabilities(lm, hidden), targets)
+    return compare_logits(lm, clean, rows, capless(lm, hidden), targets)
+
+
+def compare_logits(
+    lm: SplitLM,
+    clean: Clean,
+    rows: slice,
+    logits: Float[Tensor, "place vocab"],
+    targets: Int[Tensor, " row"],
+    places: Int[Tensor, " row"] | None = None,
+) -> TokenScores:
+    """In one pass, from logits that are `capless`; `places`: which of their rows is each row's, its own where None."""
     from evaluate.scores.vocabulary import compared
 
-    logits = lm.unembed(hidden, capped=lm.softcap is None)
-    return TokenScores(
-        *compared(logits, clean.p[rows], targets, clean.top[rows], clean.negative_entropy[rows], lm.softcap)
-    )
+    of_rows = (clean.p[rows], targets, clean.top[rows], clean.negative_entropy[rows])
+    return TokenScores(*compared(logits, *of_rows, lm.softcap, places))
 
 
 def one_pass(device: torch.device) -> bool:
@@ -146,18 +170,27 @@ def one_pass(device: torch.device) -> bool:
     return device.type == "cuda" and has_triton()
 
 
-def log_probabilities_by_position(
+def readout_by_position(
     lm: SplitLM, residual: Float[Tensor, "1 pos d_model"], chunk: int
 ) -> Float[Tensor, "pos vocab"]:
-    """Log-probabilities after a residual stream that is the same in every sequence."""
+    """What `score_by_position` reads after a residual stream that is the same in every sequence: log-probabilities, or where the
+    vocabulary is gone through once, logits."""
     hidden = lm.suffix(residual)[0]
-    return torch.cat([log_probabilities(lm, hidden[rows]) for rows in chunks(len(hidden), chunk)])
+    read = capless if one_pass(hidden.device) else log_probabilities
+    return torch.cat([read(lm, hidden[rows]) for rows in chunks(len(hidden), chunk)])
 
 
-def score_by_position(batch: Batch, clean: Clean, log_q: Float[Tensor, "pos vocab"], chunk: int) -> TokenScores:
+def score_by_position(
+    lm: SplitLM, batch: Batch, clean: Clean, readout: Float[Tensor, "pos vocab"], chunk: int
+) -> TokenScores:
     """Compare a changed model whose output depends on the position alone with the clean model on every kept row."""
     position = batch.index % batch.kept.shape[1]
-    parts = [compare(clean, rows, log_q[position[rows]], batch.targets[rows]) for rows in chunks(len(position), chunk)]
+    parts = []
+    for rows in chunks(len(position), chunk):
+        if one_pass(readout.device):
+            parts.append(compare_logits(lm, clean, rows, readout, batch.targets[rows], position[rows]))
+        else:
+            parts.append(compare(clean, rows, readout[position[rows]], batch.targets[rows]))
     return joined(parts, clean)
 
 
@@ -205,28 +238,28 @@ class Baselines:
 
     Zero ablation, BOS included, is the same in every sequence: one is enough for all. So is mean ablation in batches
     whose special positions and the residuals there are alike in all sequences, as after a BOS each. Neither holds at a
-    point inside a layer, where the stream beside it differs: `log_zero` is None there.
+    point inside a layer, where the stream beside it differs: `zero_readout` is None there.
     """
 
     lm: SplitLM
     store_mean: Float[Tensor, " d_model"]
     chunk: int
-    log_zero: Float[Tensor, "pos vocab"] | None
+    zero_readout: Float[Tensor, "pos vocab"] | None
     clean: Behaviour
     zero: Behaviour
     mean: Behaviour
     n_sequences: int = 0
     """Sequences counted so far, the first ones of the sample."""
     alike: tuple[Tensor, Tensor] | None = None
-    """The last mean-ablated residual that served all sequences [1, pos, d_model], and its log-probabilities by position."""
+    """The last mean-ablated residual that served all sequences [1, pos, d_model], and its `readout_by_position`."""
 
     @staticmethod
     def empty(lm: SplitLM, store_mean: Float[Tensor, " d_model"], context: int, chunk: int) -> Baselines:
         """Baselines of no rows. `store_mean`: of the kept training rows; `chunk`: rows unembedded at once."""
         nothing = torch.zeros(1, context, lm.d_model, dtype=lm.dtype, device=lm.device)
-        log_zero = None if lm.point.is_inside else log_probabilities_by_position(lm, nothing, chunk)
+        zero_readout = None if lm.point.is_inside else readout_by_position(lm, nothing, chunk)
         clean, zero, mean = (Behaviour(lm.device) for _ in range(3))
-        return Baselines(lm, store_mean.to(lm.device), chunk, log_zero, clean, zero, mean)
+        return Baselines(lm, store_mean.to(lm.device), chunk, zero_readout, clean, zero, mean)
 
     def update(self, batch: Batch, clean: Clean) -> None:
         """Add a batch, unless an earlier pass over the sample has counted it."""
@@ -238,8 +271,8 @@ class Baselines:
         self.mean.update(batch, self._mean_ablated(batch, clean))
 
     def _zero_ablated(self, batch: Batch, clean: Clean) -> TokenScores:
-        if self.log_zero is not None:
-            return score_by_position(batch, clean, self.log_zero, self.chunk)
+        if self.zero_readout is not None:
+            return score_by_position(self.lm, batch, clean, self.zero_readout, self.chunk)
         return score_residual(self.lm, batch, clean, torch.zeros_like(batch.residual), self.chunk)
 
     def _mean_ablated(self, batch: Batch, clean: Clean) -> TokenScores:
@@ -250,10 +283,10 @@ class Baselines:
             and torch.equal(ablated, self.alike[0].expand_as(ablated))
         )
         if not known and not self.lm.point.is_inside and depends_on_position_alone(self.lm, batch, ablated):
-            self.alike = ablated[:1], log_probabilities_by_position(self.lm, ablated[:1], self.chunk)
+            self.alike = ablated[:1], readout_by_position(self.lm, ablated[:1], self.chunk)
             known = True
         if known and self.alike is not None:
-            return score_by_position(batch, clean, self.alike[1], self.chunk)
+            return score_by_position(self.lm, batch, clean, self.alike[1], self.chunk)
         return score_residual(self.lm, batch, clean, ablated, self.chunk)
 
     def numbers(self, k: int) -> dict[str, float]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pipeline.base.errors import ModelError, UsageError
 from pipeline.base.runtime import DTYPES, resolve_device, resolve_dtype
 from pipeline.model.anatomy import Anatomy, Reached, forward, logits_of, own_parameters, residual_of
-from pipeline.model.files import hub_errors, model_folder, weights_sha256
+from pipeline.model.files import hub_errors, model_folder, weights_nbytes, weights_sha256
 from pipeline.model.patching import overridden, removed
 from pipeline.model.places import find_place, first_of, module_name, stream_of, with_stream
 from pipeline.model.points import Point
@@ -156,8 +156,8 @@ class SplitLM:
         """Load a part of a model from a folder or a Hub id. A layer is the stream after it, a Point may be inside one.
 
         device_map: `auto`, `balanced` or `sequential` spreads the layers over all GPUs, as transformers and accelerate do it.
-        Where accelerate is installed, a prefix or a whole model for a GPU comes there from its file tensor by tensor, without a
-        copy in host memory; a suffix is cut on the host first.
+        Where accelerate is installed, a model for a GPU comes there from its file tensor by tensor, without a copy in host
+        memory; a suffix, which is cut when it is whole, where all of it fits there at first.
 
         `prefix`: layers after the last of `layers` are neither loaded nor run. `suffix`: only the layers after layers[0] and
         the head are kept, for a point inside a layer all of them; `whole`: everything, cut at layers[0]. Raises ModelError
@@ -169,7 +169,9 @@ class SplitLM:
         info.require_layers([as_point(layer).layer for layer in layers])
         device = resolve_device(str(device))
         auto: Any = transformers.AutoModelForCausalLM
-        mapped = placement(device, part, device_map)
+        kind_of_numbers = DTYPES[resolve_dtype(dtype, device)]
+        n_bytes = weights_nbytes(info.folder) * kind_of_numbers.itemsize // 2
+        mapped = placement(device, part, device_map, n_bytes)
         with hub_errors(model), quiet(), contextlib.ExitStack() as stack:
             if part == "prefix":
                 with torch.device("meta"):
@@ -178,7 +180,7 @@ class SplitLM:
             loaded, report = auto.from_pretrained(
                 info.folder,
                 config=info.config,
-                dtype=DTYPES[resolve_dtype(dtype, device)],
+                dtype=kind_of_numbers,
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
@@ -191,6 +193,8 @@ class SplitLM:
         for tensor in (*loaded.parameters(), *loaded.buffers()):
             if mapped is None and not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
+        if mapped is not None and device.type == "cuda":
+            torch.cuda.empty_cache()  # of what a suffix dropped
         return split
 
     def _drop_unused(self) -> None:
@@ -245,7 +249,7 @@ class SplitLM:
         gain = (plus - minus) / 2 * u
         if not torch.allclose(gain, (other - opposite) / 2 * v, rtol=0.02, atol=0.02):
             return None
-        folded: Tensor = weight.float() * gain
+        folded: Tensor = weight.float().to(gain.device) * gain
         centres = torch.allclose(plus, moved, rtol=0.02, atol=0.02)
         return folded - folded.mean(1, keepdim=True) if centres else folded
 
@@ -262,7 +266,7 @@ class SplitLM:
         """
         assert self.part != "suffix", "a suffix has no layers before the cut"
         self.info.require_context(tokens.shape[1])
-        return self._read(self.layers, tokens)
+        return {at: rows.to(self.device) for at, rows in self._read(self.layers, tokens).items()}
 
     def _read(self, layers: Sequence[int | Point], tokens: Tensor) -> dict[Any, Tensor]:
         """Rows at these layers or points."""
@@ -354,7 +358,7 @@ class SplitLM:
 
         def give(_module: nn.Module, _args: Any, output: Any) -> Any:
             there = stream_of(first_of(output), {}, shape, self.info.name)
-            new = rows.to(there.dtype).reshape(there.shape)
+            new = rows.to(there).reshape(there.shape)
             return new if isinstance(output, Tensor) else (new, *output[1:])
 
         with removed(
@@ -389,7 +393,7 @@ class SplitLM:
                 hooks.enter_context(contextlib.suppress(Reached))
             found.append(logits_of(forward(self.model, tokens)))
         hidden: Tensor = found[0]
-        return hidden
+        return hidden.to(self.device)
 
     @cached_property
     def softcap(self) -> float | None:
@@ -444,19 +448,23 @@ class SplitLM:
         return overridden({block: self._anatomy.returning(n, residual) for n, block in enumerate(blocks)})
 
 
-DEVICE_MAPS = ("auto", "balanced", "sequential")
-"""How a model's layers may be spread over GPUs, by transformers' names."""
+FREE_SHARE = 0.9
+"""Of a device's free memory, what a model may take there before it is cut to its suffix."""
 
 
-def placement(device: torch.device, part: Part, device_map: str | None) -> str | dict[str, torch.device] | None:
-    """Where transformers is to put weights as it reads them; None: on the host, to be moved. Raises UsageError."""
+def placement(
+    device: torch.device, part: Part, device_map: str | None, n_bytes: int
+) -> str | dict[str, torch.device] | None:
+    """Where transformers is to put weights, `n_bytes` in all, as it reads them; None: on the host first. Raises UsageError."""
     has_accelerate = importlib.util.find_spec("accelerate") is not None
     if device_map is not None and not has_accelerate:
         raise UsageError(f"--device-map {device_map}: needs accelerate; pip install accelerate")
     if device_map is not None:
         return device_map
-    straight = has_accelerate and device.type == "cuda" and part != "suffix"
-    return {"": device} if straight else None
+    if not has_accelerate or device.type != "cuda":
+        return None
+    fits = part != "suffix" or n_bytes <= FREE_SHARE * torch.cuda.mem_get_info(device)[0]
+    return {"": device} if fits else None
 
 
 def as_point(at: int | Point) -> Point:

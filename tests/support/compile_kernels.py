@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from evaluate.scores.vocabulary import compare_arguments, compare_kernel
+from evaluate.scores.vocabulary import clean_arguments, clean_kernel, compare_arguments, compare_kernel
 from train.config import RECIPES, TrainConfig
 from train.step import traffic
 from train.step.fused.batch import FusedBatches
@@ -93,8 +93,10 @@ def vocabulary_launches(rows: int) -> list[Launch]:
         logits = torch.zeros(rows, 256_000, dtype=torch.bfloat16, device=META)
         p, of_row = torch.zeros(rows, 256_000, device=META), torch.zeros(rows, dtype=torch.int64, device=META)
         out, entropy = torch.zeros(3, rows, device=META), torch.zeros(rows, device=META)
-        arguments, options = compare_arguments(logits, p, of_row, of_row, entropy, out, cap)
+        arguments, options = compare_arguments(logits, of_row, p, of_row, of_row, entropy, out, cap)
         made.append(Launch(compare_kernel, (rows,), arguments, options, [], [], {}))
+        arguments, options = clean_arguments(logits, of_row, p, of_row, out[:2], cap)
+        made.append(Launch(clean_kernel, (rows,), arguments, options, [], [], {}))
     return made
 
 
