@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from pipeline.store.reader import Store
 from support.reference import away_from_start, reference_objective, reference_update
 from support.stores import make_store
 from support.train_crasher import small
+from train import plan
 from train.config import RECIPES, TrainConfig
 from train.folder import Folder, member_name, plain
 from train.log import run_id
@@ -244,6 +246,35 @@ def test_stopped_transcoders_go_on(
             trained(pair, tmp_path / "stopped", *members, **options)
     for a, b in zip(through, trained(pair, tmp_path / "stopped", *members, **options)):
         assert_same(a, b)
+
+
+@pytest.mark.parametrize("room", ["all", "two windows"])
+def test_pairs_on_the_device_train_alike(
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    room: str,
+) -> None:
+    """Rows of both stores in the device's memory, a CPU's here, train to the bits of those that the loader feeds."""
+    options: dict[str, Any] = {"mode": "window", "window_rows": 512}
+    expected = trained(pair, tmp_path / "loader", MEMBERS[0], **options)
+    cuda = torch.device("cuda")
+    place_on_device = plan.place_on_device
+
+    def place(stores: Any, tasks: Any, _device: Any, _free: int) -> Any:
+        members = sum(plan.on_device(plan.pass_memory(stores.train.shape, tasks, cuda), cuda).values())
+        chunks = stores.train.n_chunks if room == "all" else 2 * plan.make_order(stores, tasks[0]).most_chunks
+        a_chunk = sum(store.train.shape.layout.chunk_nbytes for store in stores.all)
+        free = math.ceil((members + chunks * a_chunk) / (1 - plan.RESERVE)) + 1
+        assert place_on_device(stores, tasks, cuda, int((members + a_chunk) / (1 - plan.RESERVE))) is None
+        return place_on_device(stores, tasks, cuda, free)
+
+    monkeypatch.setattr(plan, "place_on_device", place)
+    for a, b in zip(expected, trained(pair, tmp_path / "device", MEMBERS[0], **options), strict=True):
+        assert_same(a, b)
+    where = "all rows" if room == "all" else "two windows of rows"
+    assert where in capsys.readouterr().err
 
 
 def test_rows_massive_anywhere_are_out(pair: tuple[Path, Path]) -> None:

@@ -267,12 +267,12 @@ RESERVE = 0.1
 
 def place_on_device(stores: Stores, tasks: Sequence[Task], device: torch.device, free: int) -> Place | None:
     """Where the rows of a pass lie on the device when its members are accounted for: all of the store, two windows of it, or
-    (None) not there. `free`: bytes of device memory before there are members. On a CPU, and those of transcoders, they stay
-    where they are."""
-    if device.type != "cuda" or stores.target is not None:
+    (None) not there. `free`: bytes of device memory before there are members. On a CPU they stay where they are."""
+    if device.type != "cuda":
         return None
     members = sum(on_device(pass_memory(stores.train.shape, tasks, device), device).values())
-    return place_for(stores.train, make_order(stores, tasks[0]), int(free * (1 - RESERVE)) - members)
+    splits = [store.train for store in stores.all]
+    return place_for(splits[0], make_order(stores, tasks[0]), int(free * (1 - RESERVE)) - members, *splits[1:])
 
 
 def make_passes(rows: SplitLayout, tasks: Sequence[Task], device: torch.device, free: int) -> list[list[Task]]:

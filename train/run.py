@@ -217,13 +217,14 @@ class Pass:
             "device": self.device,
             "threads": self.job.threads,
         }
+        splits = [store.train for store in self.stores.all]
         if self.place is None:
-            splits = [store.train for store in self.stores.all]
+            if self.device.type == "cuda":
+                say(f"rows stay on the host: beside the members they do not fit into the memory of {self.device}")
             return Feeds([Loader(split, self.order, self.batch_size, **options) for split in splits])
         part = "all rows" if self.place.whole else "two windows of rows"
-        rows = self.stores.train
-        say(f"{part}, {human_bytes(self.place.n_bytes(rows))}, lie in the memory of {self.device}")
-        return Feeds([DeviceRows(rows, self.order, self.batch_size, self.place, **options)])
+        say(f"{part}, {human_bytes(self.place.n_bytes(*splits))}, lie in the memory of {self.device}")
+        return Feeds([DeviceRows(split, self.order, self.batch_size, self.place, **options) for split in splits])
 
     def progress(self, first: int, last: int, n_members: int) -> Progress:
         """The bar, in rows."""

@@ -31,20 +31,21 @@ class Place:
     n_chunks: int
     whole: bool
 
-    def n_bytes(self, split: Split) -> int:
-        """Device memory that they take."""
-        return self.n_chunks * split.shape.layout.chunk_nbytes
+    def n_bytes(self, *splits: Split) -> int:
+        """Device memory that they take, of one store or of two."""
+        return self.n_chunks * sum(split.shape.layout.chunk_nbytes for split in splits)
 
 
-def place_for(split: Split, order: Order, free: int) -> Place | None:
-    """What fits into `free` bytes of device memory: the store, else two windows; None where neither does."""
+def place_for(split: Split, order: Order, free: int, *others: Split) -> Place | None:
+    """What fits into `free` bytes of device memory: the store, else two windows; None where neither does. others: stores of the
+    same positions that lie there likewise."""
     whole = Place(split.n_chunks, True)
-    if whole.n_bytes(split) <= free:
+    if whole.n_bytes(split, *others) <= free:
         return whole
     if order.exact:
         return None
     windows = Place(min(2 * order.most_chunks, split.n_chunks), False)
-    return windows if windows.n_bytes(split) <= free else None
+    return windows if windows.n_bytes(split, *others) <= free else None
 
 
 @dataclass(frozen=True)
