@@ -376,4 +376,4 @@ def test_hooks_have_places_of_their_own(tmp_path: Path) -> None:
         write_json(path, data | {"store": data["store"] | {"id": "other", "hook": "mlp_out"}})
     results = read_results([tmp_path])
     assert [name for name, _ in results.places] == ["layer 3", "mlp_out of layer 3"]
-    assert sorted(str(group.settings.get("hook")) for group in results.groups) == ["None", "mlp_out"]
+    assert sorted(str(group.settings.get("hook")) for group in results.groups) == ["mlp_out", "resid_post"]

@@ -153,8 +153,7 @@ def test_report_tells_it_from_an_sae(made: Path, results: list[dict[str, Any]], 
     assert not evaluate(config, [made / "sae"]).failed
     found = read_results([tmp_path, Path(results[1]["at"])])
     assert len(found.groups) == 2
-    (reads,) = {group.settings["reads"] for group in found.groups if "reads" in group.settings}
-    assert reads == "mlp_in"
+    assert {group.label for group in found.groups} == {"reads mlp_in", "reads mlp_out"}
 
 
 def test_latent_pages_read_the_source(results: list[dict[str, Any]], made: Path) -> None:

@@ -218,9 +218,10 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What may differ between experiments, by name; not α, levels or seed."""
         settings: dict[str, Any] = {"model": self.store.model or None, "layer": self.store.layer}
-        settings |= {"hook": self.store.hook} if self.store.hook else {}
+        hook = self.store.hook or "resid_post"
+        settings |= {"hook": hook, "reads": self.store.reads or hook}  # named where others of these results have another
         settings |= {name: value for name, value in self.train.items() if name not in NOT_SETTINGS}
-        settings |= {"store": self.store.id[:10]} | ({"reads": self.store.reads} if self.store.reads else {})
+        settings |= {"store": self.store.id[:10]}
         if not self.train:
             source = "/".join(Path(self.checkpoint.path).parts[-3:])
             settings |= {"recipe": "made elsewhere", "source": source, "weights": self.checkpoint.sha256[:10]}
