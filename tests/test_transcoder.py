@@ -111,6 +111,7 @@ def test_steps_equal_torch_adam() -> None:
     """Whole updates, skip connection included, are autograd, clip, projection, Adam and renormalisation."""
     config = tiny(recipe="paper", skip=True, alpha=0.2, lr=3e-3, sparsity_warmup_steps=4)
     member = member_of(config)
+    member._aim_decoder(batch_for(member, 0))  # as its first step does, from the encoder and this batch alone
     weights = {name: weight.clone().requires_grad_() for name, weight in member.weights.items()}
     adam = torch.optim.Adam(list(weights.values()), betas=(config.beta1, config.beta2), eps=config.eps)
     for step in range(6):
@@ -120,6 +121,23 @@ def test_steps_equal_torch_adam() -> None:
         member.step(batch)
     for name, weight in weights.items():
         torch.testing.assert_close(member.weights[name], weight.detach(), rtol=1e-6, atol=1e-9)
+
+
+def test_decoder_begins_where_encoder_leads() -> None:
+    """Before the first step every decoder row points where ridge regression on the batch sends its encoder's direction, by
+    numpy; an SAE to begin with keeps its own."""
+    member, warm = (member_of(tiny(recipe="topk", k=5, aux_k=0, lr=1e-300)) for _ in range(2))
+    batch, encoder = batch_for(member, 0), member.weights["W_enc"].clone().numpy()
+    x, y = batch.x.numpy(), batch.made.numpy()
+    square = x.T @ x / len(x)
+    wanted = encoder.T @ np.linalg.inv(square + np.eye(D_IN) * np.trace(square) / D_IN) @ (x.T @ y / len(x))
+    before = member.sae()
+    member.step(batch)
+    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+    np.testing.assert_allclose(member.weights["W_dec"].numpy(), wanted, rtol=1e-7)
+    warm.load_weights(before)
+    warm.step(batch_for(warm, 0))
+    torch.testing.assert_close(warm.weights["W_dec"].float(), before.W_dec.detach(), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -219,7 +219,10 @@ class Run:
         """What may differ between experiments, by name; not α, levels or seed."""
         settings: dict[str, Any] = {"model": self.store.model or None, "layer": self.store.layer}
         hook = self.store.hook or "resid_post"
-        settings |= {"hook": hook, "reads": self.store.reads or hook}  # named where others of these results have another
+        settings |= {
+            "hook": hook,
+            "reads": self.store.reads or hook,
+        }  # named where others of these results have another
         settings |= {name: value for name, value in self.train.items() if name not in NOT_SETTINGS}
         settings |= {"store": self.store.id[:10]}
         if not self.train:

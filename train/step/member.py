@@ -142,6 +142,7 @@ class Member:
         self.n_steps = 0
         self.n_rows = 0
         self.draws_thresholds = config.activation == "jumprelu"
+        self.aims_decoder = target is not None
         drawn = initial_weights(config, d_model, d_out)
         self.weights = {name: weight.to(device, self.wide) for name, weight in drawn.items()}
         if is_sparse:
@@ -171,6 +172,8 @@ class Member:
         self.sample.see(batch.x, self.n_steps)
         if self.n_steps == 0 and self.draws_thresholds:
             self._draw_thresholds(batch)
+        if self.n_steps == 0 and self.aims_decoder:
+            self._aim_decoder(batch)
         self.recorded.run(self._kind(batch), lambda: self._step(batch))
         self.n_steps += 1
         self.n_rows += self._n_rows(batch)
@@ -185,6 +188,25 @@ class Member:
             z = z.div_(self.latents.ratio)
         found = self._nth_largest(z, round(first_l0(self.config) * len(z)))
         log_threshold.fill_(math.log(max(float(found), 1e-12)))
+
+    def _aim_decoder(self, batch: Batch) -> None:
+        """A transcoder, before its first step: each latent makes what a linear map, fitted to this batch, makes of its encoder's
+        direction (syncs). Drawn apart, twice as many latents or more make nothing of use, and die.
+
+        The map is ridge regression, E[x xᵀ] with its mean eigenvalue on the diagonal: between the covariance and a full
+        regression, so that fewer rows than dimensions do.
+        """
+        x, y = batch.x.double(), batch.made.double()
+        moments = torch.cat([x.T @ x, x.T @ y], 1)
+        self.reducer.add(moments)
+        self.reducer.wait()
+        square, cross = moments[:, : x.shape[1]], moments[:, x.shape[1] :]
+        ridge = square + torch.eye(len(square), device=square.device, dtype=square.dtype) * square.trace() / len(square)
+        rows = self.weights["W_enc"].T.double() @ torch.linalg.solve(ridge, cross)
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        w_dec = self.weights["W_dec"]
+        w_dec.copy_(torch.where(norm > 0, rows / norm, w_dec.double()))
+        self.adam.refresh_low()
 
     def _calibrate(self) -> None:
         """batchtopk: let the threshold keep k latents a row of the sample's rows, under the weights as they are now (syncs)."""
@@ -491,6 +513,7 @@ class Member:
         """
         mapped = mapped_weights(sae, self.sae())
         self.draws_thresholds = self.draws_thresholds and "log_threshold" not in mapped
+        self.aims_decoder = False
         for name, weight in mapped.items():
             self.weights[name].copy_(weight)
         self.adam.refresh_low()

@@ -32,7 +32,8 @@ def initial_shapes(config: TrainConfig, d_model: int, d_out: int | None = None) 
 def initial_weights(config: TrainConfig, d_model: int, d_out: int | None = None) -> dict[str, Tensor]:
     """Decoder rows uniform on the unit sphere, the encoder its transpose times `encoder_scale`, biases 0 but LayerNorm's; a
     function of the config alone. jumprelu's thresholds are found on the first batch (`Member`). A transcoder (`d_out`) reads
-    other rows than it makes, so its encoder is drawn as the decoder is, on its own; a skip connection begins at 0."""
+    other rows than it makes, so its encoder is drawn as the decoder is, on its own, and the decoder is aimed on the first batch
+    (`Member`); a skip connection begins at 0."""
     weights = {name: torch.zeros(shape) for name, shape in initial_shapes(config, d_model, d_out).items()}
     w_dec = unit_rows(weights["W_dec"], torch_rng("init", config.seed))
     rows = w_dec
