@@ -19,6 +19,7 @@ from pipeline.base.files import hash_file, write_json
 from pipeline.sae import hub
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.export import export
+from pipeline.sae.foreign import FORMATS, Format
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from test_sae import KINDS, random_sae
 
@@ -177,6 +178,20 @@ def test_repository_of_many_downloads_none(stand_in: type[StandIn], tmp_path: Pa
         with pytest.raises(CheckpointError, match=f"found {len(names) if len(names) > 1 else 0} checkpoints"):
             pipeline.load("owner/name")
     assert not [path for path in stand_in.seen if "/resolve/" in path]
+
+
+@pytest.mark.parametrize("known", FORMATS, ids=lambda known: "+".join(known.files))
+def test_formats_need_their_files_alone(known: Format) -> None:
+    """Of each foreign format a repository's folder gives the files that are read, all of them, and no other."""
+    noise = [
+        ".gitattributes",
+        "optimizer.pt",
+        "a/optimizer.pt",
+        "a/sparsity.npy",
+        *(f"b/{name}" for name in known.files),
+    ]
+    names = [*noise, *(f"a/{name}" for name in known.files)]
+    assert hub.wanted_within("owner/name", names, "a") == [f"a/{name}" for name in known.files]
 
 
 def test_suite_folder_is_downloaded_alone(stand_in: type[StandIn], tmp_path: Path) -> None:

@@ -85,18 +85,18 @@ def wanted_files(repo_id: str, names: Collection[str]) -> list[str]:
     """Which files of a repository its one SAE needs, and what is said of it. Raises CheckpointError when there is none or more
     than one: before anything is downloaded."""
     about = [name for name in (RESULTS, "README.md") if name in names]
-    if WEIGHTS in names:
-        return [WEIGHTS, *about]
-    for known in FORMATS:
+    for known in FORMATS:  # before ours: sparsify's weights have the name of ours, beside a config
         if all(name in names for name in known.files):
             return [*known.files, *about]
+    if WEIGHTS in names:
+        return [WEIGHTS, *about]
     if "complete.json" in names:
         return ["complete.json", "config.json", *(name for name in names if name.startswith("checkpoints/"))]
     found = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if len(found) != 1:
         raise CheckpointError(
-            f"{repo_id}: expected one SAE at its top, found {len(found)} checkpoints among {len(names)} files; download the "
-            "one you want (`hf download`) and give its path"
+            f"{repo_id}: expected one SAE at its top, found {len(found)} checkpoints among {len(names)} files; name the folder "
+            f"of the one you want, as {repo_id}/FOLDER, or download it (`hf download`) and give its path"
         )
     return [*found, *about]
 
