@@ -4,7 +4,9 @@
 
 Bare: the truncated Hugging Face model over the same token ids in batches of the same size, nothing kept. Harvest: the
 whole command from text to a finished store, less the loading of the model, which both do alike and which a real run
-pays once. The last column is the memory that harvest takes at its peak beyond the bare loop's, in shards.
+pays once. The last column is the memory that harvest takes at its peak beyond the bare loop's, in shards. share_of_products:
+of a large product's own rate, by the weights of the layers (2 FLOP each a row). --compile: layers are compiled, in both, and a
+harvest that is not measured comes first.
 
     python tests/bench/bench_harvest.py --rounds 0 --writer-rows 120k --folder /dev/shm      # what writing alone takes
 """
@@ -33,9 +35,9 @@ import harvest.run
 from harvest.config import HarvestConfig
 from harvest.forward import Block, ShardThreads, pending_shards
 from pipeline.base.cli import COUNT
-from pipeline.base.runtime import resolve_device, resolve_dtype
+from pipeline.base.runtime import DTYPES, product_rate, resolve_device, resolve_dtype
 from pipeline.model.points import Point
-from pipeline.model.split_lm import SplitLM
+from pipeline.model.split_lm import SplitLM, find_layers
 from pipeline.store.moments import measure_rows
 from pipeline.store.reader import Store
 from support import tiny_models
@@ -130,6 +132,7 @@ def writer_figures(d_model: int, n_stores: int, n_rows: int, place: Path) -> dic
 @click.option("--batch-size", type=int, help="Sequences a forward pass. [default: as harvest chooses]")
 @click.option("--dtype", default="auto", help="auto: bf16 where the hardware multiplies it, else float32.")
 @click.option("--device", default="auto")
+@click.option("--compile", "compiles", is_flag=True, help="torch.compile the layers first.")
 @click.option("--rounds", default=3, help="How often each is measured, in turn; 0: the writer alone.")
 @click.option(
     "--writer-rows", type=COUNT, default=0, help="Rows a store for the writer alone, three stores; 0: not measured."
@@ -140,7 +143,7 @@ def writer_figures(d_model: int, n_stores: int, n_rows: int, place: Path) -> dic
 )
 def main(
     architecture: str, d_model: int, layers: int, tokens: int, context: int, batch_size: int | None, dtype: str, device: str,
-    rounds: int, writer_rows: int, writer_d_model: int, folder: Path | None,
+    compiles: bool, rounds: int, writer_rows: int, writer_d_model: int, folder: Path | None,
 ) -> None:  # fmt: skip
     """Measure harvest over the bare forward pass with a randomly initialised model."""
     dtype = resolve_dtype(dtype, resolve_device(device))
@@ -169,10 +172,15 @@ def main(
             part="prefix",
             layers=[Point(layers - 1, "resid_post")],
         )
+        if compiles:
+            lm.compile()
         plan = harvest.plan.make_plan(config.replace(store=str(Path(place) / "plan")))
+        n_weights = sum(p.numel() for p in find_layers(lm.model, lm.n_layers)[:layers].parameters() if not p.is_meta)
         ids = tiny_models.tokens(plan.n_train + plan.n_eval, context)
         size = int(plan.config.batch_size or 1)
         bare_rows_per_s(lm, ids[: 2 * size], size)  # warm up
+        if compiles:
+            harvest_rows_per_s(config.replace(store=str(Path(place) / "warm.zarr")), lm)
         bare, whole, extra = [], [], []
         shard_nbytes = plan.config.shard_rows * d_model * (2 if dtype == "bf16" else 4)
         print(
@@ -188,6 +196,9 @@ def main(
             print(f"{n:>6} {bare[-1]:>14,.0f} {whole[-1]:>16,.0f} {whole[-1] / bare[-1]:>13.3f} {extra[-1]:>13.2f}")
     ratio = statistics.median(whole) / statistics.median(bare)
     figures = {"bare_rows_per_s": statistics.median(bare), "harvest_rows_per_s": statistics.median(whole)}
+    flop = 2 * n_weights * statistics.median(whole)
+    rate = product_rate(DTYPES[dtype], lm.device, 256 if lm.device.type == "cpu" else 8192, d_model, 4 * d_model)
+    figures |= {"compiled": compiles, "flop_per_s": flop, "share_of_products": round(flop / rate, 4)}
     figures |= {"harvest_over_bare": round(ratio, 4), "extra_memory_shards": round(max(extra), 2)}
     print(json.dumps(figures | writer | {"device": str(lm.device), "d_model": d_model}))
 

@@ -89,7 +89,8 @@ def draw(path: Path, lines: dict[str, dict[int, float]], wanted: int) -> None:
 @click.option("--every", default=25, show_default=True, help="steps between checkpoints")
 @click.option("--wanted", default=32, show_default=True, help="latents a row")
 @click.option("--paper-lr", default=1e-2, show_default=True, help="the paper's 3e-4 moves little in a short run")
-@click.option("--dtype", default="float32", show_default=True)
+@click.option("--dtype", default="float32", show_default=True, help="auto, bf16 or float32")
+@click.option("--device", default="auto", show_default=True)
 @click.option("--figure", type=click.Path(path_type=Path), help="picture to write")
 def main(
     store: Path,
@@ -100,12 +101,14 @@ def main(
     wanted: int,
     paper_lr: float,
     dtype: str,
+    device: str,
     figure: Path | None,
 ) -> None:
     split = Store.open(store).eval
     n = min(split.n_rows, 8192)
     x = split.read(0, n).float()[torch.from_numpy(split.kept()[:n])]
     shared = [f"--width={width}", f"--steps={steps}", f"--batch-size={batch_size}", f"--checkpoint-every={every}"]
+    shared.append(f"--device={device}")
     lines: dict[str, dict[int, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for shape, alpha in SHAPES.items():

@@ -6,6 +6,7 @@ steps      a step of every recipe at three shapes over the products' floor, fuse
 sparse     products over active latents alone against dense steps, by k: whether `--sparse auto` may use them on this GPU
 training   4882 steps of one member and of 25 from a store on this machine's disk: seconds, rows/s, wait
 harvest    Gemma-2-2B's shapes with random weights against the bare forward pass, rows/s; three stores written at once
+compiled   the same with compiled layers
 evaluate   1, 10 and 50 checkpoints at those shapes against the naive way
 profile    ten steps: a Chrome trace and the kernels that take longest
 
@@ -31,7 +32,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT))
 BENCH = ROOT / "tests" / "bench"
-PARTS = ("machine", "kernels", "steps", "sparse", "training", "harvest", "evaluate", "profile")
+PARTS = ("machine", "kernels", "steps", "sparse", "training", "harvest", "compiled", "evaluate", "profile")
 SELF = str(Path(__file__).resolve())
 
 
@@ -52,10 +53,12 @@ def commands(part: str, toy: bool, out: Path) -> list[str]:
         sizes = ("--shape 16x256 --rows 64 --rounds 1 --k 4" if toy else
                  "--shape 2304x16384 --shape 2304x65536 --rounds 20 --k 32 --k 64 --k 128")  # fmt: skip
         return [python, str(BENCH / "bench_sparse.py"), "--device", device, *sizes.split()]
-    if part == "harvest":
-        sizes = ("--d-model 128 --layers 2 --tokens 2k --rounds 1 --writer-rows 8k --writer-d-model 64" if toy else
-                 "--d-model 2304 --layers 20 --tokens 500k --rounds 3 --writer-rows 500k")  # fmt: skip
-        return [python, str(BENCH / "bench_harvest.py"), "--device", device, *sizes.split()]
+    if part in ("harvest", "compiled"):
+        n_layers = {"harvest": 2, "compiled": 1}[part] if toy else 20
+        sizes = "--d-model 128 --tokens 2k --rounds 1" if toy else "--d-model 2304 --tokens 500k --rounds 3"
+        writer = "--writer-rows 8k --writer-d-model 64" if toy else "--writer-rows 500k"
+        words = [*sizes.split(), "--layers", str(n_layers), *(writer.split() if part == "harvest" else ["--compile"])]
+        return [python, str(BENCH / "bench_harvest.py"), "--device", device, *words]
     if part == "evaluate":
         sizes = ("--d-model 32 --ff 64 --head-dim 16 --layers 3 --layer 1 --vocab 200 --width 64 --sequences 4 --batch 2 "
                  "--counts 1 --rounds 1" if toy else
