@@ -152,7 +152,11 @@ class Names(click.ParamType[tuple[str, ...]]):
     "--max-buffer", type=COUNT, default=DEFAULTS["max_buffer"], help="Documents of a streamed corpus's shuffle buffer."
 )
 @click.option("--chunk-rows", type=COUNT, help="Rows read at once. [default: about 1024, whole sequences]")
-@click.option("--shard-rows", type=COUNT, help="Rows of a file, a multiple of --chunk-rows. [default: 64 chunks]")
+@click.option(
+    "--shard-rows",
+    type=COUNT,
+    help="Rows of a file, a multiple of --chunk-rows. [default: 64 chunks, of large stores up to 1024]",
+)
 @click.option(
     "--codec",
     type=click.Choice(["none", "lz4", "zstd"]),

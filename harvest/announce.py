@@ -41,7 +41,7 @@ def describe_cost(c: Mapping[str, float]) -> str:
     """Time and memory, roughly: a batch measured now, the layers that run, and what harvest adds."""
     return (
         f"time     about {format_seconds(c['seconds'])} ({c['flop']:.2g} FLOP, a batch of a few layers measured now)\n"
-        f"memory   about {human_bytes(c['memory'])}: weights of the layers that run, a batch, two shards"
+        f"memory   about {human_bytes(c['memory'])}: weights of the layers that run, a batch, two chunks of rows"
     )
 
 
@@ -54,7 +54,7 @@ def cost(plan: Plan) -> dict[str, float]:
         info, c.dtype, plan.device, c.batch_size, c.context, c.attention, trust_remote_code=c.trust_remote_code
     )
     flop, seconds = measured.prefix(max(point.layer for point in plan.stores))
-    rows = (c.batch_size * c.context * 12 + 2 * int(c.shard_rows or 0)) * info.d_model
+    rows = (c.batch_size * c.context * 12 + 2 * int(c.chunk_rows or 0)) * info.d_model
     embedding = info.vocab * info.d_model
     return {
         "flop": flop * n_tokens,

@@ -24,7 +24,7 @@ from pipeline.model.points import Point
 from pipeline.model.specials import first_ids, resolve_bos, resolve_separator, special_ids
 from pipeline.model.split_lm import ModelInfo, load_tokenizer
 from pipeline.store.backend import is_url
-from pipeline.store.layout import CHUNK_ROWS, EVAL_SHARE, SHARD_CHUNKS, estimate_bytes
+from pipeline.store.layout import CHUNK_ROWS, EVAL_SHARE, estimate_bytes, shard_rows_for
 from pipeline.store.prepare import extended, holds_tokens, segments
 from pipeline.store.reader import Store
 
@@ -173,7 +173,7 @@ def settle(config: HarvestConfig, held: Mapping[str, Any]) -> tuple[HarvestConfi
     """Replace every `auto` and None: by what the store on disk was made with, else by what suits the machine."""
     device = resolve_device(held.get("device_type", "auto") if config.device == "auto" else config.device)
     chunk = config.chunk_rows or held.get("chunk_rows") or max(CHUNK_ROWS // config.context, 1) * config.context
-    shard = config.shard_rows or held.get("shard_rows") or SHARD_CHUNKS * chunk
+    shard = config.shard_rows or held.get("shard_rows") or shard_rows_for(config.tokens, chunk)
     fitting = max(1, min(BATCH_ROWS.get(device.type, BATCH_ROWS["cpu"]), shard) // config.context)
     computed = held.get("compute_dtype", held.get("dtype", "auto")) if config.dtype == "auto" else config.dtype
     stored = held.get("dtype", "bf16") if config.dtype == "auto" else config.dtype

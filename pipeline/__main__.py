@@ -187,7 +187,11 @@ def watch(runs: Path, page: Path | None, every: float, once: bool) -> None:
     help="What is stored. auto: bf16 of bf16, float32 of all else, so that nothing but float64 is rounded.",
 )
 @click.option("--chunk-rows", type=COUNT, help="Rows read at once.  [default: about 1024, whole sequences]")
-@click.option("--shard-rows", type=COUNT, help="Rows of a file, a multiple of --chunk-rows.  [default: 64 chunks]")
+@click.option(
+    "--shard-rows",
+    type=COUNT,
+    help="Rows of a file, a multiple of --chunk-rows.  [default: 64 chunks, of large stores up to 1024]",
+)
 @click.option(
     "--codec", type=click.Choice(["none", "lz4", "zstd"]), default="none", show_default=True, help="Compression."
 )

@@ -236,20 +236,23 @@ def test_version_1_is_only_read(store: Path) -> None:
 
 @pytest.mark.parametrize("key", ["train/tokens/c/1/0", "eval/tokens/c/0/0", "mean/c/0"])
 def test_file_of_another_store_is_found(store: Path, tmp_path: Path, key: str) -> None:
-    """A whole file of another store is found when opening."""
+    """A whole file of another store is found before it is used: tokens when they are first read."""
     other = make_store(tmp_path / "other.zarr", **(SIZES | {"seed": 1})).path
     (store / key).write_bytes((other / key).read_bytes())
     with pytest.raises(DamagedError, match=r"SHA-256|not the mean"):
-        Store.open(store)
+        getattr(Store.open(store), key.split("/")[0]).tokens_of(0, 1)
+    assert len(problems(store)) == 1
 
 
 def test_other_special_mask_is_found(store: Path) -> None:
-    """Special positions that are others are found when opening."""
+    """Special positions that are others are found when they are first read, whichever shard's."""
     data = bytearray((store / "eval/special/c/0/0").read_bytes()[:-4])
     data[5] = 1 - data[5]
     (store / "eval/special/c/0/0").write_bytes(with_crc(np.frombuffer(data, np.uint8)))
-    with pytest.raises(DamagedError, match="special: SHA-256"):
-        Store.open(store)
+    for read in ("special_of", "kept_of"):
+        with pytest.raises(DamagedError, match="special: SHA-256"):
+            getattr(Store.open(store).eval, read)(4, 5)
+    assert len(problems(store)) == 1
 
 
 @pytest.mark.parametrize("entries", [[1, 0, 2, 3], [0, 1, 2], [0, 0, 2, 3]])

@@ -25,7 +25,7 @@ from pipeline.base.errors import DamagedError, StoreError, UsageError
 from pipeline.base.files import hash_config, human_bytes
 from pipeline.base.progress import Progress, format_seconds, say, silenced
 from pipeline.base.runtime import maker, rank, versions, world_size
-from pipeline.store.layout import CHUNK_ROWS, EVAL_SHARE, SHARD_CHUNKS, estimate_bytes
+from pipeline.store.layout import CHUNK_ROWS, EVAL_SHARE, estimate_bytes, shard_rows_for
 from pipeline.store.makers import Maker, record_makers, require_extender
 from pipeline.store.prepare import SplitTokens, locked, prepare, require_space, resume
 from pipeline.store.reader import Store
@@ -128,7 +128,11 @@ def make_plan(config: TruthConfig) -> TruthPlan:
     spec = load_spec(config.truth)
     chunk = config.chunk_rows or max(CHUNK_ROWS // config.context, 1) * config.context
     n_train = config.tokens // config.context
-    n_eval = held_eval(config.store) if config.eval_tokens is None else config.eval_tokens // config.context
+    held = held_store(config.store)
+    n_eval = (
+        config.eval_tokens // config.context if config.eval_tokens is not None else held.eval.n_sequences if held else 0
+    )
+    shard = config.shard_rows or (held.layout.shard_rows if held else shard_rows_for(config.tokens, chunk))
     data = spec.to_dict()
     sha256 = hash_config(data)
     store_config = {
@@ -143,19 +147,19 @@ def make_plan(config: TruthConfig) -> TruthPlan:
         "context": config.context,
         "seed": config.seed,
         "dtype": "bf16" if config.dtype == "auto" else config.dtype,
-        "shard_rows": config.shard_rows or SHARD_CHUNKS * chunk,
+        "shard_rows": shard,
         "chunk_rows": chunk,
         "codec": config.codec,
     }
     return TruthPlan(config, spec, store_config, n_train, n_eval or max(1, n_train // EVAL_SHARE))
 
 
-def held_eval(store: str) -> int:
-    """Evaluation sequences of the store that is there already, 0 when none is."""
+def held_store(store: str) -> Store | None:
+    """The store that is there already, of which what is not asked for is taken."""
     try:
-        return Store.load(store).eval.n_sequences
+        return Store.load(store)
     except (StoreError, DamagedError):
-        return 0
+        return None
 
 
 def describe(plan: TruthPlan) -> str:

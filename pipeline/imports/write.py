@@ -29,7 +29,7 @@ from pipeline.base.progress import Progress, say, silenced
 from pipeline.base.runtime import versions
 from pipeline.imports.sources import BLOCK, FLOATS, Asked, Source, require_finite
 from pipeline.imports.sources import FORMATS as FORMATS
-from pipeline.store.layout import CHUNK_ROWS, EVAL_SHARE, SHARD_CHUNKS, estimate_bytes
+from pipeline.store.layout import CHUNK_ROWS, EVAL_SHARE, estimate_bytes, shard_rows_for
 from pipeline.store.prepare import SplitTokens, locked, prepare, require_space, resume
 from pipeline.store.reader import Store
 from pipeline.store.writer import ShardWriter, StoreWriter
@@ -120,7 +120,7 @@ def make_plan(job: Import, source: Source, n_rows: int) -> Plan:
         "context": context,
         "seed": 0,
         "dtype": source.dtype if job.dtype == "auto" else job.dtype,
-        "shard_rows": job.shard_rows or SHARD_CHUNKS * chunk,
+        "shard_rows": job.shard_rows or shard_rows_for(n * context, chunk),
         "chunk_rows": chunk,
         "codec": job.codec,
     }

@@ -26,6 +26,8 @@ KINDS = ("model", "truth", "rows")
 """What rows are: a language model's residual stream over tokens, sums of known features, or what others made (no tokens)."""
 CHUNK_ROWS, SHARD_CHUNKS = 1024, 64
 """Rows of an inner chunk, rounded down to whole sequences, and chunks of a shard: 4.7 MB and 302 MB at d_model 2304."""
+MANY_SHARDS, MOST_SHARD_CHUNKS = 256, 1024
+"""A new store of more shards than this has them twice as large, and again, up to so many chunks: a million rows."""
 EVAL_SHARE = 20
 """Unless told, evaluation gets one row for so many training rows."""
 COMMITTED = ("resid", "norm", "moments")
@@ -36,7 +38,7 @@ PARTS = "parts"
 """Folder of the notes of parts, while many processes make a store's shards; gone when it is finished."""
 OUR_KEY = re.compile(
     r"(zarr\.json|parts/\d+-\d+\.json|mean/(zarr\.json|c/0)|(eval/)?truth/(zarr\.json|[a-z]+/(zarr\.json|c/0(/0)?))"
-    r"|(train|eval)/(zarr\.json|(tokens|special|resid|norm|moments|commit)/(zarr\.json|c/\d+(/0)?)))(\.\d+\.partial)?"
+    r"|(train|eval)/(zarr\.json|resid/large/\d+|(tokens|special|resid|norm|moments|commit)/(zarr\.json|c/\d+(/0)?)))(\.\d+\.partial)?"
 )
 """Every file that a store may hold, leftovers of killed writers included."""
 
@@ -332,6 +334,14 @@ def pad_rows(array: npt.NDArray[Any], n_rows: int, fill: int | float) -> npt.NDA
     if len(array) == n_rows:
         return array
     return np.concatenate([array, np.full((n_rows - len(array), *array.shape[1:]), fill, dtype=array.dtype)])
+
+
+def shard_rows_for(n_rows: int, chunk_rows: int) -> int:
+    """Rows of a shard of a new store of `n_rows` training rows: they grow with it, so that its files stay few."""
+    chunks = SHARD_CHUNKS
+    while chunks < MOST_SHARD_CHUNKS and n_rows > MANY_SHARDS * chunks * chunk_rows:
+        chunks *= 2
+    return chunks * chunk_rows
 
 
 ROOT_REST = 2048

@@ -28,6 +28,7 @@ from pipeline.base.files import (
     sha256,
 )
 from pipeline.store.backend import Files, is_url, make_folder
+from pipeline.store.large import large_key
 from pipeline.store.layout import OUR_KEY, SPLITS, Extra, Layout, SplitLayout, little_endian, metadata_files, pad_rows
 from pipeline.store.objects import open_files
 from pipeline.store.reader import Store
@@ -359,6 +360,7 @@ def give_up_ragged(files: Files, layout: Layout, cumulative: list[int]) -> None:
     if before.n_rows % layout.shard_rows:
         for name in ("commit", "resid", "norm", "moments"):
             files.delete(before.arrays[name].key(before.n_shards - 1))
+        files.delete(large_key("train", before.n_shards - 1))
 
 
 def prepared_files(

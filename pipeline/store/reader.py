@@ -10,7 +10,9 @@ Nothing that is missing or changed is ever read as data: it raises DamagedError.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,16 @@ import torch
 from torch import Tensor
 
 from pipeline.base.errors import DamagedError, PipelineError, StoreError
-from pipeline.base.files import PARTIAL, hash_parts, sha256
+from pipeline.base.files import PARTIAL, sha256
 from pipeline.base.progress import Progress
-from pipeline.store.backend import Files
+from pipeline.store.backend import Files, LocalFiles
+from pipeline.store.large import ADVICE, large_key, read_large
 from pipeline.store.layout import SPLITS, Layout, SplitLayout, extras_of
-from pipeline.store.moments import Statistics, mean_and_scale, median_of, merge, norms_and_moments
+from pipeline.store.moments import Statistics, mean_and_scale, median_of, norms_and_moments
 from pipeline.store.objects import open_files
 from pipeline.store.root import MOST_BYTES, read_root
+from pipeline.store.split import Prepared, read_array, read_part, to_numpy
 from pipeline.store.split import Split as Split
-from pipeline.store.split import read_array, read_part, to_numpy
 
 Check = tuple[str, Callable[[], None]]
 SAME = 1e-9
@@ -53,6 +56,7 @@ class Store:
                 files,
                 SplitLayout(name, self.layout, attributes["n_sequences"][name]),
                 self._statistics,
+                prepared_of(attributes, name),
                 attributes.get("origin"),
             )
             for name in SPLITS
@@ -145,8 +149,11 @@ class Store:
         return f"unfinished, {done} of {sum(split.n_shards for split in self.splits)} shards are committed"
 
     def checks(self, *, bodies: bool) -> Iterator[Check]:
-        """What there is to check, in order: a name, and a function that raises DamagedError when it is not so."""
-        yield from self._metadata_checks()
+        """What there is to check, in order: a name, and a function that raises DamagedError when it is not so.
+
+        Any may run beside any other, but `statistics`, the last, after all. `bodies`: of shards, tokens and special positions.
+        """
+        yield from self._metadata_checks(bodies=bodies)
         for split in self.splits:
             for k in range(split.n_shards):
                 if self.complete or self.files.size(split.arrays["commit"].key(k)) is not None:
@@ -157,39 +164,25 @@ class Store:
             yield "statistics", self._check_statistics
 
     def check(self) -> None:
-        """Raise DamagedError for the first thing that is not as it was written; the bodies of shards are not read."""
-        for _, run in self.checks(bodies=False):
-            run()
+        """Raise DamagedError for the first thing that is not as it was written; bodies, tokens and special positions are not
+        read before they are used."""
+        with checkers(self.files) as pool:
+            for _ in pool.map(lambda check: check[1](), self.checks(bodies=False)):
+                pass
 
-    def _metadata_checks(self) -> Iterator[Check]:
+    def _metadata_checks(self, *, bodies: bool) -> Iterator[Check]:
         for key, digest in sorted(self.attributes["files"].items()):
             yield key, partial(check_hash, self.files, key, digest)
-        for split in self.splits:
-            yield f"{split.name} tokens", partial(self._check_tokens, split)
+        for split in self.splits if bodies else ():
+            for name in split.prepared.sha256:
+                yield f"{split.name} {name}", partial(split.check_whole, name)
         for path in self.extras:
             yield path, partial(self._check_extra, path)
 
     def check_metadata(self) -> None:
         """Raise DamagedError unless every zarr.json, the tokens and the special masks are as they were prepared."""
-        for _, run in self._metadata_checks():
+        for _, run in self._metadata_checks(bodies=True):
             run()
-
-    def _check_tokens(self, split: Split) -> None:
-        for name in ("tokens", "special"):
-            if name not in split.arrays:
-                continue
-            array = split.arrays[name]
-            expected = self.attributes[f"{name}_sha256"][split.name]
-            parts = (read_part(self.files, array, k).tobytes() for k in range(array.n_files))
-            found = hash_parts(parts)
-            if found != expected:
-                raise DamagedError(f"{self.files.where(array.path)}: SHA-256 {found[:10]}…, expected {expected[:10]}…")
-        if self.layout.has_tokens and "vocab" in self.config:
-            for k in range(split.n_shards):
-                tokens = split.shard_tokens(k)
-                if tokens.min() < 0 or tokens.max() >= self.config["vocab"]:
-                    where = self.files.where(split.arrays["tokens"].key(k))
-                    raise DamagedError(f"{where}: token ids beyond the model's {self.config['vocab']}; harvest again")
 
     def _check_extra(self, path: str) -> None:
         self.extra(path)
@@ -214,19 +207,43 @@ class Store:
             raise DamagedError(f"{self.files.where('mean')}: not the mean of its rows; run harvest --repair")
 
     def verify(self, *, bodies: bool = True, quiet: bool = False) -> list[str]:
-        """Every problem there is, one line each; empty when the store is whole. `bodies` reads every byte."""
+        """Every problem there is, one line each; empty when the store is whole. `bodies` reads every byte, by all cores."""
         problems = [] if self.complete else [f"{self.where}: {self.progress()}"]
         checks = list(self.checks(bodies=bodies))
-        with Progress(len(checks), "verify", "check", quiet=quiet) as bar:
-            for name, check in checks:
-                if name == "statistics" and problems:
-                    continue  # of what is damaged nothing can be measured
-                try:
-                    check()
-                except PipelineError as error:
-                    problems.append(str(error))
+        last = [checks.pop()] if checks[-1][0] == "statistics" else []
+        with Progress(len(checks) + len(last), "verify", "check", quiet=quiet) as bar, checkers(self.files) as pool:
+            for (name, _), problem in zip(checks, pool.map(problem_of, checks)):
+                problems += problem
+                bar.advance(1, name)
+            for name, _ in last if not problems else ():  # of what is damaged nothing can be measured
+                problems += problem_of(last[0])
                 bar.advance(1, name)
         return problems
+
+
+def problem_of(check: Check) -> list[str]:
+    """What a check says, none or one."""
+    try:
+        check[1]()
+    except PipelineError as error:
+        return [str(error)]
+    return []
+
+
+REQUESTS = 32
+"""Checks of a store at a URL that run side by side: they wait for answers."""
+
+
+def checkers(files: Files) -> ThreadPoolExecutor:
+    """Threads that check a store's files: as many as cores of a local one, REQUESTS of one at a URL."""
+    return ThreadPoolExecutor(os.cpu_count() if isinstance(files, LocalFiles) else REQUESTS, "check")
+
+
+def prepared_of(attributes: Mapping[str, Any], split: str) -> Prepared:
+    """What the root says of a split's tokens and special positions."""
+    names = ("tokens", "special")
+    hashes = {name: attributes[f"{name}_sha256"][split] for name in names if split in attributes[f"{name}_sha256"]}
+    return Prepared(hashes, attributes["config"].get("vocab") if "tokens" in hashes else None)
 
 
 def check_hash(files: Files, key: str, digest: str) -> None:
@@ -238,14 +255,38 @@ def check_hash(files: Files, key: str, digest: str) -> None:
 def moments_without(split: Split, massive: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Moments [2 + d_model] of a split's non-special rows less those of its `massive` rows, which are in order.
 
-    Reads the chunks that hold a row to take out.
+    Those that lie beside their shards (large.py) are taken from there; of others the chunks are read.
     """
-    total = merge(split.moments)
-    for chunk in np.unique(massive // split.chunk_rows):
-        start, stop = split.chunk_rows_range(int(chunk))
-        rows = to_numpy(split.read(start, stop))[massive[(massive >= start) & (massive < stop)] - start]
-        total -= norms_and_moments(rows, np.zeros(len(rows), np.bool_))[1]
+    total = np.zeros(2 + split.shape.layout.d_model)
+    for k in range(split.n_shards):
+        total += split.shard_moments(k)
+    left = []
+    for k, rows in parts_of(massive, split.shard_rows):
+        if (large := read_large(split.files, split.shape, k)) is not None:
+            at = large.find(rows - k * split.shard_rows)
+            norm, moments = norms_and_moments(large.data[at[at >= 0]], np.zeros(np.count_nonzero(at >= 0), np.bool_))
+            require_rows(split, k, rows[at >= 0], norm)
+            total -= moments
+            rows = rows[at < 0]
+        left.append(rows)
+    for chunk, rows in parts_of(np.concatenate([np.empty(0, np.int64), *left]), split.chunk_rows):
+        start, stop = split.chunk_rows_range(chunk)
+        held = to_numpy(split.read(start, stop))[rows - start]
+        total -= norms_and_moments(held, np.zeros(len(rows), np.bool_))[1]
     return total
+
+
+def parts_of(rows: npt.NDArray[np.int64], size: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """Ascending rows by the part of `size` rows that they lie in: its number, and those of it."""
+    parts, starts = np.unique(rows // size, return_index=True)
+    yield from zip(parts.tolist(), np.split(rows, starts[1:]))
+
+
+def require_rows(split: Split, k: int, rows: npt.NDArray[np.int64], norm: npt.NDArray[np.float32]) -> None:
+    """Raise DamagedError unless the norms of rows that lie beside shard k are those that were committed for them."""
+    committed = split.shard_norm(k)[rows - k * split.shard_rows]
+    if not np.allclose(norm, committed, rtol=1e-5, atol=0.0):
+        raise DamagedError(f"{split.files.where(large_key(split.name, k))}: not the rows of shard {k}; {ADVICE}")
 
 
 def measure(store: Store, multiple: float) -> tuple[npt.NDArray[np.float64], Statistics]:

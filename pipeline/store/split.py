@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import hashlib
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +68,14 @@ def read_part(files: Files, array: Array, k: int, committed: int | None = None) 
     return np.frombuffer(data, array.numpy_dtype).reshape(array.chunk)[: array.shape[0] - k * array.chunk[0]]
 
 
+def require_size(files: Files, array: Array, k: int) -> None:
+    """Raise DamagedError unless the k-th file of an array that is not sharded has its size."""
+    if (size := files.size(array.key(k))) is None:
+        raise DamagedError(f"{files.where(array.key(k))}: the file is gone; run harvest --repair to make it again")
+    if size != array.file_nbytes:
+        raise DamagedError(f"{files.where(array.key(k))}: {size} bytes, expected {array.file_nbytes}")
+
+
 def require_digest(where: str, found: int, committed: int) -> None:
     """Raise DamagedError unless a file is the one that was committed."""
     if found != committed:
@@ -74,6 +85,15 @@ def require_digest(where: str, found: int, committed: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a split was prepared with: SHA-256 of the bytes of `tokens` and `special`, where the root has them, and the model's
+    number of tokens, where that is known."""
+
+    sha256: Mapping[str, str]
+    vocab: int | None
+
+
 class Split:
     """The training or the evaluation part of a store. Row r is position r % context of sequence r // context.
 
@@ -81,9 +101,14 @@ class Split:
     """
 
     def __init__(
-        self, files: Files, shape: SplitLayout, statistics: Statistics | None, origin: str | None = None
+        self,
+        files: Files,
+        shape: SplitLayout,
+        statistics: Statistics | None,
+        prepared: Prepared,
+        origin: str | None = None,
     ) -> None:
-        self.files, self.shape, self.statistics, self.origin = files, shape, statistics, origin
+        self.files, self.shape, self.statistics, self.prepared, self.origin = files, shape, statistics, prepared, origin
         self.name, self.n_rows, self.n_sequences = shape.name, shape.n_rows, shape.n_sequences
         self.n_shards, self.shard_rows, self.chunk_rows = (
             shape.n_shards,
@@ -92,6 +117,8 @@ class Split:
         )
         self.n_chunks = -(-self.n_rows // self.chunk_rows)
         self.arrays = shape.arrays
+        self._whole: set[str] = set()
+        self._lock = threading.Lock()
         self._part = functools.lru_cache(PARTS_HELD)(self._read_part)
         self._index: dict[int, Index] = {}
         self._records: dict[int, tuple[int, ...]] = {}
@@ -100,11 +127,14 @@ class Split:
     @cached_property
     def tokens(self) -> Rows:
         """Token ids, int32 [n_sequences, context]. Raises StoreError for a store whose rows are of no text."""
-        return read_array(self.files, self.require_tokens())
+        array = self.require_tokens()
+        self.require_whole("tokens")
+        return read_array(self.files, array)
 
     @cached_property
     def special(self) -> Mask:
         """Special positions, bool [n_sequences, context]; position 0 always is."""
+        self.require_whole("special")
         return read_array(self.files, self.arrays["special"]).view(np.bool_)
 
     @cached_property
@@ -115,7 +145,7 @@ class Split:
     @cached_property
     def moments(self) -> npt.NDArray[np.float64]:
         """Count, Σ‖x‖², Σx of each shard's non-special rows, float64 [n_shards, 2 + d_model]."""
-        return np.concatenate([self._read_part("moments", k) for k in range(self.n_shards)])
+        return np.stack([self.shard_moments(k) for k in range(self.n_shards)])
 
     def kept(self, max_norm: float | Literal["store"] | None = "store") -> Mask:
         """Rows that count, bool [n_rows]: not special, and norm at most `max_norm` times the training median.
@@ -181,10 +211,37 @@ class Split:
         """‖x‖ of the rows of shard k, float32 [row]."""
         return self._part("norm", k)
 
+    def shard_moments(self, k: int) -> npt.NDArray[np.float64]:
+        """Count, Σ‖x‖², Σx of the rows of shard k that are not special, float64 [2 + d_model]."""
+        found: npt.NDArray[np.float64] = self._read_part("moments", k)[0]
+        return found
+
     def _read_part(self, name: str, k: int) -> npt.NDArray[Any]:
-        """Shard k's part of an array, compared with its commit record where that vouches for it."""
+        """Shard k's part of an array, compared with its commit record where that vouches for it, else with its hash."""
+        if name in self.prepared.sha256:
+            self.require_whole(name)
         committed = self.record(k)[COMMITTED.index(name)] if name in COMMITTED else None
         return read_part(self.files, self.arrays[name], k, committed)
+
+    def require_whole(self, name: str) -> None:
+        """Raise DamagedError unless `tokens` or `special` is as it was prepared: read whole before any of it is first used."""
+        with self._lock:
+            if name not in self._whole:
+                self.check_whole(name)
+                self._whole.add(name)
+
+    def check_whole(self, name: str) -> None:
+        """The same, whether or not it was read before; and no token is beyond the model's. Reads one shard's at a time."""
+        array, expected, vocab = self.arrays[name], self.prepared.sha256[name], self.prepared.vocab
+        hasher = hashlib.sha256()
+        for k in range(array.n_files):
+            part = read_part(self.files, array, k)
+            if name == "tokens" and vocab is not None and not 0 <= part.min() <= part.max() < vocab:
+                where = self.files.where(array.key(k))
+                raise DamagedError(f"{where}: token ids beyond the model's {vocab}; harvest again")
+            hasher.update(part.tobytes())
+        if (found := hasher.hexdigest()) != expected:
+            raise DamagedError(f"{self.files.where(array.path)}: SHA-256 {found[:10]}…, expected {expected[:10]}…")
 
     def massive(self, multiple: float | None, median: float) -> npt.NDArray[np.int64]:
         """Rows, in order, that are not special and whose norm is beyond `multiple` medians; none when it is None.
@@ -268,14 +325,15 @@ class Split:
     def check_shard(self, k: int, bodies: bool = True) -> None:
         """Raise DamagedError unless shard k is committed, its files have their sizes and its index is right.
 
-        With `bodies`, every byte of its files is read and compared with the commit record.
+
+        With `bodies`, every byte of its files is read and compared with the commit record; without, the sizes of its tokens and
+        special positions count too, which `check_whole` reads.
         """
         self.forget(k)
         record = self.record(k)
-        for name in ("norm", "moments"):
-            array = self.arrays[name]
-            if (size := self.files.size(array.key(k))) != array.file_nbytes:
-                raise DamagedError(f"{self.files.where(array.key(k))}: {size} bytes, expected {array.file_nbytes}")
+        for name in ("norm", "moments") if bodies else ("tokens", "special", "norm", "moments"):
+            if name in self.arrays:
+                require_size(self.files, self.arrays[name], k)
         index = self.index(k)
         if bodies:
             self._check_bodies(k, index, record)

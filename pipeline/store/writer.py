@@ -26,6 +26,7 @@ from torch import Tensor
 from pipeline.base.errors import DamagedError, ModelError, StoreError, UsageError
 from pipeline.base.files import PARTIAL
 from pipeline.store.backend import Files
+from pipeline.store.large import LargeRows, large_bytes, large_key, large_rows
 from pipeline.store.layout import COMMITTED, pad_rows
 from pipeline.store.moments import MASSIVE_MULTIPLE, Measured, merge, norms_and_moments
 from pipeline.store.reader import Store, measure
@@ -84,6 +85,7 @@ class StoreWriter:
         arrays = self.split(name).arrays
         for array in ("commit", *COMMITTED):
             self.files.delete(arrays[array].key(k))
+        self.files.delete(large_key(name, k))
         self.split(name).forget(k)
 
     def give_up_damaged(self) -> list[tuple[str, int]]:
@@ -115,11 +117,15 @@ class StoreWriter:
             mean, statistics = measure(store, MASSIVE_MULTIPLE)
             self.files.write(store.layout.mean.key(0), with_crc(mean))
             write_root(self.files, store.attributes | {"state": "complete", "statistics": statistics.to_dict()})
+        sweep(self.files, finished=True)
         return Store.open(self.store.where)
 
 
 class ShardWriter:
-    """Takes one shard's rows: chunks go to disk as they fill, norms and moments are kept. Holds one chunk at most."""
+    """Takes one shard's rows: chunks go to disk as they fill, norms, moments and rows of large norm are kept.
+
+    Holds one chunk at most, and of the rows written one in 64, usually one in a thousand.
+    """
 
     def __init__(self, file: BinaryIO, split: Split, k: int) -> None:
         start, stop = split.shard_rows_range(k)
@@ -131,6 +137,7 @@ class ShardWriter:
         self.norm = np.empty(self.n_rows, np.float32)
         self.is_measured: bool | None = None  # whether norms and moments come with the rows; None before the first
         self.moments: list[npt.NDArray[np.float64]] = []
+        self.large: list[LargeRows] = []
         self.held = np.empty((layout.chunk_rows, layout.d_model), split.arrays["resid"].numpy_dtype)
         self.n_held = 0
 
@@ -171,9 +178,11 @@ class ShardWriter:
 
     def _append(self, rows: npt.NDArray[Any]) -> None:
         """One chunk: its norms and moments, unless they are there, then its bytes; a ragged one is padded."""
+        chunk = slice(self.n_written, self.n_written + len(rows))
         if not self.is_measured:
-            special = self.special[self.n_written : self.n_written + len(rows)]
-            self._note(self.n_written, *norms_and_moments(rows, special))
+            self._note(self.n_written, *norms_and_moments(rows, self.special[chunk]))
+        if self.name == "train":
+            self.large.append(large_rows(rows, self.norm[chunk], ~self.special[chunk], self.n_written))
         self.stream.append(pad_rows(rows, self.layout.chunk_rows, self.padding))
         self.n_written += len(rows)
 
@@ -201,6 +210,8 @@ def commit(files: Files, split: Split, k: int, resid_digest: int, written: Shard
     moments = with_crc(merge(np.stack(written.moments)))
     files.write(arrays["norm"].key(k), norm)
     files.write(arrays["moments"].key(k), moments)
+    if large := large_bytes(written.large):
+        files.write(large_key(split.name, k), large)
     digests = (resid_digest, digest([norm[-4:]]), digest([moments[-4:]]))
     tags = commit_tags(split.origin, split.name, k)
     record = np.array([tag << 32 | value for tag, value in zip(tags, digests)], "<u8")
@@ -215,8 +226,8 @@ def is_committed(split: Split, k: int) -> bool:
         return False
 
 
-def sweep(files: Files) -> None:
-    """Delete every half-written file of a killed process."""
+def sweep(files: Files, *, finished: bool = False) -> None:
+    """Delete every half-written file of a killed process, and of a finished store what lies beside its shards (large.py)."""
     for key in files.keys():  # noqa: SIM118 (not a dict)
-        if key.endswith(PARTIAL):
+        if key.endswith(PARTIAL) or (finished and "/resid/large/" in key):
             files.delete(key)
