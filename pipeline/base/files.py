@@ -155,7 +155,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path | str) -> Iterator[None]:
     """Turn what a disk says (full, read-only, no permission) into one DiskError that names the path."""
     try:
         yield
@@ -163,7 +163,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = free_bytes(path)
+            free = free_bytes(Path(path))
             raise DiskError(
                 f"{path}: the disk is full ({human_bytes(free)} free); make room, then run again"
             ) from error

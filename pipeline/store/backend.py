@@ -52,27 +52,29 @@ class LocalFiles:
         self.root = root
 
     def where(self, key: str) -> str:
-        """The file's path."""
-        return str(self.root / key)
+        """The file's path: text, since a store is opened by thousands of them."""
+        return os.path.join(self.root, key) if key else str(self.root)
 
     def read(self, key: str, most: int) -> bytes:
         """All bytes of a file."""
-        with disk_errors(self.root / key), missing_is_damage(self.where(key)):
-            descriptor = open_regular(self.root / key)
+        path = self.where(key)
+        with disk_errors(path), missing_is_damage(path):
+            descriptor = open_regular(path)
             with open(descriptor, "rb") as file:
-                require_small(self.where(key), size := os.fstat(descriptor).st_size, most)
+                require_small(path, size := os.fstat(descriptor).st_size, most)
                 return file.read(size)
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """One preadv; goes on where the kernel returns early."""
-        with disk_errors(self.root / key), missing_is_damage(self.where(key)):
-            descriptor = open_regular(self.root / key)
+        path = self.where(key)
+        with disk_errors(path), missing_is_damage(path):
+            descriptor = open_regular(path)
         try:
             left = [buffer.cast("B") for buffer in buffers]
             while left:
                 n = os.preadv(descriptor, left, offset)
                 if n == 0:
-                    raise DamagedError(f"{self.where(key)}: ends before byte {offset + 1}; it was cut short")
+                    raise DamagedError(f"{path}: ends before byte {offset + 1}; it was cut short")
                 offset += n
                 while left and n >= len(left[0]):
                     n -= len(left.pop(0))
@@ -83,8 +85,9 @@ class LocalFiles:
 
     def size(self, key: str) -> int | None:
         """Bytes of a file; None when it is not there."""
-        with disk_errors(self.root / key), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return (self.root / key).stat().st_size
+        path = self.where(key)
+        with disk_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return os.stat(path).st_size
         return None
 
     def write(self, key: str, data: bytes) -> None:
@@ -125,7 +128,7 @@ def missing_is_damage(where: str) -> Iterator[None]:
         raise DamagedError(f"{where}: the file is gone; run harvest --repair to make it again") from error
 
 
-def open_regular(path: Path) -> int:
+def open_regular(path: str) -> int:
     """A descriptor to read a file. Raises DamagedError for what has no end or no bytes: a device, a pipe, a folder."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for who writes it
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

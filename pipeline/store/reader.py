@@ -1,6 +1,6 @@
 """Reading an activation store: what is in it, rows in order, and whether every byte is what was written.
 
-    store = Store.open("acts.zarr")          # checks everything but the bodies of the shards
+    store = Store.open("acts.zarr")          # checks all but bodies and tokens, which are when they are read
     x = store.train.read(0, 4096)            # rows in order, bf16 [row, d_model], crc checked
     mean, scale = store.mean, store.scale    # (x − mean) · scale has a mean square norm of 1 over kept rows
 
@@ -70,7 +70,7 @@ class Store:
 
     @staticmethod
     def open(path: Path | str, *, complete: bool = True, check: bool = True) -> Store:
-        """Open a store after checking all but the bodies of shards: metadata, tokens, sizes, indexes, commit records.
+        """Open a store after checking metadata, sizes, indexes, commit records; bodies and tokens are when they are first read.
 
         `check=False` is for describing or verifying a store that may be damaged: then only the root is checked.
         Raises StoreError when there is none, it is unfinished (unless `complete` is False) or of another version, and
