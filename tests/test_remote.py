@@ -164,12 +164,13 @@ def test_stopped_staging_is_no_store(url: str, local: Path, tmp_path: Path, monk
     assert tree(tmp_path / "staged.zarr") == tree(local)
 
 
-def test_staging_notices_a_broken_source(url: str, tmp_path: Path) -> None:
-    """Staging notices a shard that is broken at the source."""
+@pytest.mark.parametrize("key", ["train/resid/c/0/0", "train/tokens/c/1/0", "eval/special/c/0/0"])
+def test_staging_notices_a_broken_source(url: str, tmp_path: Path, key: str) -> None:
+    """Staging notices a shard, tokens and special positions that are broken at the source."""
     files = make_store(url, **SIZES).files
-    body = files.read("train/resid/c/0/0", most=1 << 30)
-    files.write("train/resid/c/0/0", body[:9] + bytes([body[9] ^ 1]) + body[10:])
-    with pytest.raises(DamagedError, match="resid/c/0/0"):
+    body = files.read(key, most=1 << 30)
+    files.write(key, body[:9] + bytes([body[9] ^ 1]) + body[10:])
+    with pytest.raises(DamagedError, match=key):
         staging.stage(url, tmp_path / "staged.zarr", quiet=True)
     with pytest.raises(StoreError):
         Store.open(tmp_path / "staged.zarr")

@@ -54,6 +54,7 @@ def stage(url: str, path: Path, *, quiet: bool = False) -> Store:
     with Progress(len(shards), "stage", "shard", quiet=quiet) as bar, ThreadPoolExecutor(DOWNLOADS) as pool:
         for _ in pool.map(lambda shard: copy_shard(source.files, *shard), shards):
             bar.advance(1)
+    store.check_metadata()
     write_root(target, source.attributes)
     return Store.open(path)
 
