@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from pipeline.base.cli import COUNT, NAMED_SOURCE, NAMED_SOURCES, OUT_FOLDER, SIZE, SOURCE, main, print_json
+from pipeline.base.cli import COUNT, NAMED_SOURCE, NAMED_SOURCES, OUT_FOLDER, SIZE, SOURCE, STORE, main, print_json
 from pipeline.base.errors import UsageError
 
 PROBING = ("scr", "tpp", "k_sparse_probe")
@@ -22,15 +22,21 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 
 @click.command(context_settings={"show_default": True})
 @click.argument("places", metavar="CHECKPOINT_OR_DIR...", nargs=-1, required=True, type=NAMED_SOURCE)
-@click.option("--store", required=True, type=SOURCE, help="Activation store; its eval split is used.")
+@click.option("--store", required=True, type=STORE, help="Activation store, or its URL; its eval split is used.")
 @click.option(
     "--model",
     type=NAMED_SOURCE,
     help="Folder or Hub id of the model that made the store.  [default: the one the store names]",
 )
 @click.option(
+    "--cache",
+    type=OUT_FOLDER,
+    help="Keep chunks of a store at a URL in this folder, which trainings and evaluations may share.",
+)
+@click.option("--cache-size", type=SIZE, default="100GB", help="The most that --cache may take.")
+@click.option(
     "--target",
-    type=SOURCE,
+    type=STORE,
     help="For transcoders: the store of the rows that they make of those of --store, which is where they are spliced in.",
 )
 @click.option("--revision", help="Of a Hub model.  [default: the store's]")

@@ -57,7 +57,7 @@ def announce(job: Job, todo: Sequence[Checkpoint], plan: planning.Plan) -> None:
         flop, seconds = flop + passes * suffix_flop, seconds + passes * suffix_seconds
         through_model = f"{passes} passes of the layers after {job.store.config['layer']}, "
     say(
-        f"evaluate: {len(todo)} checkpoints on {tokens:,} tokens of {job.store.path}; {through_model}"
+        f"evaluate: {len(todo)} checkpoints on {tokens:,} tokens of {job.store.where}; {through_model}"
         f"{flop * tokens / 1e12:,.3g} TFLOP in all, about {format_seconds(seconds * tokens)}"
     )
     say(

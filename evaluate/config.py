@@ -36,7 +36,7 @@ class EvaluateConfig:
     first_letter; None: those of the model's tokenizer.
     """
 
-    store: Path
+    store: Path | str
     out: Path
     model: str | None = None
     revision: str | None = None
@@ -55,7 +55,9 @@ class EvaluateConfig:
     words: Path | None = None
     allow_other_store: bool = False
     allow_other_model: bool = False
-    target: Path | None = None
+    target: Path | str | None = None
+    cache: Path | None = None
+    cache_size: int = 100 * 10**9
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.scores) - set(SCORES)):

@@ -50,10 +50,10 @@ class Job:
         asked = there if config.rows is None else -(-config.rows // store.context)
         if asked > there:
             raise UsageError(
-                f"--rows {config.rows}: the evaluation split of {store.path} has {store.eval.n_rows} rows; ask for fewer"
+                f"--rows {config.rows}: the evaluation split of {store.where} has {store.eval.n_rows} rows; ask for fewer"
             )
         if not there:
-            raise UsageError(f"{store.path}: its evaluation split is empty; harvest with --eval-tokens")
+            raise UsageError(f"{store.where}: its evaluation split is empty; harvest with --eval-tokens")
         return Job(config, store, device, asked, Models(config, store, device, source), source or store)
 
     def only(self, families: Sequence[str]) -> Job:

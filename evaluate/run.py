@@ -32,8 +32,9 @@ from pipeline.base.errors import PipelineError
 from pipeline.base.files import require_writable
 from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import rank, world_size
+from pipeline.store.cache import open_cache
 from pipeline.store.pair import require_same_rows
-from pipeline.store.reader import Store
+from pipeline.store.staging import open_cached
 
 __all__ = ["EvaluateConfig", "Outcome", "run"]
 
@@ -57,8 +58,9 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
 
     Raises PipelineError for what concerns all of them: store, model, texts, memory.
     """
-    source, outcome = Store.open(config.store), Outcome()
-    store = source if config.target is None else Store.open(config.target)
+    cache = open_cache(config.cache, config.cache_size) if config.cache is not None else None
+    source, outcome = open_cached(config.store, cache), Outcome()
+    store = source if config.target is None else open_cached(config.target, cache)
     if store is not source:
         require_same_rows(source, store)
     config, unfit = only_fitting_scores(config, store)

@@ -82,4 +82,4 @@ def only_fitting_scores(config: EvaluateConfig, store: Store) -> tuple[EvaluateC
     left = tuple(name for name in config.scores if name not in unfit)
     if unfit and not left and config.probing is None and not config.latents:
         raise next(iter(unfit.values()))
-    return config.of_rows(left), [(config.store, error) for error in unfit.values()]
+    return config.of_rows(left), [(Path(config.store), error) for error in unfit.values()]

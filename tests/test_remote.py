@@ -1,9 +1,6 @@
 """Stores on object storage: the same bytes as on a disk, read and verified there, staged to a disk for training."""
 
 import os
-import sys
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +17,6 @@ from support.stores import make_rows, make_store, prepare_store, store_config
 from test_store import SMALL, tree
 
 SIZES: dict[str, Any] = {"n_sequences": 19, "eval_sequences": 5, **SMALL}
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """The URL of an empty bucket on a local S3 server."""
-    pytest.importorskip("s3fs", reason="needs s3fs (pip install '.[remote]')")
-    boto3 = pytest.importorskip("boto3", reason="needs boto3")
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
-    server = server_module.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="stores")
-        yield "s3://stores"
-    server.stop()
-
-
-@pytest.fixture(params=["memory", *(pytest.param(name, marks=pytest.mark.slow) for name in ("s3", "obstore"))])
-def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A URL at which no store is; "obstore" is S3 where s3fs is not installed."""
-    pytest.importorskip("fsspec", reason="needs fsspec (pip install '.[remote]')")
-    base = request.getfixturevalue("s3") if request.param != "memory" else "memory://stores"
-    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
-    if request.param == "obstore":
-        pytest.importorskip("obstore", reason="needs obstore (pip install obstore)")
-        monkeypatch.setitem(sys.modules, "s3fs", None)
-        monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
-    return f"{base}/{uuid.uuid4().hex}.zarr"
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import click
 import torch
 
-from pipeline.base.cli import COUNT, COUNT_OR_AUTO, OUT_FOLDER, SOURCE, main, print_json
+from pipeline.base.cli import COUNT, COUNT_OR_AUTO, OUT_FOLDER, SIZE, SOURCE, STORE, main, print_json
 from pipeline.base.errors import DivergedError, UsageError
 from pipeline.base.files import read_json
 from pipeline.base.runtime import rank, resolve_device
@@ -49,10 +49,21 @@ class Remembering(click.Command):
 
 
 @click.command(cls=Remembering, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--store", type=SOURCE, required=True, help="Activation store that harvest made.")
+@click.option(
+    "--store",
+    type=STORE,
+    required=True,
+    help="Activation store that harvest made; a URL (s3://bucket/acts.zarr) is read from there, window by window.",
+)
+@click.option(
+    "--cache",
+    type=OUT_FOLDER,
+    help="Keep chunks of a store at a URL in this folder, which trainings may share; what was not used for longest goes.",
+)
+@click.option("--cache-size", type=SIZE, default="100GB", show_default=True, help="The most that --cache may take.")
 @click.option(
     "--target",
-    type=SOURCE,
+    type=STORE,
     help="Train transcoders: from the rows of --store to those of this store, of the same tokens. One pass of harvest --hook "
     "mlp_in --hook mlp_out makes both.",
 )
@@ -143,8 +154,10 @@ class Remembering(click.Command):
     "--json", "as_json", is_flag=True, help="Print the members and their final checkpoints as JSON on stdout."
 )
 def command(
-    store: Path,
-    target: Path | None,
+    store: Path | str,
+    cache: Path | None,
+    cache_size: int,
+    target: Path | str | None,
     out: Path,
     mode: Mode,
     window_rows: int | None,
@@ -197,6 +210,8 @@ def command(
         sparse,
         extend,
         target,
+        cache,
+        cache_size,
     )
     if planned is not None and not dry_run:
         raise UsageError("--planned goes with --dry-run")
@@ -219,7 +234,7 @@ def command(
         )
 
 
-def kept_rows(store: Path, target: Path | None, max_norm: float | None) -> int:
+def kept_rows(store: Path | str, target: Path | str | None, max_norm: float | None) -> int:
     """Rows of one epoch of a store, or of the rows that two have in common."""
     both = Stores(Store.open(store, check=False), None if target is None else Store.open(target, check=False))
     return int(both.kept("train", max_norm).in_chunks().sum())
@@ -243,10 +258,10 @@ def from_data(data: Mapping[str, Any]) -> Outcome:
     return Outcome(Path(data["folder"]), data["step"], final, data["problem"] or "")
 
 
-def planned_rows(path: Path, plan_file: Path) -> SplitLayout:
+def planned_rows(path: Path | str, plan_file: Path) -> SplitLayout:
     """Training rows of the store at `path`, as a plan of harvest says. Raises UsageError when the plan has none there."""
     for one in read_json(plan_file)["stores"]:
-        if Path(one["path"]).absolute() == path.absolute():
+        if one["path"] == path or Path(one["path"]).absolute() == Path(path).absolute():
             return SplitLayout("train", Layout.from_config(one["config"]), one["n_sequences"]["train"])
     raise UsageError(f"{plan_file}: plans no store at {path}; give harvest and train the same --store")
 

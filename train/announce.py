@@ -21,7 +21,7 @@ from train.stores import Stores
 def announce(stores: Stores, tasks: Sequence[Task], passes: Sequence[Sequence[Task]], device: torch.device) -> None:
     """Say what will be trained on what, and the memory it takes, before the first step."""
     n_done = sum(task.finished for task in tasks)
-    over = " and ".join(str(store.path) for store in stores.all)
+    over = " and ".join(store.where for store in stores.all)
     say(f"{len(tasks)} members, {n_done} finished, {len(passes)} passes over {over} on {device}")
     for group in passes:
         order, config = plan.make_order(stores, group[0]), group[0].config

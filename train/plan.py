@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.base.errors import MismatchError, PipelineError, UsageError
 from pipeline.base.files import human_bytes
 from pipeline.base.runtime import available_memory, measured_seconds, world_size
+from pipeline.store.backend import is_url
 from pipeline.store.layout import SplitLayout
 from train import held_out
 from train.config import TrainConfig
@@ -31,6 +32,8 @@ from train.step.sparse import Choice, is_sparse
 from train.step.weights import initial_shapes
 from train.stores import Stores
 
+CACHE_SIZE = 100 * 10**9
+"""Bytes that a cache of remote chunks may take where nobody says."""
 PENDING_BYTES = 2 * 10**9
 """Snapshots that may wait to be written before training waits for the disk; one of any size always may."""
 
@@ -50,10 +53,10 @@ class RunConfig:
     CUDA; for small SAEs, whose kernels take longer to launch than to run. sparse: products over active latents alone
     (`step/sparse.py`). extend: a new member begins with the state of a
     shorter one that is the same but for its steps (`extend.py`). target: members are transcoders, from the rows of `store` to
-    those of this one.
+    those of this one. Stores may be at a URL; cache, cache_size: a folder in which their chunks are kept, and its most bytes.
     """
 
-    store: Path
+    store: Path | str
     out: Path
     members: tuple[TrainConfig, ...]
     device: str = "auto"
@@ -69,7 +72,19 @@ class RunConfig:
     cuda_graphs: bool = False
     sparse: Choice = "auto"
     extend: bool = False
-    target: Path | None = None
+    target: Path | str | None = None
+    cache: Path | None = None
+    cache_size: int = CACHE_SIZE
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a store is at a URL, so that its rows are read into buffers."""
+        return is_url(self.store) or (self.target is not None and is_url(self.target))
+
+    @property
+    def n_together(self) -> int:
+        """Processes that train each member together."""
+        return world_size() if self.data_parallel else 1
 
     def __post_init__(self) -> None:
         if not self.members:
@@ -87,12 +102,15 @@ class RunConfig:
         if self.sparse == "on":
             for config in self.members:
                 is_sparse("on", config, torch.device("cpu"), is_transcoder=self.target is not None)
+        if self.cache is not None and not self.is_remote:
+            raise UsageError("--cache is for stores at a URL; a local one is read where it is")
         Keep.parse(self.keep)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One member and where it stands. `target`: the rows that it makes, where it is a transcoder. `sparse`: as the run chose."""
+    """One member and where it stands. `target`: the rows that it makes, where it is a transcoder. `sparse`: as the run chose.
+    `is_remote`: a store is at a URL."""
 
     folder: Folder
     order: Mapping[str, Any]
@@ -100,6 +118,7 @@ class Task:
     finished: bool
     target: SplitLayout | None = None
     sparse: Choice = "auto"
+    is_remote: bool = False
 
     @property
     def d_out(self) -> int | None:
@@ -127,10 +146,11 @@ class Task:
         return "finished" if self.finished else f"at step {self.step}" if self.step else "new"
 
 
-def make_order(stores: Stores, task: Task) -> Order:
-    """The order of rows of a member's stream."""
-    kept = stores.kept("train", task.config.max_norm)
-    return Order(kept, task.config.data_seed, task.order.get("window_rows"))
+def make_order(stores: Stores, task: Task, process: int = 0) -> Order:
+    """The order of rows of a member's stream; of one in `parts`, that of a process's own."""
+    parts, window = task.order.get("parts", 1), task.order.get("window_rows")
+    own = window if window is None else -(-window // parts)
+    return Order(stores.kept("train", task.config.max_norm), task.config.data_seed, own, (process % parts, parts))
 
 
 def make_tasks(job: RunConfig, stores: Stores, members: Sequence[TrainConfig]) -> list[Task]:
@@ -167,14 +187,20 @@ def from_data(
     """The tasks of these members, and the passes, that another process told."""
     folders = [Folder(job.out, config, stores.identity(config)) for config in members]
     stands = zip(folders, data["tasks"], strict=True)
-    tasks = [Task(folder, target=stores.target_layout, sparse=job.sparse, **stand) for folder, stand in stands]
+    more: dict[str, Any] = {"target": stores.target_layout, "sparse": job.sparse, "is_remote": job.is_remote}
+    tasks = [Task(folder, **more, **stand) for folder, stand in stands]
     return tasks, [[tasks[n] for n in group] for group in data["passes"]]
 
 
 def new_order(job: RunConfig, rows: SplitLayout) -> dict[str, Any]:
     """The order of rows of a member that is new (`order.py`)."""
-    mode = resolve_mode(job.mode, rows)
-    return {"mode": mode} | ({"window_rows": job.window_rows or WINDOW_ROWS} if mode == "window" else {})
+    mode = resolve_mode(job.mode, rows, is_remote=job.is_remote)
+    order: dict[str, Any] = {"mode": mode}
+    if mode == "window":
+        order["window_rows"] = job.window_rows or WINDOW_ROWS
+        if job.is_remote and (parts := job.n_together) > 1:
+            order["parts"] = parts
+    return order
 
 
 def make_task(job: RunConfig, folder: Folder, new: Mapping[str, Any], target: SplitLayout | None) -> Task:
@@ -188,18 +214,29 @@ def make_task(job: RunConfig, folder: Folder, new: Mapping[str, Any], target: Sp
             f"{folder.path}: trained in order {dict(order)}, asked mode {job.mode}, window_rows {job.window_rows}; "
             "leave both options out to go on, or choose another --out"
         )
-    return Task(folder, order, folder.step(), folder.final() is not None, target, job.sparse)
+    if (parts := order.get("parts", 1)) > 1 and parts != job.n_together:
+        raise MismatchError(
+            f"{folder.path}: trained by {parts} processes together, each on its own chunks of a store at a URL; start as many "
+            "with torchrun and --data-parallel, or choose another --out"
+        )
+    if order["mode"] == "global" and job.is_remote:
+        raise MismatchError(
+            f"{folder.path}: trained in global order, which needs a local store; copy it with python -m pipeline stage URL "
+            "PATH, or choose another --out"
+        )
+    return Task(folder, order, folder.step(), folder.final() is not None, target, job.sparse, job.is_remote)
 
 
 def stream_memory(rows: SplitLayout, task: Task) -> int:
     """Bytes that feeding takes on the host: batches ahead, the normalised batch, the bookkeeping, and of a compressed
-    store two windows; of a transcoder twice."""
+    store or one at a URL two windows; of a transcoder twice."""
     total = 0
     for part in (rows, *([] if task.target is None else [task.target])):
         layout = part.layout
         row = layout.d_model * layout.torch_dtype.itemsize
+        is_buffered = layout.codec != "none" or task.is_remote
         batches: int = task.config.batch_size * (row * (AHEAD + 1) + 2 * layout.d_model * 4)
-        window_rows: int = min(task.order.get("window_rows", 0), part.n_rows) if layout.codec != "none" else 0
+        window_rows: int = min(task.order.get("window_rows", 0), part.n_rows) if is_buffered else 0
         total += batches + 17 * part.n_rows + 2 * row * window_rows
     return total
 

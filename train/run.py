@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.base.files import human_bytes, require_free
 from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import rank, resolve_device, resolve_dtype, tf32
+from pipeline.store.cache import open_cache
 from train import plan
 from train.announce import announce, say_second_epoch, say_share
 from train.config import TrainConfig
@@ -50,7 +51,9 @@ def run(job: RunConfig) -> list[Outcome]:
     KeyboardInterrupt after Ctrl-C, states written.
     """
     check_out(job.out)
-    stores = Stores.open(job.store, job.target)
+    stores = Stores.open(
+        job.store, job.target, open_cache(job.cache, job.cache_size) if job.cache is not None else None
+    )
     with (
         join(job.data_parallel, resolve_device(job.device)) as processes,
         tf32(processes.device),
@@ -121,7 +124,9 @@ class Pass:
         self.stop = stop
         self.tasks = tasks
         self.device = processes.device
-        self.order = plan.make_order(stores, tasks[0])
+        self.order = plan.make_order(stores, tasks[0], processes.rank)
+        self.parts = tasks[0].order.get("parts", 1)
+        self.n_kept = int(stores.kept("train", tasks[0].config.max_norm).in_chunks().sum())
         self.place = plan.place_on_device(stores, tasks, self.device, processes.least(plan.free_memory(self.device)))
         self.check = check if self.order.exact and processes.writes and self.place is None else None
         self.batch_size = tasks[0].config.batch_size
@@ -186,7 +191,7 @@ class Pass:
             self.target,
             task.is_sparse(self.device),
         )
-        return Trainee(self.job, task, member, writer, self.order.n_kept, self.processes.writes, self.held_out)
+        return Trainee(self.job, task, member, writer, self.n_kept, self.processes.writes, self.held_out)
 
     def stream(self, trainees: Sequence[Trainee]) -> None:
         """Deliver batches until every member is done or has failed. Raises Stopped."""
@@ -195,7 +200,7 @@ class Pass:
         if first == last:
             return
         with self.loader(first) as loader, self.progress(first, last, len(trainees)) as bar:
-            clock = Clock(loader, self.batch_size)
+            clock = Clock(loader, self.batch_size, self.stores)
             for step in range(first, last):
                 if not any(trainee.waits for trainee in trainees):
                     break
@@ -205,15 +210,17 @@ class Pass:
                     if trainee.takes(step):
                         trainee.advance(batch, clock)
                 bar.advance(self.batch_size, summary(trainees, clock, step + 1))
-                say_second_epoch(step, self.batch_size, self.order.n_kept)
+                say_second_epoch(step, self.batch_size, self.n_kept)
                 self.poll(trainees[0].writer)
             clock.say_if_starved()
+            clock.say_traffic()
 
     def loader(self, first: int) -> Feeds:
         """The stream of batches from that of step `first` on: on CUDA from the device's memory where rows fit beside members."""
+        size = self.batch_size // self.parts
         options: dict[str, Any] = {
-            "position": first * self.batch_size,
-            "share": self.processes.share,
+            "position": first * size,
+            "share": self.processes.share if self.parts == 1 else (0, 1),
             "device": self.device,
             "threads": self.job.threads,
         }
@@ -221,10 +228,10 @@ class Pass:
         if self.place is None:
             if self.device.type == "cuda":
                 say(f"rows stay on the host: beside the members they do not fit into the memory of {self.device}")
-            return Feeds([Loader(split, self.order, self.batch_size, **options) for split in splits])
+            return Feeds([Loader(split, self.order, size, **options) for split in splits])
         part = "all rows" if self.place.whole else "two windows of rows"
         say(f"{part}, {human_bytes(self.place.n_bytes(*splits))}, lie in the memory of {self.device}")
-        return Feeds([DeviceRows(split, self.order, self.batch_size, self.place, **options) for split in splits])
+        return Feeds([DeviceRows(split, self.order, size, self.place, **options) for split in splits])
 
     def progress(self, first: int, last: int, n_members: int) -> Progress:
         """The bar, in rows."""

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from pipeline.base.errors import CheckpointError, UsageError
+from pipeline.store.cache import Cache
 from pipeline.store.kept import KeptRows
 from pipeline.store.layout import SplitLayout
+from pipeline.store.objects import RemoteFiles
 from pipeline.store.pair import require_same_rows
 from pipeline.store.reader import Store
+from pipeline.store.requests import Traffic
 from pipeline.store.split import Split
+from pipeline.store.staging import open_cached
 from train.config import TrainConfig
 from train.folder import TOKENS
 from train.step.member import Target
@@ -34,14 +38,22 @@ class Stores:
 
     read: Store
     target: Store | None = None
+    cache: Cache | None = None
 
     @staticmethod
-    def open(store: Path, target: Path | None = None) -> Stores:
-        """Raises what `Store.open` does, and MismatchError where the rows of the two are not of the same tokens."""
-        found = Stores(Store.open(store), None if target is None else Store.open(target))
+    def open(store: Path | str, target: Path | str | None = None, cache: Cache | None = None) -> Stores:
+        """`cache`: where chunks of stores at a URL are kept. Raises what `Store.open` does, and MismatchError where the rows of
+        the two are not of the same tokens."""
+        found = Stores(open_cached(store, cache), None if target is None else open_cached(target, cache), cache)
         if found.target is not None:
             require_same_rows(found.read, found.target)
         return found
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What was asked of object storage so far; None where all rows are local."""
+        remote = [store.files.traffic.copy() for store in self.all if isinstance(store.files, RemoteFiles)]
+        return sum(remote[1:], remote[0]) if remote else None
 
     @property
     def all(self) -> tuple[Store, ...]:

@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.base.errors import DivergedError
-from pipeline.base.files import disk_errors, hash_file
+from pipeline.base.files import disk_errors, hash_file, human_bytes
 from pipeline.base.progress import say
 from pipeline.base.runtime import git_state, versions
 from pipeline.sae.foreign import load_sae
+from pipeline.store.requests import Traffic
 from train.feed.loader import Feeds
 from train.folder import Keep
 from train.held_out import HeldOut, merged
@@ -25,7 +26,7 @@ from train.plan import RunConfig, Task
 from train.step.member import Batch, Member
 from train.step.snapshot import Snapshot
 from train.step.weights import path_of
-from train.stores import require_hook
+from train.stores import Stores, require_hook
 from train.writer import Writer
 
 
@@ -207,25 +208,42 @@ class Trainee:
 
 
 class Clock:
-    """Rows/s and the share of time spent waiting for data, since each member's last line and overall."""
+    """Rows/s, the share of time spent waiting for data and what was asked of object storage, since each member's last line and
+    overall. `stores`: those that may be at a URL."""
 
-    def __init__(self, loader: Feeds, batch_size: int) -> None:
+    def __init__(self, loader: Feeds, batch_size: int, stores: Stores) -> None:
         self.loader = loader
         self.batch_size = batch_size
+        self.stores = stores
         self.start = time.perf_counter()
-        self.laps: dict[str, tuple[float, float, int]] = {}
+        self.begun = stores.traffic
+        self.laps: dict[str, tuple[float, float, int, Traffic | None]] = {}
 
     def lap(self, name: str) -> dict[str, float]:
-        """rows_per_s of the stream and wait (fraction) since this name's last lap; seconds since the pass began."""
+        """rows_per_s of the stream and wait (fraction) since this name's last lap, of a store at a URL bytes_per_s, requests and
+        retries too; seconds since the pass began."""
         now, waited, rows = time.perf_counter(), self.loader.waited, self.loader.n_delivered * self.batch_size
-        t0, waited0, rows0 = self.laps.get(name, (self.start, 0.0, 0))
-        self.laps[name] = now, waited, rows
+        t0, waited0, rows0, asked0 = self.laps.get(name, (self.start, 0.0, 0, self.begun))
+        asked = self.stores.traffic
+        self.laps[name] = now, waited, rows, asked
         seconds = max(now - t0, 1e-9)
-        return {
+        line = {
             "rows_per_s": (rows - rows0) / seconds,
             "wait": (waited - waited0) / seconds,
             "seconds": now - self.start,
         }
+        if asked is not None and asked0 is not None:
+            line["bytes_per_s"] = (asked.n_bytes - asked0.n_bytes) / seconds
+            line["requests"] = asked.n_requests - asked0.n_requests
+            line["retries"] = asked.n_retries - asked0.n_retries
+        return line
+
+    def say_traffic(self) -> None:
+        """Say what was asked of object storage, and at what rate, since the store was opened."""
+        if (asked := self.stores.traffic) is not None and self.begun is not None:
+            rate = (asked.n_bytes - self.begun.n_bytes) / max(time.perf_counter() - self.start, 1e-9)
+            cached = f"; {self.stores.cache.text()}" if self.stores.cache is not None else ""
+            say(f"object storage: {asked.text()}, {human_bytes(rate)}/s, wait {100 * self.wait:.0f} %{cached}")
 
     @property
     def wait(self) -> float:

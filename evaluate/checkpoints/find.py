@@ -193,7 +193,7 @@ def require_fit(
         trained = {"hook": "resid_post"} | trained
     if d_model != store.d_model:
         raise CheckpointError(
-            f"{where}: its rows have {d_model} dimensions, those of store {store.path} have {store.d_model}; use the store it "
+            f"{where}: its rows have {d_model} dimensions, those of store {store.where} have {store.d_model}; use the store it "
             "was trained on"
         )
     here = {"hook": store.config.get("hook", "resid_post"), "layer": store.config["layer"]}
@@ -215,7 +215,7 @@ def require_fit(
         if name in trained and not agree(name, trained[name], value):
             named = f" ({trained.get('model')} against {store.config['model']})" if name == "weights_sha256" else ""
             raise CheckpointError(
-                f"{where}: trained on {words.get(name, name)} {trained[name]!r}, store {store.path} has {value!r}{named}; "
+                f"{where}: trained on {words.get(name, name)} {trained[name]!r}, store {store.where} has {value!r}{named}; "
                 f"use the store it was trained on{hints.get(name, '')}"
             )
 

@@ -523,7 +523,7 @@ def load_readout(store: Store, model: str | None) -> tuple[Tensor, TokenText, in
     info = ModelInfo.read(name, revision)
     if info.weights_sha256 != made["weights_sha256"]:
         raise ModelError(
-            f"{name}: its weights are not those that made store {store.path} ({made['model']}); give that model"
+            f"{name}: its weights are not those that made store {store.where} ({made['model']}); give that model"
         )
     lm = SplitLM.load(name, revision=revision, dtype="float32", part="suffix", layers=[info.n_layers - 1])
     if (readout := lm.readout()) is None:

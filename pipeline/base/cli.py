@@ -64,16 +64,19 @@ COUNT, COUNT_OR_AUTO, SIZE = Count(), CountOrAuto(), Size()
 
 class Source(click.ParamType[Any]):
     """A path to read, looked at before anything else is done; with `names`, text that may also be a Hub id, a URL or a name of
-    ours; with `several`, some of these with commas between. Raises DiskError for what the operating system refuses to look at,
+    ours; with `several`, some of these with commas between; with `urls`, a URL, as text. Raises DiskError for what
+    the operating system refuses to look at,
     and where a link leads nowhere."""
 
     name = "path"
 
-    def __init__(self, *, names: bool = False, several: bool = False) -> None:
-        self.names, self.several = names, several
+    def __init__(self, *, names: bool = False, several: bool = False, urls: bool = False) -> None:
+        self.names, self.several, self.urls = names, several, urls
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A Path; text as it is where names are taken."""
+        """A Path; text as it is where names are taken, and of URLs."""
+        if self.urls and "://" in str(value):
+            return str(value)
         for one in str(value).split(",") if self.several else [str(value)]:
             if not (self.names and "://" in one):
                 require_readable(Path(one))
@@ -81,6 +84,8 @@ class Source(click.ParamType[Any]):
 
 
 SOURCE, NAMED_SOURCE, NAMED_SOURCES = Source(), Source(names=True), Source(names=True, several=True)
+STORE = Source(urls=True)
+"""A store to read: a Path, or a URL as text."""
 
 
 def require_readable(path: Path) -> None:

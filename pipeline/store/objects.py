@@ -3,20 +3,22 @@
 Any URL that fsspec knows works: s3://bucket/acts.zarr, gs://…, memory://…; where its driver is not installed and obstore
 is, obstore serves s3, gs and az. Credentials and endpoints come from where the driver looks for them (AWS_ACCESS_KEY_ID,
 AWS_ENDPOINT_URL, …). An object appears whole or not at all, so the order of writing is all that a harvest needs to be safe
-there too. Training reads rows in any order: stage the store first (`staging.py`).
+there too. A request that fails is tried again (`requests.py`). Training reads windows of chunks from there; rows in any order
+need a local copy (`staging.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from pipeline.base.errors import DamagedError, DiskError, UsageError
+from pipeline.base.errors import DamagedError, UsageError
 from pipeline.base.files import disk_errors
 from pipeline.store.backend import Files, LocalFiles, is_url, require_small
+from pipeline.store.requests import Gone, Traffic, asked
 
 OBSTORE = ("s3", "gs", "az", "abfs")
 """Protocols that obstore takes on where their own fsspec driver is not installed."""
@@ -48,13 +50,13 @@ class RemoteFiles:
 
     def __init__(self, url: str) -> None:
         try:
-            with remote_errors(url):
-                self.fs, self.root = open_url(url)
+            self.fs, self.root = open_url(url)
         except ImportError as error:
             raise UsageError(f"{url}: needs a package that is not here ({error}); pip install '.[remote]'") from error
         except ValueError as error:
             raise UsageError(f"{url}: not a URL that fsspec knows ({error})") from error
         self.url = url.rstrip("/")
+        self.traffic = Traffic()
 
     def path(self, key: str) -> str:
         """The path of a key in the file system's own terms."""
@@ -66,17 +68,17 @@ class RemoteFiles:
 
     def read(self, key: str, most: int) -> bytes:
         """One GET, of one byte more than there can be."""
-        with remote_errors(self.where(key)):
-            data = cast(bytes, self.fs.cat_file(self.path(key), start=0, end=most + 1))
+        data: bytes = self.ask(key, lambda: self.fs.cat_file(self.path(key), start=0, end=most + 1))
+        self.traffic.add(n_bytes=len(data))
         require_small(self.where(key), len(data), most)
         return data
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        """One GET of a range."""
+        """One GET of a range. Called by several threads at once, as many GETs are under way."""
         wanted = [buffer.cast("B") for buffer in buffers]
         n = sum(map(len, wanted))
-        with remote_errors(self.where(key)):
-            data = memoryview(self.fs.cat_file(self.path(key), start=offset, end=offset + n))
+        data = memoryview(self.ask(key, lambda: self.fs.cat_file(self.path(key), start=offset, end=offset + n)))
+        self.traffic.add(n_bytes=len(data))
         if len(data) != n:
             raise DamagedError(f"{self.where(key)}: ends before byte {offset + n}; it was cut short")
         for buffer in wanted:
@@ -84,14 +86,14 @@ class RemoteFiles:
 
     def size(self, key: str) -> int | None:
         """One HEAD."""
-        with remote_errors(self.where(key)), contextlib.suppress(FileNotFoundError):
-            return int(self.fs.info(self.path(key))["size"])
-        return None
+        try:
+            return int(self.ask(key, lambda: self.fs.info(self.path(key)))["size"])
+        except Gone:
+            return None
 
     def write(self, key: str, data: bytes) -> None:
         """One PUT."""
-        with remote_errors(self.where(key)):
-            self.fs.pipe_file(self.path(key), data)
+        self.ask(key, lambda: self.fs.pipe_file(self.path(key), data))
 
     @contextlib.contextmanager
     def create(self, key: str) -> Iterator[BinaryIO]:
@@ -100,33 +102,24 @@ class RemoteFiles:
         with disk_errors(folder), tempfile.NamedTemporaryFile(dir=folder, prefix="nested-sae-") as file:
             yield cast(BinaryIO, file)
             file.flush()
-            with remote_errors(self.where(key)):
-                self.fs.put_file(file.name, self.path(key))
+            self.ask(key, lambda: self.fs.put_file(file.name, self.path(key)))
 
     def delete(self, key: str) -> None:
         """One DELETE."""
-        with remote_errors(self.where(key)), contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(self.path(key))
+        with contextlib.suppress(Gone):
+            self.ask(key, lambda: self.fs.rm_file(self.path(key)))
 
     def keys(self) -> list[str]:
         """A listing of everything below the URL."""
-        with remote_errors(self.url), contextlib.suppress(FileNotFoundError):
-            base = self.path("")
-            return sorted(name.removeprefix(base) for name in self.fs.find(self.root) if name.startswith(base))
+        base = self.path("")
+        with contextlib.suppress(Gone):
+            names = self.ask("", lambda: self.fs.find(self.root))
+            return sorted(name.removeprefix(base) for name in names if name.startswith(base))
         return []
 
-
-@contextlib.contextmanager
-def remote_errors(where: str) -> Iterator[None]:
-    """What a network or a bucket says, as errors of ours."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise DamagedError(f"{where}: the file is gone; run harvest --repair to make it again") from error
-    except PermissionError as error:
-        raise DiskError(f"{where}: no permission ({error}); check the credentials and the bucket") from error
-    except OSError as error:
-        raise DiskError(f"{where}: {error}; check the URL and the connection, then run again") from error
+    def ask(self, key: str, work: Callable[[], Any]) -> Any:
+        """The result of one request, tried again where it may pass. Raises Gone, DiskError."""
+        return asked(work, self.where(key), self.traffic)
 
 
 def open_files(path: Path | str) -> Files:

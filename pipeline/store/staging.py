@@ -1,4 +1,4 @@
-"""The copy of a store to a local disk, for training: rows are read in any order there.
+"""Stores at a URL, used from here: read through a cache, or copied to a local disk, where rows are read in any order.
 
 Stopped anywhere, the same call goes on; every shard is checked against its commit record as it arrives.
 """
@@ -13,7 +13,9 @@ from pipeline.base.errors import DamagedError, DiskError, MismatchError
 from pipeline.base.files import require_free
 from pipeline.base.progress import Progress
 from pipeline.store.backend import Files, LocalFiles
+from pipeline.store.cache import Cache, CachedFiles
 from pipeline.store.layout import COMMITTED, estimate_bytes, extras_of
+from pipeline.store.objects import RemoteFiles
 from pipeline.store.prepare import require_ours
 from pipeline.store.reader import Store
 from pipeline.store.root import ROOT_KEY, read_root, write_root
@@ -23,6 +25,15 @@ PIECE = 8 << 20
 """Bytes of one download request."""
 DOWNLOADS = 4
 """Shards that `stage` copies at a time."""
+
+
+def open_cached(path: Path | str, cache: Cache | None) -> Store:
+    """A store as `Store.open` has it; of one at a URL, chunks are kept in the cache."""
+    store = Store.open(path)
+    if cache is not None and isinstance(store.files, RemoteFiles):
+        for split in store.splits:
+            split.files = CachedFiles(store.files, cache, store.id)
+    return store
 
 
 def copy_file(source: Files, target: Files, key: str) -> None:

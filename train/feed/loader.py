@@ -4,8 +4,8 @@
               every training on this machine shares. In an exact order bodies are checked beside it: `bodies.py`. In
               windows, the chunks of the coming one are read and checked while rows of this one are gathered: that also
               brings them from the disk in large reads, so a store may be larger than memory.
-    buffered  for compressed stores: the chunks of a window are read, checked and decompressed into one of two buffers,
-              while rows are gathered from the other.
+    buffered  for compressed stores and those at a URL: the chunks of a window are read, checked and decompressed into one of
+              two buffers, while rows are gathered from the other. From object storage REQUESTS of them are fetched at a time.
 
 Which row comes when is `order.py`'s; both ways deliver the same batches for the same order. Within a batch, rows stand
 in the order of the store wherever they come from one window.
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from pipeline.base.errors import UsageError
 from pipeline.base.runtime import available_memory
+from pipeline.store.backend import LocalFiles
 from pipeline.store.layout import SplitLayout
 from pipeline.store.reader import Split
 from train.feed.order import Order, Piece, Rows, Window, share_of
@@ -41,6 +42,8 @@ WINDOW_ROWS = 262_144
 
 MOST_MAPPED = 16_384
 """Shards mapped at a time, the last that were read: a process of Linux may have 65,530 mappings, two stores are fed at most."""
+REQUESTS = 16
+"""Chunks that are asked of object storage at a time."""
 
 AHEAD = 4
 """Batches gathered ahead of the one in use."""
@@ -49,13 +52,17 @@ Gather = Callable[[Rows, Tensor], None]
 """Writes some rows of the split, in the order given, into contiguous [row, d_model]."""
 
 
-def resolve_mode(mode: Mode, rows: SplitLayout) -> Mode:
+def resolve_mode(mode: Mode, rows: SplitLayout, *, is_remote: bool = False) -> Mode:
     """`auto` is global where shards can be mapped and fit into the memory that is available, else window.
 
-    Raises UsageError when a compressed store is asked for in global mode.
+    Raises UsageError when a compressed store, or one at a URL, is asked for in global mode.
     """
     layout = rows.layout
-    mappable = layout.codec == "none"
+    mappable = layout.codec == "none" and not is_remote
+    if mode == "global" and is_remote:
+        raise UsageError(
+            "--mode global needs a local store; use window, or copy it with python -m pipeline stage URL PATH"
+        )
     if mode == "global" and not mappable:
         raise UsageError(f"--mode global needs a store with codec none, this has {layout.codec}; use window")
     if mode != "auto":
@@ -139,9 +146,19 @@ class BufferedRows:
         self.split.read_chunk(chunk, out[: stop - start])
 
 
+def is_local(split: Split) -> bool:
+    """Whether a split's shards are files on this machine."""
+    return isinstance(split.files, LocalFiles)
+
+
+def n_readers(split: Split, threads: int) -> int:
+    """Threads that read chunks: as many as were asked for; of object storage, where they wait most of the time, REQUESTS."""
+    return threads if is_local(split) else max(threads, REQUESTS)
+
+
 def open_source(split: Split, order: Order, readers: ThreadPoolExecutor) -> Source:
     """Mapped rows where shards can be mapped, buffers otherwise."""
-    if split.shape.layout.codec != "none":
+    if split.shape.layout.codec != "none" or not is_local(split):
         return BufferedRows(split, order, readers)
     return MappedRows(split, None if order.exact else readers)
 
@@ -183,7 +200,7 @@ class Loader:
         self.waited = 0.0
         self.n_delivered = 0
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.readers = ThreadPoolExecutor(threads, "read", one_torch_thread)
+        self.readers = ThreadPoolExecutor(n_readers(split, threads), "read", one_torch_thread)
         self.gatherers = ThreadPoolExecutor(threads, "gather", one_torch_thread)
         self.ahead = ThreadPoolExecutor(1, "window", one_torch_thread)
         self.source = open_source(split, order, self.readers)

@@ -8,6 +8,8 @@ says where a training stands. Every kept row comes exactly once an epoch.
                 var(batch mean) is then 1 + (deff − 1) · batch / window times that of an exact permutation (STORAGE.md).
                 The very first window comes in two, an eighth of its chunks and the rest, so that a training begins before
                 a whole one was read
+
+Processes that train together on a store at a URL have an order each, over every n-th chunk: what one reads no other does.
 """
 
 from __future__ import annotations
@@ -49,22 +51,25 @@ class Piece:
 
 
 class Order:
-    """The stream of kept rows. `window_rows` is the most rows a window may span, kept or not; None: exact.
+    """The stream of kept rows. `window_rows` is the most rows a window may span, kept or not; None: exact. part: (k, n), the
+    stream of every n-th chunk from the k-th on alone, in windows.
 
     Memory: that of `kept`, 16 bytes a chunk, and 16 bytes a row of a window while it is made; an exact order's is all rows.
     Raises StoreError when no row is kept.
     """
 
-    def __init__(self, kept: KeptRows, seed: int, window_rows: int | None) -> None:
+    def __init__(self, kept: KeptRows, seed: int, window_rows: int | None, part: tuple[int, int] = (0, 1)) -> None:
         self.kept = kept
         self.seed = seed
         self.kept_in_chunk = kept.in_chunks()
-        self.n_kept = int(self.kept_in_chunk.sum())
+        self.own: Rows = np.arange(part[0], kept.n_chunks, part[1])
+        self.names = (part[0],) if part[1] > 1 else ()
+        self.n_kept = int(self.kept_in_chunk[self.own].sum())
         if not self.n_kept:
             raise StoreError(
                 "no training row is left without special and massive ones; raise --max-norm or harvest more"
             )
-        self.n_chunks = kept.n_chunks
+        self.n_chunks = len(self.own)
         chunks_a_window = self.n_chunks if window_rows is None else max(window_rows // kept.chunk_rows, 1)
         self.exact = window_rows is None
         self.n_windows = -(-self.n_chunks // chunks_a_window)
@@ -73,7 +78,7 @@ class Order:
         """The chunks of every window of an epoch, in order."""
         if self.exact:
             return [np.arange(self.n_chunks)]
-        permuted: Rows = numpy_rng("chunks", self.seed, epoch).permutation(self.n_chunks)
+        permuted: Rows = numpy_rng("chunks", self.seed, epoch, *self.names).permutation(self.own)
         windows = np.array_split(permuted, self.n_windows)
         first = len(windows[0]) // 8
         return np.split(windows[0], [first]) + windows[1:] if epoch == 0 and first else windows
@@ -90,7 +95,8 @@ class Order:
     def window(self, epoch: int, index: int) -> Window:
         """One window with its rows in the order of delivery."""
         chunks = self.chunks(epoch)[index]
-        return Window(chunks, numpy_rng("rows", self.seed, epoch, index).permutation(self.kept.rows(chunks)))
+        rng = numpy_rng("rows", self.seed, epoch, index, *self.names)
+        return Window(chunks, rng.permutation(self.kept.rows(chunks)))
 
     def pieces(self, position: int) -> Iterator[Piece]:
         """What is left of the stream from `position` on, window by window, without end."""

@@ -20,7 +20,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from pipeline.store.reader import Split
-from train.feed.loader import idle_seconds, one_torch_thread
+from train.feed.loader import idle_seconds, n_readers, one_torch_thread
 from train.feed.order import Order, Piece, Rows, Window, share_of
 
 
@@ -39,12 +39,12 @@ class Place:
 def place_for(split: Split, order: Order, free: int, *others: Split) -> Place | None:
     """What fits into `free` bytes of device memory: the store, else two windows; None where neither does. others: stores of the
     same positions that lie there likewise."""
-    whole = Place(split.n_chunks, True)
+    whole = Place(order.n_chunks, True)
     if whole.n_bytes(split, *others) <= free:
         return whole
     if order.exact:
         return None
-    windows = Place(min(2 * order.most_chunks, split.n_chunks), False)
+    windows = Place(min(2 * order.most_chunks, order.n_chunks), False)
     return windows if windows.n_bytes(split, *others) <= free else None
 
 
@@ -94,6 +94,7 @@ class DeviceRows:
         )
         self.out = torch.empty(batch_size // share[1], layout.d_model, dtype=layout.torch_dtype, device=self.device)
         self.staging: queue.SimpleQueue[Staging] = queue.SimpleQueue()
+        threads = n_readers(split, threads)
         for _ in range(threads):
             rows = torch.empty(split.chunk_rows, layout.d_model, dtype=layout.torch_dtype, pin_memory=on_cuda)
             self.staging.put(Staging(rows))
