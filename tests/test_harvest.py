@@ -323,6 +323,15 @@ def test_auto_computes_what_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (settled.dtype, settled.store_dtype) == ("bf16" if fast else "float32", "bf16")
 
 
+@pytest.mark.parametrize(("capability", "fast"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+def test_auto_sees_torch_held_back(monkeypatch: pytest.MonkeyPatch, capability: str, fast: bool) -> None:
+    """On a CPU with bf16, `auto` is float32 where ATEN_CPU_CAPABILITY holds torch below what has it."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: "flags: fpu amx_bf16")
+    assert runtime.cpu_has_bf16.__wrapped__() == fast
+
+
 def test_moved_sources_continue_changed_do_not(copy: HarvestConfig, tmp_path: Path) -> None:
     """A model and a corpus that moved go on and changed ones do not."""
     moved = copy.replace(

@@ -59,7 +59,7 @@ RC: Any = {
 }
 
 
-TITLE_WIDTH, LINE_HEIGHT = 44, 0.16
+TITLE_WIDTH, LINE_HEIGHT = 50, 0.16
 """Letters of a title that fit above the axes, and inches that each further line adds to a panel."""
 
 

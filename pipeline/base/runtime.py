@@ -71,10 +71,12 @@ def has_triton() -> bool:
 
 @cache
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 natively (AMX or AVX512-BF16), so that bf16 is faster than float32."""
+    """Whether this CPU multiplies bf16 natively (AMX or AVX512-BF16), so that bf16 is faster than float32, and torch may use it:
+    with ATEN_CPU_CAPABILITY below avx512 the machine is treated as one that does not."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    native = "amx_bf16" in flags or "avx512_bf16" in flags
+    return native and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
