@@ -79,7 +79,7 @@ class Panel:
     def drawn(self) -> str:
         """The panel as matplotlib writes it, still in stand-in colours, with a legend that the page hides. A long title, which
         names all settings of a group, takes several lines, and the panel grows by them."""
-        lines = textwrap.wrap(self.title, TITLE_WIDTH)
+        lines = textwrap.wrap(self.title, TITLE_WIDTH, break_on_hyphens=False)
         with matplotlib.rc_context(RC):
             canvas = Canvas(figsize=(4.1, self.height + LINE_HEIGHT * max(len(lines) - 1, 0)), layout="constrained")
             axes = canvas.add_subplot()
