@@ -378,6 +378,39 @@ def pull(repository: str, out: Path, revision: str | None) -> None:
     click.echo(pull_checkpoint(repository, out, revision))
 
 
+@cli.command("push-store")
+@click.argument("store", type=SOURCE)
+@click.argument("repository")
+@click.option("--private", is_flag=True, help="Make the repository private.")
+def push_store(store: Path, repository: str, private: bool) -> None:
+    """Upload an activation store to the Hugging Face Hub as a data set repository, every byte checked first, with a card.
+
+    Stopped at any moment, the same command goes on. The token is the one that `hf auth login` or HF_TOKEN holds.
+
+    \b
+    Example: python -m pipeline push-store acts.zarr me/gemma-l19-acts
+    """
+    from pipeline.store.hub import push_store as push
+
+    click.echo(push(store, repository, private=private))
+
+
+@cli.command("pull-store")
+@click.argument("repository")
+@click.argument("path", type=OUT_FOLDER)
+@click.option("--revision", help="Branch, tag or commit.  [default: main]")
+def pull_store(repository: str, path: Path, revision: str | None) -> None:
+    """Download an activation store from the Hugging Face Hub, every shard checked; run again it copies what is missing.
+
+    \b
+    Example: python -m pipeline pull-store me/gemma-l19-acts acts.zarr
+    """
+    from pipeline.store.hub import pull_store as pull
+
+    pull(repository, path, revision)
+    click.echo(f"{path}: pulled")
+
+
 def outline(data: Any, indent: str = "") -> list[str]:
     """Nested data as indented `name: value` lines for a person; long lists are shortened."""
     lines = []

@@ -42,6 +42,7 @@ def open_url(url: str) -> tuple[Any, str]:
         driver = fsspec.get_filesystem_class(protocol)
     keeps_listings = not driver.__module__.startswith("obstore")
     fs, root = fsspec.core.url_to_fs(url, **({"use_listings_cache": False} if keeps_listings else {}))
+    fs.invalidate_cache()  # the Hub's keeps listings all the same
     return fs, str(root)
 
 
