@@ -19,7 +19,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from harvest.tokens import scratch_array
 from pipeline.base.errors import DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
 from pipeline.model.specials import mark_special
-from pipeline.store.layout import Layout, estimate_bytes
+from pipeline.store.layout import Layout, SplitLayout, estimate_bytes, shard_rows_for
 from pipeline.store.moments import measure_rows, median_of, norms_and_moments
 from pipeline.store.prepare import SplitTokens, prepare, resume, segments
 from pipeline.store.reader import Store, describe_store
@@ -559,3 +559,14 @@ def test_missing_bf16_shard_is_nan_elsewhere(tmp_path: Path) -> None:
     shutil.rmtree(store.path / "train/resid/c/1")
     bits = zarr.open_group(store.path, mode="r")["train/resid"][32:64]
     assert torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).isnan().all()
+
+
+def test_shards_grow_with_the_store() -> None:
+    """At 1024 rows a chunk, 10M rows keep shards of 64 chunks, 1B have a million rows a shard and 10B no more; files stay few."""
+    rows = {n: shard_rows_for(n, 1024) for n in (1, 10**7, 1 << 24, (1 << 24) + 1, 10**9, 10**10)}
+    assert list(rows.values()) == [1 << 16, 1 << 16, 1 << 16, 1 << 17, 1 << 20, 1 << 20]
+    config = store_config(context=128, chunk_rows=1024, shard_rows=rows[10**9])
+    splits = [
+        SplitLayout(name, Layout.from_config(config), n // 128) for name, n in (("train", 10**9), ("eval", 10**9 // 20))
+    ]
+    assert sum(array.n_files for split in splits for array in split.arrays.values()) < 20_000
