@@ -188,7 +188,7 @@ def test_sparse_member_warms_up_densely() -> None:
 def test_sparse_odd_sizes_over_programs(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ragged ends, several programs along each side, latents that are active on all rows, rows with more entries than a tile."""
     monkeypatch.setattr("train.step.fused.tiles.ROWS", 16)
-    monkeypatch.setattr("train.step.fused.sparse.DIMS", 64)
+    monkeypatch.setattr("train.step.fused.sparse.DIMS", 32)
     monkeypatch.setattr("train.step.fused.sparse.PART", 32)
     form = RECIPE_FORMS[recipe] | {"width": 70, "batch_size": 37, "levels": (0.3, 1.0), "alpha": None, "k": 20}
     step_both(form, 2, n=37, d_model=69, sparse=True)

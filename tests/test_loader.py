@@ -359,6 +359,10 @@ def test_place_follows_free_memory(tiny_store: Path) -> None:
     assert place_for(split, order, split.n_chunks * chunk - 1) == Place(2 * order.most_chunks, False)
     assert place_for(split, order, 2 * order.most_chunks * chunk - 1) is None
     assert place_for(split, make_order(split, True), split.n_chunks * chunk - 1) is None
+    assert place_for(split, order, 2 * split.n_chunks * chunk, split) == Place(
+        split.n_chunks, True
+    )  # beside another store
+    assert place_for(split, order, 2 * split.n_chunks * chunk - 1, split) == Place(2 * order.most_chunks, False)
 
 
 def test_buffers_hold_windows_of_later_epochs(compressed_store: Path) -> None:
