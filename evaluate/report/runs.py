@@ -104,13 +104,12 @@ class Results:
         for run in sorted(self.runs, key=lambda run: [in_order(part) for part in run.place]):
             by_place.setdefault(run.place, []).append(run)
         parts = [
-            (short_name(model), f"{hook} of layer {layer}" if hook else f"layer {layer}", f"store {id[:8]}")
-            for model, layer, hook, id in by_place
+            (short_name(model), where(model, layer, hook), f"store {id[:8]}") for model, layer, hook, id in by_place
         ]
         told = [i for i in range(3) if len({part[i] for part in parts}) > 1]
         if len({tuple(part[i] for i in told[:-1]) for part in parts}) == len(parts):
             told = told[:-1]
-        return [(", ".join(part[i] for i in told), runs) for part, runs in zip(parts, by_place.values())]
+        return [(", ".join(part[i] for i in told if part[i]), runs) for part, runs in zip(parts, by_place.values())]
 
     def siblings(self, group: Group) -> list[Group]:
         """Groups that differ from one in nothing but how sparse they are asked to be, itself among them."""
@@ -126,6 +125,13 @@ class Results:
             return Metric(id, label, "", "neither", "no definition came with the results")
         better = known.better if known else told.better
         return replace(told, id=id, better=better, label=f"{label}, n = {n}" if n else label)
+
+
+def where(model: str, layer: int | None, hook: str) -> str:
+    """A hook point in words; rows of known features are of none."""
+    if model.startswith("truth:"):
+        return ""
+    return f"{hook} of layer {layer}" if hook else f"layer {layer}"
 
 
 def short_name(model: str) -> str:
