@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -116,8 +115,9 @@ def measure(path: Path, what: str, delay: float) -> dict[str, float]:
 
 
 def peak_mb() -> float:
-    """The most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    """The most memory that this process has had, its parent's not counted (as ru_maxrss would)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1e3
 
 
 def in_process(path: Path, what: str, delay: float = 0.0) -> dict[str, float]:
