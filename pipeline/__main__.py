@@ -59,11 +59,22 @@ def demo(out: Path, seed: tuple[int, ...]) -> None:
     show_default=True,
     help="slurm writes job scripts for a cluster to OUT/jobs instead of running.",
 )
-@click.option("--sbatch", default="", help="Further words for every Slurm job: '--partition=gpu --time=12:00:00'.")
+@click.option("--sbatch", default="", help="Further words for every Slurm job: '--partition=gpu --account=me'.")
+@click.option(
+    "--gpu",
+    type=click.Choice(["a100", "h100", "h200", "l40s", "a6000"]),
+    default="a100",
+    show_default=True,
+    help="Which GPUs the cluster has, for the time that its jobs ask for.",
+)
+@click.option("--parts", type=click.IntRange(1), help="Parts of each harvest.  [default: parts of about an hour]")
+@click.option("--at-once", type=click.IntRange(1), help="Parts that run at the same time.  [default: all]")
 @click.option(
     "--trust-remote-code", is_flag=True, help="Allow code that comes with a model, where the file asks for it too."
 )
-def run(experiment: Path, out: Path | None, dry_run: bool, machine: str, sbatch: str, trust_remote_code: bool) -> None:
+def run(
+    experiment: Path, out: Path | None, dry_run: bool, machine: str, trust_remote_code: bool, **cluster: Any
+) -> None:
     """Make an experiment file true: harvest, train, evaluate and report what is missing of it.
 
     EXPERIMENT is a TOML file or the name of a shipped one: demo, paper, ablations, truth. Run it again and nothing is done
@@ -77,9 +88,9 @@ def run(experiment: Path, out: Path | None, dry_run: bool, machine: str, sbatch:
     if dry_run:
         experiments.dry_run(parsed, out)
     elif machine == "slurm":
-        from pipeline.experiment.slurm import write_jobs
+        from pipeline.experiment.slurm import Cluster, write_jobs
 
-        say(f"read the scripts, then run: bash {write_jobs(parsed, experiment, out, sbatch)}")
+        say(f"read the scripts, then run: bash {write_jobs(parsed, experiment, out, Cluster(**cluster))}")
     else:
         experiments.run(parsed, out)
 

@@ -38,7 +38,7 @@ NO_PATHS = {
     *("revision", "subset", "split", "part", "text_field", "device", "bos", "attention", "level_weighting", "keep", "scores"),
     "levels",
     *("dtype", "scr_text", "scr_attributes", "scr_pairs", "scr_n", "probe_k", "latents", "title", "primary", "model_id"),
-    *("set_name", "creator", "creator_id", "sbatch", "key", "hook", "special_ids", "level", "text", "repository"),
+    *("set_name", "creator", "creator_id", "sbatch", "gpu", "key", "hook", "special_ids", "level", "text", "repository"),
 }  # fmt: skip
 """Options of text that name no path."""
 MODEL = Path(__file__).parent.parent / "data" / "tiny-gemma2"

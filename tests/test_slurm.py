@@ -1,11 +1,14 @@
 import os
+import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.experiment.experiment import Experiment
-from pipeline.experiment.slurm import write_jobs
+from pipeline.experiment.slurm import GPU_FLOPS, Cluster, Jobs, write_jobs
 
 FAKE_SBATCH = """#!/usr/bin/env bash
 # Runs the job's script up to its command, and prints a job id as --parsable does.
@@ -13,6 +16,18 @@ job=$(basename "${@: -1}" .sh)
 echo "$@" >> "$SBATCH_LOG"
 echo "1$job"
 """
+
+
+def planned(flop: float, n_tokens: int = 1_000_000_000, device: str = "cpu") -> dict[str, Any]:
+    """What a harvest's dry run says."""
+    config = {"context": 128, "shard_rows": 1 << 20, "device_type": device}
+    stores = [{"n_sequences": {"train": n_tokens // 128, "eval": 8}, "config": config}]
+    return {"stores": stores, "cost": {"flop": flop, "seconds": 7e6, "memory": 6e9}}
+
+
+def small(words: Sequence[str], log: Path) -> dict[str, Any]:
+    """A harvest of a minute."""
+    return planned(1e15, 1_000_000)
 
 
 @pytest.fixture
@@ -24,7 +39,9 @@ def experiment(tmp_path: Path) -> Path:
 
 def test_jobs_wait_for_what_they_need(tmp_path: Path, experiment: Path) -> None:
     """Jobs wait for what they need."""
-    submit = write_jobs(Experiment.read(experiment), experiment, tmp_path / "out", "--partition=gpu --time=1:00:00")
+    submit = write_jobs(
+        Experiment.read(experiment), experiment, tmp_path / "out", Cluster("--partition=gpu --time=1:00:00"), small
+    )
     (tmp_path / "bin").mkdir()
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.write_text(FAKE_SBATCH)
@@ -40,7 +57,7 @@ def test_jobs_wait_for_what_they_need(tmp_path: Path, experiment: Path) -> None:
 
 def test_script_carries_directives_and_command(tmp_path: Path, experiment: Path) -> None:
     """A script carries the directives and the stage's own command."""
-    write_jobs(Experiment.read(experiment), experiment, tmp_path / "out", "--partition=gpu")
+    write_jobs(Experiment.read(experiment), experiment, tmp_path / "out", Cluster("--partition=gpu"), small)
     text = (tmp_path / "out/jobs/train_0.sh").read_text()
     assert "#SBATCH --partition=gpu\n" in text
     assert "-m train --alpha 0 --alpha 0.2" in text
@@ -56,8 +73,56 @@ def test_trainings_wait_for_their_own_harvest(tmp_path: Path) -> None:
         '[harvest]\nmodel = "m"\nlayer = [3]\n[train]\nwidth = 8\n'
         '[[part]]\nname = "known-ones"\nharvest.truth = "forest"\ntrain.width = 8\n'
     )
-    text = write_jobs(Experiment.read(path), path, tmp_path / "out", "").read_text()
+    text = write_jobs(Experiment.read(path), path, tmp_path / "out", Cluster(), small).read_text()
     assert "train_0=$(sbatch --parsable --dependency=afterok:$harvest " in text
     assert "train_1=$(sbatch --parsable --dependency=afterok:$harvest_1 " in text
     assert "--dependency=afterok:$train_0:$train_1 " in text
     assert "known-ones.zarr" in (tmp_path / "out/jobs/train_1.sh").read_text()
+
+
+def asked(path: Path) -> dict[str, str]:
+    """What a script asks of Slurm, by name."""
+    return dict(re.findall(r"#SBATCH --([\w-]+)=?(.*)", path.read_text()))
+
+
+def test_a_long_harvest_is_a_chain(tmp_path: Path, experiment: Path) -> None:
+    """A harvest of ten hours: an array tokenises, a job prepares, an array makes parts, a job finishes; trainings wait for that.
+
+    Time and memory are the plan's, doubled and with what loading takes."""
+    flop = 10 * 3600 * 0.3 * GPU_FLOPS["a100"]
+    cluster = Cluster("--partition=gpu", at_once=4)
+    submit = write_jobs(Experiment.read(experiment), experiment, tmp_path / "o", cluster, lambda *_: planned(flop))
+    folder, lines = submit.parent, submit.read_text().splitlines()
+    order = [line.partition("=")[0] for line in lines if "sbatch" in line]
+    assert order[:5] == ["harvest_tokenise", "harvest_prepare", "harvest_parts", "harvest", "train_0"]
+    assert "--dependency=afterany:$harvest_tokenise " in lines[3]
+    assert "--dependency=afterok:$harvest_prepare " in lines[4]
+    assert "--dependency=afterany:$harvest_parts " in lines[5]
+    assert "--dependency=afterok:$harvest " in lines[6]
+    parts = asked(folder / "harvest_parts.sh")
+    assert (parts["array"], parts["gpus"], parts["partition"]) == ("0-9%4", "1", "gpu")
+    assert (parts["time"], parts["mem"]) == ("140", "17G")  # twice an hour and a quarter of one, by tens; 1.5 · 6 + 8
+    text = (folder / "harvest_parts.sh").read_text()
+    assert text.endswith('--device cuda --part "$SLURM_ARRAY_TASK_ID/10"\n')
+    tokenise = asked(folder / "harvest_tokenise.sh")
+    assert (tokenise["array"], "gpus" in tokenise) == ("0-2%4", False)  # 1e9 tokens at 1e5 a second: three hours
+    assert "--prepare-only --part" in (folder / "harvest_tokenise.sh").read_text()
+    assert "--prepare-only\n" in (folder / "harvest_prepare.sh").read_text()
+    assert "--finish-only\n" in (folder / "harvest.sh").read_text()
+    for path in folder.glob("*.sh"):
+        subprocess.run(["bash", "-n", path], check=True)
+
+
+def test_users_words_come_first(tmp_path: Path) -> None:
+    """What the user says to sbatch is not said by us too."""
+    jobs = Jobs(tmp_path, Cluster("--time=5 --mem=1G"))
+    jobs.harvest("harvest", ["--store", "a"], planned(1e15, 1000), False)
+    assert asked(tmp_path / "harvest.sh")["time"] == "5"
+    assert (tmp_path / "harvest.sh").read_text().count("--mem=") == 1
+
+
+def test_parts_are_shards_at_most(tmp_path: Path) -> None:
+    """However many parts are asked for, each has a shard; a plan made on a GPU says its time itself."""
+    assert Cluster(parts=100).n_parts(planned(1.0, 5 << 20)) == 6
+    assert Cluster(parts=3).n_parts(planned(1.0)) == 3
+    assert Cluster().seconds(planned(1e20, device="cuda")) == 7e6
