@@ -149,7 +149,7 @@ class Names(click.ParamType[tuple[str, ...]]):
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @click.option(
-    "--max-buffer", type=COUNT, default=DEFAULTS["max_buffer"], help="Documents within which a corpus without random access is shuffled."
+    "--max-buffer", type=COUNT, default=DEFAULTS["max_buffer"], help="Documents within which streams are shuffled."
 )
 @click.option("--chunk-rows", type=COUNT, help="Rows read at once. [default: about 1024, whole sequences]")
 @click.option(

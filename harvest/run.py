@@ -113,9 +113,10 @@ def make_part(plan: Plan, lm: SplitLM | None, makers: Sequence[Maker], group: Gr
     if steps.part is not None and rank() == 0:
         for path in plan.stores.values():
             writer = StoreWriter.open(path)
-            note = Note.here(steps.part, world_size(), makers)
-            others = [other for other in read_notes(writer.files) if other.share != note.share]
-            require_makers(writer.store, makers, mixed=plan.config.mixed, also=makers_of(others))
+            before = read_notes(writer.files)
+            require_makers(writer.store, makers, mixed=plan.config.mixed, also=makers_of(before))
+            mine = [one for one in before if one.share == steps.part]  # from when it was killed: rows may be of that
+            note = Note.here(steps.part, world_size(), makers_of([*mine, Note.here(steps.part, 1, makers)]))
             note.write(writer.files)
             notes.append((writer, note))
     group.barrier()

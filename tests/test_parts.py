@@ -315,6 +315,28 @@ def test_kills_at_every_step(configs: Configs, seed: int) -> None:
     assert [path.name for path in Path(config.store).parent.glob(f"killed-{seed}*")] == [f"killed-{seed}.zarr"]
 
 
+def test_killed_parts_go_on(configs: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only part that ran, stopped after a shard, goes on; under another torch it is refused, and mixed it names both."""
+    config, make = configs("stopped"), harvest.run.harvest_shards
+    run(config, quiet=True, steps=PREPARE)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            harvest.run,
+            "harvest_shards",
+            lambda lm, writers, shards, *rest: [make(lm, writers, shards[:1], *rest), 1 / 0],
+        )
+        with pytest.raises(ZeroDivisionError):
+            run(config, quiet=True, steps=part(0, 2))
+    other = {"torch": "9.9", "transformers": "1", "device": "cpu"}
+    with monkeypatch.context() as patch:
+        patch.setattr(harvest.run, "maker", lambda *_: other)
+        with pytest.raises(MismatchError, match=r"its rows were made by others.*torch"):
+            run(config, quiet=True, steps=part(0, 2))
+        run(config.replace(mixed=True), quiet=True, steps=part(0, 2))
+    assert len(read_notes(open_files(config.store))[0].makers) == 2
+    run(config, quiet=True, steps=part(1, 2))
+
+
 def test_notes_say_who_and_where(configs: Configs) -> None:
     """While parts are made the store says which began, where, by whom, and which ended."""
     config = configs("noted")
