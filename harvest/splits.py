@@ -137,6 +137,10 @@ def finished(plan: Plan, packed: tuple[Tokens, Mask], segments: Sequence[int]) -
     shuffle(rows, segments, plan.config.seed, tokens)
     shuffle(left_out, segments, plan.config.seed, special)
     mark_special(tokens, next(iter(plan.configs.values()))["special_ids"], plan.info.vocab, special)
+    if plan.config.roles and special.all():
+        raise CorpusError(
+            f"--roles {','.join(plan.config.roles)}: no token is of a message of these; name roles that the chats have"
+        )
     return SplitTokens(tokens, special)
 
 

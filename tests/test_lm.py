@@ -257,7 +257,9 @@ def test_missing_weight_is_never_random(copy: Path) -> None:
         SplitLM.load(str(copy), part="prefix", layers=[0])
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "quantize_config.json", "hf_quant_config.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "quantize_config.json", "hf_quant_config.json"]
+)
 def test_unapplied_parts_are_refused(copy: Path, name: str) -> None:
     """An adapter or quantised weights beside the weights, which would not be applied, are refused by name."""
     (copy / name).write_text("{}")

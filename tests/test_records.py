@@ -266,3 +266,11 @@ def test_saved_indexes_stay_inside(tmp_path: Path, entry: str) -> None:
     (tmp_path / "s" / "state.json").write_text(json.dumps({"_data_files": [{"filename": entry}]}))
     with pytest.raises(CorpusError, match="named by"):
         record_files(tmp_path / "s", "train", None)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_columns_named_twice_are_refused(tmp_path: Path, name: str) -> None:
+    """A header that names a column twice does not say which is meant."""
+    (tmp_path / name).write_text("text,id,text\na,1,b\n".replace(",", "\t" if name == "a.tsv" else ","))
+    with pytest.raises(CorpusError, match="its header names 'text' twice"):
+        list(read_records(tmp_path / name))

@@ -3,6 +3,7 @@ so for harvest, evaluation, texts with labels, attached SAEs and inspect alike."
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from evaluate.probing.texts import make_bank, text_model
 from evaluate.scores.sample import Sample
 from harvest.corpus import Document
 from harvest.texts import Reader
-from pipeline.base.errors import ModelError, UsageError
+from pipeline.base.errors import CorpusError, ModelError, UsageError
 from pipeline.base.fields import Fields
 from pipeline.live.attach import attach
 from pipeline.live.inspect import inspect_checkpoint
@@ -250,3 +251,17 @@ def test_older_members_go_on(undeclared: Store) -> None:
         for store in (about, before, about | {"id": "other"})
     )
     assert now == then != other
+
+
+def test_roles_must_be_there(tmp_path: Path) -> None:
+    """A role that no message has, as a misspelt one, is refused before a store is begun."""
+    folder = model_with(tmp_path / "lm", "<bos> $A")
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    about["chat_template"] = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    turns = [{"role": role, "content": "it was the best of times " * 9} for role in ("user", "assistant")]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 90)
+    config = harvest_config(folder, tmp_path / "chats.jsonl", tmp_path / "acts.zarr", text_field="messages")
+    with pytest.raises(CorpusError, match="--roles assitant: no token is of a message of these"):
+        harvest.run.run(config.replace(roles=("assitant",)), quiet=True)
+    assert not (tmp_path / "acts.zarr").exists()

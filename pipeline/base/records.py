@@ -181,6 +181,11 @@ def read_csv(path: Path, _columns: Sequence[str] | None) -> Iterator[Found]:
                 names = next(rows, [])
             except csv.Error as error:
                 raise CorpusError(f"{path}:{rows.line_num}: its header is not CSV ({error}); mend it") from error
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise CorpusError(
+                    f"{path}:{rows.line_num}: its header names {twice[:80]!a} twice; rename one of the columns"
+                )
             while True:
                 try:
                     row = next(rows)

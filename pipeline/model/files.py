@@ -46,6 +46,8 @@ def model_folder(model: str, revision: str | None, *, trust_remote_code: bool = 
 
 UNAPPLIED = {
     "adapter_config.json": "an adapter (LoRA and the like), which is not applied here; merge it into the weights first",
+    "adapter_model.safetensors": "an adapter's weights, which are not applied here; merge them into the others first",
+    "adapter_model.bin": "an adapter's weights, which are not applied here; merge them into the others first",
     "quantize_config.json": "quantised weights, which are not read here; give the model that was quantised",
     "quant_config.json": "quantised weights, which are not read here; give the model that was quantised",
     "hf_quant_config.json": "quantised weights, which are not read here; give the model that was quantised",
