@@ -139,7 +139,7 @@ def finished(plan: Plan, packed: tuple[Tokens, Mask], segments: Sequence[int]) -
     mark_special(tokens, next(iter(plan.configs.values()))["special_ids"], plan.info.vocab, special)
     if plan.config.roles and special.all():
         raise CorpusError(
-            f"--roles {','.join(plan.config.roles)}: no token is of a message of these; name roles that the chats have"
+            f"--roles {','.join(plan.config.roles)}: no token is of such a message; name roles of the chats"
         )
     return SplitTokens(tokens, special)
 

@@ -262,6 +262,6 @@ def test_roles_must_be_there(tmp_path: Path) -> None:
     turns = [{"role": role, "content": "it was the best of times " * 9} for role in ("user", "assistant")]
     (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 90)
     config = harvest_config(folder, tmp_path / "chats.jsonl", tmp_path / "acts.zarr", text_field="messages")
-    with pytest.raises(CorpusError, match="--roles assitant: no token is of a message of these"):
+    with pytest.raises(CorpusError, match="--roles assitant: no token is of such a message"):
         harvest.run.run(config.replace(roles=("assitant",)), quiet=True)
     assert not (tmp_path / "acts.zarr").exists()
