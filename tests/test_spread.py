@@ -47,7 +47,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[list[dict[str, Any]], str]:
 
 def files(out: Path) -> dict[str, bytes]:
     """Every file of the members that is the same whenever it is made."""
-    kept = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "timings.jsonl"]
+    kept = [path for path in sorted(out.rglob("*")) if path.is_file() and not path.name.startswith("timings.jsonl")]
     return {str(path.relative_to(out)): path.read_bytes() for path in kept}
 
 
