@@ -55,8 +55,8 @@ def read_everything(path: Path) -> None:
     for part in (read, *read.parts):
         places = experiments.Places.of(part, path.parent / "out", part.name if part is not read else "")
         words = experiments.harvest_words(part, places)
-        for site in part.sites:
-            for grid in part.train:
+        for site in part.trained:
+            for grid in site.grids:
                 words += experiments.train_words(grid, places, site)
             words += experiments.evaluate_words(part, places, site, ["x"])
         assert "--trust-remote-code" not in words

@@ -191,12 +191,12 @@ class Run:
     @property
     def seed(self) -> int:
         """The member's seed; 0 when the SAE was made elsewhere."""
-        return int(self.train.get("seed", 0))
+        return int(self.train.get("seed") or 0)
 
     @property
     def data_seed(self) -> int:
         """The seed of the order of its data; 0 when the SAE was made elsewhere."""
-        return int(self.train.get("data_seed", 0))
+        return int(self.train.get("data_seed") or 0)
 
     @property
     def replicate(self) -> Replicate:
