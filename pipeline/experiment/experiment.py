@@ -243,8 +243,8 @@ class Places:
         default = out / "stores" / part if several else out / "stores" / f"{part or 'acts'}.zarr"
         if "://" in str(experiment.harvest.get("store", "")):
             raise UsageError(
-                f"{experiment.name}: harvest.store {experiment.harvest['store']} is a URL, training reads a local disk; give "
-                "a path, or harvest to the URL and `python -m pipeline stage` it first"
+                f"{experiment.name}: harvest.store {experiment.harvest['store']} is a URL, an experiment keeps its stores on a "
+                "local disk; give a path, or harvest to the URL and `python -m pipeline stage` it first"
             )
         return Places(out, Path(experiment.harvest.get("store", default)).absolute(), several, part)
 
