@@ -20,7 +20,7 @@ from harvest.splits import Splits, make_tokens, stored_tokens, tokenise_part
 from harvest.steps import Note, Share, Steps, drop_notes, makers_of, read_notes, require_all
 from pipeline.base.errors import DamagedError, MismatchError, StoreError
 from pipeline.base.progress import Progress, say, silenced
-from pipeline.base.runtime import DTYPES, maker, rank, versions, world_size
+from pipeline.base.runtime import DTYPES, maker, process_group, rank, versions, world_size
 from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM
 from pipeline.model.trial import try_model
@@ -172,13 +172,8 @@ def workers() -> Iterator[Group]:
     if world_size() == 1:
         yield Group()
         return
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    try:
+    with process_group("gloo", timeout=datetime.timedelta(days=7)):
         yield Group()
-    finally:
-        dist.destroy_process_group()
 
 
 def try_cuts(plan: Plan) -> None:

@@ -22,6 +22,7 @@ from support.interpreter import DEVICE, put_right
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
+from pipeline.base.runtime import process_group
 from pipeline.sae.checkpoint import load_checkpoint
 from support.moved import count_step
 from test_graphs import Tape
@@ -690,12 +691,13 @@ def test_fused_processes_of_equal_rows(recipe: str, sparse: bool, monkeypatch: p
 def train_half(rank: int, folder: str) -> None:
     """One of two processes, each on its half of every batch, in fused passes."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    with pytest.MonkeyPatch.context() as patch:
+    with (
+        process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2) as group,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         put_right(patch)
         for recipe in ("batchtopk", "paper"):
             config = config_of(**RECIPE_FORMS[recipe])
-            group = torch.distributed.group.WORLD
             center = torch.full((D_MODEL,), 0.1)
             member = FusedMember(config, D_MODEL, center, 1.3, CPU, Scratch(CPU), group)
             like = fused(config)
@@ -706,7 +708,6 @@ def train_half(rank: int, folder: str) -> None:
                 half = raw_rows(step)[rank * ROWS // 2 : (rank + 1) * ROWS // 2]
                 member.step(normalise_batch(half, center, 1.3))
             save_file({n: t.contiguous() for n, t in member.state().items()}, f"{folder}/{recipe}{rank}.safetensors")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

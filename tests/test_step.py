@@ -1,6 +1,8 @@
 """A whole training step: against torch's own optimiser in float64, resumed, repeated, in bf16, in two processes."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.base.errors import CheckpointError
+from pipeline.base.runtime import process_group
 from pipeline.sae.nested import NestedSAE
 from support.reference import reference_objective, reference_update
 from train.config import RECIPES, TrainConfig, paper
@@ -426,17 +429,16 @@ def train_one_of_two(rank: int, folder: str) -> None:
     """A process of two that steps every recipe on its half of each batch; the first saves the states."""
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    for recipe in RECIPES:
-        config = config_of(recipe, dtype="float64", **RECIPE_CHANGES[recipe])
-        scratch, center = Scratch(CPU), torch.full((D_MODEL,), 0.3, dtype=torch.float64)
-        member = Member(config, D_MODEL, center, 1.7, CPU, scratch, torch.distributed.group.WORLD)
-        for step in range(8):
-            half = raw_rows(step)[rank * ROWS // 2 : (rank + 1) * ROWS // 2]
-            member.step(normalise_batch(half, member.center, member.scale))
-        save_file(member.state(), f"{folder}/{recipe}{rank}.safetensors")
-    torch.distributed.barrier()  # as `parallel.join` does
-    torch.distributed.destroy_process_group()
+    with process_group("gloo", store=store, rank=rank, world_size=2) as group:
+        for recipe in RECIPES:
+            config = config_of(recipe, dtype="float64", **RECIPE_CHANGES[recipe])
+            scratch, center = Scratch(CPU), torch.full((D_MODEL,), 0.3, dtype=torch.float64)
+            member = Member(config, D_MODEL, center, 1.7, CPU, scratch, group)
+            for step in range(8):
+                half = raw_rows(step)[rank * ROWS // 2 : (rank + 1) * ROWS // 2]
+                member.step(normalise_batch(half, member.center, member.scale))
+            save_file(member.state(), f"{folder}/{recipe}{rank}.safetensors")
+        torch.distributed.barrier()  # as `parallel.join` does
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
@@ -449,6 +451,35 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         for name, tensor in alone.state().items():
             assert torch.equal(together[name], other[name]), name
             torch.testing.assert_close(together[name], tensor, rtol=1e-6, atol=1e-8)
+
+
+END_OF_A_GROUP = """
+import atexit, pathlib, sys
+import torch
+from pipeline.base.runtime import process_group
+
+def gloo() -> int:
+    return sum("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
+
+atexit.register(lambda: print(gloo()))  # the last to be called
+with process_group("gloo", store=torch.distributed.FileStore(sys.argv[1], 1), rank=0, world_size=1) as group:
+    cycle = [group]
+    cycle.append(cycle)
+    group.allreduce([torch.zeros(3)]).wait()
+del cycle, group
+print(gloo())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads' names are read from /proc")
+def test_group_threads_end_first(tmp_path: Path) -> None:
+    """Gloo's threads, which a cycle kept after the group's end, are gone before the interpreter is."""
+    words = [sys.executable, "-c", END_OF_A_GROUP, str(tmp_path / "store")]
+    told = subprocess.run(
+        words, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    ).stdout.split()
+    assert int(told[0]) > 0
+    assert told[1] == "0"
 
 
 GRADIENTS = {"W_dec": (WIDTH, D_MODEL), "W_enc": (D_MODEL, WIDTH), "dz": (ROWS, WIDTH)}

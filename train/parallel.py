@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.base.errors import PipelineError, UsageError
-from pipeline.base.runtime import rank, world_size
+from pipeline.base.runtime import process_group, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,6 @@ def join(data_parallel: bool, device: torch.device) -> Iterator[Processes]:
     if not data_parallel or world_size() == 1:
         yield Processes(rank(), world_size(), device, None)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Processes(rank(), world_size(), device, dist.group.WORLD)
+    with process_group("nccl" if device.type == "cuda" else "gloo") as group:
+        yield Processes(rank(), world_size(), device, group)
         dist.barrier()  # one that leaves while another still sums has made gloo abort that one
-    finally:
-        dist.destroy_process_group()

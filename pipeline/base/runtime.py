@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -12,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,6 +148,24 @@ def local_rank() -> int:
 def world_size() -> int:
     """The number of processes under torchrun, else 1."""
     return environment_number("WORLD_SIZE", 1)
+
+
+@contextlib.contextmanager
+def process_group(backend: str, **options: Any) -> Iterator[torch.distributed.ProcessGroup]:
+    """torch's process group of all ranks inside the block; options as of `torch.distributed.init_process_group`.
+
+    Gloo's threads end with the last reference to the group, and members refer to it in cycles. A thread that is still there
+    when the interpreter ends, with a tensor to let go of, aborts the process (pytorch issue 190489: once in twenty runs under
+    load), so what is left of the group is collected just before.
+    """
+    atexit.unregister(gc.collect)
+    atexit.register(gc.collect)
+    torch.distributed.init_process_group(backend, **options)
+    try:
+        assert torch.distributed.group.WORLD is not None
+        yield torch.distributed.group.WORLD
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 CGROUPS = (

@@ -95,6 +95,8 @@ class Cache:
                     self.unseen = 0
             if due:
                 self.make_room()
+        except FileNotFoundError:
+            return  # another process made room meanwhile, or a person emptied the folder: this range is not kept
         except OSError as error:
             self.full = True
             with contextlib.suppress(OSError):
