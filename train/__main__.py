@@ -219,9 +219,10 @@ def command(
         raise UsageError(
             "--processes shares members out and --data-parallel every batch; give one of them, the latter under torchrun"
         )
-    n = n_processes(processes, n_unfinished(job, resolve_device(device)), resolve_device(device))
+    resolved = resolve_device(device)
+    n = n_processes(processes, n_unfinished(job, resolved), resolved)
     if dry_run:
-        outcomes = show_plan(job, n, planned)
+        outcomes = show_plan(job, resolved, n, planned)
     else:
         with Others(n, click.get_current_context().meta[WORDS]) as others:
             own = run(job)
@@ -272,23 +273,29 @@ def n_unfinished(job: RunConfig, device: torch.device) -> int:
     return sum(Folder(job.out, config, {}).final() is None for config in members)
 
 
-def show_plan(job: RunConfig, n: int, planned: Path | None = None) -> list[Outcome]:
+def show_plan(job: RunConfig, device: torch.device, n: int, planned: Path | None = None) -> list[Outcome]:
     """Print what `run` would do in n processes; where members stand as outcomes."""
     check_out(job.out)
-    device = resolve_device(job.device)
+    if planned is None:
+        stores = Stores.open(job.store, job.target)
+        rows = stores.train.shape
+    else:
+        rows = planned_rows(job.store, planned)
+        target = None if job.target is None else planned_rows(job.target, planned)
     shares = []
     with cores_divided(n), environment({"LOCAL_WORLD_SIZE": str(n)} if n > 1 else {}):
         for rank_ in range(n):
             members = own_members(job, Processes(rank_, n, device, None))
+            tasks = (
+                plan.make_tasks(job, stores, members)
+                if planned is None
+                else plan.planned_tasks(job, rows, members, target)
+            )
+            passes = plan.make_passes(rows, tasks, device, plan.free_memory(device))
             if planned is None:
-                stores = Stores.open(job.store, job.target)
-                rows, tasks = stores.train.shape, plan.make_tasks(job, stores, members)
-                announce(stores, tasks, plan.make_passes(rows, tasks, device, plan.free_memory(device)), device)
+                announce(stores, tasks, passes, device)
             else:
-                rows = planned_rows(job.store, planned)
-                target = None if job.target is None else planned_rows(job.target, planned)
-                tasks = plan.planned_tasks(job, rows, members, target)
-                announce_planned(rows, tasks, plan.make_passes(rows, tasks, device, plan.free_memory(device)), device)
+                announce_planned(rows, tasks, passes, device)
             shares.append(tasks)
         say_costs(job, rows, [task for tasks in shares for task in tasks], device, n)
     return in_order([[Outcome(task.folder.path, task.step, task.folder.final()) for task in tasks] for tasks in shares])
