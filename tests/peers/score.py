@@ -89,12 +89,26 @@ def load(folder: Path) -> tuple[NestedSAE, Cell, dict[str, Any]]:
     return load_foreign(folder)[0], cell, run_json
 
 
-def prepare(folder: Path, rows: np.ndarray, about: dict[str, Any], out: Path) -> tuple[Path, dict[str, Any]]:
-    """Write the folder's SAE as a checkpoint ready for evaluation; its path and the part of its line known by then."""
+def first_level(sae: NestedSAE) -> NestedSAE:
+    """The first level of an SAE as a flat one of that width."""
+    width = sae.config.levels[0]
+    made = NestedSAE(dataclasses.replace(sae.config, width=width, levels=(width,)))
+    cut = {"W_enc": sae.W_enc[:, :width], "W_dec": sae.W_dec[:width], "b_enc": sae.b_enc[:width]}
+    made.load_state_dict(sae.state_dict() | cut | {"threshold": sae.threshold[:width]})
+    return made.eval().requires_grad_(False)
+
+
+def prepare(
+    folder: Path, rows: np.ndarray, about: dict[str, Any], out: Path, *, first: bool
+) -> tuple[Path, dict[str, Any]]:
+    """Write the folder's SAE, or its first level, as a checkpoint for evaluation; its path, and the part of its line
+    known by then."""
     sae, cell, run_json = load(folder)
     trained = rows[: cell["steps"] * cell["batch_size"]]
     levels = sae.config.levels if cell["trainer"] == "ours" else sizes(cell)
     sae = as_batchtopk(sae, levels, cell["k"], torch.tensor(about["center"]), about["scale"])
+    if first:
+        sae = first_level(sae)
     own = threshold_for(sae, trained[-THRESHOLD_BATCHES * cell["batch_size"] :], cell["k"])
     sae.threshold.data.fill_(own)
     fired = counts(sae, trained[-DEAD_ROWS:])
@@ -124,17 +138,20 @@ def scored(result: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
 @click.argument("out", type=Path)
 @click.argument("folders", type=Path, nargs=-1)
 @click.option("--eval-rows", type=int, default=None, help="evaluation rows  [default: all]")
-def main(rows: Path, store: Path, model: str, out: Path, folders: Sequence[Path], eval_rows: int | None) -> None:
+@click.option("--first", is_flag=True, help="score first levels alone, each at L0 k, into OUT/first.jsonl")
+def main(
+    rows: Path, store: Path, model: str, out: Path, folders: Sequence[Path], eval_rows: int | None, first: bool
+) -> None:
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    lines_path = out / "scores.jsonl"
+    lines_path = out / ("first.jsonl" if first else "scores.jsonl")
     done = {json.loads(line)["name"] for line in lines_path.read_text().splitlines()} if lines_path.exists() else set()
     about = json.loads(rows.with_suffix(".json").read_text())
     data = np.load(rows, mmap_mode="r")
     todo = [folder for folder in folders if (folder / "run.json").exists() and folder.name not in done]
     if not todo:
         return
-    prepared = [prepare(folder, data, about, out) for folder in todo]
+    prepared = [prepare(folder, data, about, out, first=first) for folder in todo]
     paths = [path for path, _ in prepared]
     config = EvaluateConfig(
         store=store, out=out / "results", model=model, scores=("kl", "ev", "l0"), rows=eval_rows, dtype="float32"
