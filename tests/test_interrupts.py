@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline.base.processes import hold_interrupts
+
 ROOT = Path(__file__).parents[1]
-ENTRIES = ["pipeline", "harvest", "train", "evaluate", "evaluate.report"]
+ENTRIES = [
+    "pipeline",
+    "harvest",
+    "train",
+    "evaluate",
+    "evaluate.report",
+    "evaluate.explain",
+    "evaluate.latents.neuronpedia",
+]
+STARTING = "\nstopped while starting; nothing was begun\n"
 
 
-def run(*words: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """A Python process from the checkout, with `path` before it where Python looks for modules."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(path), str(ROOT)))}
+def run(*words: str, path: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A Python process from the checkout, with `path` before it where Python looks for modules, and more variables."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(path), str(ROOT)))} | variables
     return subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -33,7 +45,125 @@ def test_interrupt_while_importing_is_one_line(tmp_path: Path, entry: str) -> No
     (tmp_path / "click.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     ended = run("-m", entry, "--help", path=tmp_path)
     assert (ended.returncode, ended.stdout) == (130, "")
-    assert ended.stderr == "\nstopped while starting; nothing was begun\n"
+    assert ended.stderr == STARTING
+
+
+INTERRUPT_AT_LINE = """
+import _signal, os, sys
+seen = 0
+def trace(frame, event, argument):
+    global seen
+    ours = os.path.dirname(frame.f_code.co_filename).startswith(os.environ["ROOT"])
+    if event == "line" and (seen or ours):
+        seen += 1
+        if seen == int(os.environ["AT"]):
+            sys.settrace(None)
+            _signal.raise_signal(_signal.SIGINT)
+            return None
+    return trace
+sys.settrace(trace)
+"""
+TAKEN = 25
+"""Lines of Python, from our first one on, within which Ctrl-C is taken: those of the first lines of two files."""
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("at", [TAKEN, 50, 100, 200, 400, 800])
+def test_interrupt_at_first_lines(tmp_path: Path, entry: str, at: int) -> None:
+    """Ctrl-C while our own first modules are imported, at any line of Python's machinery too, is one line."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPT_AT_LINE)
+    ended = run("-m", entry, "--help", path=tmp_path, AT=str(at), ROOT=str(ROOT))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", STARTING)
+
+
+@pytest.mark.parametrize("words", [["-m", "theirs"], ["-m", "theirs", "train"], ["-c", "import pipeline, train"]])
+def test_programs_of_others_keep_interrupts(tmp_path: Path, words: list[str]) -> None:
+    """A program that imports our packages, as early as `python -m` lets it, keeps Python's own KeyboardInterrupt."""
+    package = tmp_path / "theirs"
+    package.mkdir()
+    (package / "__init__.py").write_text("import pipeline, harvest, train, evaluate\n")
+    (package / "__main__.py").write_text("")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, signal\n"
+        "atexit.register(lambda: print(signal.getsignal(signal.SIGINT) is signal.default_int_handler))\n"
+    )
+    assert run(*words, path=tmp_path).stdout == "True\n"
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_held_interrupt_is_heard(entry: str) -> None:
+    """Ctrl-C while Python itself starts a stage, whose parent holds it back, is heard by the stage's first lines."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", entry, "--help"], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=hold_interrupts
+    )
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == STARTING
+    assert process.returncode == 130
+
+
+def test_stage_leaves_last_word_to_experiment(tmp_path: Path) -> None:
+    """Of Ctrl-C in a stage of an experiment the experiment speaks, so that it is said once."""
+    (tmp_path / "click.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    ended = run("-m", "harvest", "--help", path=tmp_path, PIPELINE_LOG=str(tmp_path / "log"))
+    assert (ended.returncode, ended.stderr) == (130, "")
+
+
+def test_glued_module_name_is_ours(tmp_path: Path) -> None:
+    """`python -mtrain` is a command of ours too."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPT_AT_LINE)
+    ended = run("-mtrain", "--help", path=tmp_path, AT=str(TAKEN), ROOT=str(ROOT))
+    assert (ended.returncode, ended.stderr) == (130, STARTING)
+
+
+INTERRUPT_MAIN = """
+import os, signal, sys
+from pipeline.base import startup
+startup.begin()
+import click
+from pipeline.base import cli
+from pipeline.base.errors import UsageError
+
+def work():
+    if mode == "error":
+        raise UsageError("wrong")
+    if mode == "interrupt":
+        signal.raise_signal(signal.SIGINT)
+
+def trace(frame, event, argument):
+    global seen
+    if event == "line" and frame.f_code.co_filename in (cli.__file__, startup.__file__):
+        seen += 1
+        if seen == at:
+            sys.settrace(None)
+            os.write(tell, b"interrupted")
+            signal.raise_signal(signal.SIGINT)
+            return None
+    return trace
+
+mode, at, seen = sys.argv.pop(), 0, 0
+while True:  # a child for each line, which is interrupted there; the last one ends before
+    at += 1
+    heard, tell = os.pipe()
+    if not (child := os.fork()):
+        break
+    os.close(tell)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    if not os.read(heard, 20):
+        os._exit(0)
+sys.settrace(trace)
+cli.main(click.Command("x", callback=work), "x")
+"""
+
+
+@pytest.mark.parametrize(("mode", "code"), [("done", "0"), ("error", "2"), ("interrupt", "130")])
+def test_interrupt_at_each_line_of_main(mode: str, code: str) -> None:
+    """Ctrl-C at any line of what surrounds a command, once it is done, failed or interrupted too, is no traceback."""
+    ended = run("-c", INTERRUPT_MAIN, mode)
+    *interrupted, whole = ended.stdout.split()
+    assert len(interrupted) > 15
+    assert set(interrupted) == {"130"}
+    assert whole == code
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

@@ -18,11 +18,11 @@ from typing import IO, Any
 
 import torch
 
+from pipeline import INTERRUPTED
 from pipeline.base.errors import PipelineError, UsageError
 from pipeline.base.processes import SPREAD_VARIABLE, die_with_parent, is_launched, python_path
 from pipeline.base.progress import say
 from pipeline.base.runtime import world_size
-from pipeline.base.startup import INTERRUPTED
 
 STOP_S = 60.0
 """Seconds that a process which is asked to stop may take to write the states of its members."""

@@ -16,6 +16,11 @@ with dimensions of the stream, which Neuronpedia calls neurons, are left empty.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from pipeline.base import startup  # before what takes time to import
+
+    startup.begin()
+
 import gzip
 import hashlib
 import json

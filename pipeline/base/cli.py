@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 
 import click
 
+from pipeline import INTERRUPTED, say_stopped
 from pipeline.base.errors import ADVICE, DiskError, PipelineError, UsageError, explain, one_line
 from pipeline.base.processes import is_launched
 from pipeline.base.progress import log_line, say
-from pipeline.base.startup import INTERRUPTED, heard
+from pipeline.base.startup import heard
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
@@ -209,7 +210,8 @@ def main(command: click.Command, program: str, resume: str = "run the same comma
 def failed(error: BaseException, resume: str, *, interrupted: bool) -> int:
     """Say what ended a command, and its exit code. Raises the error itself where it is a bug."""
     if interrupted or isinstance(error, click.Abort | KeyboardInterrupt):
-        say(f"\nstopped; {resume}")
+        say_stopped(f"stopped; {resume}")
+        log_line(f"stopped; {resume}")
         return INTERRUPTED
     if isinstance(error, click.ClickException):
         error.show()

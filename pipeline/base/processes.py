@@ -31,3 +31,15 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def hold_interrupts() -> None:
+    """Have Ctrl-C wait in a process that becomes a command of ours, before exec: Python's own start knows no better than a
+    traceback. The command's first lines let it in (pipeline/__init__)."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def become_child() -> None:
+    """In the child before exec: it dies with its parent, and Ctrl-C waits until it can be heard."""
+    die_with_parent()
+    hold_interrupts()

@@ -12,12 +12,10 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from pipeline import LOG_VARIABLE
+
 PLAIN_EVERY_S = 15.0
 """Seconds between plain lines when the output is not a terminal."""
-
-LOG_VARIABLE = "PIPELINE_LOG"
-"""Environment variable: a file to which every line that a person sees is appended too."""
-
 
 _silent = False
 

@@ -1,7 +1,9 @@
-"""What every command imports first, before anything that takes time: from then on Ctrl-C never ends in a traceback.
+"""What every command imports first, before anything that takes time: with `pipeline/__init__`, whose first lines take Ctrl-C,
+it never ends in a traceback.
 
     while it imports     nothing is begun, nothing is held: the process leaves at once
     in `heard`           KeyboardInterrupt, as Python does it, but one that gets lost is raised again
+    after it             the command has said how it ended: the process leaves at once
 
 One gets lost where Python cannot raise: in a generator that is thrown away, a destructor, a callback of a library. Python
 then says "Exception ignored in" and goes on. `heard` notes it and interrupts once more, until the command hears it.
@@ -22,22 +24,28 @@ from importlib.machinery import ModuleSpec
 from types import FrameType, ModuleType
 from typing import Any
 
+from pipeline import INTERRUPTED, leave, say_stopped
 from pipeline.base.errors import explain
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
 AGAIN_S = 0.02
 """Seconds after which a lost interrupt is raised again: by then its frame is left."""
 
 
-def leave(number: int, frame: FrameType | None) -> None:
-    """End the process now; what it has done so far is to import."""
-    os.write(2, b"\nstopped while starting; nothing was begun\n")
+def leave_at_end(number: int, frame: FrameType | None) -> None:
+    """End the process now; its command has ended, and said how."""
+    say_stopped("stopped")
     os._exit(INTERRUPTED)
 
 
 def say_what_failed(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Of what fails while importing: one line where the machine is the cause, else Python's traceback."""
+    """Of what nobody caught: one line where the machine is the cause, and of Ctrl-C, which may come after `main` caught one
+    or before it catches any; else Python's traceback."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__context__  # what a library's clean-up made of it
+    if cause is not None:
+        say_stopped("stopped")
+        sys.exit(INTERRUPTED)
     said = explain(error)
     if said is None:
         sys.__excepthook__(kind, error, trace)
@@ -109,4 +117,4 @@ def heard() -> Iterator[Interrupts]:
         yield interrupts
     finally:
         sys.unraisablehook = hook
-        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is leave else previous)
+        signal.signal(signal.SIGINT, leave_at_end if previous is leave else previous)

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from pipeline import LOG_VARIABLE
 from pipeline.base.digests import unvouch, vouch
 from pipeline.base.errors import PipelineError, UsageError
-from pipeline.base.processes import ROOT, die_with_parent, python_path
-from pipeline.base.progress import LOG_VARIABLE
+from pipeline.base.processes import ROOT, become_child, hold_interrupts, python_path
 
 
 def options(settings: Mapping[str, Any], *, negatable: bool = False) -> list[str]:
@@ -96,7 +96,7 @@ def run_stage(stage: str, words: Sequence[str], log: Path) -> str:
         env=stage_environment(log),
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=become_child,
     ) as process:
         try:
             output, _ = process.communicate()
@@ -116,15 +116,16 @@ def ask_stage(stage: str, words: Sequence[str], log: Path) -> Any:
     return json.loads(run_stage(stage, [*words, "--json"], log))
 
 
-def pass_on(stage: str, words: Sequence[str]) -> None:
-    """Become a stage: run it with this terminal and exit with its code, for a command that only forwards its words.
+def pass_on(stage: str, words: Sequence[str]) -> NoReturn:
+    """Become a stage, for a command that only forwards its words: this process goes on as it, with this terminal.
 
     Paths in `words` are taken from here, so it runs here and not in ROOT.
     """
+    sys.stdout.flush()
+    sys.stderr.flush()
     environment = os.environ | {"PYTHONPATH": python_path()}
-    sys.exit(
-        subprocess.run([sys.executable, "-m", stage, *words], env=environment, preexec_fn=die_with_parent).returncode
-    )
+    hold_interrupts()
+    os.execve(sys.executable, [sys.executable, "-m", stage, *words], environment)
 
 
 def stage_environment(log: Path) -> dict[str, str]:
