@@ -148,6 +148,19 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def holm_levels(p: Sequence[float], level: float) -> list[float]:
+    """The level at which Holm's procedure tests each hypothesis, in the order given: `level` over the number left at its step.
+
+    Those that are not rejected are all tested at the step that ended it. So p ≤ its level exactly where it is rejected.
+    """
+    order = np.argsort(p, kind="stable")
+    rejected = sum(adjusted < level for adjusted in holm(p))
+    levels = [0.0] * len(p)
+    for rank, index in enumerate(order):
+        levels[index] = level / (len(p) - min(rank, rejected))
+    return levels
+
+
 def interpolated(x: float, points: Sequence[tuple[float, float]]) -> float:
     """A value at x > 0 on the line through points (x, value), straight over log x; beyond its ends, that of the end."""
     xs, values = zip(*sorted(points))

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Better = Literal["lower", "higher", "neither"]
+SHIPPED_SPECS = {"fb6325a093": "tree", "0aaab54dbb": "forest", "059951545e": "large"}
+"""What `harvest --truth` calls the specs of known features that come with it, by the digits of their hash that stand for a
+model in their stores and results."""
 
 
 @dataclass(frozen=True)
@@ -274,6 +277,14 @@ METRICS: dict[str, Metric] = {
             "fraction",
             "higher",
             "distinct true features that latents match best, over latents",
+        ),
+        Metric(
+            "truth_absorption",
+            "absorption",
+            "fraction",
+            "lower",
+            "truth_parent_silent − truth_parent_missed: how much more often the parent’s latent is silent under a child of it "
+            "than it is missed anyway",
         ),
         Metric(
             "truth_parent_silent",

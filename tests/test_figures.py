@@ -13,7 +13,16 @@ from matplotlib.axes import Axes
 from evaluate.report import svg
 from evaluate.report.drawing import band_of, dodged, held
 from evaluate.report.figures import Figure, Missing, across_n, by_level, curve_of, loss
-from evaluate.report.figures_across import ablation, density, front, front_lines, fronts, make_figures, median
+from evaluate.report.figures_across import (
+    ablation,
+    density,
+    front,
+    front_lines,
+    fronts,
+    fronts_of,
+    make_figures,
+    median,
+)
 from evaluate.report.runs import Results, read_results
 from evaluate.report.scored import make_run
 from pipeline.base.files import read_json, write_json
@@ -228,10 +237,11 @@ def test_fronts_never_mix_places(tmp_path: Path) -> None:
         for k, l0 in ((20, 20.0), (40, 40.0)):
             write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,), layer=layer, l0=l0, k=k)
     results = read_results([tmp_path])
-    made = figure(fronts(results))
-    assert [panel.title for panel in made.panels] == [
-        f"{name} against L0 (layer {layer})" for layer in (3, 4) for name in ("KL", "Explained variance")
-    ]
+    for layer, made in ((3, figure(fronts(results))), (4, figure(fronts(results, elsewhere=True)))):
+        assert [panel.title for panel in made.panels] == [
+            f"{name} against L0 (layer {layer})" for name in ("KL", "Explained variance")
+        ]
+        assert {row["place"] for row in made.numbers} == {f"layer {layer}"}
     for _, runs in results.places:
         assert len({run.store.layer for run in runs}) == 1
         lines = front_lines(results, runs, "ev")
@@ -244,7 +254,23 @@ def test_legends_name_what_is_drawn(tmp_path: Path) -> None:
     flat = read_results([tmp_path])
     assert [label for _, label in figure(density(flat)).legend] == ["specialised"]
     caption = figure(fronts(flat)).caption
-    assert caption.startswith("A point is a checkpoint; bars are means of last checkpoints with 95 % intervals. ")
+    assert caption.startswith("A point is a checkpoint; bars are means of last checkpoints with 95 % intervals; dashed")
+
+
+def test_fronts_are_drawn_as_steps(tmp_path: Path) -> None:
+    """At one sparsity the front of flat dictionaries and that of nested ones are steps; lines over several take their place."""
+    write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,), l0=20.0, k=20)
+    results = read_results([tmp_path])
+    flat, nested = ([run for run in results.runs if bool(run.sharing) == kind] for kind in (False, True))
+    points = [(run, float(i), 0.5 - i / 10) for i, run in enumerate([*flat, *nested], 1)]
+    lines = front_lines(results, results.runs, "kl_nats")
+    assert [[run for run, _, _ in best] for best in fronts_of(points, lines, False)] == [flat, nested]
+    drawn = svg.inline(figure(fronts(results)).panels[0])
+    assert sorted(re.findall(r"stroke-dasharray: [^\"]*stroke: ([^;]*);", drawn)) == ["currentColor", "var(--quiet)"]
+    write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,), l0=40.0, k=40)
+    results = read_results([tmp_path])
+    assert fronts_of(points, front_lines(results, results.runs, "kl_nats"), False) == []
+    assert "stroke-dasharray" not in svg.inline(figure(fronts(results)).panels[0])
 
 
 def test_bars_stand_side_by_side() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -10,10 +9,12 @@ import pytest
 
 from evaluate.report import svg
 from evaluate.report.figures import Figure, Missing
+from evaluate.report.found import what_was_found
 from evaluate.report.nesting import control, nesting, nesting_found, nesting_table
 from evaluate.report.runs import Results, read_results
 from evaluate.report.scored import Container, read_run
 from evaluate.report.table import make_table
+from evaluate.report.wording import half_text
 from evaluate.report.write import write_report
 from pipeline.base.errors import DamagedError
 from pipeline.base.files import read_json, write_json
@@ -29,6 +30,7 @@ def made_up(
     ev: float = 0.0,
     *,
     f1: float | None = 0.0,
+    missed: float = 0.0,
     l0: float = 40.0,
     seeds: tuple[int, ...] = (0, 1, 2),
     id: str = "truth_parent_silent",
@@ -38,7 +40,7 @@ def made_up(
         train = read_json(path)["checkpoint"]["provenance"]["train"]
         nested, noise = train["alpha"] > 0, NOISE[train["seed"]] * (0.5 if train["alpha"] else 1)
         scores = {id: 0.3 + noise + silent * nested, "ev": 0.8 + noise + ev * nested, "l0": l0 if nested else 40.0}
-        beside = {"truth_parent_missed": 0.1}
+        beside = {"truth_parent_missed": 0.1 + missed * nested + noise / 3}
         for family in {"absorption", id.removesuffix("_fraction").removesuffix("_parent_silent")}:
             beside |= {f"{family}_recall": 0.9 + noise}
             beside |= {} if f1 is None else {f"{family}_f1": 0.7 + noise + f1 * nested}
@@ -55,34 +57,75 @@ def verdicts(text: str) -> list[str]:
     return re.findall(r"So (?:nesting|neither)[^.]*\.", text)
 
 
+BOUGHT = {
+    "absorption": "less absorption",
+    "misses": "fewer misses",
+    "F1": "a higher F1",
+    "explained variance": "more explained variance",
+}
+PAID = {
+    "absorption": "more absorption",
+    "misses": "more misses",
+    "F1": "a lower F1",
+    "explained variance": "less explained variance",
+}
+
+
 @pytest.mark.parametrize("id", ["truth_parent_silent", "absorption_fraction"])
 @pytest.mark.parametrize("silent", [-0.1, 0.0, 0.1])
 @pytest.mark.parametrize("f1", [-0.1, 0.0, 0.1])
 @pytest.mark.parametrize("ev", [-0.1, 0.0, 0.1])
 def test_sentence_follows_the_data(tmp_path: Path, id: str, silent: float, f1: float, ev: float) -> None:
-    """Absorption, F1 and explained variance, each lost, kept or won: one verdict, which holds each where it belongs."""
-    text = said(made_up(tmp_path, silent, ev, f1=f1, id=id))
-    found = verdicts(text)
-    assert len(found) == 1
-    signs = {"absorption": -silent, "F1": f1, "explained variance": ev}
-    won = {"absorption": "less absorption", "F1": "a higher F1", "explained variance": "more explained variance"}
-    lost = {"absorption": "more absorption", "F1": "a lower F1", "explained variance": "less explained variance"}
-    here, _, rest = found[0].partition("; a difference in ")
+    """Absorption, F1 and explained variance, each lost, kept or won: one verdict, which holds each where it belongs, the
+    finding above it and the lead of the page say the same of absorption, and every interval agrees with its words."""
+    results = made_up(tmp_path, silent, ev, f1=f1, id=id)
+    check_agreement(results, -silent, 0.0, f1, ev)
+
+
+@pytest.mark.parametrize("missed", [-0.1, 0.0, 0.1, 0.2])
+@pytest.mark.parametrize("silent", [-0.1, 0.0, 0.1])
+def test_misses_are_weighed_with_absorption(tmp_path: Path, silent: float, missed: float) -> None:
+    """Silence that rises by as much as misses do is no absorption; misses themselves are bought or paid."""
+    check_agreement(made_up(tmp_path, silent, missed=missed), round(missed - silent, 6), -missed, 0.0, 0.0)
+
+
+def check_agreement(results: Results, absorption: float, misses: float, f1: float, ev: float) -> None:
+    """Signs above 0 are good. The verdict, the finding and the lead hold them, and no interval says otherwise."""
+    text = said(results)
+    (found,) = verdicts(text)
+    signs = {"absorption": absorption, "F1": f1, "explained variance": ev}
+    if "Where the features are known" in text:
+        signs["misses"] = misses
+    here, _, rest = found.partition("; a difference in ")
     bought, _, paid = here.partition(", and pays for it with ")
     if "buys nothing that is shown: there is" in here or here.startswith("So neither"):
         bought, paid = "", here
-    assert [name for name in signs if won[name] in bought] == [name for name, x in signs.items() if x > 0]
-    assert [name for name in signs if lost[name] in paid] == [name for name, x in signs.items() if x < 0]
-    assert [name for name in signs if name in rest] == [name for name, x in signs.items() if x == 0]
-    assert found[0].startswith("So neither") == (not any(signs.values()))
-    change = {-0.1: "is lower with nesting: nested", 0.0: "is not shown: nested", 0.1: "is higher with nesting: nested"}
-    assert [key for key, part in change.items() if part in text] == [silent]
+    assert {name for name in signs if BOUGHT[name] in bought} == {name for name, x in signs.items() if x > 0}
+    assert {name for name in signs if PAID[name] in paid} == {name for name, x in signs.items() if x < 0}
+    assert {name for name in signs if name in rest} == {name for name, x in signs.items() if x == 0}
+    assert found.startswith("So neither") == (not any(signs.values()))
+    words = {-1: "is higher with nesting: nested", 0: "is not shown: nested", 1: "is lower with nesting: nested"}
+    sign = (absorption > 0) - (absorption < 0)
+    assert [key for key, part in words.items() if part in text] == [sign]
+    lead = what_was_found(make_table(results), results).lead
+    clauses = {
+        -1: "nested ones absorb more",
+        0: "a difference in absorption is not shown",
+        1: "nested ones absorb less",
+    }
+    assert [key for key, part in clauses.items() if part in lead] == [sign]
+    for gap, half, unshown in re.findall(
+        r"\(([+−][\d.]+) ± ([\d.]+)(?:, corrected for \d+ tests)?(; not shown)?", text
+    ):
+        assert (abs(float(gap.replace("−", "-"))) <= float(half)) == bool(unshown), text
 
 
 def test_unscored_f1_is_not_spoken_of(tmp_path: Path) -> None:
     """Results without F1 have a verdict on absorption and explained variance alone."""
     text = said(made_up(tmp_path, -0.1, -0.1, f1=None))
-    assert verdicts(text) == ["So nesting buys less absorption here, and pays for it with less explained variance."]
+    assert verdicts(text) == [
+        "So nesting buys less absorption here, and pays for it with less explained variance; a difference in misses is not shown."
+    ]
     assert "F1" not in text
 
 
@@ -90,34 +133,38 @@ def test_f1_against_absorption_is_said(tmp_path: Path) -> None:
     """More absorption with a higher F1: what is bought is the F1, with its numbers."""
     text = said(made_up(tmp_path, 0.1, -0.1, f1=0.1))
     assert verdicts(text) == [
-        "So nesting buys a higher F1 here, and pays for it with more absorption and less explained variance."
+        "So nesting buys a higher F1 here, and pays for it with more absorption and less explained variance; a difference in "
+        "misses is not shown."
     ]
     assert re.search(r"F1 of the features’ latents is 0\.80\d* ± [\d.]+ against 0\.70\d* ± [\d.]+ flat \(", text), text
 
 
-def test_difference_lost_to_correction_is_said(tmp_path: Path) -> None:
-    """A difference in explained variance whose interval leaves 0 out, and which many other tests take away again."""
-    results = made_up(tmp_path, -0.1, -0.1)
-    assert "after correction" not in said(results)
+def test_correction_widens_the_interval_that_is_said(tmp_path: Path) -> None:
+    """A difference in explained variance whose own 95 % interval leaves 0 out, and that of its corrected test does not: the
+    sentence has the wider one, and says not shown."""
+    results = made_up(tmp_path, -0.1, -0.004)
     table = make_table(results)
-    for line in table.lines:
-        line.cells["ev"] = dataclasses.replace(line.cells["ev"], p=0.2)
+    cell = table.lines[1].cells["ev"]
+    assert cell.test is not None
+    assert cell.half is not None
+    assert cell.test.half < abs(cell.test.difference) < cell.half
+    assert cell.verdict == "not shown"
     text = " ".join(nesting_found(table, results))
-    assert "; not shown after correction for all that was tested)" in text
+    assert f"± {half_text(cell.half)}, corrected for 2 tests; not shown to differ)" in text
     assert verdicts(text) == [
-        "So nesting buys less absorption here; a difference in F1 or explained variance is not shown."
+        "So nesting buys less absorption here; a difference in misses, F1 or explained variance is not shown."
     ]
 
 
 def test_sentences_say_the_data_numbers(tmp_path: Path) -> None:
     """Means, the difference, mere misses and what is beyond them."""
     text = said(made_up(tmp_path, -0.1, -0.05))
-    assert re.search(r"nested \(α = 0\.2\) 0\.200\d* ± [\d.]+ against 0\.300\d* ± [\d.]+ flat, −0\.100\d* ± ", text), (
-        text
-    )
-    assert "the parent is missed on 0.1" in text
-    assert "flat (300 cases, and 200 with a child); silence" in text
-    assert re.search(r"beyond mere misses is 0\.100\d* ± [\d.]+ against 0\.200\d* ± [\d.]+ flat \(−0\.100", text), text
+    spread = r"\d* ± [\d.]+"
+    assert re.search(rf"nested \(α = 0\.2\) 0\.100{spread} against 0\.200{spread} flat, −0\.100\d* ± ", text), text
+    silent = rf"a child of it on, 200 cases, the parent’s latent is silent on 0\.200{spread} against 0\.300{spread} flat \(−0"
+    assert re.search(silent, text), text
+    missed = rf"with none on, 300 cases, it is missed on 0\.100{spread} against 0\.100{spread} flat \([^)]*; not shown to differ"
+    assert re.search(missed, text), text
     assert re.search(r"Explained variance is 0\.750\d* ± [\d.]+ against 0\.800\d*", text), text
 
 
@@ -193,7 +240,11 @@ def test_figure_has_a_mark_a_dictionary(tmp_path: Path) -> None:
     """Six dictionaries, six marks that can be pointed at, three trees in every level of the flat and the nested one."""
     found = nesting(made_up(tmp_path, -0.1))
     assert isinstance(found, Figure)
-    assert [panel.id for panel in found.panels] == ["nesting-truth_parent_silent", "trees-0", "trees-1", "trees-2"]
+    assert [panel.id for panel in found.panels] == ["nesting-truth_absorption", "trees-0", "trees-1", "trees-2"]
+    runs = {(run.sharing, run.seed): run for run in made_up(tmp_path, -0.1).runs}
+    for row in found.numbers:
+        run = runs[(0.2,) if row["row"] == "α = 0.2" else (), row["seed"]]
+        assert row["value"] == run.score("truth_parent_silent") - run.score("truth_parent_missed")  # type: ignore[operator]
     assert len(found.panels[0].tips) == len(found.numbers) == 6
     assert {row["row"] for row in found.numbers} == {"α = 0", "α = 0.2"}
     drawn = [svg.inline(panel) for panel in found.panels]
@@ -239,16 +290,22 @@ def test_control_matches_size_and_density(level: tuple[float, float], value: flo
     assert control(Container(*level, 0.7), sets) == (None if value is None else pytest.approx(value))
 
 
-def test_report_opens_with_what_nesting_buys(tmp_path: Path) -> None:
-    """The sentence comes first, then the figure, before all other figures."""
+def test_report_opens_with_costs_and_gains(tmp_path: Path) -> None:
+    """One sentence on quality and absorption, the fronts, what nesting buys, the sentences behind; then Table 1, then curves."""
     made_up(tmp_path / "results", -0.1)
     page = write_report([tmp_path / "results"], tmp_path / "r.html").read_text()
     first = page.index("What was found")
-    order = [
-        page.index(part, first)
-        for part in ("latent is silent is lower", "Figure 1. What nesting buys", "Table 1", "Figure 2.")
-    ]
+    parts = (
+        "nested ones absorb less",
+        "Figure 1. Quality",
+        "Figure 2. What nesting buys",
+        "is lower with",
+        "Table 1",
+        "Figure 3.",
+    )
+    order = [page.index(part, first) for part in parts]
     assert order == sorted(order)
+    assert page.index("Figure 3. Training loss") < page.index("<h2>What nesting buys</h2>")
     assert (tmp_path / "r_files" / "nesting_levels.csv").exists()
 
 
@@ -269,24 +326,3 @@ def test_odd_trees_are_refused(tmp_path: Path, nodes: object) -> None:
     write_json(path, read_json(path) | {"truth": {"trees": [nodes]}})
     with pytest.raises(DamagedError, match=r"truth\.trees\.0"):
         read_run(path)
-
-
-@pytest.mark.parametrize(
-    ("missed", "change"),
-    [
-        (0.1, "So neither what nesting buys nor what it costs is shown here"),
-        (0.2, "So nesting buys less absorption here"),
-        (-0.1, "So nesting costs here and buys nothing that is shown: there is more absorption"),
-    ],
-)
-def test_mere_misses_are_no_absorption(tmp_path: Path, missed: float, change: str) -> None:
-    """Silence that rises by as much as misses do is more silence and no more absorption; by less, it is less of it."""
-    made_up(tmp_path, 0.1)
-    for path in tmp_path.glob("*-step_*.json"):
-        data = read_json(path)
-        if data["checkpoint"]["provenance"]["train"]["alpha"]:
-            data["levels"][-1]["scores"]["truth_parent_missed"] += missed
-        write_json(path, data)
-    text = said(read_results([tmp_path]))
-    assert "latent is silent is higher with nesting" in text
-    assert change in text

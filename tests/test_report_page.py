@@ -12,10 +12,11 @@ import torch
 from evaluate.latents.collect import write_latents
 from evaluate.latents.files import latents_folder
 from evaluate.report.write import write_report
+from pipeline.base.files import read_json, write_json
 from pipeline.base.runtime import torch_rng
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from support.browser import Browser, browse, needs_chromium
-from support.results_files import write_results
+from support.results_files import add_nesting, write_results
 
 pytestmark = needs_chromium
 HOSTILE = (
@@ -117,6 +118,55 @@ def test_report_fits_its_window(browser: Browser, report: Path, width: int) -> N
         "[...document.querySelectorAll('.panel svg')].every(s => s.getBoundingClientRect().width > 200)"
     )
     assert browser.problems == []
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of known features and of absorption on real rows, like the demo's."""
+    folder = tmp_path_factory.mktemp("opened")
+    for i, name in enumerate(("truth_parent_silent", "absorption_fraction")):
+        for path in write_results(folder / name, alphas=(0.0, 0.2), steps=(400,), layer=i, drop=["kl_nats"] * (1 - i)):
+            seed = read_json(path)["checkpoint"]["provenance"]["train"]["seed"]
+            beside = {"truth_parent_missed": 0.1 + seed / 50} if i == 0 else {}
+            add_nesting(path, **{name: 0.3 + seed / 100, "absorption_f1": 0.7, "truth_f1": 0.7} | beside)
+            if i == 0:
+                data = read_json(path)
+                write_json(path, data | {"store": data["store"] | {"model": "truth:0aaab54dbb", "hook": None}})
+    return write_report([folder], folder / "report.html", title="Flat and nested dictionaries of a small model")
+
+
+def places(browser: Browser, selectors: list[str]) -> list[tuple[float, float, float]]:
+    """Left, top and bottom of the first element that each selector finds, from the top of the page."""
+    find = "(e => (({left, top, bottom}) => [left, top + scrollY, bottom + scrollY])(e.getBoundingClientRect()))"
+    return [tuple(browser.evaluate(f"{find}(document.querySelector('{one}'))")) for one in selectors]
+
+
+def test_first_screen_answers_and_shows(browser: Browser, opened: Path) -> None:
+    """At 1440 × 900 the lead, the number and the panels of both figures, side by side, lie on the first screen."""
+    browser.size(1440, 900)
+    browser.open(opened)
+    panels = browser.evaluate(
+        "[...document.querySelectorAll('.opening .panel')].map(p => p.getBoundingClientRect().bottom)"
+    )
+    assert len(panels) == 2 + 2 + 3
+    assert max(panels) < 900
+    lead, number, fronts, nesting, table = places(
+        browser, [".lead", ".answer", "#figure-pareto", "#figure-nesting", "#table"]
+    )
+    assert max(lead[2], number[2]) < fronts[1] == nesting[1]
+    assert fronts[0] < nesting[0]
+    assert max(fronts[2], nesting[2]) < table[1]
+
+
+def test_phone_has_one_order(browser: Browser, opened: Path) -> None:
+    """On a phone: lead, number, fronts, what nesting buys, the sentences behind, Table 1, curves; nothing wider than it."""
+    browser.size(390)
+    browser.open(opened)
+    order = places(
+        browser, [".lead", ".answer", "#figure-pareto", "#figure-nesting", ".behind", "#table", "#figure-loss"]
+    )
+    assert all(one[2] <= other[1] for one, other in zip(order, order[1:]))
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_hostile_names_are_text(browser: Browser, report: Path) -> None:

@@ -90,33 +90,74 @@ def test_verdict_follows_the_metrics_direction(tmp_path: Path) -> None:
 
 
 def test_answer_leads_with_one_number(tmp_path: Path) -> None:
-    """The answer is the difference in KL at equal L0 with its interval; sentences say which way, and count the tests."""
+    """One sentence holds both endpoints at equal L0 with their intervals; beside it stands the difference in KL and what it
+    means; sentences behind say which way, and count the tests."""
     write_results(tmp_path, steps=(400,), effect=0.8, noise=0.002)
     results = read_results([tmp_path])
     found = what_was_found(make_table(results), results)
     assert re.fullmatch(r"\+0\.\d+ ± 0\.\d+", found.figure)
-    assert found.unit.startswith("nats/token of KL")
-    assert found.sentences[0].startswith(("At equal L0 (38.9", "At nearly equal L0 (38.9 against 38.8)"))
+    assert found.unit.startswith(
+        "nats/token of KL, nested minus flat (95 % interval, corrected for 8 tests): nested is worse"
+    )
+    assert "% of the KL that replacing the activations by zeros costs" in found.unit
+    at = ("At equal L0 (38.9", "At nearly equal L0 (38.9 against 38.8)")
+    assert found.lead.startswith(at)
+    assert (
+        f"dictionaries (α = 0.2) are worse than flat ones in KL ({found.figure} nats/token) and explained" in found.lead
+    )
+    assert found.sentences[0].startswith(at)
     assert "α = 0.2 are worse than flat ones in KL: " + found.figure in found.sentences[0]
-    assert "% of the KL that replacing the activations by zeros costs" in found.sentences[1]
-    assert "Of 8 tests of KL and explained variance at equal L0" in found.sentences[3]
-    assert "worse in KL (4 of 4 rows)" in found.sentences[3]
+    assert "Of 8 tests of KL and explained variance at equal L0" in found.sentences[2]
+    assert "worse in KL (4 of 4 rows)" in found.sentences[2]
 
 
 def test_not_shown_says_detectable_difference(tmp_path: Path) -> None:
-    """Without significance the difference is not shown, and the smallest that could have been stands beside it."""
+    """Without significance the difference is not shown, and the smallest that could have been stands beside it: half its
+    interval, which holds 0."""
     write_results(tmp_path, steps=(400,), effect=0.0, noise=0.02)
     results = read_results([tmp_path])
     table = make_table(results)
-    sentences = what_was_found(table, results).sentences
-    assert "is not shown" in sentences[0]
-    assert "could not have been shown" in sentences[0]
-    assert "none passes" in " ".join(sentences)
+    found = what_was_found(table, results)
+    assert "not shown to differ from flat ones in KL" in found.lead
+    assert "no difference is shown; the interval holds 0, and at most " in found.unit
+    assert "is not shown" in found.sentences[0]
+    least = re.search(r"a difference under ([\d.]+) nats/token could not have been shown", found.sentences[0])
+    assert least is not None
+    assert f"± {least[1]} nats/token" in found.sentences[0]
+    assert "none passes" in " ".join(found.sentences)
     for _, cell in table.tested:
-        assert cell.least is not None
-        assert abs(cell.test.difference) < cell.least
-        assert cell.least == pytest.approx(cell.test.half / stats.t.ppf(0.975, 2) * stats.t.ppf(1 - 0.025 / 8, 2))
+        assert cell.half is not None
+        assert abs(cell.test.difference) < cell.half
+        assert cell.half == pytest.approx(cell.test.half / stats.t.ppf(0.975, 2) * stats.t.ppf(1 - 0.025 / 8, 2))
     assert "<strong" not in report(tmp_path)
+
+
+@pytest.mark.parametrize("effect", [-0.4, -0.05, 0.0, 0.03, 0.05, 0.1, 0.35, 0.8])
+def test_interval_and_verdict_agree(tmp_path: Path, effect: float) -> None:
+    """Whichever way the data come out: an interval leaves 0 out exactly where its verdict says better or worse, in the
+    table's cells, its markup, the CSV and every sentence."""
+    write_results(tmp_path, steps=(400,), effect=effect, noise=0.004)
+    results = read_results([tmp_path])
+    table = make_table(results)
+    for line, cell in table.tested:
+        outside = abs(cell.test.difference) > cell.half
+        assert outside == (cell.verdict in ("better", "worse")), (line.row.label, cell.verdict)
+    markup = report(tmp_path)
+    shown = re.findall(r'class="verdict">([+−][\d.]+) ± ([\d.]+)</span><span class="verdict [^"]*"> ([a-z ]+)<', markup)
+    assert len(shown) == 8
+    texts = [(sign, half, verdict == "not shown") for sign, half, verdict in shown]
+    found = what_was_found(table, results)
+    for way, parts in re.findall(
+        r"(worse|better|not shown to differ)([^;]*?)(?=, and (?:worse|better|not)|;|\.$)", found.lead
+    ):
+        texts += [(sign, half, way.startswith("not")) for sign, half in re.findall(r"([+−][\d.]+) ± ([\d.]+)", parts)]
+    texts += [(*found.figure.split(" ± "), "no difference is shown" in found.unit)]
+    for sentence in found.sentences:
+        if match := re.search(r": ([+−][\d.]+) ± ([\d.]+)", sentence):
+            texts.append((match[1], match[2], "is not shown" in sentence))
+    assert len(texts) == 8 + 2 + 1 + 2
+    for difference, half, unshown in texts:
+        assert (abs(float(difference.replace("−", "-"))) <= float(half)) == unshown, (difference, half, unshown)
 
 
 def test_unequal_l0_is_not_compared(tmp_path: Path) -> None:
@@ -128,6 +169,10 @@ def test_unequal_l0_is_not_compared(tmp_path: Path) -> None:
     cell = table.lines[1].cells["kl_nats"]
     assert (cell.test, cell.p, cell.verdict) == (None, None, "not comparable")
     assert cell.apart is not None
+    lead = what_was_found(table, results).lead
+    assert lead.startswith(
+        "Nested dictionaries (α = 0.2) are not comparable with flat ones, which are not as sparse, in KL and"
+    )
     assert re.fullmatch("L0 3[89][.0-9]* against 4[23][.0-9]*", cell.apart.reason)
     assert "not comparable" in what_was_found(table, results).sentences[0]
     markup = report(tmp_path)
@@ -142,7 +187,7 @@ def test_nearly_equal_l0_is_compared(tmp_path: Path) -> None:
     results = read_results([tmp_path])
     table = make_table(results)
     assert len(table.tested) == 2
-    assert re.search(r"At nearly equal L0 \(38\.\d against 39\.\d\)", what_was_found(table, results).sentences[0])
+    assert re.search(r"At nearly equal L0 \(38\.\d against 39\.\d\)", what_was_found(table, results).lead)
 
 
 def test_fronts_are_compared_between_their_points(tmp_path: Path) -> None:
@@ -219,6 +264,72 @@ def test_scores_made_otherwise_are_no_replicates(tmp_path: Path) -> None:
     )
 
 
+def test_later_letters_keep_the_baseline(tmp_path: Path) -> None:
+    """First letters that were scored later, in the model's dtype and on more rows, and of some checkpoints alone, leave all of
+    them in one group with their flat baseline."""
+    paths = write_results(tmp_path / "rows", alphas=(0.0, 0.2, 0.5), steps=(400,))
+    for path in paths:
+        data = read_json(path)
+        data["evaluation"] = {"families": {"ev": {}, "l0": {}}, "n_sequences": 100, "massive_multiple": 3.0}
+        write_json(path, data)
+        if data["checkpoint"]["provenance"]["train"]["alpha"] < 0.5:
+            families = {"first_letter": {"dtype": "bf16", "seed": 0}}
+            data["evaluation"] |= {"families": families, "n_sequences": 900, "dtype": "bf16"}
+            data["sample"] |= {"n_tokens": 90_000, "n_sequences": 900}
+            for level in data["levels"]:
+                level["scores"], level["scores_without_massive"] = {"first_letter_fraction": 0.4}, {}
+            write_json(tmp_path / "letters" / path.name, data)
+    (group,) = read_results([tmp_path]).groups
+    assert [row.label for row in group.rows] == ["α = 0", "α = 0.2", "α = 0.5"]
+    assert [len(row.values("first_letter_fraction")) for row in group.rows] == [3, 3, 0]
+    assert {run.evaluation["n_sequences"] for run in group.runs} == {100}
+
+
+def test_other_weightings_meet_the_flat_baseline(tmp_path: Path) -> None:
+    """A flat dictionary has no weights of levels: those of other weightings, too, are compared with it, and tested."""
+    write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,), level_weighting="equal")
+    for weighting in ("size", "random", "inner:0.75"):
+        write_results(tmp_path, alphas=(0.2,), steps=(400,), level_weighting=weighting)
+    results = read_results([tmp_path])
+    flat = results.main.rows[0]
+    assert not flat.sharing
+    assert len(results.groups) == 4
+    assert all(group.baseline is flat for group in results.groups)
+    table = make_table(results)
+    assert len(table.tested) == 8
+    assert not table.apart
+    for line in table.lines:
+        if line.row.sharing:
+            assert line.cells["ev"].difference == compare(line.row.values("ev"), flat.values("ev"))
+
+
+def test_other_widths_are_lent_no_baseline(tmp_path: Path) -> None:
+    """Another weighting of another width has no flat dictionary of its own kind, and is compared with none."""
+    write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,), level_weighting="equal")
+    write_results(tmp_path, alphas=(0.2,), steps=(400,), level_weighting="size", width=2048)
+    results = read_results([tmp_path])
+    assert [group.baseline is None for group in results.groups] == [False, True]
+    assert len(make_table(results).tested) == 2
+
+
+def test_known_features_have_names(tmp_path: Path) -> None:
+    """A shipped spec is called by its name, another by how many features it has; two that are called alike get their hash."""
+    for i, (model, n) in enumerate([("truth:0aaab54dbb", 1000), ("truth:aaaaaaaaaa", 250), ("truth:bbbbbbbbbb", 250)]):
+        for path in write_results(tmp_path / str(i), alphas=(0.0,), seeds=(0,), steps=(400,), width=1024 + i):
+            data = read_json(path)
+            data["store"] |= {"model": model, "id": f"{i}" * 64}
+            write_json(path, data | {"truth": {"n_features": n}})
+    names = sorted(run.store.name for run in read_results([tmp_path]).runs)
+    spec = "250 known features, spec "
+    assert names == [f"{spec}aaaaaaaaaa", f"{spec}bbbbbbbbbb", "forest (1,000 known features)"]
+    two = read_results([tmp_path / "0", tmp_path / "1"])
+    assert sorted(group.label for group in two.groups) == ["250 known features", "forest (1,000 known features)"]
+    assert [name for name, _ in two.places] == [group.label for group in two.groups]
+    assert (
+        "aaaaaaaaaa" not in write_report([tmp_path / "1"], tmp_path / "r.html").read_text().partition("Provenance")[0]
+    )
+
+
 def test_averages_lead_without_massive_rows(tmp_path: Path) -> None:
     """Table, tests and sentences take averages without massive rows; those with them stand in a table of their own."""
     write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,))
@@ -250,7 +361,7 @@ def test_one_seed_makes_no_claim(tmp_path: Path) -> None:
     """One seed has no interval, no star and no claim."""
     write_results(tmp_path, seeds=(0,), effect=0.8)
     results = read_results([tmp_path])
-    assert what_was_found(make_table(results), results).sentences[0].startswith("No test is possible")
+    assert what_was_found(make_table(results), results).lead.startswith("No test is possible")
     markup = report(tmp_path)
     assert 'class="half"' not in markup
     assert "<strong" not in markup
@@ -262,7 +373,7 @@ def test_no_baseline_means_no_comparison(tmp_path: Path) -> None:
     write_results(tmp_path, alphas=(0.1, 0.2), steps=(400,))
     results = read_results([tmp_path])
     assert not make_table(results).tested
-    assert "no flat baseline" in what_was_found(make_table(results), results).sentences[0]
+    assert "no flat baseline" in what_was_found(make_table(results), results).lead
     report(tmp_path)
 
 
@@ -270,7 +381,7 @@ def test_flat_dictionaries_alone_make_a_report(tmp_path: Path) -> None:
     """Flat dictionaries alone make a report too."""
     write_results(tmp_path, alphas=(0.0,), steps=(400,))
     results = read_results([tmp_path])
-    assert "Only flat dictionaries" in what_was_found(make_table(results), results).sentences[0]
+    assert "Only flat dictionaries" in what_was_found(make_table(results), results).lead
     report(tmp_path)
 
 
@@ -303,7 +414,7 @@ def test_groups_differ_by_fewest_settings(tmp_path: Path) -> None:
     write_results(tmp_path, alphas=(0.0,), steps=(400,), recipe="batchtopk", k=32, lambda_shared=0.0)
     write_results(tmp_path, alphas=(0.0,), steps=(400,), width=2048)
     labels = [group.label for group in read_results([tmp_path]).groups]
-    assert labels == ["recipe paper, width 1024", "recipe batchtopk, width 1024", "recipe paper, width 2048"]
+    assert labels == ["paper, width 1024", "batchtopk, width 1024", "paper, width 2048"]
 
 
 def test_groups_meet_their_own_baseline(tmp_path: Path) -> None:
@@ -375,5 +486,5 @@ def test_hooks_have_places_of_their_own(tmp_path: Path) -> None:
         data = read_json(path)
         write_json(path, data | {"store": data["store"] | {"id": "other", "hook": "mlp_out"}})
     results = read_results([tmp_path])
-    assert [name for name, _ in results.places] == ["layer 3", "mlp_out of layer 3"]
+    assert {name for name, _ in results.places} == {"layer 3", "mlp_out of layer 3"}
     assert sorted(str(group.settings.get("hook")) for group in results.groups) == ["mlp_out", "resid_post"]

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from evaluate.statistics import Comparison, compare, estimate, holm, interpolated, is_significant, small_sample
+from evaluate.statistics import (
+    Comparison,
+    compare,
+    estimate,
+    holm,
+    holm_levels,
+    interpolated,
+    is_significant,
+    small_sample,
+)
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 
@@ -144,6 +153,20 @@ def test_holm_rejects_by_step_down(p: list[float]) -> None:
             break
         rejected.add(int(index))
     assert {i for i, a in enumerate(holm(p)) if a < 0.05} == rejected
+
+
+@given(P_VALUES)
+def test_holm_levels_agree_with_rejection(p: list[float]) -> None:
+    """A p value is below the level of its step exactly where Holm rejects, so an interval at that level says the same."""
+    levels = holm_levels(p, 0.05)
+    assert [x < level for x, level in zip(p, levels)] == [adjusted < 0.05 for adjusted in holm(p)]
+    assert all(0.05 / len(p) <= level <= 0.05 for level in levels)
+
+
+def test_holm_levels_stop_at_the_first_kept() -> None:
+    """Of four, .005 and .01 are rejected at .05 / 4 and .05 / 3; the rest are tested at .05 / 2, where it ends."""
+    assert holm_levels([0.01, 0.04, 0.03, 0.005], 0.05) == pytest.approx([0.05 / 3, 0.025, 0.025, 0.0125])
+    assert holm_levels([0.3, 0.4], 0.05) == pytest.approx([0.025, 0.025])
 
 
 def test_no_test_is_not_significant() -> None:

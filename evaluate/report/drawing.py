@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from evaluate.report.runs import Results, Row, sharing_label
 from evaluate.report.scored import Histogram, Node, Run, Sharing
-from evaluate.report.svg import BLOCK_COLOURS, INK, N_SERIES, PAPER, RULE, SERIES
+from evaluate.report.svg import BLOCK_COLOURS, INK, N_SERIES, PAPER, QUIET, RULE, SERIES
 from evaluate.statistics import Estimate, estimate
 
 MARKERS, MARK_NAMES = "os^DvP*X", "●■▲◆▼✚★✖"
@@ -138,12 +138,19 @@ def logarithmic(axes: Axes, *, x: bool) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def scatter(results: Results, points: Sequence[Point], lines: Sequence[FrontLine]) -> Draw:
-    """One artist a checkpoint, so that each can be pointed at; a marker a group; last checkpoints larger; fronts as lines."""
+def scatter(
+    results: Results, points: Sequence[Point], lines: Sequence[FrontLine], fronts: Sequence[Sequence[Point]]
+) -> Draw:
+    """One artist a checkpoint, so that each can be pointed at; a marker a group; last checkpoints larger; lines over L0; and
+    fronts, that of flat dictionaries and that of nested ones, as steps: none better until the next, which is less sparse."""
     marker = {id(run): MARKERS[g % len(MARKERS)] for g, group in enumerate(results.groups) for run in group.runs}
     xs = [x for _, x, _ in points]
 
     def draw(axes: Axes) -> None:
+        for best, shade in zip(fronts, (INK, QUIET)):
+            steps = [(x, y) for _, x, y in best]
+            steps += [(max(xs), y) for _, y in steps[-1:]]
+            axes.step([x for x, _ in steps], [y for _, y in steps], where="post", color=shade, lw=0.9, ls=(0, (3, 2)))
         for sharing, _, band in lines:
             shade = colour(results, sharing)
             axes.errorbar(

@@ -33,7 +33,7 @@ class Apart:
 
 def at_equal_l0(results: Results, group: Group, row: Row, metric: str) -> Comparison | Apart | None:
     """The row against flat dictionaries at the row's own L0; None without a flat row or where no test can be made."""
-    flats = [other for sibling in results.siblings(group) for other in sibling.rows if not other.sharing]
+    flats = results.flats(group)
     if not flats or row in flats:
         return None
     l0 = positive(row.values("l0"))

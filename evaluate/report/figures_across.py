@@ -18,19 +18,26 @@ from evaluate.statistics import Estimate, estimate
 
 
 def make_figures(results: Results) -> list[Figure | Missing]:
-    """All figures in reading order: the first answers the report's question, with what nesting buys where that is known."""
-    bought = nesting(results)
-    others = [builder(results) for builder in (fronts, loss, across_n, by_level, density, ablation)]
-    return [bought, *others] if isinstance(bought, Figure) else [*others, bought]
+    """All figures in reading order: those of the opening, which answer the report's question, then all others."""
+    others = [builder(results) for builder in (loss, across_n, by_level, density, ablation)]
+    elsewhere = [fronts(results, elsewhere=True)] if len(results.places) > 1 else []
+    return [*opening(results), *others[:1], *elsewhere, *others[1:]]
 
 
-def fronts(results: Results) -> Figure | Missing:
-    """Figure 1: KL and explained variance against L0, fronts of flat and nested dictionaries drawn, places apart."""
-    title = "Quality against sparsity"
+def opening(results: Results) -> list[Figure | Missing]:
+    """What nesting costs, in KL and explained variance against L0, and what it buys against what it costs."""
+    return [fronts(results), nesting(results)]
+
+
+def fronts(results: Results, *, elsewhere: bool = False) -> Figure | Missing:
+    """KL and explained variance against L0, fronts of flat and nested dictionaries drawn: of the main place; or of all
+    others, each apart."""
+    title = "Quality against sparsity" + (" in other places" if elsewhere else "")
     panels: list[Panel] = []
     numbers: Numbers = []
     captions = []
-    for p, (place, runs) in enumerate(results.places):
+    held = [(p, *place) for p, place in enumerate(results.places) if (p > 0) == elsewhere]
+    for p, place, runs in held:
         for id in ("kl_nats", "ev"):
             metric = results.metric(id)
             scored = [(run, run.score("l0"), run.score(id)) for run in runs]
@@ -40,9 +47,11 @@ def fronts(results: Results) -> Figure | Missing:
                     f"p{i}": f"{run.name}: L0 {number(x)}, {metric.label} {number(y)}"
                     for i, (run, x, y) in enumerate(points)
                 }
-                draw = scatter(results, points, front_lines(results, runs, id))
+                lines = front_lines(results, runs, id)
+                draw = scatter(results, points, lines, fronts_of(points, lines, metric.better == "higher"))
                 name = f"{first_upper(metric.label)} against L0" + (f" ({place})" if place else "")
-                label = f"{metric.label} ({metric.unit})"
+                unit = "" if metric.unit == "fraction" else f" ({metric.unit})"
+                label = f"{metric.label}{unit}"
                 panels.append(Panel(f"pareto-{p}-{id}", name, "L0 (latents/token)", label, draw, tips))
                 numbers += [
                     {"place": place, "score": id, **point_row(run), "l0": x, "value": y} for run, x, y in points
@@ -50,22 +59,28 @@ def fronts(results: Results) -> Figure | Missing:
                 captions.append(front_caption(metric.label, place, metric.better == "higher", points))
     if not panels:
         return Missing(title, "L0 with KL or explained variance is not among these results")
-    caption = f"{front_note(results)} Point at a point, or tap it, to see which checkpoint it is. {' '.join(captions)}"
-    caption += marks_note(results, range(len(results.groups)))
-    rows = [row for group in results.groups for row in group.rows]
-    return Figure("pareto", title, caption, panels, legend(results, rows), numbers)
+    there = {run.place for _, _, runs in held for run in runs}
+    groups = [g for g, group in enumerate(results.groups) if group.runs[0].place in there]
+    note = front_note(results, [runs for _, _, runs in held])
+    caption = f"{note} Point at a point, or tap it, to see which checkpoint it is. {' '.join(captions)}"
+    caption += marks_note(results, groups)
+    rows = [row for g in groups for row in results.groups[g].rows]
+    id = "pareto-elsewhere" if elsewhere else "pareto"
+    return Figure(id, title, caption, panels, legend(results, rows), numbers)
 
 
-def front_note(results: Results) -> str:
+def front_note(results: Results, places: Sequence[Sequence[Run]]) -> str:
     """What points, lines and bars are, of those that there are."""
-    last = sum(len(group.runs) for group in results.groups)
-    said = "A point is a checkpoint" + ("" if last == len(results.runs) else ", larger where it is a training’s last")
-    lines = [line for _, runs in results.places for _, _, line in front_lines(results, runs, "kl_nats")]
+    lasts = {id(run) for group in results.groups for run in group.runs}
+    all_last = all(id(run) in lasts for runs in places for run in runs)
+    said = "A point is a checkpoint" + ("" if all_last else ", larger where it is a training’s last")
+    lines = [line for runs in places for id in ("kl_nats", "ev") for _, _, line in front_lines(results, runs, id)]
     if any(len(line) > 1 for line in lines):
         return f"{said}; lines join the means of last checkpoints of one kind trained to different L0."
+    stairs = "dashed steps are the fronts of flat and, in grey, of nested dictionaries"
     if any(e.half for line in lines for _, e in line):
-        return f"{said}; bars are means of last checkpoints with 95 % intervals."
-    return f"{said}."
+        return f"{said}; bars are means of last checkpoints with 95 % intervals; {stairs}."
+    return f"{said}; {stairs}."
 
 
 def front_lines(results: Results, runs: Sequence[Run], metric: str) -> list[FrontLine]:
@@ -78,6 +93,14 @@ def front_lines(results: Results, runs: Sequence[Run], metric: str) -> list[Fron
             if id(row.runs[0]) in here and at and found and at.mean > 0:
                 lines.setdefault((group.family, row.sharing), []).append((at.mean, found))
     return [(sharing, family, sorted(line, key=lambda at: at[0])) for (family, sharing), line in lines.items()]
+
+
+def fronts_of(points: Sequence[Point], lines: Sequence[FrontLine], higher: bool) -> list[list[Point]]:
+    """The front of flat dictionaries and that of nested ones, where no line joins dictionaries of several sparsities."""
+    if any(len(line) > 1 for _, _, line in lines):
+        return []
+    kinds = ([point for point in points if bool(point[0].sharing) == nested] for nested in (False, True))
+    return [front(higher, kind) for kind in kinds]
 
 
 def point_row(run: Run) -> dict[str, str | int]:

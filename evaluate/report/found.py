@@ -1,4 +1,7 @@
-"""What was found, in sentences computed from the numbers and the tests: the answer first, then what stands behind it."""
+"""What was found, in sentences computed from the numbers and the tests: the answer first, then what stands behind it.
+
+A sentence's interval is the one by which it says shown or not shown: of a tested difference at the level of its test.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +10,72 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluate.report.equal import mean_of, positive
+from evaluate.report.nesting import absorption_clause
 from evaluate.report.runs import Results
 from evaluate.report.table import Cell, Line, Table
-from evaluate.report.wording import count, listed, number, p_text, plus_minus, signed_plus_minus
+from evaluate.report.wording import count, half_text, listed, number, p_text, plus_minus, signed_plus_minus
 from evaluate.statistics import SIGNIFICANT, estimate
 
 
 @dataclass(frozen=True)
 class Found:
-    """The answer, as one number where there is one (else empty) with its unit, and the sentences that say what it means."""
+    """The answer in one sentence; one number where there is one (else empty) with its unit and what it means; and the
+    sentences that stand behind."""
 
-    figure: str
-    unit: str
-    sentences: tuple[str, ...]
+    lead: str
+    figure: str = ""
+    unit: str = ""
+    sentences: tuple[str, ...] = ()
 
 
 def what_was_found(table: Table, results: Results) -> Found:
-    """The answer to whether nesting makes dictionaries better or worse, for as much as these results can say."""
+    """The answer to what nesting costs and buys, for as much as these results can say: in quality, and in absorption."""
+    bought = absorption_clause(results)
     if all(group.baseline is None for group in results.groups):
-        return Found(
-            "", "", ("There is no flat baseline (α = 0) among these results, so nothing is compared with it.",)
-        )
+        return Found("There is no flat baseline (α = 0) among these results, so nothing is compared with it.")
     if not any(line.row.sharing for line in table.lines):
-        return Found("", "", ("Only flat dictionaries (α = 0) are among these results, so nesting is not tested.",))
+        return Found("Only flat dictionaries (α = 0) are among these results, so nesting is not tested.")
     if not table.tested and not table.apart:
-        return Found("", "", (UNTESTED,))
+        return Found(UNTESTED)
     line = showcase(table, results)
     cells = [line.cells[id] for id in table.primary if id in line.cells]
-    lead = next((cell for cell in cells if cell.test), None)
+    first = next((cell for cell in cells if cell.test), None)
+    lead = f"{quality(line, cells, results)}{f'; {bought}' if bought else ''}."
     sentences = [incomparable(line, cells), *(answer(line, cell, results) for cell in cells)]
-    sentences = [sentence for sentence in sentences if sentence]
-    meaning = [what_it_means(lead, results)] if lead else []
-    rest = [verdicts(table), apart(table), massive(table, line)]
-    figure = signed_plus_minus(lead.test.difference, lead.test.half) if lead and lead.test else ""
-    unit = f"{unit_of(lead)} of {lead.metric.label}, nested minus flat, at equal L0" if lead else ""
-    return Found(figure, unit, tuple(s for s in (*sentences[:1], *meaning, *sentences[1:], *rest) if s))
+    sentences += [verdicts(table), apart(table), massive(table, line)]
+    found = tuple(sentence for sentence in sentences if sentence)
+    if first is None or first.test is None or first.half is None:
+        return Found(lead, sentences=found)
+    unit = f"{unit_of(first)} of {first.metric.label}, nested minus flat".lstrip()
+    corrected = f" (95 % interval, {table.corrected})" if table.corrected else ""
+    meaning = what_it_means(first, results)
+    return Found(lead, signed_plus_minus(first.test.difference, first.half), f"{unit}{corrected}: {meaning}.", found)
 
 
+def quality(line: Line, cells: Sequence[Cell], results: Results) -> str:
+    """In half a sentence, what nested dictionaries are in each primary endpoint, with its interval."""
+    ways: dict[str, list[str]] = {way: [] for way in WAYS.values()}
+    for cell in cells:
+        if cell.test is not None and cell.half is not None:
+            change = f"{signed_plus_minus(cell.test.difference, cell.half)} {unit_of(cell)}".rstrip()
+            ways.setdefault(WAYS[cell.verdict or ""], []).append(f"{cell.metric.label} ({change})")
+        elif cell.apart is not None:
+            ways.setdefault("not comparable with flat ones, which are not as sparse, in", []).append(cell.metric.label)
+    at = f"At {sparsity(line, results)}, nested" if any(cell.test for cell in cells) else "Nested"
+    said = (
+        ", and ".join(f"{way} {listed(parts)}" for way, parts in ways.items() if parts) or "not compared with flat ones"
+    )
+    group = f"; {line.group.label}" if line.group.label and line.group is not results.main else ""
+    return f"{at} dictionaries ({line.row.label}{group}) are {said}"
+
+
+WAYS = {
+    "better": "better than flat ones in",
+    "worse": "worse than flat ones in",
+    "different": "different from flat ones in",
+    "not shown": "not shown to differ from flat ones in",
+}
+"""What a verdict is in a sentence."""
 UNTESTED = (
     "No test is possible: a comparison needs at least two seeds a row, and scores that vary between them. "
     "The figures describe single runs; they carry no interval and no claim."
@@ -103,15 +135,12 @@ def answer(line: Line, cell: Cell, results: Results) -> str:
         return ""
     unit = f" {unit_of(cell)}".rstrip()
     at = sparsity(line, results)
-    change = f"{signed_plus_minus(cell.test.difference, cell.test.half)}{unit}"
+    half = cell.half or cell.test.half
+    change = f"{signed_plus_minus(cell.test.difference, half)}{unit}"
     flat = number(cell.estimate.mean - cell.test.difference, cell.test.half)
     numbers = f"{change}, {number(cell.estimate.mean, cell.test.half)} against {flat}"
     if cell.verdict == "not shown":
-        least = (
-            f"; a difference under {number(cell.least, cell.test.half)}{unit} could not have been shown"
-            if cell.least
-            else ""
-        )
+        least = f"; a difference under {half_text(half)}{unit} could not have been shown"
         return f"At {at}, a difference in {label} between {name} and flat dictionaries is not shown: {numbers}{least}."
     return f"At {at}, dictionaries at {name} are {cell.verdict} than flat ones in {label}: {numbers}."
 
@@ -119,8 +148,7 @@ def answer(line: Line, cell: Cell, results: Results) -> str:
 def sparsity(line: Line, results: Results) -> str:
     """At which L0 the line was compared: equal where flat dictionaries span it, nearly equal where one was near enough."""
     own = mean_of(line.row.values("l0"))
-    flats = [row for group in results.siblings(line.group) for row in group.rows if not row.sharing]
-    means = [mean_of(row.values("l0")) for row in flats]
+    means = [mean_of(row.values("l0")) for row in results.flats(line.group)]
     nearest = min(means, key=lambda mean: abs(mean - own), default=own)
     if min(means, default=own) <= own <= max(means, default=own) or f"{own:.3g}" == f"{nearest:.3g}":
         return f"equal L0 ({own:.3g})"
@@ -128,13 +156,17 @@ def sparsity(line: Line, results: Results) -> str:
 
 
 def what_it_means(cell: Cell, results: Results) -> str:
-    """A difference in KL as a share of what it costs to replace the activations by zeros."""
+    """What the verdict is; and a difference in KL as a share of what it costs to replace the activations by zeros: itself
+    where it is shown, else the most that its interval holds."""
+    said = "no difference is shown" if cell.verdict == "not shown" else f"nested is {cell.verdict}"
     zero = [x for run in results.main.runs if (x := run.baselines.get("kl_zero"))]
-    if cell.metric.id != "kl_nats" or not zero or cell.test is None:
-        return ""
-    cost = sum(zero) / len(zero)
-    share = 100 * abs(cell.test.difference) / cost
-    return f"That is {share:.2g} % of the KL that replacing the activations by zeros costs ({number(cost)} nats/token)."
+    if cell.metric.id != "kl_nats" or not zero or cell.test is None or cell.half is None:
+        return said
+    cost, most = sum(zero) / len(zero), abs(cell.test.difference) + cell.half
+    of = f"of the KL that replacing the activations by zeros costs ({number(cost)} nats/token)"
+    if cell.verdict == "not shown":
+        return f"{said}; the interval holds 0, and at most {100 * most / cost:.2g} % {of}"
+    return f"{said}, by {100 * abs(cell.test.difference) / cost:.2g} % {of}"
 
 
 def verdicts(table: Table) -> str:

@@ -1,6 +1,6 @@
 """What nesting buys and costs: absorption against explained variance, three known trees, and sentences true of the data.
 
-Where features are known, absorption is a parent's latent that is silent under its child, beside how often it is missed
+Where features are known, absorption is how much more often a parent's latent is silent under its child than it is missed
 alone; on real rows, and on words in prompts that ask for their first letter, it is the part of a label's projection that other
 latents carry, beside the F1 of the label's best latent and its recall, since a dictionary in which nothing fires scores
 falsely low.
@@ -16,19 +16,19 @@ from evaluate.report.drawing import Cross, crosses, legend, marks_note, trees
 from evaluate.report.equal import NEAR, mean_of
 from evaluate.report.figures import Figure, Missing, Numbers
 from evaluate.report.runs import Group, Results, Row
-from evaluate.report.scored import Container, Run
+from evaluate.report.scored import ABSORBED, MISSED, SILENT, Container, Run
 from evaluate.report.svg import Panel
 from evaluate.report.table import Table
 from evaluate.report.wording import column_decimals, count, listed, number, plus_minus, signed_plus_minus
-from evaluate.statistics import Comparison, Estimate, Replicate, compare, estimate, interpolated
+from evaluate.statistics import Comparison, Estimate, compare, estimate, interpolated
 
 TITLE = "What nesting buys and costs"
-SILENT, MISSED = "truth_parent_silent", "truth_parent_missed"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What absorption is somewhere: the metric, its family of scores, where it is measured, what it is, and what of."""
+    """What absorption is somewhere: the metric, its family of scores, where it is measured (at the beginning of a sentence
+    and over a panel), what it is, and what of."""
 
     metric: str
     family: str
@@ -47,11 +47,11 @@ class Measure:
 FRACTION = "others than its own latents carry,"
 MEASURES = (
     Measure(
-        SILENT,
+        ABSORBED,
         "truth",
         "Where the features are known",
         "Known features",
-        "the share of its rows with a child on which a parent’s latent is silent",
+        "absorption, how much more often a parent’s latent is silent on rows with a child of it than without one,",
     ),
     Measure(
         "absorption_fraction",
@@ -75,7 +75,7 @@ MEASURES = (
 """What absorption is where features are known, and where they are not."""
 ON_LABELS = ("fraction", "full", "n_latents", "f1", "recall")
 COLUMNS = (
-    *("l0", "ev", SILENT, MISSED, "truth_f1", "truth_mcc", "truth_found", "truth_unique", "truth_hedging"),
+    *("l0", "ev", ABSORBED, SILENT, MISSED, "truth_f1", "truth_mcc", "truth_found", "truth_unique", "truth_hedging"),
     *(f"{family}_{what}" for family in ("absorption", "first_letter") for what in ON_LABELS),
 )
 
@@ -117,7 +117,7 @@ def pair_of(results: Results, metric: str) -> Pair | None:
 
 
 def nesting(results: Results) -> Figure | Missing:
-    """Absorption against explained variance, a mark a dictionary; and the latents of three trees of known features."""
+    """Absorption against explained variance, a mark a dictionary; and small, the latents of three trees of known features."""
     panels: list[Panel] = []
     numbers: Numbers = []
     rows: list[Row] = []
@@ -169,8 +169,7 @@ def absorption_panel(
         for i, (_, _, run) in enumerate(marks)
     }
     draw = crosses(results, found)
-    title = f"{measure.title}: {label}"
-    return Panel(f"nesting-{metric}", title, "explained variance", f"{label} (lower is better)", draw, tips)
+    return Panel(f"nesting-{metric}", measure.title, "explained variance", f"{label} (lower is better)", draw, tips)
 
 
 def absorption_caption(results: Results, rows: Sequence[Row]) -> str:
@@ -181,9 +180,8 @@ def absorption_caption(results: Results, rows: Sequence[Row]) -> str:
 
 
 TREES = (
-    " Trees: circles are true features, the three trees whose roots fire most, children under their parents; the number and "
-    "the colour are those of the latent nearest in direction and of its level, paler where its cosine is smaller. A thick "
-    "line joins two features whose nearest latent is one and the same."
+    " Trees (the three whose roots fire most): circles are true features, with the number of the latent nearest in direction, in "
+    "the colour of its level, paler where its cosine is smaller; a thick line joins two features of one latent."
 )
 
 
@@ -202,17 +200,47 @@ def tree_panels(results: Results) -> list[Panel]:
             part = "" if level == n_levels - 1 else f", {'shared' if level == 0 else f'level {level + 1}'} alone"
             draw = trees(run.trees, level, list(run.checkpoint.sizes) if row.sharing else [])
             name = f"Three trees: {what}{part}"
-            panels.append(Panel(f"trees-{len(panels)}", name, f"seed {run.seed}", "", draw, height=2.3))
+            panels.append(Panel(f"trees-{len(panels)}", name, "", "", draw, height=1.7, width=3.3, small=True))
     return panels
 
 
 def nesting_found(table: Table, results: Results) -> tuple[str, ...]:
     """What nesting buys and costs, in sentences: first where features are known, then on real rows; and why a number that
     was asked for is not there."""
-    pairs = [(measure, pair) for measure in MEASURES if (pair := pair_of(results, measure.metric))]
     missing = {run.no_letters: None for group in results.groups for row in group.rows for run in row.runs}
-    found = [sentence for measure, pair in pairs for sentence in sentences(table, measure, pair)]
+    found = [sentence for measure, pair in spoken_of(results) for sentence in sentences(table, measure, pair)]
     return tuple(sentence for sentence in (*found, *missing) if sentence)
+
+
+def spoken_of(results: Results) -> list[tuple[Measure, Pair]]:
+    """Every measure of absorption that a nested row and a flat one of its group have, with these."""
+    return [(measure, pair) for measure in MEASURES if (pair := pair_of(results, measure.metric))]
+
+
+def absorption_clause(results: Results) -> str:
+    """In half a sentence, which way absorption differs with nesting, measure by measure, each with its interval; empty where
+    none was measured."""
+    ways: dict[str, list[str]] = {}
+    for measure, pair in spoken_of(results):
+        where = measure.where[0].lower() + measure.where[1:]
+        difference = pair.difference(measure.metric)
+        if unequal(pair):
+            ways.setdefault("it is not compared", []).append(f"{where} (L0 is not equal)")
+        elif difference is None:
+            ways.setdefault("it has no interval", []).append(where)
+        else:
+            change = {"lower": "less", "higher": "more", "": ""}[direction(difference)]
+            way = f"nested ones absorb {change}" if change else "a difference in absorption is not shown"
+            ways.setdefault(way, []).append(f"{where} ({signed_plus_minus(difference.difference, difference.half)})")
+    return ", and ".join(f"{way} {listed(parts)}" for way, parts in ways.items())
+
+
+def unequal(pair: Pair) -> str:
+    """Why the pair is not compared: its L0; empty where both are equally sparse, or nearly."""
+    own, flat = (mean_of(row.values("l0")) for row in (pair.nested, pair.flat))
+    if not own or not flat:
+        return "L0 was not scored"
+    return "" if 1 / (1 + NEAR) <= own / flat <= 1 + NEAR else f"L0 {own:.3g} against {flat:.3g}"
 
 
 def sentences(table: Table, measure: Measure, pair: Pair) -> list[str]:
@@ -221,8 +249,7 @@ def sentences(table: Table, measure: Measure, pair: Pair) -> list[str]:
     own, flat = (mean_of(row.values("l0")) for row in (pair.nested, pair.flat))
     name = f"nested ({pair.nested.label})"
     values = f"{pair.both(metric)} flat"
-    if not own or not flat or not 1 / (1 + NEAR) <= own / flat <= 1 + NEAR:
-        sparsity = f"L0 {own:.3g} against {flat:.3g}" if own and flat else "L0 was not scored"
+    if sparsity := unequal(pair):
         return [
             f"{where}, {name} and flat dictionaries are not equally sparse ({sparsity}), so absorption is not compared."
         ]
@@ -230,70 +257,64 @@ def sentences(table: Table, measure: Measure, pair: Pair) -> list[str]:
     difference = pair.difference(metric)
     if difference is None:
         return [
-            f"{where}, {at}, {what}: {name} {values}; without an interval, which takes two seeds, no more is claimed."
+            f"{where}, {at}, {what} is {name} {values}; without an interval, which takes two seeds, no more is claimed."
         ]
     change = direction(difference)
     shown = f"{name} {values}, {signed_plus_minus(difference.difference, difference.half)}"
     said = f"{what} is {change} with nesting" if change else f"a difference in {what} is not shown"
+    changes = [("absorption", "less absorption", "more absorption", good(change, low=True))]
+    if metric == ABSORBED:
+        missed = pair.difference(MISSED)
+        changes.append(("misses", "fewer misses", "more misses", good(direction(missed), low=True)))
+    if f1 := pair.difference(measure.f1):
+        changes.append(("F1", "a higher F1", "a lower F1", good(direction(f1))))
+    cost = cost_of(table, pair)
+    ev = good(direction(cost) if cost else "")
+    changes.append(("explained variance", "more explained variance", "less explained variance", ev))
     return [
         f"{where}, {at}, {said}: {shown}.",
         beside(measure, pair),
         f1_sentence(measure, pair),
-        cost_sentence(table, pair),
-        verdict(GOOD_IF_LOW[absorption_change(measure, pair, change)], f1_change(measure, pair), cost_of(table, pair)),
+        f"Explained variance is {pair.both('ev')} flat{interval_text(cost)}.",
+        verdict(changes),
     ]
 
 
-GOOD_IF_LOW = {"lower": "better", "higher": "worse", "": ""}
+def good(change: str, *, low: bool = False) -> str:
+    """better, worse or nothing: what a change is worth, where high values are good, or low ones."""
+    return "" if not change else "better" if (change == "lower") == low else "worse"
 
 
-def f1_change(measure: Measure, pair: Pair) -> str | None:
-    """better, worse or nothing that is shown of the F1 that stands beside absorption; None where there is nothing to tell by."""
-    difference = pair.difference(measure.f1)
-    return {"lower": "worse", "higher": "better", "": ""}[direction(difference)] if difference else None
+@dataclass(frozen=True)
+class Gap:
+    """A difference with half its interval, and what the interval was corrected for."""
+
+    difference: float
+    half: float
+    corrected: str = ""
 
 
-def absorption_change(measure: Measure, pair: Pair, change: str) -> str:
-    """Which way absorption goes: what the measure says, but for silence that is beyond mere misses where those are known."""
-    if measure.metric != SILENT or not pair.nested.values(MISSED) or not pair.flat.values(MISSED):
-        return change
-    difference = compare(beyond_misses(pair.nested), beyond_misses(pair.flat))
-    return direction(difference) if difference else ""
-
-
-def beyond_misses(row: Row) -> dict[Replicate, float]:
-    """How much more often a parent's latent is silent under a child than alone, by replicate."""
-    silent, missed = row.values(SILENT), row.values(MISSED)
-    return {r: silent[r] - missed[r] for r in silent.keys() & missed.keys()}
-
-
-def direction(difference: Comparison) -> str:
-    """lower or higher where the 95 % interval leaves 0 out, else nothing."""
-    if abs(difference.difference) <= difference.half:
+def direction(difference: Comparison | Gap | None) -> str:
+    """lower or higher where the interval leaves 0 out, else nothing."""
+    if difference is None or abs(difference.difference) <= difference.half:
         return ""
     return "lower" if difference.difference < 0 else "higher"
 
 
-def cost_of(table: Table, pair: Pair) -> str:
-    """worse, better or nothing: what is said of explained variance, by the corrected test where one was made."""
+def cost_of(table: Table, pair: Pair) -> Comparison | Gap | None:
+    """The difference in explained variance: that of the corrected test at equal L0, where one was made."""
     cell = table.line(pair.group, pair.nested).cells.get("ev")
-    if cell is not None and (cell.test is not None or cell.apart is not None):
-        return cell.verdict if cell.verdict in ("better", "worse") else ""
-    difference = pair.difference("ev")
-    return {"lower": "worse", "higher": "better", "": ""}[direction(difference)] if difference else ""
+    if cell is not None and cell.test is not None and cell.half is not None:
+        return Gap(cell.test.difference, cell.half, table.corrected)
+    return pair.difference("ev")
 
 
-def verdict(absorption: str, f1: str | None, ev: str) -> str:
-    """What was bought and what was paid, of absorption, F1 and explained variance, by what became of each: better, worse or
-    nothing that is shown; F1 is None where it was not scored."""
-    changes = {
-        "absorption": (absorption, "less absorption", "more absorption"),
-        "F1": (f1, "a higher F1", "a lower F1"),
-        "explained variance": (ev, "more explained variance", "less explained variance"),
-    }
-    bought = [good for change, good, _ in changes.values() if change == "better"]
-    paid = [bad for change, _, bad in changes.values() if change == "worse"]
-    open_ones = [name for name, (change, _, _) in changes.items() if change == ""]
+def verdict(changes: Sequence[tuple[str, str, str, str]]) -> str:
+    """What was bought and what was paid. Of each thing: its name, what it is called when it is bought and when it is paid,
+    and what became of it: better, worse or nothing that is shown."""
+    bought = [bought for _, bought, _, change in changes if change == "better"]
+    paid = [paid for _, _, paid, change in changes if change == "worse"]
+    open_ones = [name for name, _, _, change in changes if not change]
     rest = (
         f"; a difference in {', '.join(open_ones[:-1])}{' or ' if len(open_ones) > 1 else ''}{open_ones[-1]} is not shown"
         if open_ones
@@ -309,17 +330,14 @@ def verdict(absorption: str, f1: str | None, ev: str) -> str:
 
 
 def beside(measure: Measure, pair: Pair) -> str:
-    """What must be known to read absorption: mere misses; or whether the label's latents are any good, and on what."""
-    if measure.metric == SILENT:
-        beyond = [beyond_misses(row) for row in (pair.nested, pair.flat)]
-        own, flat = (estimate(list(values.values())) for values in beyond)
-        if not own or not flat:
-            return ""
+    """What must be known to read absorption: both rates of silence; or whether the label's latents are any good, and on what."""
+    if measure.metric == ABSORBED:
         cases = next((run.parents for run in pair.nested.runs if run.parents), None)
-        rows = f" ({cases[1]:,} cases, and {cases[0]:,} with a child)" if cases else ""
+        with_child, alone = (f", {n:,} cases" for n in cases) if cases else ("", "")
         return (
-            f"With no child on, the parent is missed on {pair.both(MISSED)} flat{rows}; silence beyond mere misses is "
-            f"{plus_minus(own)} against {plus_minus(flat)} flat{interval_text(compare(*beyond))}."
+            f"With a child of it on{with_child}, the parent’s latent is silent on {pair.both(SILENT)} flat"
+            f"{interval_text(pair.difference(SILENT))}; with none on{alone}, it is missed on {pair.both(MISSED)} flat"
+            f"{interval_text(pair.difference(MISSED))}."
         )
     family, on = (
         measure.family,
@@ -337,29 +355,20 @@ def beside(measure: Measure, pair: Pair) -> str:
     )
 
 
-def interval_text(difference: Comparison | None) -> str:
-    """A difference with its interval in brackets, and whether it leaves 0 out."""
+def interval_text(difference: Comparison | Gap | None) -> str:
+    """A difference with its interval in brackets, what that was corrected for, and whether it leaves 0 out."""
     if difference is None:
         return ""
+    corrected = f", {difference.corrected}" if isinstance(difference, Gap) and difference.corrected else ""
     said = "" if direction(difference) else "; not shown to differ"
-    return f" ({signed_plus_minus(difference.difference, difference.half)}{said})"
+    return f" ({signed_plus_minus(difference.difference, difference.half)}{corrected}{said})"
 
 
 def f1_sentence(measure: Measure, pair: Pair) -> str:
     """F1 of known features' latents; of labels it is said with what stands beside absorption."""
-    if measure.metric != SILENT or not (both := pair.both(measure.f1)):
+    if measure.metric != ABSORBED or not (both := pair.both(measure.f1)):
         return ""
     return f"F1 of the features’ latents is {both} flat{interval_text(pair.difference(measure.f1))}."
-
-
-def cost_sentence(table: Table, pair: Pair) -> str:
-    """Explained variance of both, and its difference: at equal L0 where it was tested."""
-    cell = table.line(pair.group, pair.nested).cells.get("ev")
-    difference = (cell.test if cell else None) or pair.difference("ev")
-    said = interval_text(difference)
-    if difference and direction(difference) and not cost_of(table, pair):
-        said = said.replace(")", "; not shown after correction for all that was tested)")
-    return f"Explained variance is {pair.both('ev')} flat{said}."
 
 
 @dataclass(frozen=True)

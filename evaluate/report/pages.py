@@ -20,7 +20,7 @@ from evaluate.report.found import what_was_found
 from evaluate.report.latents import LatentPages, Summary
 from evaluate.report.nesting import NestingTable, nesting_found
 from evaluate.report.published import published_rows
-from evaluate.report.runs import Group, Results, Row, sharing_label, short_name
+from evaluate.report.runs import Group, Results, Row, sharing_label
 from evaluate.report.scored import Run
 from evaluate.report.table import Table
 from evaluate.report.usage import UsageLine, usage_decimals, usage_heads
@@ -33,6 +33,8 @@ ARROWS: dict[Better, tuple[str, str]] = {
     "higher": ("↑", "higher is better"),
     "neither": ("", "neither way is better"),
 }
+N_OPENING = 2
+"""Figures that stand on the first screen: what nesting costs, and what it buys."""
 KL_BASELINES = {"kl_zero": "zero ablation", "kl_mean": "mean ablation"}
 Latents = list[tuple[Run, Summary, str]]
 """Of each checkpoint with latent pages: its run, their summary, and the address of the page, from the report."""
@@ -109,6 +111,7 @@ def report_page(
 ) -> str:
     """The report."""
     last = last_runs(results)
+    lead = [figure for figure in figures[:N_OPENING] if isinstance(figure, Figure)]
     return document(
         "report.html",
         "report",
@@ -116,9 +119,9 @@ def report_page(
         title=title,
         results=results,
         last=last,
-        opening=nesting_found(table, results),
+        bought=nesting_found(table, results),
         found=what_was_found(table, results),
-        models=distinct(sorted(short_name(run.store.model) for run in last)),
+        models=distinct(run.store.name for run in last),
         layers=sorted({layer for run in last if (layer := run.store.layer) is not None and not run.is_known}),
         seeds=sorted({run.seed for run in last}),
         widths=[f"{width:,}" for width in sorted({run.checkpoint.width for run in last})],
@@ -132,8 +135,8 @@ def report_page(
         usage=usage,
         usage_heads=usage_heads(usage),
         usage_decimals=usage_decimals(usage),
-        lead=[figure for figure in figures[:1] if isinstance(figure, Figure)],
-        figures=figures[1:] if figures and isinstance(figures[0], Figure) else figures,
+        lead=lead,
+        figures=[figure for figure in figures if figure not in lead],
         primary_names=[results.metric(id).label for id in table.primary],
         latents=latents,
         folder=folder,

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evaluate.report.scored import AUTO, Run, Sharing, merged, read_run
+from evaluate.report.scored import AUTO, TRUTH, Run, Sharing, merged, read_run
 from evaluate.statistics import Replicate
 from pipeline.base.errors import UsageError
 from pipeline.base.files import canonical_json
@@ -30,6 +30,8 @@ FIRST_SETTINGS = (
 )
 SPARSITY = ("k", "lambda_shared", "lambda_specialised", "target_l0")
 """Settings that move a dictionary along its front and leave it what it is."""
+OF_NESTED = ("level_weighting", "shared_target")
+"""Settings of the terms of several levels, or of how large the shared one is: nothing that a flat dictionary has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,17 +54,18 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Rows that share every setting but how latents are shared."""
+    """Rows that share every setting but how latents are shared. `lent`: the flat row of a group that differs from this one in
+    settings of nested dictionaries alone, where it has none of its own."""
 
     settings: dict[str, Any]
     rows: tuple[Row, ...]
+    lent: Row | None = None
 
     @property
     def label(self) -> str:
         """The settings that tell this group from the others; empty when there is only one."""
-        return ", ".join(
-            f"{name} {short_name(str(value)) if name == 'model' else value}" for name, value in self.settings.items()
-        )
+        plain = {"model": self.runs[0].store.name, "recipe": self.settings.get("recipe")}
+        return ", ".join(f"{plain.get(name) or f'{name} {value}'}" for name, value in self.settings.items())
 
     @property
     def family(self) -> str:
@@ -70,9 +73,14 @@ class Group:
         return canonical_json({name: value for name, value in self.settings.items() if name not in SPARSITY})
 
     @property
+    def flat_family(self) -> str:
+        """Equal for groups whose flat dictionaries would differ in how sparse they are asked to be, and in nothing else."""
+        return canonical_json({k: v for k, v in self.settings.items() if k not in (*SPARSITY, *OF_NESTED)})
+
+    @property
     def baseline(self) -> Row | None:
-        """The flat row, if there is one."""
-        return next((row for row in self.rows if not row.sharing), None)
+        """The flat row: its own, or one that is lent; None where there is neither."""
+        return own_flat(self.rows) or self.lent
 
     @property
     def runs(self) -> list[Run]:
@@ -99,21 +107,27 @@ class Results:
 
     @cached_property
     def places(self) -> list[tuple[str, list[Run]]]:
-        """Runs of each model, layer and store, under what tells it from the others: nothing where there is one."""
+        """Runs of each model, layer and store, under what tells it from the others: nothing where there is one. The main
+        group's comes first."""
         by_place: dict[tuple[str, int | None, str, str], list[Run]] = {}
-        for run in sorted(self.runs, key=lambda run: [in_order(part) for part in run.place]):
+        main = self.main.runs[0]
+        for run in sorted(self.runs, key=lambda run: (run.place != main.place, [in_order(part) for part in run.place])):
             by_place.setdefault(run.place, []).append(run)
         parts = [
-            (short_name(model), where(model, layer, hook), f"store {id[:8]}") for model, layer, hook, id in by_place
+            (runs[0].store.name, where(runs[0], layer, hook), f"store {id[:8]}")
+            for (_, layer, hook, id), runs in by_place.items()
         ]
         told = [i for i in range(3) if len({part[i] for part in parts}) > 1]
         if len({tuple(part[i] for i in told[:-1]) for part in parts}) == len(parts):
             told = told[:-1]
         return [(", ".join(part[i] for i in told if part[i]), runs) for part, runs in zip(parts, by_place.values())]
 
-    def siblings(self, group: Group) -> list[Group]:
-        """Groups that differ from one in nothing but how sparse they are asked to be, itself among them."""
-        return [other for other in self.groups if other.family == group.family]
+    def flats(self, group: Group) -> list[Row]:
+        """Flat rows of groups that differ from one in nothing but how sparse they are asked to be, itself among them; where
+        these have none, of those that differ in settings of nested dictionaries too."""
+        like = [other for other in self.groups if other.flat_family == group.flat_family]
+        own = [row for other in like if other.family == group.family if (row := own_flat(other.rows))]
+        return own or [row for other in like if (row := own_flat(other.rows))]
 
     def metric(self, id: str) -> Metric:
         """A metric as the results define it (they explain themselves), with the label known here."""
@@ -127,18 +141,11 @@ class Results:
         return replace(told, id=id, better=better, label=f"{label}, n = {n}" if n else label)
 
 
-def where(model: str, layer: int | None, hook: str) -> str:
+def where(run: Run, layer: int | None, hook: str) -> str:
     """A hook point in words; rows of known features are of none."""
-    if model.startswith("truth:"):
+    if run.is_known:
         return ""
     return f"{hook} of layer {layer}" if hook else f"layer {layer}"
-
-
-def short_name(model: str) -> str:
-    """A model's name without the folder or the organisation before it; rows of known features have none."""
-    if model.startswith("truth:"):
-        return f"known features {model.removeprefix('truth:')}"
-    return model.rstrip("/").rpartition("/")[2] or model
 
 
 def sharing_label(sharing: Sharing) -> str:
@@ -164,7 +171,7 @@ def read_results(paths: Iterable[Path]) -> Results:
         runs[run.identity] = merged(runs[run.identity], run) if run.identity in runs else run
     if not runs:
         raise UsageError("no results: give results files, or folders that `python -m evaluate --out` wrote")
-    found = tuple(told_apart(list(runs.values())))
+    found = tuple(told_apart(with_names_apart(list(runs.values()))))
     return Results(found, make_groups(found))
 
 
@@ -196,12 +203,47 @@ def make_groups(runs: Sequence[Run]) -> tuple[Group, ...]:
     for run in last.values():
         grouped.setdefault(canonical_json(shown(run, names)), []).append(run)
     groups = [Group(shown(members[0], names), make_rows(members)) for members in grouped.values()]
-    return tuple(sorted(groups, key=place_in_report))
+    return tuple(sorted(lend_flats(groups), key=place_in_report))
+
+
+def lend_flats(groups: Sequence[Group]) -> list[Group]:
+    """The groups; one without a flat row is lent that of another which differs in settings of nested dictionaries alone."""
+    flats: dict[str, Row] = {}
+    for group in groups:
+        if row := own_flat(group.rows):
+            flats.setdefault(nested_aside(group), row)
+    return [replace(group, lent=flats.get(nested_aside(group))) for group in groups]
+
+
+def nested_aside(group: Group) -> str:
+    """Equal for groups that differ in settings of nested dictionaries alone."""
+    return canonical_json({name: value for name, value in group.settings.items() if name not in OF_NESTED})
+
+
+def own_flat(rows: Sequence[Row]) -> Row | None:
+    """The flat one of the rows, if there is one."""
+    return next((row for row in rows if not row.sharing), None)
 
 
 def place_in_report(group: Group) -> tuple[bool, int, list[tuple[bool, float, str]]]:
     """Sorts groups as they are reported: rows of a language model before those of known features, large before small."""
     return group.runs[0].is_known, -len(group.runs), [in_order(value) for value in group.settings.values()]
+
+
+def with_names_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs; where several models, or specs of known features, are called alike, each by more of what it is."""
+    models: dict[str, set[str]] = {}
+    for run in runs:
+        models.setdefault(run.store.name, set()).add(run.store.model)
+    return [
+        run if len(models[run.store.name]) == 1 else replace(run, store=replace(run.store, name=fuller_name(run)))
+        for run in runs
+    ]
+
+
+def fuller_name(run: Run) -> str:
+    """A model with its folder or organisation; known features with the digits of their spec's hash."""
+    return f"{run.store.name}, spec {run.store.model.removeprefix(TRUTH)}" if run.is_known else run.store.model
 
 
 def told_apart(runs: Sequence[Run]) -> list[Run]:

@@ -15,11 +15,15 @@ from pipeline.base.errors import DamagedError
 from pipeline.base.fields import Fields
 from pipeline.base.files import canonical_json, sha256
 from pipeline.base.results import read_result
-from pipeline.definitions import Better, Metric
+from pipeline.definitions import SHIPPED_SPECS, Better, Metric
 
 NOT_SETTINGS = frozenset({"alpha", "levels", "seed", "data_seed"})
-SHAPING = ("n_sequences", "rows", "massive_multiple", "dtype")
-"""What of an evaluation's config decides which rows averages are over, and how they are computed."""
+SHAPING = ("n_sequences", "rows", "massive_multiple")
+"""What of an evaluation's config decides which rows averages are over; how they are computed its families say."""
+OF_TEXTS = frozenset({"first_letter", "scr", "tpp", "k_sparse_probe"})
+"""Families whose numbers are no averages over the store's rows."""
+SILENT, MISSED, ABSORBED = "truth_parent_silent", "truth_parent_missed", "truth_absorption"
+"""How often a known parent's latent is silent under a child of it, and without one; what the first is beyond the second."""
 BLOCKS = ("shared", "specialised")
 """Blocks of latents of a dictionary of two levels; a flat one has the second alone."""
 Sharing = tuple[float, ...]
@@ -132,6 +136,8 @@ class StoreFacts:
     hook: str | None = None
     """None: the stream after the layer, or rows of a place that nobody named."""
     reads: str = ""
+    name: str = ""
+    """What a person calls the model, or the known features."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +187,7 @@ class Run:
     @property
     def is_known(self) -> bool:
         """Whether its rows are sums of known features, of no model and no layer."""
-        return self.store.model.startswith("truth:")
+        return self.store.model.startswith(TRUTH)
 
     @property
     def step(self) -> int:
@@ -263,12 +269,16 @@ class Run:
         """One score of one level, the whole dictionary by default; None when it was not computed or is undefined.
 
         `sparse_coding_rate@20` reads the series of that metric at n = 20. Averages leave massive rows out unless asked.
+        Absorption of known features is the difference of the two scores of silence.
         """
         name, _, n = metric.partition("@")
         if n:
             return self.at(name).get(int(n))
         if not -len(self.levels) <= level < len(self.levels):
             return None
+        if name == ABSORBED:
+            silent, missed = (self.levels[level].score(part, massive=massive) for part in (SILENT, MISSED))
+            return None if silent is None or missed is None else silent - missed
         return self.levels[level].score(name, massive=massive)
 
     def at(self, metric: str, level: int | None = None) -> dict[int, float]:
@@ -287,8 +297,15 @@ class Run:
 
 
 def merged(one: Run, other: Run) -> Run:
-    """Two evaluations of one checkpoint as one: of what both scored, that on more tokens; of the rest, whichever has it."""
-    more, less = sorted((one, other), key=lambda run: (run.sample.get("n_tokens", 0), run.has_latents), reverse=True)
+    """Two evaluations of one checkpoint as one: of what both scored, that on more tokens; of the rest, whichever has it.
+
+    The sample is that of scores over the store's rows, where only one of the two has any.
+    """
+
+    def weight(run: Run) -> tuple[bool, int, bool]:
+        return not run.families or bool(run.families.keys() - OF_TEXTS), run.sample.get("n_tokens", 0), run.has_latents
+
+    more, less = sorted((one, other), key=weight, reverse=True)
     level = {(level.number, level.n_latents): level for level in less.levels}
     levels = [
         replace(a, scores={**b.scores, **a.scores}, without_massive={**b.without_massive, **a.without_massive})
@@ -337,6 +354,7 @@ def make_run(path: Path, data: Mapping[str, Any]) -> Run:
             store.data.get("corpus"),
             store.some_text("hook"),
             reads_of(store.inner("source"), store.some_whole("layer")),
+            place_name(store, truth),
         ),
         fields.inner("evaluation").data,
         {name: n for name, n in fields.inner("sample").data.items() if isinstance(n, int) and not isinstance(n, bool)},
@@ -471,6 +489,20 @@ def points_of(fields: Fields, name: str) -> tuple[Point, ...]:
     """A series; undefined values are left out."""
     points = [(p, p.some_number("value")) for p in fields.objects(name)]
     return tuple(Point(p.whole("n"), p.some_whole("level"), value) for p, value in points if value is not None)
+
+
+TRUTH = "truth:"
+"""What stands before the spec's hash in place of a model's name."""
+
+
+def place_name(store: Fields, truth: Fields) -> str:
+    """A model's name without the folder or organisation before it; of known features the shipped spec's, and how many."""
+    model = store.text("model", "")
+    if not model.startswith(TRUTH):
+        return model.rstrip("/").rpartition("/")[2] or model
+    n, spec = truth.some_whole("n_features"), SHIPPED_SPECS.get(model.removeprefix(TRUTH))
+    known = f"{n:,} known features" if n else "known features"
+    return f"{spec} ({known})" if spec else known
 
 
 def reads_of(source: Fields, layer: int | None) -> str:

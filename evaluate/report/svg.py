@@ -20,12 +20,12 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-INK, RULE, PAPER = "#010203", "#010204", "#010205"
+INK, RULE, PAPER, QUIET = "#010203", "#010204", "#010205", "#010206"
 N_SERIES = 12
 SERIES = [f"#0102{16 + i:02x}" for i in range(N_SERIES)]
 """Stand-in colours while drawing: the page and the saved file each put in their own."""
 BLOCK_COLOURS = {"shared": "#01023a", "specialised": "#01023b"}
-LIGHT = {INK: "#222222", RULE: "#dddddd", PAPER: "#ffffff"} | {
+LIGHT = {INK: "#222222", RULE: "#dddddd", PAPER: "#ffffff", QUIET: "#8a8d94"} | {
     BLOCK_COLOURS["shared"]: "#0072b2",
     BLOCK_COLOURS["specialised"]: "#d55e00",
 }
@@ -59,13 +59,14 @@ RC: Any = {
 }
 
 
-TITLE_WIDTH, LINE_HEIGHT = 50, 0.16
-"""Letters of a title that fit above the axes, and inches that each further line adds to a panel."""
+WIDTH, TITLE_WIDTH, LINE_HEIGHT = 4.1, 50, 0.16
+"""Inches across a panel; letters of a title that fit above its axes; inches that each further line adds to a panel."""
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One set of axes. `draw` plots into it; `tips` are texts by artist gid, shown when the artist is pointed at."""
+    """One set of axes. `draw` plots into it; `tips` are texts by artist gid, shown when the artist is pointed at; `height` and
+    `width` in inches, of which a page makes what there is room for; a small one stands three in a row."""
 
     id: str
     title: str
@@ -74,14 +75,18 @@ class Panel:
     draw: Callable[[Axes], None]
     tips: Mapping[str, str] = field(default_factory=dict)
     height: float = 2.9
+    width: float = WIDTH
+    small: bool = False
 
     @cached_property
     def drawn(self) -> str:
         """The panel as matplotlib writes it, still in stand-in colours, with a legend that the page hides. A long title, which
         names all settings of a group, takes several lines, and the panel grows by them."""
-        lines = textwrap.wrap(self.title, TITLE_WIDTH, break_on_hyphens=False)
+        lines = textwrap.wrap(self.title, int(TITLE_WIDTH * self.width / WIDTH), break_on_hyphens=False)
         with matplotlib.rc_context(RC):
-            canvas = Canvas(figsize=(4.1, self.height + LINE_HEIGHT * max(len(lines) - 1, 0)), layout="constrained")
+            canvas = Canvas(
+                figsize=(self.width, self.height + LINE_HEIGHT * max(len(lines) - 1, 0)), layout="constrained"
+            )
             axes = canvas.add_subplot()
             self.draw(axes)
             axes.set_title("\n".join(lines))
@@ -129,7 +134,7 @@ def inline(panel: Panel) -> Markup:
         opening = f'<g id="{panel.id}-{gid}">'
         assert opening in drawn, f"no artist {gid} in panel {panel.id}"
         drawn = drawn.replace(opening, f'<g class="tip" tabindex="0"><title>{escape(tip)}</title>')
-    variables = {INK: "currentColor", RULE: "var(--rule)", PAPER: "var(--paper)"}
+    variables = {INK: "currentColor", RULE: "var(--rule)", PAPER: "var(--paper)", QUIET: "var(--quiet)"}
     variables |= {colour: f"var(--{name})" for name, colour in BLOCK_COLOURS.items()}
     variables |= {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
     drawn = recolour(drawn, variables).replace("'DejaVu Sans'", "var(--sans)")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from evaluate.report.equal import Apart, at_equal_l0
 from evaluate.report.runs import Group, Results, Row
 from evaluate.report.wording import column_decimals
-from evaluate.statistics import SIGNIFICANT, Comparison, Estimate, compare, estimate, holm, is_significant
+from evaluate.statistics import SIGNIFICANT, Comparison, Estimate, compare, estimate, holm, holm_levels, is_significant
 from pipeline.base.errors import UsageError
 from pipeline.definitions import METRICS, Metric
 
@@ -27,7 +27,8 @@ class Cell:
     """One row's estimate of one metric, and how it differs from the flat baseline.
 
     `difference` is that of rows as they are. A primary endpoint has, at equal L0, a `test` (or says in `apart` why not), its
-    Holm-corrected `p`, and `least`, the smallest difference that would have been significant.
+    Holm-corrected `p`, and `half`: half the interval at the level of its step in Holm's order, so that the interval leaves 0
+    out exactly where the corrected test passes, and no smaller difference than `half` could have been shown.
     """
 
     metric: Metric
@@ -36,7 +37,7 @@ class Cell:
     test: Comparison | None = None
     apart: Apart | None = None
     p: float | None = None
-    least: float | None = None
+    half: float | None = None
 
     @property
     def verdict(self) -> Verdict | None:
@@ -76,6 +77,11 @@ class Table:
         return [(line, cell) for line in self.lines for cell in line.cells.values() if cell.test is not None]
 
     @property
+    def corrected(self) -> str:
+        """What the intervals of tested differences are corrected for; nothing for one test."""
+        return f"corrected for {len(self.tested)} tests" if len(self.tested) > 1 else ""
+
+    @property
     def apart(self) -> list[tuple[Line, Cell]]:
         """Every primary comparison that could not be made at equal L0."""
         return [(line, cell) for line in self.lines for cell in line.cells.values() if cell.apart is not None]
@@ -109,13 +115,9 @@ def make_table(results: Results, primary: Sequence[str] = PRIMARY) -> Table:
         for row in group.rows
     ]
     family = [(i, id, c.test) for i, line in enumerate(lines) for id, c in line.cells.items() if c.test is not None]
-    adjusted = holm([test.p for _, _, test in family])
-    left = max(1, sum(not is_significant(p) for p in adjusted))
-    for (i, id, test), p in zip(family, adjusted):
-        cell = lines[i].cells[id]
-        lines[i].cells[id] = Cell(
-            cell.metric, cell.estimate, cell.difference, test, None, p, test.least(SIGNIFICANT / left)
-        )
+    ps = [test.p for _, _, test in family]
+    for (i, id, test), p, level in zip(family, holm(ps), holm_levels(ps, SIGNIFICANT)):
+        lines[i].cells[id] = replace(lines[i].cells[id], p=p, half=test.least(level))
     decimals = {m.id: column_decimals([e for line in lines if (e := line.cells[m.id].estimate)]) for m in metrics}
     return Table(metrics, tuple(primary), tuple(lines), decimals)
 
@@ -172,7 +174,7 @@ def row_of(line: Line, id: str, cell: Cell) -> dict[str, Any]:
         "df": test.df if test else None,
         "p": test.p if test else None,
         "p_holm": cell.p,
-        "least_significant_difference": cell.least,
+        "difference_half_interval_corrected": cell.half,
         "effect_size": shown.effect if shown else None,
         "effect_name": shown.effect_name if shown else None,
         "verdict": cell.verdict,
