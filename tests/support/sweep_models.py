@@ -37,7 +37,7 @@ LAYERS, VOCAB = 4, 300
 SIZES = (
     (r"num_hidden_layers|n_layers?|num_layers|num_blocks|decoder_layers|encoder_layers", LAYERS),
     (r"hidden_size|d_model|n_embd|embedding_dim|dim|emb_dim|word_embed_proj_dim|cross_attention_hidden_size", 64),
-    (r"vocab_size|text_vocab_size|vocab_size_per_layer_input", VOCAB),
+    (r"vocab_size|text_vocab_size|decoder_vocab_size|vocab_size_per_layer_input", VOCAB),
     (
         r".*intermediate_size|.*ffn_dim|n_inner|d_inner|d_ff|feed_forward_size|dim_ff|ffn_hidden_size|mlp_hidden_size",
         96,
