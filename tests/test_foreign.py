@@ -126,11 +126,17 @@ def test_sparsify_sae(tmp_path: Path) -> None:
     w = weights()
     folder = tmp_path / "layers.1"
     folder.mkdir()
-    (folder / "cfg.json").write_text(json.dumps({"k": 9, "d_in": D, "expansion_factor": 2, "multi_topk": False}))
+    (folder / "cfg.json").write_text(json.dumps({"k": 9, "d_in": D, "num_latents": F, "multi_topk": False}))
     tensors = {"encoder.weight": w["W_enc"].T.contiguous(), "encoder.bias": w["b_enc"]}
     save_file(tensors | {"W_dec": w["W_dec"], "b_dec": w["b_dec"]}, folder / "sae.safetensors")
     same(folder, top(centred(w), 9), w)
     assert load_foreign(folder)[1]["store"] == {"hook": "resid_post", "layer": 1}
+    assert load_foreign(folder.rename(tmp_path / "run-2024"))[1]["store"] == {}
+    with pytest.raises(CheckpointError, match=r"made for 'transformer.wte'"):
+        load_foreign((tmp_path / "run-2024").rename(tmp_path / "transformer.wte"))
+    (tmp_path / "transformer.wte" / "cfg.json").write_text(json.dumps({"k": 9, "d_in": D, "expansion_factor": 2}))
+    with pytest.raises(CheckpointError, match="W_enc should be floats of shape"):
+        load_foreign(tmp_path / "transformer.wte")
 
 
 def test_gemma_scope_sae(tmp_path: Path) -> None:
@@ -142,7 +148,7 @@ def test_gemma_scope_sae(tmp_path: Path) -> None:
     a = rows() @ w["W_enc"] + w["b_enc"]
     same(folder, a.relu() * (a > threshold), w)
     provenance = load_foreign(folder)[1]
-    assert provenance["store"] == {"hook": "resid_post", "layer": 20}
+    assert provenance["store"] == {"model": "gemma-2-2b", "hook": "resid_post", "layer": 20}
     assert provenance["member"] == "width_16k-average_l0_71"
 
 
@@ -189,12 +195,30 @@ def test_jumprelu_without_b_dec_subtraction(tmp_path: Path) -> None:
         ({"temperature": 2.0}, "cfg.json says 'temperature'"),
         ({"d_sae": F + 1}, "W_enc should be floats of shape"),
         ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": F + 1}}, "topk cannot keep k"),
+        ({"activation_fn": "topk"}, "topk needs k of at least 1"),
+        ({"activation_fn": "relu", "activation_fn_str": "topk"}, "two activations"),
+        ({"architecture": "topk", "k": 7, "activation_fn_kwargs": {"k": 9}}, "k of activation_fn_kwargs '9'"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 7, "postact_fn": "id"}}, "says 'postact_fn'"),
+        ({"hook_name": "blocks.2.hook_resid_post"}, "hook_name .beside its metadata's. 'blocks.2.hook_resid_post'"),
+        ({"model_name": "other"}, "model_name .beside its metadata's. 'other'"),
+        ({"hook_layer": 2}, "hook_layer .of blocks.1.hook_resid_post. '2'"),
+        (
+            {"metadata": {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.hook_mlp_out"}},
+            "hook_name_out",
+        ),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
     """What cannot be expressed is refused."""
     with pytest.raises(CheckpointError, match=message):
         load_foreign(saelens(tmp_path / "s", weights(), **cfg))
+
+
+def test_activation_fn_is_an_activation(tmp_path: Path) -> None:
+    """A folder that says topk in activation_fn, as SAELens itself renames activation_fn_str, is a topk."""
+    w = weights()
+    same(saelens(tmp_path / "s", w, activation_fn="topk", activation_fn_kwargs={"k": 7}), top(centred(w), 7), w)
+    same(saelens(tmp_path / "t", w, normalize_activations=False, activation_fn="relu"), centred(w).relu(), w)
 
 
 def test_gated_sae_is_a_jumprelu(tmp_path: Path) -> None:
@@ -292,7 +316,7 @@ def test_gemma_scope_transcoder(tmp_path: Path) -> None:
     a = rows() @ w["W_enc"] + w["b_enc"]
     z = a.relu() * (a > threshold)
     target = {"layer": 5, "hook": "mlp_out"}
-    place = {"layer": 5, "hook": "ln2.hook_normalized", "target": target}
+    place = {"model": "gemma-2-2b", "layer": 5, "hook": "ln2.hook_normalized", "target": target}
     transcoded(folder, z, z @ w["W_dec"] + w["b_dec"], place)
     with pytest.raises(UsageError, match=r"hook ln2\.hook_normalized: known are"):
         attach(
@@ -344,7 +368,7 @@ def test_sparsify_transcoder(tmp_path: Path, skips: bool) -> None:
     skip = torch.randn(D, D, generator=torch.Generator().manual_seed(9))
     folder = tmp_path / "layers.1.mlp"
     folder.mkdir()
-    cfg = {"k": 9, "d_in": D, "expansion_factor": 2, "transcode": True, "skip_connection": skips}
+    cfg = {"k": 9, "d_in": D, "num_latents": F, "expansion_factor": 2, "transcode": True, "skip_connection": skips}
     (folder / "cfg.json").write_text(json.dumps(cfg))
     tensors = {"encoder.weight": w["W_enc"].T.contiguous(), "encoder.bias": w["b_enc"]}
     more = {"W_dec": w["W_dec"], "b_dec": w["b_dec"]} | ({"W_skip": skip} if skips else {})
@@ -368,6 +392,9 @@ def test_sparsify_transcoder(tmp_path: Path, skips: bool) -> None:
         ({"hf_hook_point_in": MLP["hf_hook_point_in"]}, "cannot be placed"),
         ({"architecture": "topk"}, "architecture 'topk'"),
         ({"hf_hook_point_in": "model.layers.3.self_attn.o_proj.input"}, "cannot be placed"),
+        ({"hf_hook_point_in": "model.layers.3.output", "width": F + 1}, "W_enc should be floats"),
+        ({"hf_hook_point_in": "model.layers.3.output", "type": "crosscoder"}, "type 'crosscoder' cannot be read"),
+        ({"hf_hook_point_in": "model.layers.3.output", "input_norm": "rms"}, "config.json says 'input_norm'"),
     ],
 )
 def test_odd_gemma_scope_2_is_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
@@ -389,6 +416,8 @@ def test_openai_sae(tmp_path: Path) -> None:
     """OpenAI's ReLU autoencoder is read; its TopK, which normalises each row, is refused by name."""
     w = weights()
     same(openai(tmp_path / "o", w, activation="ReLU", activation_state_dict={}), centred(w).relu(), w)
+    with pytest.raises(CheckpointError, match=r"autoencoder.pt says 'normalize'"):
+        load_foreign(openai(tmp_path / "n", w, activation="ReLU", normalize=True))
     topk = openai(tmp_path / "t", w, activation="TopK", activation_state_dict={"k": 32, "postact_fn": "ReLU"})
     with pytest.raises(CheckpointError, match="TopK decodes with each row's own mean and deviation"):
         load_foreign(topk)
@@ -425,6 +454,10 @@ def test_matryoshka_sae_folder(tmp_path: Path) -> None:
         ({"group_sizes": "[32, 99]"}, "levels|do not agree"),
         ({"group_sizes": "many"}, "group_sizes"),
         ({"act_size": 7}, "W_enc should be floats"),
+        ({"dict_size": 7}, "W_enc should be floats"),
+        ({"layer": 7}, "layer .beside blocks.8.hook_resid_pre. '7'"),
+        ({"tied_weights": True}, "tied_weights 'True' cannot be read"),
+        ({"input_scale": 2.0}, "config.json says 'input_scale'"),
     ],
 )
 def test_other_matryoshka_saes_are_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
@@ -450,6 +483,115 @@ def test_folders_of_their_own_libraries(tmp_path: Path) -> None:
             error = float((found - expected[name]).norm() / expected[name].norm())
             assert error < 1e-6, (reference.parent.name, name, error)
         assert (expected["z"] != 0).any()
+
+
+TOPK = {"k": torch.tensor(5), "threshold": torch.tensor(-1.0)}
+NESTED = {"k": torch.tensor(5), "threshold": torch.tensor(0.3), "group_sizes": torch.tensor([16, 80])}
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "trainer", "message"),
+    [
+        ("AutoEncoder", {"threshold": torch.tensor(0.3)}, {}, r"tensors \['threshold'\] are not known"),
+        ("AutoEncoder", {"b_dec": torch.zeros(D)}, {}, r"tensors \['b_dec'\] are not known"),
+        ("AutoEncoderTopK", TOPK, {"k": 6}, "k of config.json's trainer '6' cannot be read; known are 5"),
+        ("AutoEncoder", {}, {"normalize_activations": True}, "trainer says 'normalize_activations'"),
+        ("AutoEncoder", {}, {"submodule_name": "resid_post_layer_2"}, "layer .beside resid_post_layer_2. '1'"),
+        ("AutoEncoder", {}, {"submodule_name": "embed", "layer": None}, "made for 'embed_layer_1'"),
+        ("JumpReluAutoEncoder", {}, {}, "has no tensor 'threshold'"),
+        ("MatryoshkaBatchTopKSAE", NESTED | {"group_sizes": torch.tensor([16.0, 80.0])}, {}, "should be whole numbers"),
+        ("MatryoshkaBatchTopKSAE", TOPK, {}, "has no tensor 'group_sizes'"),
+    ],
+)
+def test_odd_dictionaries_are_refused(
+    tmp_path: Path, kind: str, state: dict[str, Any], trainer: dict[str, Any], message: str
+) -> None:
+    """Tensors that a class does not have, or misses, and settings that nobody knows or that disagree are refused by name."""
+    style = linear_style(weights(), "b_dec" if "TopK" in kind else "bias")
+    folder = dictionary(tmp_path / "d", kind, style | state, **trainer)
+    with pytest.raises(CheckpointError, match=message):
+        load_foreign(folder)
+
+
+@pytest.mark.parametrize("io", ["in", "in_and_out"])
+def test_inputs_of_modules_are_refused(tmp_path: Path, io: str) -> None:
+    """A dictionary of what a module reads is none of its output."""
+    folder = dictionary(tmp_path / "d", "AutoEncoder", linear_style(weights()))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"buffer": {"io": io}}))
+    with pytest.raises(CheckpointError, match=f"io of its buffer '{io}' cannot be read"):
+        load_foreign(folder)
+
+
+def test_hook_without_layer_is_compared(tmp_path: Path, tiny_store: Path) -> None:
+    """A submodule without its layer still says the hook."""
+    told = dictionary(tmp_path / "d", "AutoEncoder", linear_style(weights()), submodule_name="mlp_out", layer=None)
+    with pytest.raises(CheckpointError, match="trained on hook 'mlp_out'"):
+        require_fit(open_checkpoint(told), Store.open(tiny_store), allow_other_model=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_must_be_finite(tmp_path: Path, bad: float) -> None:
+    """Weights that are no numbers are damage, found before anything is computed; a threshold that nothing passes is none."""
+    w = weights()
+    w["W_dec"][3, 5] = bad
+    with pytest.raises(DamagedError, match=r"sae_weights.safetensors: W_dec holds numbers that are not finite"):
+        load_foreign(saelens(tmp_path / "s", w))
+    kept = weights() | {"threshold": torch.full((F,), torch.inf)}
+    assert int((load_foreign(saelens(tmp_path / "t", kept, architecture="jumprelu"))[0].encode(rows()) != 0).sum()) == 0
+
+
+def test_two_weights_are_refused(tmp_path: Path) -> None:
+    """A folder with the weights of two trainers says nothing of which is meant."""
+    folder = saelens(tmp_path / "s", weights())
+    save_file(weights(), folder / "sae.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"holds sae_weights.safetensors .SAELens. and sae.safetensors .sparsify.;"
+    ):
+        load_foreign(folder)
+
+
+def test_other_revisions_are_other_models(tmp_path: Path, tiny_store: Path) -> None:
+    """A revision, or another option that makes other rows of the same name, is compared with the store as the model is."""
+    store = Store.open(tiny_store)
+    for i, (options, says) in enumerate(
+        [
+            ({"revision": "step1000"}, "trained on revision 'step1000'"),
+            ({"checkpoint_index": 3}, "with checkpoint_index 3'"),
+        ]
+    ):
+        about = {"hook_name": "blocks.3.hook_resid_post", "model_name": Path(store.config["model"]).name}
+        plain = open_checkpoint(saelens(tmp_path / f"p{i}", weights(), metadata=about))
+        require_fit(plain, store)
+        other = about | {"model_from_pretrained_kwargs": options | {"n_devices": 2}}
+        checkpoint = open_checkpoint(saelens(tmp_path / f"o{i}", weights(), metadata=other))
+        with pytest.raises(CheckpointError, match=says + r".*--allow-other-model"):
+            require_fit(checkpoint, store)
+        require_fit(checkpoint, store, allow_other_model=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "hook"),
+    [
+        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "embedding, before its scale"),
+        ("gemma-scope-9b-it-att/layer_3/width_16k/average_l0_9", "attn.hook_z"),
+    ],
+)
+def test_gemma_scopes_other_points(tmp_path: Path, path: str, hook: str) -> None:
+    """Gemma Scope's SAEs of the embedding and of attention's heads are of none of our points; their release names the model."""
+    (tmp_path / path).mkdir(parents=True)
+    np.savez(
+        tmp_path / path / "params.npz", **{n: t.numpy() for n, t in (weights() | {"threshold": torch.ones(F)}).items()}
+    )
+    store = load_foreign(tmp_path / path)[1]["store"]
+    assert store["hook"] == hook
+    assert store["model"] == ("gemma-2-2b" if "2b-pt" in path else "gemma-2-9b-it")
+
+
+def test_gemma_scope_2_attention(tmp_path: Path) -> None:
+    """Without a config, the path of Gemma Scope 2's attention is not the stream's."""
+    folder = gemma_scope_2(tmp_path / "attn_out" / "layer_22_width_16k_l0_small", weights())
+    assert load_foreign(folder)[1]["store"] == {"hook": "attn.hook_z", "layer": 22}
 
 
 def test_batchtopk_without_threshold_is_refused(tmp_path: Path) -> None:

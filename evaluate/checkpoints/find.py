@@ -203,12 +203,14 @@ def require_fit(
         here |= {"weights_sha256": store.config["weights_sha256"]}
     elif not allow_other_model:
         here |= {"model": store.config["model"]}  # by name, where no hash says more: a path may differ between machines
+        here |= {"revision": store.config["revision"]}
     if not allow_other_store:
         here |= {"id": store.id}
     words = {"weights_sha256": "model weights", "id": "store"}
     hints = {
         "weights_sha256": "; --allow-other-model if that is meant",
         "model": "; --allow-other-model if that is meant",
+        "revision": "; --allow-other-model if that is meant",
         "id": "; --allow-other-store if no evaluation text was trained on",
     }
     for name, value in here.items():

@@ -51,6 +51,8 @@ def inspect_checkpoint(
     path = find_checkpoint(source)
     where = resolve_device(device)
     sae, _ = load_sae(path, where)
+    made_of = sae.made_for.get("revision") if model is None else None
+    revision = None if made_of == "local" else made_of
     model = model or sae.made_for.get("model")
     if model is None:
         raise UsageError(f"{path}: does not say which model it is for; give --model and --layer")
@@ -58,8 +60,8 @@ def inspect_checkpoint(
         point = point_of(sae, layer, hook)
     except UsageError as error:
         raise UsageError(f"{path}: {error} (--layer, --hook)") from error
-    tokenizer = load_tokenizer(str(model))
-    lm = SplitLM.load(str(model), dtype="auto", device=where, part="whole", layers=[point])
+    tokenizer = load_tokenizer(str(model), revision)
+    lm = SplitLM.load(str(model), dtype="auto", device=where, part="whole", layers=[point], revision=revision)
     recorded = sae.made_for.get("tokenizer_sha256")
     as_stored = recorded is not None and recorded == tokenizer_sha256(lm.info.folder)
     if recorded is not None and not as_stored:

@@ -33,114 +33,31 @@ from pipeline.base.errors import CheckpointError, DamagedError, PipelineError, U
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import hash_file, read_json, sha256
 from pipeline.sae.checkpoint import Header, load_checkpoint, read_header
+from pipeline.sae.foreign_fields import (
+    DICTIONARY_ACTIVATIONS,
+    DICTIONARY_EXTRAS,
+    DICTIONARY_FIELDS,
+    DICTIONARY_GATED,
+    DICTIONARY_STYLES,
+    GEMMA_SCOPE_2_FIELDS,
+    MATRYOSHKA_ACTIVATIONS,
+    MATRYOSHKA_FIELDS,
+    MATRYOSHKA_NEUTRAL,
+    MODEL_HARMLESS,
+    OPENAI_SETTINGS,
+    SAELENS_ACTIVATIONS,
+    SAELENS_FIELDS,
+    SAELENS_NEUTRAL,
+    SAELENS_TENSORS,
+    SAELENS_TRANSCODERS,
+    SPARSIFY_FIELDS,
+    SPARSIFY_NEUTRAL,
+)
 from pipeline.sae.nested import NestedSAE, SAEConfig
 
 Tensors = dict[str, Tensor]
 About = dict[str, Any]
 """What a config says of where its SAE sits: hook, layer, model; what it does not say is not there."""
-
-SAELENS_ACTIVATIONS = {
-    "standard": "relu",
-    "topk": "topk",
-    "jumprelu": "jumprelu",
-    "gated": "jumprelu",
-    "batchtopk": "batchtopk",
-    "matryoshka_batchtopk": "batchtopk",
-}
-"""The last two are a trainer's own checkpoints; what SAELens saves for inference is a jumprelu without its levels."""
-SAELENS_TRANSCODERS = {
-    "transcoder": "relu",
-    "skip_transcoder": "relu",
-    "jumprelu_transcoder": "jumprelu",
-    "jumprelu_skip_transcoder": "jumprelu",
-}
-SAELENS_TENSORS = {
-    "gated": "W_enc W_dec b_gate b_mag r_mag b_dec",
-    "jumprelu": "W_enc W_dec b_enc b_dec threshold",
-    "batchtopk": "W_enc W_dec b_enc b_dec topk_threshold",
-    "matryoshka_batchtopk": "W_enc W_dec b_enc b_dec topk_threshold",
-}
-SAELENS_NEUTRAL = {
-    "activation_fn": ("relu", "topk", "jumprelu"),
-    "normalize_activations": ("none",),
-    "reshape_activations": ("none",),
-    "rescale_acts_by_decoder_norm": (False, True),
-    "finetuning_scaling_factor": (False, None),
-    "hook_head_index": (None,),
-}
-"""Fields that change what is computed, with the values that change nothing (or that `from_saelens` reads)."""
-SAELENS_READ = frozenset(
-    {
-        "architecture",
-        "activation_fn_str",
-        "activation_fn_kwargs",
-        "apply_b_dec_to_input",
-        "d_in",
-        "d_out",
-        "d_sae",
-        "hook_layer",
-        "hook_name",
-        "k",
-        "matryoshka_widths",
-        "metadata",
-        "model_name",
-    }
-)
-SAELENS_HARMLESS = frozenset(
-    {
-        "aux_loss_coefficient",
-        "context_size",
-        "dataset_path",
-        "dataset_trust_remote_code",
-        "decoder_init_norm",
-        "device",
-        "dtype",
-        "from_pretrained_path",
-        "l1_coefficient",
-        "lp_norm",
-        "model_class_name",
-        "model_from_pretrained_kwargs",
-        "neuronpedia_id",
-        "noise_std",
-        "prepend_bos",
-        "sae_lens_training_version",
-        "sae_lens_version",
-        "seqpos_slice",
-        "topk_threshold_lr",
-        "use_matryoshka_aux_loss",
-        "use_sparse_activations",
-    }
-)
-"""Fields that say how it was trained or stored, not what it computes."""
-DICTIONARY_ACTIVATIONS = {
-    "AutoEncoder": "relu",
-    "AutoEncoderTopK": "topk",
-    "BatchTopKSAE": "batchtopk",
-    "MatryoshkaBatchTopKSAE": "batchtopk",
-    "JumpReluAutoEncoder": "jumprelu",
-    "GatedAutoEncoder": "jumprelu",
-}
-MATRYOSHKA_ACTIVATIONS = {
-    "vanilla": "relu",
-    "topk": "topk",
-    "batchtopk": "batchtopk",
-    "global-matryoshka-topk": "batchtopk",
-}
-SPARSIFY_NEUTRAL = {
-    "activation": ("topk",),
-}
-SPARSIFY_READ = frozenset(
-    {
-        "k",
-        "d_in",
-        "num_latents",
-        "expansion_factor",
-        "normalize_decoder",
-        "multi_topk",
-        "skip_connection",
-        "transcode",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -160,9 +77,12 @@ class Format:
 
 def format_of(folder: Path) -> Format | None:
     """The format that a folder holds, None for none of these."""
-    if not folder.is_dir():
-        return None
-    return next((f for f in FORMATS if all((folder / name).is_file() for name in f.files)), None)
+    return next(iter(formats_of(folder)), None)
+
+
+def formats_of(folder: Path) -> list[Format]:
+    """All formats whose files a folder holds."""
+    return [f for f in FORMATS if all((folder / name).is_file() for name in f.files)] if folder.is_dir() else []
 
 
 def is_foreign(folder: Path) -> bool:
@@ -176,10 +96,15 @@ def foreign_sha256(folder: Path) -> str:
 
 
 def require_format(folder: Path) -> Format:
-    """The format of a folder. Raises CheckpointError when it holds none."""
-    if (found := format_of(folder)) is None:
+    """The format of a folder. Raises CheckpointError when it holds none, or the weights of two."""
+    found = formats_of(folder)
+    if not found:
         raise CheckpointError(f"{folder}: expected {', '.join(f.source for f in FORMATS)}, found none of their files")
-    return found
+    if other := next((f for f in found if f.weights != found[0].weights), None):
+        raise CheckpointError(
+            f"{folder}: holds {found[0].weights} ({found[0].source}) and {other.weights} ({other.source}); move one away"
+        )
+    return found[0]
 
 
 def load_sae(path: Path, device: torch.device | str = "cpu") -> tuple[NestedSAE, Header]:
@@ -213,6 +138,7 @@ def load_foreign(folder: Path) -> tuple[NestedSAE, dict[str, Any]]:
     tensors, settings = read_weights(folder / kind.weights)
     if settings and kind.config:
         raise DamagedError(f"{folder / kind.weights}: not a table of tensors; get it again")
+    require_finite(folder / kind.weights, tensors)
     try:
         sae, about = kind.read(folder, data or settings, tensors)
     except UsageError as error:
@@ -227,6 +153,14 @@ def load_foreign(folder: Path) -> tuple[NestedSAE, dict[str, Any]]:
     known = {name: value for name, value in about.items() if value is not None}
     provenance = {"member": member_name(folder), "source": kind.source, "config": data, "store": known}
     return sae.eval().requires_grad_(False), provenance
+
+
+def require_finite(path: Path, tensors: Tensors) -> None:
+    """Raise DamagedError for a number that is none, or infinite; but for a threshold, which may be one that nothing passes."""
+    for name, tensor in tensors.items():
+        wrong = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
+        if bool(wrong.any()):
+            raise DamagedError(f"{path}: {name} holds numbers that are not finite; get it again")
 
 
 def member_name(folder: Path) -> str:
@@ -319,31 +253,21 @@ def is_module(made_for: Mapping[str, Any], found: str) -> bool:
     return made_for.get("module") is None or found in str(made_for["module"]).split("|")
 
 
-def centred(about: About, options: Mapping[str, Any]) -> About:
-    """The same; where TransformerLens was told to centre what is written to the stream, rows lack their mean: another point."""
-    if not options.get("center_writing_weights") or "hook" not in about:
-        return about
-    return about | {"hook": f"centred {about['hook']}"}
+def layer_in(name: str) -> int | None:
+    """The layer that the name of a hook or module says, in its library's own count."""
+    found = re.search(r"(?:blocks|layers|layer|h)[._](\d+)", name)
+    return int(found[1]) if found else None
 
 
 def from_saelens(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
-    """standard, topk, jumprelu, gated, and a trainer's batchtopk: act((x − b_dec · apply) W_enc + b_enc), decode z W_dec + b_dec.
-
-    In folders of older versions `activation_fn_str` says what a standard SAE applies, and its kwargs hold k.
-    """
+    """standard, topk, jumprelu, gated, and a trainer's batchtopk: act((x − b_dec · apply) W_enc + b_enc), z W_dec + b_dec."""
     fields = Fields(folder / "cfg.json", data)
     architecture = fields.text("architecture", "standard")
     if architecture in SAELENS_TRANSCODERS:
         return from_saelens_transcoder(folder, data, tensors, architecture)
     refuse_unless(folder, "architecture", architecture, (*SAELENS_ACTIVATIONS, *SAELENS_TRANSCODERS))
-    refuse_unknown_saelens(folder, data)
-    activation = SAELENS_ACTIVATIONS[architecture]
-    old = fields.text("activation_fn_str", "relu")
-    refuse_unless(folder, "activation_fn_str", old, ("relu", "topk"))
-    if old == "topk":
-        refuse_unless(folder, "architecture (with activation_fn_str 'topk')", architecture, ("standard", "topk"))
-        activation = "topk"
-    k = fields.whole("k", fields.inner("activation_fn_kwargs").whole("k", 0)) if activation == "topk" else 0
+    refuse_unknown(folder, "cfg.json", data, SAELENS_FIELDS, SAELENS_NEUTRAL)
+    activation, k = saelens_activation(folder, fields, architecture)
     only(folder, tensors, SAELENS_TENSORS.get(architecture, "W_enc W_dec b_enc b_dec"))
     require_size(folder, tensors, data.get("d_in"), data.get("d_sae"))
     levels = [len(tensors["W_dec"])]
@@ -358,31 +282,93 @@ def from_saelens(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tup
         tensors = rescaled(tensors)
     applies = data.get("apply_b_dec_to_input", True)
     refuse_unless(folder, "apply_b_dec_to_input", applies, (True, False))
+    if (made := saelens_place(folder, fields, "hook_name_out")).get("hook") is not None:
+        refuse_unless(
+            folder, "hook_name_out (of an SAE)", made, ({"model": None}, saelens_place(folder, fields, "hook_name"))
+        )
     sae = assemble(activation, k, levels, tensors if applies else uncentred(tensors))
     return sae, saelens_place(folder, fields, "hook_name")
 
 
-def refuse_unknown_saelens(folder: Path, data: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a field of cfg.json that changes what is computed, or may: those must be folded first."""
-    for name, neutral in SAELENS_NEUTRAL.items():
-        refuse_unless(folder, name, data.get(name, neutral[0]), neutral)
-    if unknown := sorted(data.keys() - SAELENS_READ - SAELENS_NEUTRAL.keys() - SAELENS_HARMLESS):
+def saelens_activation(folder: Path, fields: Fields, architecture: str) -> tuple[str, int]:
+    """What an SAE applies, and its k where that is topk: by its architecture and, in older folders, by `activation_fn` or
+    `activation_fn_str`, whose kwargs then hold k. Raises CheckpointError where these do not agree."""
+    own: str = SAELENS_ACTIVATIONS[architecture]
+    named: dict[str, str] = {}
+    for name in ("activation_fn", "activation_fn_str"):
+        value = fields.data.get(name)
+        refuse_unless(folder, name, value, (None, "relu", "topk", *(("jumprelu",) if own == "jumprelu" else ())))
+        named |= {} if value is None else {name: value}
+    if len(set(named.values())) > 1:
+        raise CheckpointError(f"{folder}: cfg.json says {named}, two activations; remove the wrong one")
+    if "topk" in named.values():
+        refuse_unless(folder, f"architecture (with {next(iter(named))} 'topk')", architecture, ("standard", "topk"))
+        own = "topk"
+    told = fields.inner("activation_fn_kwargs")
+    refuse_unknown(folder, "cfg.json's activation_fn_kwargs", told.data, "k")
+    if own != "topk":
+        return own, 0
+    k = fields.whole("k", told.whole("k", 0))
+    refuse_unless(folder, "k of activation_fn_kwargs", told.whole("k", k), (k,))
+    return own, k
+
+
+def refuse_unknown(
+    folder: Path,
+    where: str,
+    data: Mapping[str, Any],
+    known: str,
+    neutral: Mapping[str, tuple[object, ...]] | None = None,
+) -> None:
+    """Raise CheckpointError for a field that may change what is computed: one that is not known, or is one of `neutral` with
+    another value than those, which change nothing."""
+    for name, values in (neutral or {}).items():
+        refuse_unless(folder, name, data.get(name, values[0]), values)
+    if unknown := sorted(data.keys() - set(known.split()) - (neutral or {}).keys()):
         raise CheckpointError(
-            f"{folder}: cfg.json says {unknown[0]!r}, of which is not known whether it changes latents"
+            f"{folder}: {where} says {unknown[0]!r}, of which is not known whether it changes latents"
         )
 
 
 def saelens_place(folder: Path, fields: Fields, name: str) -> About:
-    """Model and hook point that cfg.json, or its metadata, says under a name; `NAME_out`'s is what a transcoder makes."""
+    """Model and hook point that cfg.json, or its metadata, says under a name; `NAME_out`'s is what a transcoder makes.
+
+    Raises CheckpointError where the two, or the layer beside them, say otherwise.
+    """
     metadata = fields.inner("metadata") if fields.data.get("metadata") else fields
     head = name.replace("hook_name", "hook_head_index")
     refuse_unless(folder, head, metadata.data.get(head), (None,))
-    about: About = {"model": metadata.text("model_name", "") or None}
-    placed = hook_point(folder, hook) if (hook := metadata.text(name, "")) else {}
-    options = (
-        metadata.inner("model_from_pretrained_kwargs") if metadata.data.get("model_from_pretrained_kwargs") else None
-    )
-    return about | (centred(placed, options.data) if options is not None else placed)
+    for one in ("model_name", name):
+        said = [value for value in (metadata.data.get(one), fields.data.get(one)) if value is not None]
+        refuse_unless(
+            folder, f"{one} (beside its metadata's)", said[-1] if said else None, (said[0] if said else None,)
+        )
+    hook, model = (metadata.text(one, "") or fields.text(one, "") for one in (name, "model_name"))
+    if name == "hook_name" and hook and "hook_layer" in fields.data:
+        refuse_unless(folder, f"hook_layer (of {hook})", fields.data["hook_layer"], (layer_in(hook), None))
+    return model_options({"model": model or None} | (hook_point(folder, hook) if hook else {}), metadata)
+
+
+def model_options(about: About, metadata: Fields) -> About:
+    """The same with what SAELens's options for loading the model make of it: a revision, rows that lack their mean, and whatever
+    else may make other rows beside the model's name."""
+    if not metadata.data.get("model_from_pretrained_kwargs"):
+        return about
+    options = metadata.inner("model_from_pretrained_kwargs").data
+    others = {
+        name: value
+        for name, value in options.items()
+        if name not in MODEL_HARMLESS.split() and value not in (None, False)
+    }
+    if (revision := others.pop("revision", "main")) != "main":
+        about = about | {"revision": str(revision)}
+    if others.pop("center_writing_weights", False) and "hook" in about:
+        about = about | {"hook": f"centred {about['hook']}"}
+    if others:
+        about = about | {
+            "model": f"{about['model'] or 'a model'} with {', '.join(f'{n} {v}' for n, v in sorted(others.items()))}"
+        }
+    return about
 
 
 def from_saelens_transcoder(
@@ -391,7 +377,9 @@ def from_saelens_transcoder(
     """transcoder, jumprelu_transcoder and their skip kinds: act(x W_enc + b_enc), decode z W_dec + b_dec (+ W_skip x, [d_out,
     d_in])."""
     fields, activation = Fields(folder / "cfg.json", data), SAELENS_TRANSCODERS[architecture]
-    refuse_unknown_saelens(folder, data)
+    refuse_unknown(folder, "cfg.json", data, SAELENS_FIELDS, SAELENS_NEUTRAL)
+    for name in ("activation_fn", "activation_fn_str"):
+        refuse_unless(folder, f"{name} (of a transcoder)", data.get(name), (None, "relu", activation))
     refuse_unless(folder, "apply_b_dec_to_input (of a transcoder)", data.get("apply_b_dec_to_input", False), (False,))
     refuse_unless(folder, "rescale_acts_by_decoder_norm", data.get("rescale_acts_by_decoder_norm", False), (False,))
     skips, jumps = "skip" in architecture, activation == "jumprelu"
@@ -405,13 +393,14 @@ def from_saelens_transcoder(
 
 def from_dictionary_learning(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
     """AutoEncoder, TopK, BatchTopK, Matryoshka (its groups become levels), JumpRelu or Gated, in either style of names."""
-    trainer = Fields(folder / "config.json", data).inner("trainer")
+    config = Fields(folder / "config.json", data)
+    trainer = config.inner("trainer")
     kind = trainer.text("dict_class")
     refuse_unless(folder, "dict_class", kind, tuple(DICTIONARY_ACTIVATIONS))
+    refuse_unknown(folder, "config.json's trainer", trainer.data, DICTIONARY_FIELDS)
+    refuse_unless(folder, "io of its buffer", config.inner("buffer").data.get("io", "out"), ("out",))
     activation = DICTIONARY_ACTIVATIONS[kind]
-    held = "encoder.weight encoder.bias decoder.weight bias W_enc W_dec b_enc b_dec threshold k group_sizes"
-    gated = "encoder.weight decoder.weight decoder_bias r_mag gate_bias mag_bias"
-    only(folder, tensors, gated if kind == "GatedAutoEncoder" else held, needed=kind == "GatedAutoEncoder")
+    only_dictionary(folder, tensors, kind)
     if kind == "GatedAutoEncoder":
         turned = {"W_enc": tensors["encoder.weight"].T, "W_dec": tensors["decoder.weight"].T}
         turned |= {"b_dec": tensors["decoder_bias"], "r_mag": tensors["r_mag"]}
@@ -425,36 +414,51 @@ def from_dictionary_learning(folder: Path, data: Mapping[str, Any], tensors: Ten
         tensors = uncentred(tensors)
     if activation == "batchtopk":
         set_threshold(folder, tensors["threshold"])
-    sizes = tensors["group_sizes"].tolist() if "group_sizes" in tensors else [len(tensors["W_dec"])]
-    levels = torch.tensor(sizes).cumsum(0).tolist()
+    sizes = tensors.get("group_sizes", torch.tensor([len(tensors["W_dec"])]))
+    if sizes.is_floating_point():
+        raise CheckpointError(f"{folder}: its group_sizes should be whole numbers, found {sizes.dtype}; get it again")
     k = int(tensors["k"]) if "k" in tensors else trainer.whole("k", 0)
-    submodule = trainer.text("submodule_name", "")
-    layer = trainer.some_whole("layer")
-    about: About = {"layer": layer}
+    if activation == "topk":
+        refuse_unless(folder, "k of config.json's trainer", trainer.whole("k", k), (k,))
+    sae = assemble(activation, k, sizes.cumsum(0).tolist(), tensors)
+    return sae, dictionary_place(folder, trainer) | {"model": trainer.text("lm_name", "") or None}
+
+
+def only_dictionary(folder: Path, tensors: Tensors, kind: str) -> None:
+    """Raise CheckpointError unless the tensors are those of a class of dictionary_learning, in one of its styles of names."""
+    if kind == "GatedAutoEncoder":
+        only(folder, tensors, DICTIONARY_GATED)
+        return
+    style = max(DICTIONARY_STYLES, key=lambda names: len(tensors.keys() & set(names.split())))
+    needed, optional = DICTIONARY_EXTRAS[kind]
+    only(folder, tensors, f"{style} {needed}", optional)
+
+
+def dictionary_place(folder: Path, trainer: Fields) -> About:
+    """Hook point that a trainer names: with the layer in the submodule's name, beside it, or nowhere."""
+    submodule, layer = trainer.text("submodule_name", ""), trainer.some_whole("layer")
+    if not submodule:
+        return {"layer": layer}
     if re.search(r"\d", submodule):
-        about = hook_point(folder, submodule)
-    elif submodule and layer is not None:  # resid_post, with the layer beside it
-        about = hook_point(folder, f"{submodule}_layer_{layer}")
-    return assemble(activation, k, levels, tensors), about | {"model": trainer.text("lm_name", "") or None}
+        refuse_unless(folder, f"layer (beside {submodule})", layer, (layer_in(submodule), None))
+        return hook_point(folder, submodule)
+    placed = hook_point(folder, f"{submodule}_layer_{1 if layer is None else layer}")
+    return placed if layer is not None else {n: v for n, v in placed.items() if n not in ("layer", "called")}
 
 
 def from_sparsify(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
     """topk of relu((x − b_dec) W_enc + b_enc); the hook point is the folder's name. A transcoder, which subtracts no b_dec, goes
     from the input of the module of that name to its output, with W_skip x, [d_out, d_in], where it has a skip connection."""
-    for name, neutral in SPARSIFY_NEUTRAL.items():
-        refuse_unless(folder, name, data.get(name, neutral[0]), neutral)
-    if unknown := sorted(data.keys() - SPARSIFY_READ - SPARSIFY_NEUTRAL.keys()):
-        raise CheckpointError(
-            f"{folder}: cfg.json says {unknown[0]!r}, of which is not known whether it changes latents"
-        )
+    refuse_unknown(folder, "cfg.json", data, SPARSIFY_FIELDS, SPARSIFY_NEUTRAL)
     fields = Fields(folder / "cfg.json", data)
     transcodes, skips = (name in data and fields.flag(name) for name in ("transcode", "skip_connection"))
     refuse_unless(folder, "skip_connection (of an SAE)", skips, (False, True) if transcodes else (False,))
     only(folder, tensors, "encoder.weight encoder.bias W_dec b_dec" + " W_skip" * skips)
     tensors = tensors | {"W_enc": tensors["encoder.weight"].T, "b_enc": tensors["encoder.bias"]}
-    require_size(folder, tensors, fields.some_whole("d_in"), None)
+    width = fields.whole("num_latents", 0) or fields.whole("expansion_factor", 0) * len(tensors["W_enc"])
+    require_size(folder, tensors, fields.some_whole("d_in"), width or None)
     k, name = fields.whole("k", least=1), folder.resolve().name
-    placed = hook_point(folder, name) if re.search(r"\d", name) else {}
+    placed = hook_point(folder, name) if re.search(r"(^|\.)(layers|blocks|h)\.\d|embed|wte", name) else {}
     if not transcodes:
         return assemble("topk", k, [len(tensors["W_dec"])], tensors), placed
     if placed and placed["hook"] != "mlp_out":
@@ -473,16 +477,26 @@ def from_gemma_scope(folder: Path, _data: Mapping[str, Any], tensors: Tensors) -
     found = re.findall(r"/layer_(\d+)(?=/|$)", path)
     layer = int(found[-1]) if found else None
     release = re.findall(r"gemma-scope-[^/]*-(res|mlp|att|transcoders)(?=[-/]|$)", path)
+    model = gemma_2(path)
     if release and release[-1] == "transcoders":
         target = {"layer": layer, "hook": "mlp_out"}
         return assemble_transcoder("jumprelu", 0, tensors), {
+            "model": model,
             "layer": layer,
             "hook": "ln2.hook_normalized",
             "target": target,
         }
     sae = assemble("jumprelu", 0, [len(tensors["W_dec"])], uncentred(tensors))
     hook = {"res": "resid_post", "mlp": "mlp_out", "att": "attn.hook_z"}[release[-1]] if release else None
-    return sae, {"layer": layer, "hook": hook}
+    if layer is None and "/embedding/" in path:
+        hook = "embedding, before its scale"
+    return sae, {"model": model, "layer": layer, "hook": hook}
+
+
+def gemma_2(path: str) -> str | None:
+    """The model that a release of Gemma Scope is of, by its name in a path."""
+    found = re.findall(r"gemma-scope-(\d+b)-(pt|it)(?=[-/]|$)", path)
+    return f"gemma-2-{found[-1][0]}{'-it' if found[-1][1] == 'it' else ''}" if found else None
 
 
 def from_gemma_scope_2(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
@@ -490,19 +504,23 @@ def from_gemma_scope_2(folder: Path, data: Mapping[str, Any], tensors: Tensors) 
     MLP reads to what it adds, has `affine_skip_connection` [d_in, d_out] where it is affine."""
     fields = Fields(folder / "config.json", data)
     refuse_unless(folder, "architecture", fields.text("architecture", "jump_relu"), ("jump_relu",))
+    refuse_unknown(folder, "config.json", data, GEMMA_SCOPE_2_FIELDS)
+    refuse_unless(folder, "type", data.get("type"), (None, "sae", "transcoder"))
     reads, writes = fields.text("hf_hook_point_in", ""), fields.data.get("hf_hook_point_out")
-    place = re.findall(r"/(resid_post|mlp_out|transcoder)[^/]*/layer_(\d+)", str(folder.resolve()))
+    place = re.findall(r"/(resid_post|mlp_out|attn_out|transcoder)[^/]*/layer_(\d+)", str(folder.resolve()))
     transcodes = writes not in (None, reads) if reads else bool(place) and place[-1][0] == "transcoder"
     skips = transcodes and "affine_skip_connection" in tensors
     affine = data.get("affine_connection", skips)
     refuse_unless(folder, "affine_connection", affine, (True,) if skips else (False, None))
     only(folder, tensors, "w_enc w_dec b_enc b_dec threshold" + " affine_skip_connection" * skips)
     tensors = tensors | {"W_enc": tensors["w_enc"], "W_dec": tensors["w_dec"]}
+    require_size(folder, tensors, None, fields.some_whole("width"))
     model = fields.text("model_name", "").replace("gemma-v3", "gemma-3") or None
     about: About = {"model": model}
     if not transcodes:
         sae = assemble("jumprelu", 0, [len(tensors["W_dec"])], uncentred(tensors))
-        named = {"hook": place[-1][0], "layer": int(place[-1][1])} if place else {}
+        hooks = {"attn_out": "attn.hook_z"}  # Gemma Scope's attention is read before its output matrix
+        named = {"hook": hooks.get(place[-1][0], place[-1][0]), "layer": int(place[-1][1])} if place else {}
         return sae, about | (hook_point(folder, reads) if reads else named)
     sae = assemble_transcoder("jumprelu", 0, tensors | ({"W_skip": tensors["affine_skip_connection"]} if skips else {}))
     if not reads:
@@ -519,13 +537,14 @@ def from_gemma_scope_2(folder: Path, data: Mapping[str, Any], tensors: Tensors) 
 def from_openai(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
     """relu((x − b_dec) W_enc + b_enc). Those with TopK take each row's own mean and deviation away, and give them back after
     decoding: no decoder of latents alone does that."""
+    refuse_unknown(folder, "autoencoder.pt", data, OPENAI_SETTINGS)
     kind = data.get("activation", "ReLU")
     if kind == "TopK":
         raise CheckpointError(
             f"{folder}: OpenAI's TopK decodes with each row's own mean and deviation; that cannot be read"
         )
     refuse_unless(folder, "activation", kind, ("ReLU",))
-    only(folder, tensors, "pre_bias latent_bias encoder.weight decoder.weight " + OPENAI_STATISTICS, needed=False)
+    only(folder, tensors, "pre_bias latent_bias encoder.weight decoder.weight", OPENAI_STATISTICS)
     names = {"b_dec": "pre_bias", "b_enc": "latent_bias"}
     turned = {"W_enc": tensors["encoder.weight"].T, "W_dec": tensors["decoder.weight"].T}
     return assemble("relu", 0, [turned["W_enc"].shape[1]], turned | {n: tensors[t] for n, t in names.items()}), {}
@@ -540,9 +559,11 @@ def from_matryoshka_sae(folder: Path, data: Mapping[str, Any], tensors: Tensors)
     kind = fields.text("sae_type")
     refuse_unless(folder, "sae_type", kind, tuple(MATRYOSHKA_ACTIVATIONS))
     refuse_unless(folder, "input_unit_norm", data.get("input_unit_norm"), (False,))
+    refuse_unknown(folder, "config.json", data, MATRYOSHKA_FIELDS, MATRYOSHKA_NEUTRAL)
     activation = MATRYOSHKA_ACTIVATIONS[kind]
-    only(folder, tensors, "W_enc W_dec b_enc b_dec threshold num_batches_not_active", needed=False)
-    require_size(folder, tensors, fields.some_whole("act_size"), None)
+    threshold = " threshold" * (activation == "batchtopk")
+    only(folder, tensors, "W_enc W_dec b_enc b_dec" + threshold, "threshold num_batches_not_active")
+    require_size(folder, tensors, fields.some_whole("act_size"), fields.some_whole("dict_size"))
     levels = [len(tensors["W_dec"])]
     if kind == "global-matryoshka-topk":  # the trainer writes the list as text
         sizes = re.fullmatch(r"\[(\d+(?:, ?\d+)*)\]", str(data.get("group_sizes")))
@@ -554,7 +575,11 @@ def from_matryoshka_sae(folder: Path, data: Mapping[str, Any], tensors: Tensors)
     if activation != "relu":
         tensors = tensors | {"b_enc": torch.zeros_like(tensors["b_enc"])}
     k = fields.whole("top_k", least=1) if activation != "relu" else 0
-    hook = fields.text("hook_point", "")
+    hook, site, layer = fields.text("hook_point", ""), fields.text("site", ""), fields.some_whole("layer")
+    if hook:
+        refuse_unless(folder, f"layer (beside {hook})", layer, (layer_in(hook), None))
+    elif site and layer is not None:
+        hook = f"blocks.{layer}.hook_{site}"
     about: About = {"model": fields.text("model_name", "") or None} | (hook_point(folder, hook) if hook else {})
     return assemble(activation, k, levels, tensors), about
 
@@ -627,21 +652,28 @@ def assemble_transcoder(activation: Any, k: int, tensors: Tensors) -> NestedSAE:
     return sae
 
 
-def only(folder: Path, tensors: Tensors, names: str, *, needed: bool = True) -> None:
-    """Raise CheckpointError unless the tensors are exactly those named; where not all are needed, no others."""
-    known = set(names.split())
-    if unknown := sorted(tensors.keys() - known):
+def only(folder: Path, tensors: Tensors, names: str, optional: str = "") -> None:
+    """Raise CheckpointError unless the tensors are exactly those named, and of the optional ones any."""
+    needed = set(names.split())
+    if unknown := sorted(tensors.keys() - needed - set(optional.split())):
         raise CheckpointError(f"{folder}: tensors {unknown} are not known here, so what they compute is not either")
-    if needed and (missing := sorted(known - tensors.keys())):
+    if missing := sorted(needed - tensors.keys()):
         raise CheckpointError(f"{folder}: has no tensor {missing[0]!r}; get it again")
 
 
 def require_size(folder: Path, tensors: Tensors, d_model: object, width: object) -> None:
-    """Raise CheckpointError unless W_enc is a matrix of the size that the config says, where it says one."""
+    """Raise CheckpointError unless W_enc is a matrix of the size that the config says, where it says one, and W_dec has as many
+    rows as that columns; both of floats."""
     found = list(tensors["W_enc"].shape)
     said = [d_model if d_model is not None else found[0], width if width is not None else found[-1]]
     if len(found) != 2 or not tensors["W_enc"].is_floating_point() or found != said:
-        raise CheckpointError(f"{folder}: its W_enc should be floats of shape {said}, found {found}; get it again")
+        kind = tensors["W_enc"].dtype
+        raise CheckpointError(
+            f"{folder}: its W_enc should be floats of shape {said}, found {found} of {kind}; get it again"
+        )
+    rows = list(tensors["W_dec"].shape)
+    if len(rows) != 2 or not tensors["W_dec"].is_floating_point() or rows[0] != found[1]:
+        raise CheckpointError(f"{folder}: its W_dec should be floats with {found[1]} rows, found {rows}; get it again")
 
 
 def refuse_unless(folder: Path, name: str, value: object, known: tuple[object, ...]) -> None:
