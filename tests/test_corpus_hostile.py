@@ -266,3 +266,11 @@ def test_claimed_sizes_are_damage(tmp_path: Path, size: int, kind: type[Exceptio
     """Memory for a size that no file has is not what the machine lacks: the file is damaged; for another it is."""
     with pytest.raises(kind, match="malloc of size"), arrow_errors(tmp_path / "a.arrow", "Arrow"):
         raise pyarrow.lib.ArrowMemoryError(f"malloc of size {size} failed")
+
+
+def test_mutations_stay_apart() -> None:
+    """One mutated input shares nothing with the next: what it nests or changes later is not in the list that all draw from."""
+    before, rng = repr(BAD), random.Random(0)
+    for _ in range(3000):
+        json.dumps(mutated({"a": [1, {"b": 2}]}, rng))
+    assert repr(BAD) == before

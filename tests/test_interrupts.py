@@ -214,6 +214,46 @@ def test_lost_interrupt_comes_again() -> None:
     assert ended.stderr.strip() == "stopped; run the same command again to go on"
 
 
+SLOW_MODULE = """
+import signal, sys, time
+try:
+    for _ in range(int(sys.argv[-1])):
+        signal.raise_signal(signal.SIGINT)
+    time.sleep(0.1)
+except BaseException:
+    print("C++ would end here")
+print("imported")
+"""
+
+
+SLOW_COMMAND = """
+import sys, time
+from pipeline.base import startup
+startup.begin()
+import click
+from pipeline.base.cli import main
+
+@click.command()
+@click.argument("times", expose_value=False)
+def work():
+    import slow_module
+    time.sleep(60)
+
+main(work, "x")
+"""
+
+
+@pytest.mark.parametrize(("times", "printed", "said"), [
+    ("1", "imported\n", "stopped; run the same command again to go on"), ("2", "", "stopped"),
+])  # fmt: skip
+def test_interrupt_waits_for_an_import(tmp_path: Path, times: str, printed: str, said: str) -> None:
+    """Ctrl-C while a command imports a module waits until it is imported, for C++ there ends the process; a second does not."""
+    (tmp_path / "slow_module.py").write_text(SLOW_MODULE)
+    ended = run("-c", SLOW_COMMAND, times, path=tmp_path)
+    assert (ended.returncode, ended.stdout) == (130, printed)
+    assert ended.stderr.strip() == said
+
+
 def test_interrupt_turned_error_stays_interrupt() -> None:
     """A library that turns Ctrl-C into an error of its own changes nothing."""
     body = (

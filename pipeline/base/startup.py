@@ -2,7 +2,8 @@
 it never ends in a traceback.
 
     while it imports     nothing is begun, nothing is held: the process leaves at once
-    in `heard`           KeyboardInterrupt, as Python does it, but one that gets lost is raised again
+    in `heard`           KeyboardInterrupt, as Python does it, but one that gets lost is raised again, and one that comes while
+                         a module is imported waits until it is
     after it             the command has said how it ended: the process leaves at once
 
 One gets lost where Python cannot raise: in a generator that is thrown away, a destructor, a callback of a library. Python
@@ -79,16 +80,43 @@ class EnoughAddresses(MetaPathFinder):
         return None
 
 
+def importing(frame: FrameType | None) -> bool:
+    """Whether a frame is that of a module which is being imported, or of what it calls."""
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
+
+
 class Interrupts:
-    """Whether Ctrl-C came."""
+    """What Ctrl-C does in the thread that makes this: whether it came, and what is yet to be raised."""
 
     def __init__(self) -> None:
-        self.came = False
+        self.came = self.waits = self.over = False
+        self.thread = threading.get_ident()
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
-        """What SIGINT does."""
+        """What SIGINT does. While a module is imported it waits, for C++ that is called there (torch's) would end the process
+        with a message of its own; a second one ends it at once."""
         self.came = True
-        raise KeyboardInterrupt
+        if not importing(frame):
+            raise KeyboardInterrupt
+        if self.waits:
+            leave_at_end(number, frame)
+        self.waits = True
+        self.later()
+
+    def later(self) -> None:
+        """Interrupt the thread again, soon, outside of imports."""
+        threading.Thread(target=self.again, name="interrupt again", daemon=True).start()
+
+    def again(self) -> None:
+        """Wait until the thread imports nothing, then interrupt it; not where what can be interrupted is over."""
+        time.sleep(AGAIN_S)
+        while not self.over and importing(sys._current_frames().get(self.thread)):
+            time.sleep(AGAIN_S)
+        self.waits = False
+        if not self.over:
+            signal.pthread_kill(self.thread, signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -99,15 +127,11 @@ def heard() -> Iterator[Interrupts]:
     if threading.current_thread() is not threading.main_thread() or previous not in (signal.default_int_handler, leave):
         yield interrupts
         return
-    hook, main = sys.unraisablehook, threading.get_ident()
-
-    def again() -> None:
-        time.sleep(AGAIN_S)
-        signal.pthread_kill(main, signal.SIGINT)
+    hook = sys.unraisablehook
 
     def note(lost: Any) -> None:
         if issubclass(lost.exc_type, KeyboardInterrupt):
-            threading.Thread(target=again, name="interrupt again", daemon=True).start()
+            interrupts.later()
         else:
             hook(lost)
 
@@ -116,5 +140,8 @@ def heard() -> Iterator[Interrupts]:
     try:
         yield interrupts
     finally:
+        interrupts.over = True
         sys.unraisablehook = hook
         signal.signal(signal.SIGINT, leave_at_end if previous is leave else previous)
+        if interrupts.waits:
+            raise KeyboardInterrupt

@@ -32,7 +32,7 @@ def mutated(data: Any, rng: random.Random) -> Any:
     for _ in range(rng.randint(1, 3)):
         spot = rng.choice([s for s in spots(data) if s] or [()])
         if not spot:
-            return rng.choice(BAD)
+            return copy.deepcopy(rng.choice(BAD))
         holder = data
         for key in spot[:-1]:
             holder = holder[key]
@@ -42,7 +42,7 @@ def mutated(data: Any, rng: random.Random) -> Any:
         elif kind < 0.3 and isinstance(holder, dict):
             holder[str(rng.choice(BAD))] = holder.pop(spot[-1])
         elif kind < 0.4:
-            deep: Any = rng.choice(BAD)
+            deep: Any = copy.deepcopy(rng.choice(BAD))
             for _ in range(rng.choice((5, 60, 400))):
                 deep = [deep]
             holder[spot[-1]] = deep
