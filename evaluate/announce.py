@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from evaluate import plan as planning
-from evaluate.checkpoints.find import Checkpoint
+from evaluate.checkpoints.find import Checkpoint, resolve_levels
 from evaluate.job import Job
 from evaluate.probing.first_letter import Words, make_prompts
 from evaluate.probing.job import Texts, most_rows
+from evaluate.scores.structure import meta_seconds
 from pipeline.base.files import human_bytes
 from pipeline.base.progress import format_seconds, say
 
@@ -60,6 +62,10 @@ def announce(job: Job, todo: Sequence[Checkpoint], plan: planning.Plan) -> None:
         f"evaluate: {len(todo)} checkpoints on {tokens:,} tokens of {job.store.where}; {through_model}"
         f"{flop * tokens / 1e12:,.3g} TFLOP in all, about {format_seconds(seconds * tokens)}"
     )
+    if "structure" in job.config.scores:
+        sizes = Counter(c.sae.levels[i] for c in todo for i in resolve_levels(job.config.levels, c))
+        seconds = sum(n * meta_seconds(m, job.store.d_model, job.device) for m, n in sizes.items())
+        say(f"  structure: {sizes.total()} meta-dictionaries, about {format_seconds(seconds)}")
     say(
         f"  {plan.batch} sequences a batch, {plan.group} checkpoints at once ({groups} pass{'es' * (groups > 1)} over the "
         f"rows), peak memory at most {human_bytes(plan.peak)} on {job.device}"

@@ -26,7 +26,16 @@ from evaluate.job import Job
 from evaluate.probing.job import Texts, read_texts
 from evaluate.results import tabulate, working_in
 from evaluate.select import only_fitting_scores, select
-from evaluate.work import groups, plan, pool_texts, prepare_texts, prepare_work, score_group, text_bytes
+from evaluate.work import (
+    fit_meta_dictionaries,
+    groups,
+    plan,
+    pool_texts,
+    prepare_texts,
+    prepare_work,
+    score_group,
+    text_bytes,
+)
 from evaluate.write import write
 from pipeline.base.errors import PipelineError
 from pipeline.base.files import require_writable
@@ -102,6 +111,7 @@ def score_all(job: Job, todo: Sequence[Checkpoint], texts: Sequence[Texts], outc
         for group in groups(todo, planned):
             scorers, failed = score_group(work, group, bar)
             outcome.fail(failed)
+            fit_meta_dictionaries(scorers)
             for scorer, pooled in zip(scorers, pool_texts(work, scorers)):
                 try:
                     write(work, scorer, pooled)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -162,6 +163,15 @@ def load_group(work: Work, group: Sequence[Checkpoint]) -> tuple[list[Scorer], l
         except PipelineError as error:
             failed.append((checkpoint.path, error))
     return scorers, failed
+
+
+@torch.inference_mode()
+def fit_meta_dictionaries(scorers: Sequence[Scorer]) -> None:
+    """Fit the meta-dictionaries of checkpoints whose structure is asked for, which takes longer than their pass over the rows."""
+    if total := sum(scorer.n_meta_steps for scorer in scorers):
+        with Progress(total, "meta-dictionaries", "step") as bar:
+            for scorer in scorers:
+                scorer.meta_dictionaries(partial(bar.advance, 1, scorer.checkpoint.member))
 
 
 @torch.inference_mode()

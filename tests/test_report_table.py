@@ -14,7 +14,7 @@ from evaluate.report.equal import Apart, at_equal_l0
 from evaluate.report.found import what_was_found
 from evaluate.report.runs import read_results, sharing_label
 from evaluate.report.table import make_table
-from evaluate.report.wording import column_decimals, fixed, number, p_text, plus_minus
+from evaluate.report.wording import column_decimals, fixed, number, p_text, plus_minus, share, signed_plus_minus
 from evaluate.report.write import write_report
 from evaluate.statistics import Estimate, compare, estimate, holm
 from pipeline.base.errors import UsageError
@@ -158,6 +158,21 @@ def test_interval_and_verdict_agree(tmp_path: Path, effect: float) -> None:
     assert len(texts) == 8 + 2 + 1 + 2
     for difference, half, unshown in texts:
         assert (abs(float(difference.replace("−", "-"))) <= float(half)) == unshown, (difference, half, unshown)
+
+
+def test_difference_never_reads_like_its_half() -> None:
+    """Digits enough that one sees whether 0 is inside; no sign where nothing but zeros is left; shares in words."""
+    assert signed_plus_minus(0.0499, 0.0496) == "+0.0499 ± 0.0496"
+    assert signed_plus_minus(-0.0499, 0.0496) == "−0.0499 ± 0.0496"
+    assert signed_plus_minus(0.0184, 0.0041) == "+0.0184 ± 0.0041"
+    assert signed_plus_minus(-0.0003, 5.6) == signed_plus_minus(0.0003, 5.6) == "0.0 ± 5.6"
+    assert [share(x) for x in (0.0049, 0.58, 1.2, 12.0, 1e-9)] == [
+        "0.49 %",
+        "58 %",
+        "120 %",
+        "1,200 %",
+        "under 0.001 %",
+    ]
 
 
 def test_unequal_l0_is_not_compared(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evaluate.scores import structure
 from evaluate.scores.sample import Batch
-from evaluate.scores.structure import Hierarchy, adam, batch_top_k, meta_dictionary
+from evaluate.scores.structure import Hierarchy, adam, batch_top_k, meta_dictionary, meta_seconds, n_meta_steps
 from pipeline.sae.nested import SAEConfig
 
 CONTEXT = 8
@@ -144,6 +144,15 @@ def test_meta_dictionary_ignores_row_length() -> None:
 def test_too_few_latents_are_undefined() -> None:
     """Seven latents leave one meta-latent: no figure."""
     assert meta_dictionary(torch.randn(7, 6), 0)["value"] is None
+
+
+def test_meta_steps_are_told_and_counted() -> None:
+    """Each step of each fit is told; as many are promised; of too few latents none; the time is that of so many steps."""
+    told: list[None] = []
+    meta_dictionary(torch.randn(12, 4), 0, lambda: told.append(None))
+    assert len(told) == n_meta_steps(12) == 900
+    assert (n_meta_steps(7), meta_seconds(7, 4, torch.device("cpu"))) == (0, 0.0)
+    assert meta_seconds(12, 4, torch.device("cpu")) > 0
 
 
 def test_adam_is_torch_s() -> None:

@@ -13,6 +13,8 @@ from harvest.truth.forest import Forest, make_directions, make_forest
 from harvest.truth.rows import BLOCK, Firings, Rows
 from harvest.truth.spec import Spec, load_spec, read_spec, shipped
 from pipeline.base.errors import UsageError
+from pipeline.base.files import hash_config
+from pipeline.definitions import SHIPPED_SPECS
 
 GROUP: dict[str, Any] = {"count": 2, "branching": [2, 3], "probability": 0.5, "child_probability": [0.4, 0.3]}
 N = 64 * BLOCK
@@ -175,6 +177,11 @@ def test_shipped_specs_are_whole(name: str) -> None:
     forest: Forest = make_forest(s)
     assert len(forest.parent) == s.n_features
     assert (forest.probability[forest.parent >= 0] <= forest.probability[forest.parent[forest.parent >= 0]]).all()
+
+
+def test_shipped_specs_are_called_by_name() -> None:
+    """What a report calls a shipped spec goes by the hash that its stores carry for a model."""
+    assert {hash_config(load_spec(name).to_dict())[:10]: name for name in shipped()} == SHIPPED_SPECS
 
 
 def test_rare_parents_and_frequent_leaves() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from evaluate.plan import Sizes, kept, make_plan, sizes
 from evaluate.run import EvaluateConfig, run
 from evaluate.scores.truth import Truth, TruthScore, depths, hedging, strata
 from harvest.truth.run import TruthConfig, run_truth
+from pipeline.base import progress
 from pipeline.base.errors import UsageError
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.nested import NestedSAE, SAEConfig
@@ -258,6 +260,20 @@ def test_the_command_scores_a_truth(tree: Store, tmp_path: Path) -> None:
     assert hierarchy["containment"] > 0.95
     assert hierarchy["excess"] > 0.5
     assert hierarchy["low"] > 0
+
+
+def test_structure_says_how_far_it_is(
+    tree: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What meta-dictionaries will take is said before, and a line moves while they are fitted: each step of each is counted."""
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
+    place = oracle(tree, tmp_path / "oracle.safetensors")
+    run(EvaluateConfig(store=tree.path, out=tmp_path / "out", scores=("l0", "structure")), [place])
+    said = capsys.readouterr().err
+    assert "structure: 2 meta-dictionaries, about " in said
+    counts = [int(n.replace(",", "")) for n in re.findall(r"meta-dictionaries: \d+ %, ([\d,]+) of 1,800 steps", said)]
+    assert counts == [*range(1, 1801), 1800]
+    assert said.index("meta-dictionaries, about") < said.index("meta-dictionaries: 0 %")
 
 
 def test_scores_not_possible_left_out(tree: Store, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from evaluate.report.equal import mean_of, positive
 from evaluate.report.nesting import absorption_clause
 from evaluate.report.runs import Results
 from evaluate.report.table import Cell, Line, Table
-from evaluate.report.wording import count, half_text, listed, number, p_text, plus_minus, signed_plus_minus
+from evaluate.report.wording import count, half_text, listed, number, p_text, plus_minus, share, signed_plus_minus
 from evaluate.statistics import SIGNIFICANT, estimate
 
 
@@ -165,8 +165,8 @@ def what_it_means(cell: Cell, results: Results) -> str:
     cost, most = sum(zero) / len(zero), abs(cell.test.difference) + cell.half
     of = f"of the KL that replacing the activations by zeros costs ({number(cost)} nats/token)"
     if cell.verdict == "not shown":
-        return f"{said}; the interval holds 0, and at most {100 * most / cost:.2g} % {of}"
-    return f"{said}, by {100 * abs(cell.test.difference) / cost:.2g} % {of}"
+        return f"{said}; the interval holds 0, and at most {share(most / cost)} {of}"
+    return f"{said}, by {share(abs(cell.test.difference) / cost)} {of}"
 
 
 def verdicts(table: Table) -> str:

@@ -25,14 +25,23 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
+def share(of: float) -> str:
+    """0.49 %, 1.2 %, 58 %, 1,200 %: two digits, or whole."""
+    return f"{100 * of:.2g} %" if 1e-3 <= 100 * of < 99.5 else f"{100 * of:,.0f} %" if of >= 0.5 else "under 0.001 %"
+
+
 def signed(text: str) -> str:
     """Hyphens of negative numbers as minus signs."""
     return text.replace("-", "−")
 
 
+MOST_PLACES = 8
+"""Decimals of a number, at most."""
+
+
 def decimals(half: float) -> int:
     """Decimals that show two digits of an interval's half-width."""
-    return min(8, max(0, 1 - math.floor(math.log10(half)))) if half > 0 else 4
+    return min(MOST_PLACES, max(0, 1 - math.floor(math.log10(half)))) if half > 0 else 4
 
 
 def number(value: float, half: float | None = None) -> str:
@@ -53,9 +62,13 @@ def plus_minus(e: Estimate) -> str:
 
 
 def signed_plus_minus(difference: float, half: float) -> str:
-    """+0.018 ± 0.004: a difference and half its interval, its sign always shown."""
-    sign = "+" if difference >= 0 else ""
-    return f"{sign}{number(difference, half)} ± {half_text(half)}"
+    """+0.018 ± 0.004: a difference and half its interval, its sign shown; with digits enough that the two do not read alike,
+    since whether 0 is inside depends on which is the larger."""
+    places = decimals(half)
+    while places < MOST_PLACES and fixed(abs(difference), places) == fixed(half, places) and abs(difference) != half:
+        places += 1
+    sign = "+" if difference > 0 and float(f"{difference:.{places}f}") else ""
+    return f"{sign}{fixed(difference, places)} ± {half:.{places}f}"
 
 
 def column_decimals(estimates: Sequence[Estimate]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from evaluate.scores.firing import Firing
 from evaluate.scores.labels import Letters, Probes
 from evaluate.scores.reconstruction import Reconstruction, spread_in_group
 from evaluate.scores.sample import WEIGHTINGS, Batch, Survey
-from evaluate.scores.structure import Hierarchy, meta_dictionary
+from evaluate.scores.structure import Hierarchy, meta_dictionary, n_meta_steps, nothing
 from evaluate.scores.truth import Truth, TruthScore
 from pipeline.base.errors import CheckpointError, PipelineError, UsageError
 from pipeline.base.runtime import tf32
@@ -110,6 +110,7 @@ class Scorer:
         self.coding = SparseCoding(self.sae, survey) if "coding" in scores else None
         self.correlation = Correlation(config, seed, device) if "features" in scores else None
         self.hierarchy = Hierarchy(config, context, seed) if "structure" in scores else None
+        self.meta: list[dict[str, Any]] = []
         self.truth = TruthScore(self.sae, truth) if truth is not None else None
         self.absorption = AbsorptionScore(self.sae, probes) if probes is not None else None
         self.letters = letters
@@ -220,15 +221,25 @@ class Scorer:
         if self.absorption is not None:
             found["absorption"] = self.absorption_results
         if self.hierarchy is not None:
-            W_dec = self.sae.W_dec
-            meta = [
-                {"level": level, **meta_dictionary(W_dec[: self.sae.config.levels[level]], self.seed)}
-                for level in self.levels
-            ]
-            found["structure"] = {"meta": meta, "hierarchy": self.hierarchy.features()}
+            found["structure"] = {"meta": self.meta_dictionaries(), "hierarchy": self.hierarchy.features()}
         if self.truth is not None:
             found["truth"] = self.truth.about()
         return found
+
+    @property
+    def n_meta_steps(self) -> int:
+        """Steps that `meta_dictionaries` takes; none where structure is not asked for."""
+        return sum(n_meta_steps(self.sae.config.levels[i]) for i in self.levels) if self.hierarchy is not None else 0
+
+    def meta_dictionaries(self, advance: Callable[[], None] = nothing) -> list[dict[str, Any]]:
+        """The meta-dictionary of every level, fitted once; `advance` is called after each step."""
+        if not self.meta:
+            sizes = {level: self.sae.config.levels[level] for level in self.levels}
+            W_dec = self.sae.W_dec
+            self.meta = [
+                {"level": level, **meta_dictionary(W_dec[:m], self.seed, advance)} for level, m in sizes.items()
+            ]
+        return self.meta
 
     def features(self) -> dict[str, Any]:
         """The results' `features`."""

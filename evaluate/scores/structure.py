@@ -6,6 +6,8 @@ Both are compared with what chance and a flat dictionary give: a hierarchy is an
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,20 +38,65 @@ CONTROL_SHARES, CONTROL_OFFSETS = (0.1, 0.2, 0.3, 0.5), (0.0, 0.25, 0.5, 1.0, 2.
 begins, in sizes of the set: 0 takes the densest, so that a level of any density finds sets as large on either side."""
 
 
-def meta_dictionary(W_dec: Float[Tensor, "latent d_model"], seed: int) -> dict[str, float | int | None]:
+def n_meta(size: int) -> int:
+    """Latents of the meta-dictionary of so many latents; 0 where there are too few for one."""
+    return size // META_SHARE if size // META_SHARE >= 2 else 0
+
+
+def n_meta_steps(size: int) -> int:
+    """Steps that `meta_dictionary` takes for so many latents."""
+    return META_SEEDS * META_STEPS if n_meta(size) else 0
+
+
+def meta_seconds(size: int, d_model: int, device: torch.device) -> float:
+    """Seconds that `meta_dictionary` will take for so many latents, by two steps that are measured now."""
+    if not n_meta(size):
+        return 0.0
+    clock: list[float] = []
+
+    def tick() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        clock.append(time.perf_counter())
+
+    fit_meta(torch.randn(size, d_model, device=device), n_meta(size), torch_rng("meta seconds"), tick, steps=3)
+    return (clock[2] - clock[0]) / 2 * n_meta_steps(size)
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+def meta_dictionary(
+    W_dec: Float[Tensor, "latent d_model"], seed: int, advance: Callable[[], None] = nothing
+) -> dict[str, float | int | None]:
     """Variance of the unit decoder rows that a BatchTopK dictionary of META_SHARE times fewer latents explains.
 
     The mean over META_SEEDS fits with its 95 % interval (t); lower: latents share less. None below 2 · META_SHARE latents.
     Needs the decoder alone (after "meta-SAE", arXiv 2503.17547). A different number of meta-latents is another figure.
+    `advance` is called after each step.
     """
-    n = len(W_dec) // META_SHARE
-    found = [fit_meta(W_dec, n, torch_rng("meta", seed, i)) for i in range(META_SEEDS)] if n >= 2 else []
+    n = n_meta(len(W_dec))
+    found = [fit_meta(W_dec, n, torch_rng("meta", seed, i), advance) for i in range(META_SEEDS)] if n else []
     low, high = t_interval(np.array(found)) if found else (None, None)
     value = float(np.mean(found)) if found else None
-    return {"value": value, "low": low, "high": high, "n_latents": n, "k": META_K, "seeds": len(found)}
+    return {
+        "value": value,
+        "low": low,
+        "high": high,
+        "n_latents": len(W_dec) // META_SHARE,
+        "k": META_K,
+        "seeds": len(found),
+    }
 
 
-def fit_meta(W_dec: Float[Tensor, "latent d_model"], n: int, rng: torch.Generator) -> float:
+def fit_meta(
+    W_dec: Float[Tensor, "latent d_model"],
+    n: int,
+    rng: torch.Generator,
+    advance: Callable[[], None] = nothing,
+    steps: int = META_STEPS,
+) -> float:
     """Fit a BatchTopK dictionary of n latents to the unit rows, and return the share of their variance it explains."""
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.nn.functional.normalize(W_dec.detach().clone().float(), dim=1)
@@ -60,14 +107,15 @@ def fit_meta(W_dec: Float[Tensor, "latent d_model"], n: int, rng: torch.Generato
         bias = torch.zeros(n, device=x.device, requires_grad=True)
         weights = [encoder, bias, decoder]
         moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
-        for step in range(META_STEPS):
+        for step in range(steps):
             rows = x[torch.randint(len(x), (META_BATCH,), generator=rng).to(x.device)] if len(x) > META_BATCH else x
             error = (rows - batch_top_k(rows @ encoder + bias, META_K) @ decoder).square().sum(1).mean()
             gradients = torch.autograd.grad(error, weights)
             with torch.no_grad():
                 for weight, gradient, moment in zip(weights, gradients, moments):
-                    adam(weight, gradient, moment, META_LR * min(1.0, (META_STEPS - step) / META_POLISH), step + 1)
+                    adam(weight, gradient, moment, META_LR * min(1.0, (steps - step) / META_POLISH), step + 1)
                 decoder.copy_(torch.nn.functional.normalize(decoder, dim=1))
+            advance()
     rest = 0.0
     with torch.no_grad():
         for first in range(0, len(x), META_BATCH):
