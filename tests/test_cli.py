@@ -38,7 +38,7 @@ def test_sizes_take_a_unit(text: str, number: int) -> None:
     ("error", "code"), [(CorpusError("bad corpus"), 1), (UsageError("bad option"), 2), (KeyboardInterrupt(), 130)]
 )
 def test_exit_codes_tell_disk_from_typo(
-    error: BaseException, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: BaseException, code: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit codes tell a disk from a typo."""
 
@@ -50,7 +50,7 @@ def test_exit_codes_tell_disk_from_typo(
     with pytest.raises(SystemExit) as stop:
         main(command, "x")
     assert stop.value.code == code
-    printed = capsys.readouterr().err
+    printed = capfd.readouterr().err
     assert "Traceback" not in printed
     assert (str(error) or "run the same command again") in printed
 

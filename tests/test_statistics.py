@@ -163,7 +163,7 @@ def test_holm_levels_agree_with_rejection(p: list[float]) -> None:
     assert all(0.05 / len(p) <= level <= 0.05 for level in levels)
 
 
-def test_holm_levels_stop_at_the_first_kept() -> None:
+def test_holm_stops_at_first_kept() -> None:
     """Of four, .005 and .01 are rejected at .05 / 4 and .05 / 3; the rest are tested at .05 / 2, where it ends."""
     assert holm_levels([0.01, 0.04, 0.03, 0.005], 0.05) == pytest.approx([0.05 / 3, 0.025, 0.025, 0.0125])
     assert holm_levels([0.3, 0.4], 0.05) == pytest.approx([0.025, 0.025])
