@@ -11,12 +11,13 @@ import pytest
 from scipy import stats
 
 from evaluate.report.equal import Apart, at_equal_l0
+from evaluate.report.figures import across_n
 from evaluate.report.found import what_was_found
 from evaluate.report.runs import read_results, sharing_label
 from evaluate.report.table import make_table
 from evaluate.report.wording import column_decimals, fixed, number, p_text, plus_minus, share, signed_plus_minus
 from evaluate.report.write import write_report
-from evaluate.statistics import Estimate, compare, estimate, holm
+from evaluate.statistics import Comparison, Estimate, compare, estimate, holm
 from pipeline.base.errors import UsageError
 from pipeline.base.files import read_json, write_json
 from pipeline.definitions import METRICS
@@ -223,6 +224,43 @@ def test_fronts_are_compared_between_their_points(tmp_path: Path) -> None:
     assert found is not None
     assert found.n == (3, 3)
     assert found.difference == pytest.approx(sum(expected.values()) / 3)
+
+
+def test_front_of_a_replicate_must_reach(tmp_path: Path) -> None:
+    """A seed whose flat dictionaries were trained to one sparsity alone, far from the nested one's, has no flat value there:
+    it is left out and not taken from where its front ends."""
+    for seeds, k, l0 in (((0, 1, 2, 3), 20, 20.0), ((0, 1, 2), 80, 80.0)):
+        write_results(tmp_path, alphas=(0.0,), seeds=seeds, steps=(400,), l0=l0, k=k)
+    write_results(tmp_path, alphas=(0.2,), seeds=(0, 1, 2, 3), steps=(400,), l0=40, k=40)
+    results = read_results([tmp_path])
+    nested = next((g, row) for g in results.groups for row in g.rows if row.sharing)
+    found = at_equal_l0(results, *nested, "ev")
+    assert isinstance(found, Comparison)
+    assert found.n == (4, 3)
+    assert found.kind == "Welch"
+
+
+def test_coding_leads_with_explained_variance(tmp_path: Path) -> None:
+    """Table 1 holds explained variance at n = 20, since a rate grows with sparsity alone; without massive rows, with them
+    beside; results that have only the rate show that."""
+    for path in write_results(tmp_path, alphas=(0.0, 0.2), steps=(400,)):
+        data = read_json(path)
+        rate = data["series"]["sparse_coding_rate"]
+        for name, shift in (("sparse_coding_ev", 0.3), ("sparse_coding_ev_without_massive", 0.1)):
+            data["series"][name] = [point | {"value": shift + point["n"] / 1000} for point in rate]
+        write_json(path, data)
+    results = read_results([tmp_path])
+    table = make_table(results)
+    cell = table.lines[1].cells["sparse_coding_ev@20"]
+    assert cell.estimate is not None
+    assert cell.estimate.mean == pytest.approx(0.12)
+    assert cell.metric.label == "explained variance at n = 20"
+    assert results.main.rows[0].values("sparse_coding_ev@20", massive=True)[(0, 0)] == pytest.approx(0.32)
+    assert "sparse_coding_rate@20" not in table.lines[1].cells
+    panels = across_n(results).panels  # type: ignore[union-attr]
+    assert {panel.title for panel in panels} >= {"explained variance of the n largest latents", "sparse coding rate"}
+    write_results(tmp_path / "old", alphas=(0.0,), steps=(400,))
+    assert "sparse_coding_rate@20" in make_table(read_results([tmp_path / "old"])).lines[0].cells
 
 
 def test_other_settings_are_no_baseline(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Comparisons at equal L0: a nested dictionary against flat ones that are as sparse, or no comparison at all.
 
 Where flat dictionaries of the same kind span a range of L0, each replicate is compared with its own flat front, straight
-over log L0 between the values that were trained. Where they do not, L0 may differ by NEAR; beyond that nothing is compared.
+over log L0 between the values that were trained; a replicate whose flat dictionaries do not reach so far is left out. Where
+they span none, L0 may differ by NEAR; beyond that nothing is compared.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluate.report.runs import Group, Results, Row
@@ -39,20 +41,27 @@ def at_equal_l0(results: Results, group: Group, row: Row, metric: str) -> Compar
     l0 = positive(row.values("l0"))
     own = {replicate: value for replicate, value in row.values(metric).items() if replicate in l0}
     fronts: dict[Replicate, list[tuple[float, float]]] = {}
+    means: dict[Replicate, list[float]] = {}
     for flat in flats:
-        scores = flat.values(metric)
-        for replicate, x in positive(flat.values("l0")).items():
+        scores, sparse = flat.values(metric), positive(flat.values("l0"))
+        for replicate, x in sparse.items():
             if replicate in scores:
                 fronts.setdefault(replicate, []).append((x, scores[replicate]))
-    means = [mean for flat in flats if (mean := mean_of(positive(flat.values("l0"))))]
-    if not own or not fronts or not means:
+                means.setdefault(replicate, []).append(mean_of(sparse))
+    if not own or not fronts:
         return Apart(None, None) if row.values(metric) else None
     at = sum(l0[replicate] for replicate in own) / len(own)
-    if not min(means) / (1 + NEAR) <= at <= max(means) * (1 + NEAR):
-        return Apart(at, (min(means), max(means)))
-    paired = own.keys() <= fronts.keys()
-    there = {r: interpolated(l0[r] if paired else at, points) for r, points in fronts.items() if r in own or not paired}
-    return compare(own, there)
+    there = [replicate for replicate in fronts if reaches(at, means[replicate])]
+    if not there:
+        return Apart(at, (min(map(min, means.values())), max(map(max, means.values()))))
+    paired = own.keys() <= set(there)
+    others = {r: interpolated(l0[r] if paired else at, fronts[r]) for r in there if r in own or not paired}
+    return compare(own, others)
+
+
+def reaches(l0: float, flats: Sequence[float]) -> bool:
+    """Whether flat dictionaries of these L0 span one, or come as near as NEAR."""
+    return min(flats) / (1 + NEAR) <= l0 <= max(flats) * (1 + NEAR)
 
 
 def positive(values: dict[Replicate, float]) -> dict[Replicate, float]:

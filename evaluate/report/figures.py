@@ -118,6 +118,7 @@ def loss_caption(results: Results) -> str:
 
 SCORES_BY_N = {
     "scr": "spurious correlation removal",
+    "sparse_coding_ev": "explained variance of the n largest latents",
     "sparse_coding_rate": "sparse coding rate",
     "tpp": "targeted probe perturbation",
     "k_sparse_probe": "k-sparse probing, n = k",
@@ -125,7 +126,7 @@ SCORES_BY_N = {
 
 
 def across_n(results: Results) -> Figure | Missing:
-    """Figure 2: spurious correlation removal, sparse coding rate and targeted probe perturbation across n."""
+    """Spurious correlation removal, explained variance and its share of the whole, targeted probe perturbation across n."""
     title = "Scores across the number of latents n"
     panels: list[Panel] = []
     numbers: Numbers = []

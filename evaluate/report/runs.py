@@ -136,9 +136,16 @@ class Results:
         label = known.label if known else name
         told = next((run.definitions[name] for run in self.runs if name in run.definitions), known)
         if told is None:
-            return Metric(id, label, "", "neither", "no definition came with the results")
+            return Metric(id, with_n(label, n), "", "neither", "no definition came with the results")
         better = known.better if known else told.better
-        return replace(told, id=id, better=better, label=f"{label}, n = {n}" if n else label)
+        return replace(told, id=id, better=better, label=with_n(label, n))
+
+
+def with_n(label: str, n: str) -> str:
+    """A label that says at which n: explained variance at n = 20; SCR, n = 20; without n as it is."""
+    if not n:
+        return label
+    return label.replace(" at n", f" at n = {n}") if " at n" in label else f"{label}, n = {n}"
 
 
 def where(run: Run, layer: int | None, hook: str) -> str:

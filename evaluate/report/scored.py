@@ -273,7 +273,7 @@ class Run:
         """
         name, _, n = metric.partition("@")
         if n:
-            return self.at(name).get(int(n))
+            return self.at(name, massive=massive).get(int(n))
         if not -len(self.levels) <= level < len(self.levels):
             return None
         if name == ABSORBED:
@@ -281,11 +281,13 @@ class Run:
             return None if silent is None or missed is None else silent - missed
         return self.levels[level].score(name, massive=massive)
 
-    def at(self, metric: str, level: int | None = None) -> dict[int, float]:
-        """A series by n, of the whole dictionary or of one level; undefined values are left out."""
+    def at(self, metric: str, level: int | None = None, *, massive: bool = False) -> dict[int, float]:
+        """A series by n, of the whole dictionary or of one level; undefined values are left out, and massive rows too unless
+        they are asked for, where it is an average over rows."""
         last = self.levels[-1].number
         wanted = last if level is None else level
-        points = self.series.get(metric, ())
+        without = () if massive else self.series.get(f"{metric}_without_massive", ())
+        points = without or self.series.get(metric, ())
         return {p.n: p.value for p in points if (last if p.level is None else p.level) == wanted}
 
     def feature(self, *path: str) -> float | None:

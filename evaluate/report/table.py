@@ -15,7 +15,8 @@ from pipeline.base.errors import UsageError
 from pipeline.definitions import METRICS, Metric
 
 SCORES = ("kl_nats", "kl_score", "ce_score", "ev", "l0", "sparsity", "dead")
-SERIES = ("sparse_coding_rate", "scr")
+SERIES = (("sparse_coding_ev", "sparse_coding_rate"), ("scr",))
+"""Scores by n, each a column: the first of its names that the results have. A rate says as much of L0 as of quality."""
 WANTED_N = 20
 PRIMARY = ("kl_nats", "ev")
 """What is tested unless told otherwise, always at equal L0. All else is a difference with its interval."""
@@ -126,10 +127,11 @@ def columns(results: Results, primary: Sequence[str]) -> list[str]:
     """The columns of which any last checkpoint has a value, primary endpoints among them."""
     runs = [run for group in results.groups for run in group.runs]
     ids = [id for id in SCORES if any(run.score(id) is not None for run in runs)]
-    for name in SERIES:
-        found = {n for run in runs for n in run.at(name)}
+    for names in SERIES:
+        found = next((at for name in names if (at := [(name, n) for run in runs for n in run.at(name)])), [])
         if found:
-            ids.append(f"{name}@{min(found, key=lambda n: (abs(math.log(n / WANTED_N)) if n else math.inf, n))}")
+            name, n = min(found, key=lambda at: (abs(math.log(at[1] / WANTED_N)) if at[1] else math.inf, at[1]))
+            ids.append(f"{name}@{n}")
     more = [id for id in primary if id not in ids and any(run.score(id) is not None for run in runs)]
     return [*more, *ids]
 
