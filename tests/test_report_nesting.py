@@ -139,7 +139,7 @@ def test_f1_against_absorption_is_said(tmp_path: Path) -> None:
     assert re.search(r"F1 of the features’ latents is 0\.80\d* ± [\d.]+ against 0\.70\d* ± [\d.]+ flat \(", text), text
 
 
-def test_correction_widens_the_interval_that_is_said(tmp_path: Path) -> None:
+def test_correction_widens_said_interval(tmp_path: Path) -> None:
     """A difference in explained variance whose own 95 % interval leaves 0 out, and that of its corrected test does not: the
     sentence has the wider one, and says not shown."""
     results = made_up(tmp_path, -0.1, -0.004)
