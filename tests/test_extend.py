@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
@@ -12,6 +14,8 @@ from pipeline.sae.checkpoint import load_checkpoint
 from support.stores import make_store
 from support.train_crasher import small
 from train.config import TrainConfig
+from train.folder import Folder
+from train.log import PACKAGES, open_logs
 from train.plan import RunConfig
 from train.run import run
 from train.trainee import Outcome
@@ -99,3 +103,49 @@ def test_kept_state_stays_when_asked(tiny_store: Path, tmp_path: Path) -> None:
     assert (short.folder / "state.safetensors").exists()
     trained(tiny_store, tmp_path, small(steps=8))
     assert not (short.folder / "state.safetensors").exists()
+
+
+def test_folders_without_state_are_passed_over(tiny_store: Path, tmp_path: Path) -> None:
+    """A longer training that never came to a state is not what is gone on with; alone, it is said to have none yet."""
+    trained(tiny_store, tmp_path, small(steps=24), **KEEP)
+    stopped = trained(tiny_store, tmp_path, small(steps=32)).folder
+    for path in (stopped / "complete.json", *(stopped / "checkpoints").iterdir()):
+        path.unlink()
+    trained(tiny_store, tmp_path, small(steps=40), extend=True)
+    (tmp_path / "alone").mkdir()
+    stopped.rename(tmp_path / "alone" / stopped.name)
+    with pytest.raises(UsageError, match="of 32 steps, cannot be gone on with: it was begun and has no state yet"):
+        trained(tiny_store, tmp_path / "alone", small(steps=40), extend=True)
+
+
+class Recorded:
+    """A log that keeps what it is given, by folder."""
+
+    seen: ClassVar[dict[str, list[Any]]] = {}
+
+    def __init__(self, folder: Folder, step: int) -> None:
+        self.begun = folder.name in self.seen
+        self.lines = self.seen.setdefault(folder.name, [])
+
+    def write(self, metrics: Any) -> None:
+        """One line."""
+        self.lines.append(dict(metrics))
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def test_logs_of_extended_trainings_are_whole(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard and the like get the shorter training's lines too, and none of them twice."""
+    monkeypatch.setattr("train.log.TensorBoard", Recorded)
+    monkeypatch.setitem(PACKAGES, "tensorboard", "json")
+    monkeypatch.setattr(Recorded, "seen", {})
+    for steps in (24, 40):
+        options = KEEP | {"log": ("tensorboard",), "extend": steps == 40}
+        folder = trained(tiny_store, tmp_path, small(steps=steps, log_every=4), **options).folder
+        written = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert json.loads(json.dumps(Recorded.seen[folder.name])) == written
+    open_logs(("tensorboard",), SimpleNamespace(name=folder.name, path=folder), 40)  # type: ignore[arg-type]
+    assert len(Recorded.seen[folder.name]) == len(written)

@@ -678,10 +678,11 @@ def test_list_scalars_are_named_by_level() -> None:
 def test_missing_log_package_is_named(
     tiny_store: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A log whose package is missing is refused with what to install."""
+    """A log whose package is missing is refused with what to install, before a folder is made."""
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[kind], None)
     with pytest.raises(UsageError, match="pip install"):
         train(tiny_store, tmp_path / "out", small(steps=6), log=(kind,))
+    assert not (tmp_path / "out").exists()
 
 
 def test_wandb_without_login_trains_on(

@@ -37,7 +37,7 @@ def extend(job: RunConfig, stores: Stores, members: Sequence[TrainConfig]) -> No
 
 def shorter(folder: Folder) -> Folder:
     """The longest member that may be gone on with as this one. Raises UsageError naming what keeps the nearest from it."""
-    found = sorted(siblings(folder), key=lambda one: one.config.steps)
+    found = sorted(siblings(folder), key=lambda one: (one.state_path.exists(), one.config.steps))
     if not found:
         raise UsageError(
             f"--extend: {folder.out} holds no shorter training that is {folder.name} but for its steps; leave --extend out to "
@@ -69,7 +69,12 @@ def differences(one: Folder, longer: Folder) -> Iterator[str]:
     """Why a training would not have come to this state had it been asked for more steps, reason by reason."""
     a, b = one.config, longer.config
     if not one.state_path.exists():
-        yield "its state was not kept; train it with --keep-state"
+        trained = one.final() is not None
+        yield (
+            "its state was not kept; train it with --keep-state"
+            if trained
+            else "it was begun and has no state yet; train it"
+        )
         return
     for name in FOLLOW_STEPS:
         if (there := getattr(a, name)) != (asked := getattr(b, name)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -12,11 +14,15 @@ from pipeline.base.progress import say
 from train.folder import Folder, plain
 
 KINDS = ("jsonl", "tensorboard", "wandb")
+PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+"""What must be importable for a kind."""
 
 
 @runtime_checkable
 class Log(Protocol):
-    """A further place for one member's scalars."""
+    """A further place for one member's scalars; `begun` says whether it had any before it was opened."""
+
+    begun: bool
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """One logged line, with its step."""
@@ -48,13 +54,10 @@ class TensorBoard:
     """OUT/tensorboard/<member>: `tensorboard --logdir OUT/tensorboard`. Steps after `step` are written again."""
 
     def __init__(self, folder: Folder, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UsageError(
-                "--log tensorboard needs the package tensorboard: pip install 'nested-sae[log]'"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         place = folder.out / "tensorboard" / folder.name
+        self.begun = any(place.glob("events.out.tfevents.*"))
         self.writer = SummaryWriter(str(place), purge_step=step + 1)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
@@ -72,10 +75,9 @@ class WeightsAndBiases:
     OUT/wandb/*` uploads."""
 
     def __init__(self, folder: Folder, step: int) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UsageError("--log wandb needs the package wandb: pip install 'nested-sae[log]'") from error
+        import wandb
+
+        self.begun = any((folder.out / "wandb").glob(f"*run-*-{run_id(folder)}"))
         folder.out.mkdir(parents=True, exist_ok=True)
         try:
             self.run = wandb.init(
@@ -107,20 +109,36 @@ def run_id(folder: Folder) -> str:
     return "-".join([folder.name, *(str(store["id"])[:10] for store in stores if store)])
 
 
-def open_logs(kinds: tuple[str, ...], folder: Folder, step: int) -> list[Log]:
-    """The logs asked for besides metrics.jsonl, for one member that goes on after `step`; one that cannot be opened now is
-    said once, and training goes on without it. Raises UsageError for an unknown kind or a missing package."""
-    makers: dict[str, Callable[[Folder, int], Log]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+def require_logs(kinds: tuple[str, ...]) -> None:
+    """Raise UsageError for an unknown kind of log, and for one whose package is missing: before any folder is made."""
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UsageError(f"--log {unknown[0]}: known are {', '.join(KINDS)}")
+    for kind in kinds:
+        try:
+            importlib.import_module(PACKAGES.get(kind, "json"))
+        except ImportError as error:
+            raise UsageError(f"--log {kind} needs the package {kind}: pip install 'nested-sae[log]'") from error
+
+
+def open_logs(kinds: tuple[str, ...], folder: Folder, step: int) -> list[Log]:
+    """The logs asked for besides metrics.jsonl, for one member that goes on after `step`; one that is new gets the lines up to
+    there, of a shorter training that is extended too. One that cannot be opened now is said once, and training goes on
+    without it. Raises UsageError as `require_logs`."""
+    require_logs(kinds)
+    makers: dict[str, Callable[[Folder, int], Log]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
     logs: list[Log] = []
     for kind in kinds:
         if kind == "jsonl":
             continue
         try:
-            logs.append(makers[kind](folder, step))
+            log = makers[kind](folder, step)
         except LogUnavailable as error:
             say_once(
                 f"{error}; training goes on without it, metrics.jsonl has all (wandb login, or WANDB_MODE=offline)"
             )
+            continue
+        logs.append(log)
+        if step and not log.begun:
+            for line in (folder.path / "metrics.jsonl").read_text().splitlines():
+                log.write(json.loads(line))
     return logs

@@ -30,6 +30,7 @@ from train.feed.loader import Feeds, Loader
 from train.feed.resident import DeviceRows
 from train.folder import Keep, check_out
 from train.held_out import HeldOut
+from train.log import require_logs
 from train.parallel import Processes, join
 from train.plan import RunConfig, Task
 from train.step.fused.choice import make_normalise, member_kind
@@ -51,6 +52,7 @@ def run(job: RunConfig) -> list[Outcome]:
     KeyboardInterrupt after Ctrl-C, states written.
     """
     check_out(job.out)
+    require_logs(job.log)
     stores = Stores.open(
         job.store, job.target, open_cache(job.cache, job.cache_size) if job.cache is not None else None
     )
