@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -122,8 +121,10 @@ class Recorded:
     """A log that keeps what it is given, by folder."""
 
     seen: ClassVar[dict[str, list[Any]]] = {}
+    folder: ClassVar[Folder]
 
     def __init__(self, folder: Folder, step: int) -> None:
+        Recorded.folder = folder
         self.begun = folder.name in self.seen
         self.lines = self.seen.setdefault(folder.name, [])
 
@@ -147,5 +148,5 @@ def test_logs_of_extended_trainings_are_whole(
         folder = trained(tiny_store, tmp_path, small(steps=steps, log_every=4), **options).folder
         written = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert json.loads(json.dumps(Recorded.seen[folder.name])) == written
-    open_logs(("tensorboard",), SimpleNamespace(name=folder.name, path=folder), 40)  # type: ignore[arg-type]
+    open_logs(("tensorboard",), Recorded.folder, 40)
     assert len(Recorded.seen[folder.name]) == len(written)
