@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import tempfile
@@ -81,11 +82,15 @@ def scratch_array(folder: Path, shape: tuple[int, ...], dtype: type[np.generic])
 def reserve(descriptor: int, nbytes: int) -> None:
     """Give a file its length and the disk's blocks, so that a full disk is an error here, not a signal later.
 
-    Where the system has no call for that (macOS), the zeros are written.
+    Where the system (macOS) or the disk (ZFS) has no call for that, the zeros are written.
     """
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, nbytes)
-        return
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
     zeros = bytes(min(nbytes, 1 << 20))
     for at in range(0, nbytes, len(zeros) or 1):
         os.pwrite(descriptor, zeros[: nbytes - at], at)

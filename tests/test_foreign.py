@@ -820,6 +820,25 @@ def test_foreign_saes_work_wherever_ours_do(tmp_path: Path) -> None:
     assert "cannot be read" in verify(str(folder)).problems[0]
 
 
+@pytest.mark.parametrize("make", ["saelens", "dictionary"])
+def test_weights_stand_for_their_folder(tmp_path: Path, tiny_store: Path, make: str) -> None:
+    """The file that holds the weights names their folder wherever the folder may be named."""
+    w = weights()
+    folder = (
+        saelens(tmp_path / "s", w, metadata={"hook_name": "blocks.3.hook_resid_post"})
+        if make == "saelens"
+        else dictionary(tmp_path / "d", "AutoEncoder", linear_style(w), layer=3, lm_name=None)
+    )
+    file = folder / ("sae_weights.safetensors" if make == "saelens" else "ae.pt")
+    torch.testing.assert_close(pipeline.load(file).encode(rows()), centred(w).relu(), rtol=1e-4, atol=1e-5)
+    assert (describe(str(file))["kind"], describe(str(file))["width"]) == ("foreign", F)
+    assert verify(str(file)).problems == []
+    assert [str(folder)] == [line.partition(": ")[0] for line in verify(str(file)).unvouched]
+    assert path_of(named_by_content(str(file))) == folder
+    [found], failed = find_checkpoints([file], all_steps=False)
+    assert (found, failed) == (folder, [])
+
+
 def mutated(data: bytes, rng: random.Random) -> bytes:
     """Some bytes flipped, cut out, doubled or replaced by what JSON readers trip over."""
     tricks = [b"null", b"-1", b"1e999", b"NaN", b"[[[[", b'"\\ud800"', b"{}", b"9" * 30, b"\xff", b"true", b'"x"', b""]

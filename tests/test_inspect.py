@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 
 from pipeline.__main__ import cli
 from pipeline.base.errors import UsageError
+from pipeline.live import inspect
 from pipeline.live.inspect import Block, Token, as_lines, as_page, block_names, inspect_checkpoint
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.checkpoint import save_checkpoint
@@ -43,6 +45,27 @@ def test_strongest_are_those_of_encode(checkpoint: Path) -> None:
             order = z[part].argsort(descending=True)[: len(block.strongest)]
             assert [latent for latent, _ in block.strongest] == (order + part.start).tolist()
             assert block.n_active == int((z[part] > 0).sum())
+
+
+def test_recorded_revision_is_read(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model and tokenizer are those of the revision that the checkpoint records, unless another model is given."""
+    asked: list[str | None] = []
+    tokenizer, load = load_tokenizer, SplitLM.load
+    monkeypatch.setattr(inspect, "load_tokenizer", lambda model, revision: asked.append(revision) or tokenizer(MODEL))
+
+    def loaded(model: str, *, revision: str | None, **options: Any) -> SplitLM:
+        asked.append(revision)
+        return load(MODEL, **options)
+
+    monkeypatch.setattr(SplitLM, "load", loaded)
+    for revision in ("step1000", "local"):
+        made_for = {"model": "owner/model", "layer": 3, "revision": revision}
+        save_checkpoint(
+            tmp_path / f"{revision}.safetensors", NestedSAE(SAEConfig(192, 4, (4,))), 1, {"store": made_for}
+        )
+        inspect_checkpoint(str(tmp_path / f"{revision}.safetensors"), "It", None, None, None, 3, "cpu")
+    inspect_checkpoint(str(tmp_path / "step1000.safetensors"), "It", MODEL, None, None, 3, "cpu")
+    assert asked == ["step1000", "step1000", None, None, None, None]
 
 
 def test_lines_show_what_fires() -> None:

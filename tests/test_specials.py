@@ -24,6 +24,7 @@ from pipeline.base.fields import Fields
 from pipeline.live.attach import attach
 from pipeline.live.inspect import inspect_checkpoint
 from pipeline.model.specials import First, first_ids
+from pipeline.model.splicing import splice
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.foreign import load_sae
@@ -120,6 +121,50 @@ def test_two_first_tokens_everywhere(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "sae.safetensors", sae, 1, {"store": identity_of(store, TrainConfig())})
     _, tokens = inspect_checkpoint(str(tmp_path / "sae.safetensors"), "It was", None, None, None, 3, "cpu")
     assert [token.text for token in tokens if not token.blocks] == ["<pad>", "<bos>"]
+
+
+@pytest.mark.parametrize("options", [{}, {"bos": "{word},2"}])
+def test_two_first_tokens_attached(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Attached, an SAE leaves the rows alone that evaluation leaves alone, both first tokens among them wherever they stand, with
+    the tokenizer's own texts and when it generates; its logits are evaluation's, bit for bit."""
+    folder = model_with(tmp_path / "lm", "<pad> <bos> $A")
+    options = {name: value.format(word=word_id(folder)) for name, value in options.items()}
+    store = harvested(folder, tmp_path, **options)
+    first = store.config["bos"]
+    torch.manual_seed(0)
+    sae = NestedSAE(SAEConfig(store.d_model, 48, (48,)))
+    torch.nn.init.normal_(sae.W_dec)
+    save_checkpoint(tmp_path / "sae.safetensors", sae, 1, {"store": identity_of(store, TrainConfig())})
+    sae = load_sae(tmp_path / "sae.safetensors")[0]
+    lm = SplitLM.load(str(folder), dtype="float32", part="whole", layers=[1])
+    batch = Sample(store, 8, 8, torch.device("cpu")).batch(0, 8)
+    tokens, kept = batch.tokens, batch.kept.clone()
+    (tokens[0, 5], tokens[1, 7]), (kept[0, 5], kept[1, 7]) = first, (False, False)
+    residual = lm.prefix(tokens)[1]
+    with torch.no_grad(), attach(lm.model, sae) as live:
+        attached = lm.model(tokens).logits
+        assert live.kept is not None
+        assert torch.equal(live.kept, kept)
+        assert torch.equal(attached, lm.unembed(lm.suffix(splice(residual, kept, sae(residual[kept])), tokens)))
+        ids = torch.tensor([[0, 0, *first, 40, 41], [*first, 42, 43, 44, 45]])
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+        lm.model(input_ids=ids, attention_mask=mask)
+        assert live.kept.tolist() == [[False] * 4 + [True] * 2, [False] * 2 + [True] * 4]
+
+
+def test_tokenizers_specials_stay_attached(tmp_path: Path) -> None:
+    """An SAE that records no store leaves alone what the model's config names, and what a tokenizer that is given declares."""
+    folder = model_with(tmp_path / "lm", "<pad> <bos> $A")
+    lm, tokenizer = SplitLM.load(str(folder), dtype="float32", part="whole", layers=[1]), load_tokenizer(str(folder))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(lm.model.config, name, None)
+    ids = torch.tensor([tokenizer("It was the")["input_ids"]])
+    sae = NestedSAE(SAEConfig(64, 8, (8,)))
+    for given, left_alone in ((None, [0]), (tokenizer, [0, 1])):
+        with torch.no_grad(), attach(lm.model, sae, 1, tokenizer=given) as live:
+            lm.model(ids)
+        assert live.kept is not None
+        assert (~live.kept[0]).nonzero()[:, 0].tolist() == left_alone
 
 
 def test_ids_lose_their_first_tokens(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import hash_file
-from pipeline.sae.foreign import foreign_sha256, is_foreign, is_module, load_sae, read_sae
+from pipeline.sae.foreign import folder_of, foreign_sha256, is_foreign, is_module, load_sae, read_sae
 from pipeline.sae.member import final_checkpoint, read_completion, read_config, require_recorded
 from pipeline.sae.nested import NestedSAE, SAEConfig
 
@@ -132,7 +132,7 @@ def saes_in(place: Path) -> list[Path]:
     """A file, a member's folder or an SAE made elsewhere as it is; of another folder those in it, sorted by name."""
     if not place.exists():
         raise CheckpointError(f"{place}: no such checkpoint or folder")
-    if place.is_file() or holds_sae(place):
+    if (place := folder_of(place)).is_file() or holds_sae(place):
         return [place]
     if not (members := list(below(place, DEEPEST_SUITE))):
         raise CheckpointError(

@@ -44,8 +44,9 @@ def describe(place: str) -> dict[str, Any]:
     """
     if is_url(place):
         return {"kind": "store", "path": place, **describe_store(Store.open(place, complete=False))}
-    kind = kind_of(Path(place))
-    return {"kind": kind, "path": place, **DESCRIBERS[kind](Path(place))}
+    path = foreign.folder_of(Path(place))
+    kind = kind_of(path)
+    return {"kind": kind, "path": place, **DESCRIBERS[kind](path)}
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:

@@ -104,6 +104,8 @@ def checker_of(path: Path) -> Check | None:
         return check_listed
     if beside(path).is_file():
         return check_beside
+    if foreign.folder_of(path) != path:
+        return check_weights
     if path.suffix == ".json":
         return check_results if (kind := file_format(path)) == RESULTS else check_sealed if kind == SEALED else None
     return None
@@ -224,6 +226,11 @@ def check_foreign(path: Path, found: Findings) -> None:
         return
     foreign.load_sae(path)
     found.unseal(path, "made elsewhere, or exported by an older version: it can be read, and carries no digest")
+
+
+def check_weights(path: Path, found: Findings) -> None:
+    """The weights of an SAE made elsewhere, by the name of their file."""
+    check_foreign(path.parent, found)
 
 
 def check_digests(path: Path, found: Findings) -> None:

@@ -6,9 +6,11 @@
     with attach(model, sae, layer=19, keep_error=True, edit=steer(7, 4.0)):     # x → x + (x̂(edited z) − x̂(z))
         model.generate(**inputs)
 
-What is spliced is what evaluation splices: rows that are not special. Special are the ids that the model's config names
-(BOS, EOS, PAD) and those that the SAE's checkpoint records of its store (or `special_ids` alone), each text's first position,
-and padding; they stay as they are. Points are harvest's: an SAE of mlp_out acts on what the MLP adds to the stream.
+What is spliced is what evaluation splices: rows that are not special. Special are the ids that the model's config names (BOS,
+EOS, PAD), those that the SAE's checkpoint records of its store, and those of a `tokenizer` where one is given (or `special_ids`
+alone), each text's first position, and padding; they stay as they are. An SAE made elsewhere records none: give the tokenizer,
+where its texts begin with more than the BOS ([gMASK]<sop>). Points are harvest's: an SAE of mlp_out acts on what the MLP adds
+to the stream.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from torch import Tensor, nn
 
 from pipeline.base.errors import ModelError, UsageError
 from pipeline.live.edits import Edit
+from pipeline.model import specials
 from pipeline.model.places import Place, find_place, first_of, module_name, stream_of, with_stream
 from pipeline.model.points import HOOKS, Point, canonical
-from pipeline.model.specials import config_special_ids
 from pipeline.model.splicing import splice
 from pipeline.model.split_lm import find_layers
 from pipeline.sae.foreign import is_module
@@ -42,6 +44,7 @@ def attach(
     keep_error: bool = False,
     edit: Edit | Sequence[Edit] | None = None,
     special_ids: Sequence[int] | None = None,
+    tokenizer: Any = None,
     gradients: bool = False,
 ) -> Attached:
     """A context in which the rows at a hook point go through the SAE; several may be open at once.
@@ -73,7 +76,8 @@ def attach(
         raise UsageError(f"level {level} is out of range; the SAE has levels 0 to {sae.config.n_levels - 1}")
     edits = () if edit is None else (edit,) if callable(edit) else tuple(edit)
     recorded = sae.made_for.get("special_ids") or ()
-    ids = (*config_special_ids(model), *recorded) if special_ids is None else tuple(special_ids)
+    declared = () if tokenizer is None else specials.special_ids(tokenizer)
+    ids = (*specials.config_special_ids(model), *recorded, *declared) if special_ids is None else tuple(special_ids)
     place = place_of(model, made, n_layers, d_model)
     reads = place_of(model, point, n_layers, d_model) if sae.config.is_transcoder else None
     if hook is None:

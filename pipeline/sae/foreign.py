@@ -85,6 +85,11 @@ def formats_of(folder: Path) -> list[Format]:
     return [f for f in FORMATS if all((folder / name).is_file() for name in f.files)] if folder.is_dir() else []
 
 
+def folder_of(path: Path) -> Path:
+    """For the weights of an SAE made elsewhere its folder, which names them with their config; any other path as it is."""
+    return path.parent if any(path.name == known.weights for known in formats_of(path.parent)) else path
+
+
 def is_foreign(folder: Path) -> bool:
     """Whether a folder holds an SAE made elsewhere."""
     return format_of(folder) is not None

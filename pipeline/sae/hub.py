@@ -19,7 +19,7 @@ from pipeline.base.errors import CheckpointError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import PARTIAL, hash_file, read_json, write_bytes
 from pipeline.sae.checkpoint import load_checkpoint, read_header
-from pipeline.sae.foreign import FORMATS, is_foreign, load_sae, require_format
+from pipeline.sae.foreign import FORMATS, folder_of, is_foreign, load_sae, require_format
 from pipeline.sae.member import final_checkpoint, read_completion
 from pipeline.sae.nested import NestedSAE
 
@@ -40,7 +40,7 @@ def load(source: str | Path, device: torch.device | str = "cpu") -> NestedSAE:
 
 def find_checkpoint(source: str | Path) -> Path:
     """The one checkpoint file, or folder made elsewhere, that `source` means (see `load`). Raises CheckpointError."""
-    path = Path(source)
+    path = folder_of(Path(source))
     if path.is_file():
         return path
     if path.is_dir():

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.base.errors import CheckpointError
 from pipeline.base.files import hash_file
 from pipeline.base.runtime import torch_rng
-from pipeline.sae.foreign import foreign_sha256, is_foreign
+from pipeline.sae.foreign import folder_of, foreign_sha256, is_foreign
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from train.config import TrainConfig, selects
 
@@ -106,9 +106,9 @@ def first_l0(config: TrainConfig) -> float:
 
 def named_by_content(init_from: str) -> str:
     """PATH#hash of its content, which makes another member of another SAE under the same path. Raises CheckpointError."""
-    path = Path(init_from)
+    path = folder_of(Path(init_from))
     if is_foreign(path):
-        return f"{init_from}#{foreign_sha256(path)[:16]}"
+        return f"{path}#{foreign_sha256(path)[:16]}"
     if not path.is_file():
         raise CheckpointError(
             f"init_from {init_from}: no such file; give the path of a checkpoint, or of an SAE's folder made elsewhere"
