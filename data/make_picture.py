@@ -1,4 +1,4 @@
-"""The picture in README.md: the first screens of the demo's own report, in headless Chromium.
+"""The picture in README.md: the first screen of the demo's own report, in headless Chromium.
 
 python -m pipeline demo && python data/make_picture.py demo/report.html
 """
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 OUT = Path(__file__).parent / "report.png"
-SIZE = "1300,1440"
+SIZE = "1440,900"
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars")
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 

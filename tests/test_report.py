@@ -168,6 +168,19 @@ def test_latent_pages_are_carried_and_linked(tmp_path: Path) -> None:
     assert not list((tmp_path / "report_files").rglob("*.js"))
 
 
+def test_latent_pages_are_called_by_what_differs(tmp_path: Path) -> None:
+    """Pages of two recipes of one sharing and seed have titles that a person tells apart, with the member behind."""
+    for recipe in ("paper", "batchtopk"):
+        path = write_results(tmp_path, alphas=(0.2,), seeds=(0,), steps=(400,), recipe=recipe)[0]
+        write_latent_pages(path, ["one", "two"])
+    markup = report(tmp_path)
+    for recipe in ("paper", "batchtopk"):
+        name = f"α\u00a0=\u00a00.2, {recipe}, seed 0, step 400"
+        link = re.search(rf'<a href="([^"]+)"><bdi>{name}</bdi></a> \(<bdi>alpha0\.2-seed0-', markup)
+        assert link is not None
+        assert f"<h1><bdi>{name.replace(chr(0xA0), ' ')}</bdi></h1>" in (tmp_path / link[1]).read_text()
+
+
 def test_links_are_percent_encoded(tmp_path: Path) -> None:
     """A link to a file whose name a URL cannot hold leads to that file."""
     path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]

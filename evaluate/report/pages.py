@@ -20,7 +20,7 @@ from evaluate.report.found import what_was_found
 from evaluate.report.latents import LatentPages, Summary
 from evaluate.report.nesting import NestingTable, nesting_found
 from evaluate.report.published import published_rows
-from evaluate.report.runs import Group, Results, Row, sharing_label
+from evaluate.report.runs import Group, Results, Row, called, sharing_label
 from evaluate.report.scored import Run
 from evaluate.report.table import Table
 from evaluate.report.usage import UsageLine, usage_decimals, usage_heads
@@ -54,6 +54,7 @@ def environment() -> jinja2.Environment:
         "isolate": isolate,
         "isolated": isolated,
         "address": address,
+        "called": called,
         "tidy": wording.tidy,
         "signed": wording.signed,
         "listed": wording.listed,
@@ -150,8 +151,10 @@ def latents_page(run: Run, latents: LatentPages) -> str:
     """The page of a checkpoint's latents: data that its script reads, and cannot run."""
     sizes = latents.summary.sizes
     levels = [(level_name(i, len(sizes)), m - (sizes[i - 1] if i else 0)) for i, m in enumerate(sizes)]
-    title = f"Latents: {run.name}"
-    return document("latents.html", "latents", title=title, run=run, latents=latents, levels=levels)
+    name = called(run)
+    return document(
+        "latents.html", "latents", title=f"Latents: {name}", name=name, run=run, latents=latents, levels=levels
+    )
 
 
 def level_name(level: int, n_levels: int) -> str:

@@ -166,6 +166,14 @@ def sharing_label(sharing: Sharing) -> str:
     return "levels " + ", ".join(str(f) if exact else f"{s:.3g}" for f, s in zip(fractions, (*sharing, 1)))
 
 
+def called(run: Run) -> str:
+    """What a person calls a checkpoint: how it shares latents, its recipe, seed and step; one made elsewhere by its name."""
+    if not run.train:
+        return run.name
+    parts = (sharing_label(run.sharing), run.train.get("recipe"), f"seed {run.seed}", f"step {run.step:,}")
+    return ", ".join(str(part) for part in parts if part)
+
+
 def read_results(paths: Iterable[Path]) -> Results:
     """Read results files, and those in folders; group them. Each checkpoint counts once, however often it was scored.
 
