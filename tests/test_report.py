@@ -168,7 +168,7 @@ def test_latent_pages_are_carried_and_linked(tmp_path: Path) -> None:
     assert not list((tmp_path / "report_files").rglob("*.js"))
 
 
-def test_latent_pages_are_called_by_what_differs(tmp_path: Path) -> None:
+def test_latent_pages_named_by_difference(tmp_path: Path) -> None:
     """Pages of two recipes of one sharing and seed have titles that a person tells apart, with the member behind."""
     for recipe in ("paper", "batchtopk"):
         path = write_results(tmp_path, alphas=(0.2,), seeds=(0,), steps=(400,), recipe=recipe)[0]
