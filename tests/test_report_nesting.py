@@ -14,7 +14,7 @@ from evaluate.report.nesting import control, nesting, nesting_found, nesting_tab
 from evaluate.report.runs import Results, read_results
 from evaluate.report.scored import Container, read_run
 from evaluate.report.table import make_table
-from evaluate.report.wording import half_text
+from evaluate.report.wording import half_text, signed_plus_minus
 from evaluate.report.write import write_report
 from pipeline.base.errors import DamagedError
 from pipeline.base.files import read_json, write_json
@@ -154,6 +154,23 @@ def test_correction_widens_said_interval(tmp_path: Path) -> None:
     assert verdicts(text) == [
         "So nesting buys less absorption here; a difference in misses, F1 or explained variance is not shown."
     ]
+
+
+@pytest.mark.parametrize("id", ["truth_absorption", "absorption_fraction", "truth_f1", "truth_parent_missed"])
+def test_tested_endpoints_are_said_once(tmp_path: Path, id: str) -> None:
+    """Whatever is named a primary endpoint, each sentence has the interval of its corrected test and no other."""
+    measured = "truth_parent_silent" if id.startswith("truth") else id
+    made_up(tmp_path, -0.004, -0.004, f1=0.004, missed=0.0041, id=measured)
+    results = read_results([tmp_path])
+    table = make_table(results, [id, "ev", "kl_nats"])
+    cell = table.lines[1].cells[id]
+    assert cell.test is not None
+    assert cell.half is not None
+    assert cell.half > cell.test.half
+    said = " ".join((what_was_found(table, results).lead, *nesting_found(table, results)))
+    corrected, own = (signed_plus_minus(cell.test.difference, half) for half in (cell.half, cell.test.half))
+    assert corrected in said
+    assert own not in said
 
 
 def test_sentences_say_the_data_numbers(tmp_path: Path) -> None:

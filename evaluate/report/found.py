@@ -30,7 +30,7 @@ class Found:
 
 def what_was_found(table: Table, results: Results) -> Found:
     """The answer to what nesting costs and buys, for as much as these results can say: in quality, and in absorption."""
-    bought = absorption_clause(results)
+    bought = absorption_clause(table, results)
     if all(group.baseline is None for group in results.groups):
         return Found("There is no flat baseline (α = 0) among these results, so nothing is compared with it.")
     if not any(line.row.sharing for line in table.lines):

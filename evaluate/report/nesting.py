@@ -20,7 +20,7 @@ from evaluate.report.scored import ABSORBED, MISSED, SILENT, Container, Run
 from evaluate.report.svg import Panel
 from evaluate.report.table import Table
 from evaluate.report.wording import column_decimals, count, listed, number, plus_minus, signed_plus_minus
-from evaluate.statistics import Comparison, Estimate, compare, estimate, interpolated
+from evaluate.statistics import Estimate, compare, estimate, interpolated
 
 TITLE = "What nesting buys and costs"
 
@@ -81,6 +81,15 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
+class Gap:
+    """A difference with half its interval, and what the interval was corrected for."""
+
+    difference: float
+    half: float
+    corrected: str = ""
+
+
+@dataclass(frozen=True)
 class Pair:
     """A nested row to speak of and the flat one it is compared with, in one group."""
 
@@ -88,9 +97,14 @@ class Pair:
     flat: Row
     nested: Row
 
-    def difference(self, metric: str) -> Comparison | None:
-        """Nested minus flat; None where there is nothing to take an interval from."""
-        return compare(self.nested.values(metric), self.flat.values(metric))
+    def difference(self, table: Table, metric: str) -> Gap | None:
+        """Nested minus flat: that of the corrected test at equal L0 where the metric is tested, else with its own 95 % interval;
+        None where there is nothing to take an interval from."""
+        cell = table.line(self.group, self.nested).cells.get(metric)
+        if cell is not None and cell.test is not None and cell.half is not None:
+            return Gap(cell.test.difference, cell.half, table.corrected)
+        found = compare(self.nested.values(metric), self.flat.values(metric))
+        return Gap(found.difference, found.half) if found else None
 
     def both(self, metric: str) -> str:
         """The nested row's estimate against the flat one's."""
@@ -217,13 +231,13 @@ def spoken_of(results: Results) -> list[tuple[Measure, Pair]]:
     return [(measure, pair) for measure in MEASURES if (pair := pair_of(results, measure.metric))]
 
 
-def absorption_clause(results: Results) -> str:
+def absorption_clause(table: Table, results: Results) -> str:
     """In half a sentence, which way absorption differs with nesting, measure by measure, each with its interval; empty where
     none was measured."""
     ways: dict[str, list[str]] = {}
     for measure, pair in spoken_of(results):
         where = measure.where[0].lower() + measure.where[1:]
-        difference = pair.difference(measure.metric)
+        difference = pair.difference(table, measure.metric)
         if unequal(pair):
             ways.setdefault("it is not compared", []).append(f"{where} (L0 is not equal)")
         elif difference is None:
@@ -254,7 +268,7 @@ def sentences(table: Table, measure: Measure, pair: Pair) -> list[str]:
             f"{where}, {name} and flat dictionaries are not equally sparse ({sparsity}), so absorption is not compared."
         ]
     at = f"at {'equal' if f'{own:.3g}' == f'{flat:.3g}' else 'nearly equal'} L0 ({own:.3g} against {flat:.3g})"
-    difference = pair.difference(metric)
+    difference = pair.difference(table, metric)
     if difference is None:
         return [
             f"{where}, {at}, {what} is {name} {values}; without an interval, which takes two seeds, no more is claimed."
@@ -264,17 +278,17 @@ def sentences(table: Table, measure: Measure, pair: Pair) -> list[str]:
     said = f"{what} is {change} with nesting" if change else f"a difference in {what} is not shown"
     changes = [("absorption", "less absorption", "more absorption", good(change, low=True))]
     if metric == ABSORBED:
-        missed = pair.difference(MISSED)
+        missed = pair.difference(table, MISSED)
         changes.append(("misses", "fewer misses", "more misses", good(direction(missed), low=True)))
-    if f1 := pair.difference(measure.f1):
+    if f1 := pair.difference(table, measure.f1):
         changes.append(("F1", "a higher F1", "a lower F1", good(direction(f1))))
-    cost = cost_of(table, pair)
-    ev = good(direction(cost) if cost else "")
+    cost = pair.difference(table, "ev")
+    ev = good(direction(cost))
     changes.append(("explained variance", "more explained variance", "less explained variance", ev))
     return [
         f"{where}, {at}, {said}: {shown}.",
-        beside(measure, pair),
-        f1_sentence(measure, pair),
+        beside(table, measure, pair),
+        f1_sentence(table, measure, pair),
         f"Explained variance is {pair.both('ev')} flat{interval_text(cost)}.",
         verdict(changes),
     ]
@@ -285,28 +299,11 @@ def good(change: str, *, low: bool = False) -> str:
     return "" if not change else "better" if (change == "lower") == low else "worse"
 
 
-@dataclass(frozen=True)
-class Gap:
-    """A difference with half its interval, and what the interval was corrected for."""
-
-    difference: float
-    half: float
-    corrected: str = ""
-
-
-def direction(difference: Comparison | Gap | None) -> str:
+def direction(difference: Gap | None) -> str:
     """lower or higher where the interval leaves 0 out, else nothing."""
     if difference is None or abs(difference.difference) <= difference.half:
         return ""
     return "lower" if difference.difference < 0 else "higher"
-
-
-def cost_of(table: Table, pair: Pair) -> Comparison | Gap | None:
-    """The difference in explained variance: that of the corrected test at equal L0, where one was made."""
-    cell = table.line(pair.group, pair.nested).cells.get("ev")
-    if cell is not None and cell.test is not None and cell.half is not None:
-        return Gap(cell.test.difference, cell.half, table.corrected)
-    return pair.difference("ev")
 
 
 def verdict(changes: Sequence[tuple[str, str, str, str]]) -> str:
@@ -329,15 +326,15 @@ def verdict(changes: Sequence[tuple[str, str, str, str]]) -> str:
     return f"So neither what nesting buys nor what it costs is shown here{rest}."
 
 
-def beside(measure: Measure, pair: Pair) -> str:
+def beside(table: Table, measure: Measure, pair: Pair) -> str:
     """What must be known to read absorption: both rates of silence; or whether the label's latents are any good, and on what."""
     if measure.metric == ABSORBED:
         cases = next((run.parents for run in pair.nested.runs if run.parents), None)
         with_child, alone = (f", {n:,} cases" for n in cases) if cases else ("", "")
         return (
             f"With a child of it on{with_child}, the parent’s latent is silent on {pair.both(SILENT)} flat"
-            f"{interval_text(pair.difference(SILENT))}; with none on{alone}, it is missed on {pair.both(MISSED)} flat"
-            f"{interval_text(pair.difference(MISSED))}."
+            f"{interval_text(pair.difference(table, SILENT))}; with none on{alone}, it is missed on {pair.both(MISSED)} flat"
+            f"{interval_text(pair.difference(table, MISSED))}."
         )
     family, on = (
         measure.family,
@@ -350,25 +347,25 @@ def beside(measure: Measure, pair: Pair) -> str:
     )
     return (
         f"Read with it ({n}an undertrained dictionary scores falsely low): best-latent F1 {pair.both(measure.f1)} flat"
-        f"{interval_text(pair.difference(measure.f1))}, "
+        f"{interval_text(pair.difference(table, measure.f1))}, "
         f"recall {pair.both(f'{family}_recall')} flat."
     )
 
 
-def interval_text(difference: Comparison | Gap | None) -> str:
+def interval_text(difference: Gap | None) -> str:
     """A difference with its interval in brackets, what that was corrected for, and whether it leaves 0 out."""
     if difference is None:
         return ""
-    corrected = f", {difference.corrected}" if isinstance(difference, Gap) and difference.corrected else ""
+    corrected = f", {difference.corrected}" if difference.corrected else ""
     said = "" if direction(difference) else "; not shown to differ"
     return f" ({signed_plus_minus(difference.difference, difference.half)}{corrected}{said})"
 
 
-def f1_sentence(measure: Measure, pair: Pair) -> str:
+def f1_sentence(table: Table, measure: Measure, pair: Pair) -> str:
     """F1 of known features' latents; of labels it is said with what stands beside absorption."""
     if measure.metric != ABSORBED or not (both := pair.both(measure.f1)):
         return ""
-    return f"F1 of the features’ latents is {both} flat{interval_text(pair.difference(measure.f1))}."
+    return f"F1 of the features’ latents is {both} flat{interval_text(pair.difference(table, measure.f1))}."
 
 
 @dataclass(frozen=True)
