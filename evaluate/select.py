@@ -41,6 +41,8 @@ def select(job: Job, paths: Sequence[Path]) -> Selection:
         try:
             checkpoint = open_checkpoint(path)
             require_kind(checkpoint, job.source is not job.store)
+            if checkpoint.reads_before_gain and job.source.config.get("hook") == "mlp_in":
+                checkpoint = checkpoint.behind_gain(job.models.norm_weight)
             for store, makes in (
                 ((job.source, False), (job.store, True)) if job.config.target else ((job.store, False),)
             ):

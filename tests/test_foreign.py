@@ -20,7 +20,7 @@ import harvest.run
 import pipeline
 from evaluate.checkpoints.find import find_checkpoints, open_checkpoint, require_fit, require_module
 from evaluate.run import EvaluateConfig, run
-from pipeline.base.errors import CheckpointError, DamagedError, PipelineError, UsageError
+from pipeline.base.errors import CheckpointError, DamagedError, ModelError, PipelineError, UsageError
 from pipeline.base.results import read_result
 from pipeline.experiment.describe import describe
 from pipeline.experiment.verify import verify
@@ -28,7 +28,7 @@ from pipeline.live.attach import attach
 from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM
 from pipeline.sae.export import FORMATS, export
-from pipeline.sae.foreign import hook_point, load_foreign
+from pipeline.sae.foreign import behind_gain, hook_point, load_foreign
 from pipeline.store.reader import Store
 from support import lm_stores, tiny_models
 from support.harvests import harvest_config
@@ -306,23 +306,70 @@ def test_gemma_scope_2_transcoder(tmp_path: Path, affine: bool) -> None:
     transcoded(named, z, y, place | {"target": made})
 
 
+def scope_transcoder(folder: Path, layer: int = 1) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A Gemma Scope transcoder's folder, and its tensors."""
+    place = folder / "gemma-scope-2b-pt-transcoders" / f"layer_{layer}" / "width_16k" / "average_l0_76"
+    place.mkdir(parents=True)
+    w = weights() | {"threshold": torch.linspace(0, 1, F)}
+    np.savez(place / "params.npz", **{name: t.numpy() for name, t in w.items()})
+    return place, w
+
+
 def test_gemma_scope_transcoder(tmp_path: Path) -> None:
-    """A Gemma Scope transcoder, told from an SAE by its release alone, reads a norm before its gain: read, and at no point of
-    ours, so that nothing takes it for an SAE of the stream."""
-    w, threshold = weights(), torch.linspace(0, 1, F)
-    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_5" / "width_16k" / "average_l0_76"
-    folder.mkdir(parents=True)
-    np.savez(folder / "params.npz", **{name: t.numpy() for name, t in (w | {"threshold": threshold}).items()})
+    """A Gemma Scope transcoder, told from an SAE by its release alone, reads a norm before its gain, and says so."""
+    folder, w = scope_transcoder(tmp_path, 5)
     a = rows() @ w["W_enc"] + w["b_enc"]
-    z = a.relu() * (a > threshold)
+    z = a.relu() * (a > w["threshold"])
     target = {"layer": 5, "hook": "mlp_out"}
     place = {"model": "gemma-2-2b", "layer": 5, "hook": "ln2.hook_normalized", "target": target}
     transcoded(folder, z, z @ w["W_dec"] + w["b_dec"], place)
-    with pytest.raises(UsageError, match=r"hook ln2\.hook_normalized: known are"):
-        attach(
-            tiny_models.whole_model(tiny_models.make_model(tmp_path / "m", "gemma2"), torch.float32),
-            pipeline.load(folder),
-        )
+
+
+def normed(x: torch.Tensor) -> torch.Tensor:
+    """RMS norm without a gain, in float64."""
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def test_scope_transcoder_in_a_model(tmp_path: Path) -> None:
+    """Attached, it takes the MLP's place: latents, of the normed stream before the gain, and logits are those of plain hooks."""
+    folder, w = scope_transcoder(tmp_path)
+    model = tiny_models.whole_model(tiny_models.make_model(tmp_path / "m", "gemma2"), torch.float32)
+    layer, seen = model.model.layers[1], []
+
+    def made(_module: Any, _args: Any, out: torch.Tensor) -> torch.Tensor:
+        a = normed(seen[-1]) @ w["W_enc"].double() + w["b_enc"]
+        seen.append(a.relu() * (a > w["threshold"]))
+        y = (seen[-1] @ w["W_dec"].double() + w["b_dec"]).float()
+        return torch.cat([out[:, :1], y[:, 1:]], 1)  # the first position is left alone
+
+    tokens = tiny_models.tokens(2, 12)
+    hooks = [
+        layer.pre_feedforward_layernorm.register_forward_pre_hook(lambda _m, args: seen.append(args[0])),
+        layer.post_feedforward_layernorm.register_forward_hook(made),
+    ]
+    with torch.no_grad():
+        want = model(tokens).logits
+        for hook in hooks:
+            hook.remove()
+        with attach(model, pipeline.load(folder)) as live:
+            found = model(tokens).logits
+        untouched = model(tokens).logits
+    torch.testing.assert_close(live.latents[:, 1:].double(), seen[-1][:, 1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    assert (want - untouched).abs().max() > 0.1
+
+
+def test_scope_transcoder_needs_its_norm(tmp_path: Path) -> None:
+    """A model without Gemma's norm, and a gain that hides a dimension, are refused in a line."""
+    sae = pipeline.load(scope_transcoder(tmp_path)[0])
+    other = tiny_models.whole_model(tiny_models.make_model(tmp_path / "llama", "llama"), torch.float32)
+    with pytest.raises(ModelError, match="has no such norm before its MLP"):
+        attach(other, sae)
+    gain = torch.zeros(D)
+    gain[3] = -1
+    with pytest.raises(CheckpointError, match="a gain of 0 in 1 dimensions"):
+        behind_gain(sae, gain)
 
 
 def saelens_transcoder(folder: Path, w: dict[str, torch.Tensor], kind: str, **cfg: Any) -> Path:

@@ -94,6 +94,47 @@ def logits(model: Any, tokens: Tensor, change: Callable[[Tensor, Tensor], Tensor
     return found
 
 
+def test_scope_transcoders_are_scored(made: Path, tmp_path: Path, lm_folder: Callable[[str], Path]) -> None:
+    """A Gemma Scope transcoder, which reads the norm before its gain, is scored on stores of mlp_in and mlp_out: L0 and KL are
+    those of plain hooks before and behind the norms; the results say what was folded."""
+    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1" / "width_16k" / "average_l0_76"
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    d, f = 64, 96
+    shapes = {"W_enc": (d, f), "W_dec": (f, d), "b_enc": (f,), "b_dec": (d,)}
+    w = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    w["threshold"] = torch.linspace(0, 1, f)
+    np.savez(folder / "params.npz", **{name: t.numpy() for name, t in w.items()})
+    stores = made / "stores"
+    target = stores / "layer_1.mlp_out.zarr"
+    options: dict[str, Any] = {"device": "cpu", "target": target, "allow_other_model": True, "scores": ("kl", "l0")}
+    outcome = evaluate(EvaluateConfig(stores / "layer_1.mlp_in.zarr", tmp_path / "out", **options), [folder])
+    assert not outcome.failed
+    result = json.loads(Path(outcome.results[0]["path"]).read_text())
+    assert result["checkpoint"]["provenance"]["store"]["gain"] == "of the norm, ln2.hook_normalized, folded in"
+
+    whole = tiny_models.whole_model(lm_folder("gemma2"), torch.float32)
+    store = Store.open(target)
+    tokens, kept = torch.from_numpy(store.eval.tokens.astype("int64")), ~torch.from_numpy(store.eval.special)
+    layer, seen, fired = whole.model.layers[1], list[Tensor](), list[Tensor]()
+
+    def change(_module: Any, _args: Any, out: Tensor) -> Tensor:
+        x = seen[-1].double()
+        a = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() @ w["W_enc"].double() + w["b_enc"]
+        z = a.relu() * (a > w["threshold"])
+        fired.append((z > 0).sum(-1)[kept].double().mean())
+        return torch.where(kept[..., None], (z @ w["W_dec"].double() + w["b_dec"]).float(), out)
+
+    with torch.no_grad():
+        clean = whole(tokens, use_cache=False).logits
+        layer.pre_feedforward_layernorm.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        layer.post_feedforward_layernorm.register_forward_hook(change)
+        spliced = whole(tokens, use_cache=False).logits
+    scores = result["levels"][0]["scores"]
+    assert scores["l0"] == pytest.approx(float(fired[0]), rel=1e-3)
+    assert scores["kl_nats"] == pytest.approx(reference_behaviour(clean, spliced, tokens, kept)["kl"], rel=1e-3)
+
+
 def test_scores_are_of_plain_hooks(made: Path, results: list[dict[str, Any]], lm_folder: Callable[[str], Path]) -> None:
     """KL, CE and top-1 of every level are those of the model whose MLP is replaced by plain hooks; EV, L0 and sparse coding
     those of the rows that the target holds."""

@@ -5,14 +5,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import hash_file
-from pipeline.sae.foreign import folder_of, foreign_sha256, is_foreign, is_module, load_sae, read_sae
+from pipeline.sae.foreign import (
+    BEFORE_GAIN,
+    behind_gain,
+    folder_of,
+    foreign_sha256,
+    is_foreign,
+    is_module,
+    load_sae,
+    read_sae,
+)
 from pipeline.sae.member import final_checkpoint, read_completion, read_config, require_recorded
 from pipeline.sae.nested import NestedSAE, SAEConfig
 
@@ -33,6 +44,18 @@ class Checkpoint:
     sae: SAEConfig
     step: int
     provenance: dict[str, Any]
+    norm_weight: Tensor | None = field(default=None, compare=False)
+
+    def behind_gain(self, norm_weight: Tensor) -> Checkpoint:
+        """A transcoder that reads the MLP's norm before its gain, as one of what the MLP reads; its weights are changed when
+        they are loaded."""
+        store = self.provenance["store"] | {"hook": "mlp_in", "gain": f"of the norm, {BEFORE_GAIN}, folded in"}
+        return replace(self, provenance=self.provenance | {"store": store}, norm_weight=norm_weight)
+
+    @property
+    def reads_before_gain(self) -> bool:
+        """Whether it is a transcoder of Gemma Scope."""
+        return self.sae.is_transcoder and (self.provenance.get("store") or {}).get("hook") == BEFORE_GAIN
 
     @property
     def member(self) -> str:
@@ -47,7 +70,8 @@ class Checkpoint:
 
     def load(self) -> NestedSAE:
         """The SAE in float32 on the CPU. Raises CheckpointError or DamagedError."""
-        return load_sae(self.path)[0]
+        sae = load_sae(self.path)[0]
+        return sae if self.norm_weight is None else behind_gain(sae, self.norm_weight)
 
     def to_dict(self) -> dict[str, Any]:
         """What results say about their checkpoint."""

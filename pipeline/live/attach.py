@@ -30,7 +30,7 @@ from pipeline.model.places import Place, find_place, first_of, module_name, stre
 from pipeline.model.points import HOOKS, Point, canonical
 from pipeline.model.splicing import splice
 from pipeline.model.split_lm import find_layers
-from pipeline.sae.foreign import is_module
+from pipeline.sae.foreign import BEFORE_GAIN, behind_gain, is_module
 from pipeline.sae.nested import NestedSAE
 
 
@@ -58,6 +58,7 @@ def attach(
 
     A transcoder reads where its checkpoint says (or layer and hook do), and what it makes of the rows there replaces those at
     the point that its checkpoint names as its target: what the MLP adds becomes what the transcoder makes of the MLP's input.
+    Gemma Scope's, which read that before the gain of the norm, are placed behind it (`behind_gain`).
 
     The SAE computes in its own dtype (float32 as loaded), outside any autocast. Points inside a layer are looked for with
     three tokens, here. Raises ModelError for a model whose layers or point cannot be found, UsageError for a layer, hook,
@@ -65,6 +66,8 @@ def attach(
     """
     text = model.config.get_text_config()
     n_layers, d_model = int(text.num_hidden_layers), int(text.hidden_size)
+    if hook is None and sae.made_for.get("hook") == BEFORE_GAIN:
+        sae = behind_gain(sae, norm_weight(model, sae, layer, n_layers))
     point = point_of(sae, layer, hook)
     made = target_of(sae, point) if sae.config.is_transcoder else point
     for one in (point, made):
@@ -84,6 +87,20 @@ def attach(
         block = find_layers(model, n_layers)[made.layer]
         require_module(sae, made, block, place)
     return Attached(model, place, sae, level, keep_error, edits, ids, gradients, reads)
+
+
+def norm_weight(model: Any, sae: NestedSAE, layer: int | None, n_layers: int) -> Tensor:
+    """Weight of the norm before the MLP, of a Gemma-2. Raises UsageError where no layer is known, ModelError for other models."""
+    layer = sae.made_for.get("layer") if layer is None else layer
+    if layer is None or not 0 <= layer < n_layers:
+        raise UsageError(f"the transcoder is for layer {layer}, the model has 0 to {n_layers - 1}; give a layer")
+    norm: Any = getattr(find_layers(model, n_layers)[layer], "pre_feedforward_layernorm", None)
+    if not type(norm).__name__.startswith("Gemma"):
+        raise ModelError(
+            f"the transcoder reads {BEFORE_GAIN} of a Gemma-2; {type(model).__name__} has no such norm before its MLP"
+        )
+    weight: Tensor = norm.weight
+    return weight
 
 
 def target_of(sae: NestedSAE, reads: Point) -> Point:

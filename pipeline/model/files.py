@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
 
 from pipeline.base import network
 from pipeline.base.errors import ModelError
@@ -88,6 +90,19 @@ def weights_sha256(folder: Path) -> str:
     """Hash over the names and contents of the safetensors files in a model folder; reads them all, once (`kept.py`)."""
     files = sorted(folder.glob("model*.safetensors"))
     return sha256("".join(f"{path.name} {kept_hash(path)}\n" for path in files))
+
+
+def mlp_norm_weight(folder: Path, layer: int) -> Tensor:
+    """Weight [d_model] of the norm before the MLP of a layer, from a Gemma-2's files; no model is loaded. Raises ModelError
+    where they hold none."""
+    name = f"layers.{layer}.pre_feedforward_layernorm.weight"
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names: list[str] = list(file.keys())
+            if found := [key for key in names if key.endswith(name)]:
+                weight: Tensor = file.get_tensor(found[0])
+                return weight
+    raise ModelError(f"{folder}: no file of it holds {name}; the transcoder reads Gemma-2's norm, so give a Gemma-2")
 
 
 def tokenizer_sha256(folder: Path) -> str:

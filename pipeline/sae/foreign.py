@@ -17,6 +17,7 @@ SAELens (its four), sparsify and Gemma Scope 1 and 2 likewise: what they make is
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -258,6 +259,27 @@ def is_module(made_for: Mapping[str, Any], found: str) -> bool:
     return made_for.get("module") is None or found in str(made_for["module"]).split("|")
 
 
+BEFORE_GAIN = "ln2.hook_normalized"
+"""Where transcoders of Gemma Scope read, in TransformerLens's words: the MLP's input before its norm's gain."""
+
+
+def behind_gain(sae: NestedSAE, norm_weight: Tensor) -> NestedSAE:
+    """A transcoder of Gemma Scope as one of what the MLP reads (mlp_in), a row times the gain 1 + norm_weight [d_model] of
+    Gemma-2's norm: the same latents, W_enc's rows divided by the gain. Raises CheckpointError where the gain is 0: what the
+    MLP reads says nothing of that dimension."""
+    gain = 1 + norm_weight.detach().double().cpu()
+    if len(gain) != sae.config.d_model:
+        raise CheckpointError(f"the transcoder is of {sae.config.d_model} dimensions, the model's norm of {len(gain)}")
+    if zeros := int((gain == 0).sum()):
+        raise CheckpointError(
+            f"the norm before the MLP has a gain of 0 in {zeros} dimensions, which the transcoder reads: it cannot be placed"
+        )
+    folded = copy.deepcopy(sae)
+    folded.W_enc.data.copy_(sae.W_enc.detach().double().cpu() / gain[:, None])
+    folded.made_for = {**sae.made_for, "hook": "mlp_in"}
+    return folded
+
+
 def layer_in(name: str) -> int | None:
     """The layer that the name of a hook or module says, in its library's own count."""
     found = re.search(r"(?:blocks|layers|layer|h)[._](\d+)", name)
@@ -476,7 +498,7 @@ def from_sparsify(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tu
 
 def from_gemma_scope(folder: Path, _data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
     """JumpReLU that does not subtract b_dec: a · (a > threshold), a = x W_enc + b_enc. The path names layer and hook: an
-    SAE's and a transcoder's tensors are alike. Transcoders read the MLP's norm before its gain, which is none of our points."""
+    SAE's and a transcoder's tensors are alike. Transcoders read the MLP's norm before its gain: `behind_gain` places them."""
     only(folder, tensors, "W_enc W_dec b_enc b_dec threshold")
     path = str(folder.resolve())
     found = re.findall(r"/layer_(\d+)(?=/|$)", path)
@@ -488,7 +510,7 @@ def from_gemma_scope(folder: Path, _data: Mapping[str, Any], tensors: Tensors) -
         return assemble_transcoder("jumprelu", 0, tensors), {
             "model": model,
             "layer": layer,
-            "hook": "ln2.hook_normalized",
+            "hook": BEFORE_GAIN,
             "target": target,
         }
     sae = assemble("jumprelu", 0, [len(tensors["W_dec"])], uncentred(tensors))
