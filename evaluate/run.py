@@ -39,8 +39,9 @@ from evaluate.work import (
 from evaluate.write import write
 from pipeline.base.errors import PipelineError
 from pipeline.base.files import require_writable
+from pipeline.base.processes import is_launched
 from pipeline.base.progress import Progress, say
-from pipeline.base.runtime import rank, world_size
+from pipeline.base.runtime import rank, require_world, world_size
 from pipeline.store.cache import open_cache
 from pipeline.store.pair import require_same_rows
 from pipeline.store.staging import open_cached
@@ -67,6 +68,7 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
 
     Raises PipelineError for what concerns all of them: store, model, texts, memory.
     """
+    require_world()
     cache = open_cache(config.cache, config.cache_size) if config.cache is not None else None
     source, outcome = open_cached(config.store, cache), Outcome()
     store = source if config.target is None else open_cached(config.target, cache)
@@ -78,7 +80,14 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
     outcome.fail([*unfit, *lost] if rank() == 0 else ())
     if not dry_run:
         require_writable(config.out)
-    selection = select(job, paths[rank() :: world_size()])
+    mine = paths[rank() :: world_size()]
+    if world_size() > 1:
+        alone = "" if is_launched() else " but not torchrun's; unset both to evaluate all of them here"
+        say(
+            f"process {rank()} of {world_size()}: {len(mine)} of {len(paths)} checkpoints, as RANK and WORLD_SIZE in the "
+            f"environment say{alone}"
+        )
+    selection = select(job, mine)
     outcome.fail(selection.failed)
     outcome.results.extend(job.entry(checkpoint, skipped=True) for checkpoint in selection.done)
     if not selection.todo:

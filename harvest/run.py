@@ -20,7 +20,7 @@ from harvest.splits import Splits, make_tokens, stored_tokens, tokenise_part
 from harvest.steps import Note, Share, Steps, drop_notes, makers_of, read_notes, require_all
 from pipeline.base.errors import DamagedError, MismatchError, StoreError
 from pipeline.base.progress import Progress, say, silenced
-from pipeline.base.runtime import DTYPES, maker, process_group, rank, versions, world_size
+from pipeline.base.runtime import DTYPES, maker, process_group, rank, require_world, versions, world_size
 from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM
 from pipeline.model.trial import try_model
@@ -128,6 +128,7 @@ def make_part(plan: Plan, lm: SplitLM | None, makers: Sequence[Maker], group: Gr
 
 def dry_run(config: HarvestConfig, *, repair: bool = False) -> dict[str, Any]:
     """Say what a harvest would do and take, and return it as JSON data (`announce.as_json`)."""
+    require_world()
     plan = make_plan(config, repair=repair)
     costs = announce.cost(plan)
     if rank() == 0:
@@ -168,7 +169,8 @@ class Group:
 
 @contextlib.contextmanager
 def workers() -> Iterator[Group]:
-    """The group of torchrun's processes; alone nothing is set up."""
+    """The group of torchrun's processes; alone nothing is set up. Raises UsageError for an environment that names none."""
+    require_world("harvest")
     if world_size() == 1:
         yield Group()
         return

@@ -400,6 +400,20 @@ def test_foreign_places_are_errors(tmp_path: Path) -> None:
         find_checkpoints([tmp_path], all_steps=False)
 
 
+def test_stray_ranks_are_named(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank outside the world is refused; a world that something left in the environment is said, with what is left out."""
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(UsageError, match="RANK=3 and WORLD_SIZE=1, so no such process; unset both"):
+        run(config(place, tmp_path, scores=("ev",)), [place / "runs"])
+    monkeypatch.setenv("WORLD_SIZE", "9")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    run(config(place, tmp_path, scores=("ev",)), [place / "runs"])
+    said = "process 3 of 9: 0 of 3 checkpoints, as RANK and WORLD_SIZE in the environment say but not torchrun's"
+    assert said in capsys.readouterr().err
+
+
 def test_torchrun_processes_share_checkpoints(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes of a torchrun share the checkpoints."""
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -543,6 +543,26 @@ def test_failed_start_leaves_no_folder(config: HarvestConfig) -> None:
     assert not Path(config.store).exists()
 
 
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RANK": "3"}, "RANK=3 and WORLD_SIZE=1, so no such process; unset both"),
+        ({"WORLD_SIZE": "4"}, "harvest: the environment has WORLD_SIZE=4 but no MASTER_ADDR; start with torchrun"),
+        ({"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "WORLD_SIZE=4 but no RANK"),
+    ],
+)
+def test_stray_ranks_are_named(
+    config: HarvestConfig, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], says: str
+) -> None:
+    """Variables that something other than torchrun left in the environment are named before anything is read."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=says):
+        run(config, quiet=True)
+
+
 def test_small_disk_is_refused_before_work(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that is too small is refused before any work."""
     monkeypatch.setattr("pipeline.base.files.free_bytes", lambda path: 100_000)

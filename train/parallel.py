@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.base.errors import PipelineError, UsageError
-from pipeline.base.runtime import process_group, rank, world_size
+from pipeline.base.errors import PipelineError
+from pipeline.base.runtime import process_group, rank, require_world, world_size
 
 
 @dataclass(frozen=True)
@@ -87,22 +86,10 @@ class Processes:
         return bool(flags)
 
 
-def require_launched(data_parallel: bool) -> None:
-    """Raise UsageError for a rank outside the world, and for processes that are to meet with no place to do so."""
-    if rank() >= world_size():
-        raise UsageError(
-            f"the environment has RANK={rank()} and WORLD_SIZE={world_size()}, so no such process; unset both, or use torchrun"
-        )
-    if data_parallel and world_size() > 1 and "MASTER_ADDR" not in os.environ:
-        raise UsageError(
-            f"--data-parallel: the environment has WORLD_SIZE={world_size()} but no MASTER_ADDR; start with torchrun, or unset it"
-        )
-
-
 @contextlib.contextmanager
 def join(data_parallel: bool, device: torch.device) -> Iterator[Processes]:
     """The processes of this torchrun; just this one outside of it. Raises UsageError when the environment names none."""
-    require_launched(data_parallel)
+    require_world("--data-parallel" if data_parallel else "")
     if not data_parallel or world_size() == 1:
         yield Processes(rank(), world_size(), device, None)
         return

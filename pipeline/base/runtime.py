@@ -152,6 +152,20 @@ def world_size() -> int:
     return environment_number("WORLD_SIZE", 1)
 
 
+def require_world(meeting: str = "") -> None:
+    """Raise UsageError for a rank outside the world, and where processes are to meet, of which `meeting` says what for, with no
+    place named where: variables of the environment that something other than torchrun left there."""
+    if rank() >= world_size():
+        raise UsageError(
+            f"the environment has RANK={rank()} and WORLD_SIZE={world_size()}, so no such process; unset both, or use torchrun"
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in os.environ]
+    if meeting and world_size() > 1 and missing:
+        raise UsageError(
+            f"{meeting}: the environment has WORLD_SIZE={world_size()} but no {missing[0]}; start with torchrun, or unset it"
+        )
+
+
 @contextlib.contextmanager
 def process_group(backend: str, **options: Any) -> Iterator[torch.distributed.ProcessGroup]:
     """torch's process group of all ranks inside the block; options as of `torch.distributed.init_process_group`.
