@@ -183,7 +183,8 @@ def make_plan(parts: Sizes, n_checkpoints: int, batch: int, context: int, vocab:
         if batch == 1:
             least = parts.peak(1, chunk, 1)
             raise UsageError(
-                f"{human_bytes(limit)} of memory are allowed, at least {human_bytes(least)} are needed; raise --max-memory"
+                f"{human_bytes(limit)} of memory are allowed, at least {human_bytes(least)} are needed; raise --max-memory, or "
+                "the limit of the job"
             )
         batch = max(1, batch // 2)
 
