@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tarfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,15 @@ def hub_answers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "answers", lambda host, port: True)
         yield
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stores that earlier releases wrote: 19 sequences to train on, 5 to evaluate; v3_half has one shard of four."""
+    folder = tmp_path_factory.mktemp("golden")
+    with tarfile.open(Path(__file__).parent / "golden" / "stores.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
 
 
 @pytest.fixture(scope="session")

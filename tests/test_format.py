@@ -20,7 +20,7 @@ from pipeline.sae.nested import NestedSAE, SAEConfig
 from pipeline.store.moments import Statistics
 
 PAGE = (Path(__file__).parents[1] / "pipeline" / "FORMAT.md").read_text()
-SIZES = {"context": 16, "d_model": 64, "n_sequences": 152, "n_rows": 2432, "n_shards": 3}
+SIZES = {"context": 16, "d_model": 64, "n_sequences": 152, "n_rows": 2432, "n_shards": 3, "n_slots": 8}
 CHUNK_NBYTES = 128 * 64 * 2
 
 
@@ -100,6 +100,10 @@ def test_hashes_are_as_the_page_says(tiny_store: Path, attributes: dict[str, Any
         assert attributes["special_sha256"][split] == sha256(group[f"{split}/special"][:].tobytes())
         again = {"segments": attributes["segments"]} if split == "train" else {}
         assert dict(group[split].attrs) == {"config_sha256": sha256(canonical(attributes["config"]))} | again
+        (tokens,), (special,) = (attributes["groups"][split][name] for name in ("tokens", "special"))
+        assert [tokens, special] == [attributes[f"{name}_sha256"][split] for name in ("tokens", "special")]  # one group
+        commit = sha256((tiny_store / split / "commit/c/0/0").read_bytes())
+        assert attributes["committed"][split] == {"commit": [commit]}
     assert attributes["statistics"]["mean_sha256"] == sha256(group["mean"][:].astype("<f8").tobytes())
     named = {"config": attributes["config"], "tokens_sha256": attributes["tokens_sha256"]}
     assert attributes["id"] == sha256(canonical(named))
@@ -149,16 +153,20 @@ def test_shard_is_chunks_and_an_index(tiny_store: Path, train: dict[str, Any]) -
 
 
 def test_commit_record_is_tags_and_digests(tiny_store: Path, train: dict[str, Any], attributes: dict[str, Any]) -> None:
-    """A commit record says in its upper halves whose it is and has the digests below."""
+    """A commit record says in its upper halves whose it is, has the digests below, and what each chunk is."""
+    norm = np.frombuffer((tiny_store / "train/norm/c/0").read_bytes()[:-4], "<f4").reshape(3, 1024)
     for k, n_chunks in enumerate((8, 8, 3)):
         resid = (tiny_store / f"train/resid/c/{k}/0").read_bytes()
         ends = [(i + 1) * (CHUNK_NBYTES + 4) for i in range(n_chunks)]
-        digests = [google_crc32c.value(b"".join(resid[end - 4 : end] for end in ends))]
-        for file in (f"train/norm/c/{k}", f"train/moments/c/{k}/0"):
-            digests.append(google_crc32c.value((tiny_store / file).read_bytes()[-4:]))
+        crcs = [int.from_bytes(resid[end - 4 : end], "little") for end in ends]
+        chunks = [2**32 * (CHUNK_NBYTES + 4) + crc for crc in crcs] + [0] * (8 - n_chunks)
+        assert train["commit"][k, 3:].tolist() == chunks
+        digests = [google_crc32c.value(np.array(chunks, "<u8").tobytes())]
+        for part in (norm[k], train["moments"][k].astype("<f8")):
+            digests.append(google_crc32c.value(google_crc32c.value(part.tobytes()).to_bytes(4, "little")))
         names = [f"{attributes['origin']}/train/{k}/{name}".encode() for name in ("resid", "norm", "moments")]
         tags = [google_crc32c.value(name) | 2**31 for name in names]
-        assert train["commit"][k].tolist() == [2**32 * tag + digest for tag, digest in zip(tags, digests)]
+        assert train["commit"][k, :3].tolist() == [2**32 * tag + digest for tag, digest in zip(tags, digests)]
 
 
 def test_shard_crc_says_nothing_of_rows(tiny_store: Path) -> None:

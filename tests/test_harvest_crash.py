@@ -164,7 +164,7 @@ def test_committed_shards_are_not_made_again(start: Start, configs: Callable[[st
     """Committed shards are not made again."""
     config = configs("kept")
     (worker,) = start(config)
-    shard = Path(config.store) / "train/commit/c/1/0"
+    shard = Path(config.store) / "train/resid/record/1"
     deadline = time.monotonic() + 60
     while not shard.exists():
         assert time.monotonic() < deadline
@@ -209,7 +209,7 @@ def test_ctrl_c_exits_130_with_advice(configs: Callable[[str], HarvestConfig]) -
     process = subprocess.Popen(
         [sys.executable, "-m", "harvest", *arguments.split()], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    while not (Path(config.store) / "train/commit/c/0/0").exists() and process.poll() is None:
+    while not (Path(config.store) / "train/resid/record/0").exists() and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(2)
     _, said = process.communicate(timeout=120)

@@ -27,7 +27,7 @@ from pipeline.store.split import Split, to_numpy
 from support import reference
 from support.stores import VOCAB, make_rows, make_store, make_tokens, prepare_store, store_config, write_shards
 
-SMALL: dict[str, Any] = {"d_model": 6, "context": 4, "shard_rows": 32, "chunk_rows": 8}
+SMALL: dict[str, Any] = {"d_model": 6, "context": 4, "shard_rows": 32, "chunk_rows": 8, "group_shards": 2}
 KINDS = [("bf16", "none"), ("bf16", "lz4"), ("bf16", "zstd"), ("float32", "none"), ("float32", "zstd")]
 
 
@@ -328,8 +328,10 @@ def test_other_version_is_refused(tmp_path: Path) -> None:
     """A store of another version is refused."""
     make_store(tmp_path / "s.zarr", n_sequences=19, eval_sequences=5, **SMALL)
     root = tmp_path / "s.zarr" / "zarr.json"
-    root.write_bytes(root.read_bytes().replace(b'"version": 3,', b'"version": 4,'))
-    with pytest.raises(StoreError, match=r"expected format nested-sae-activations version 1, 2, 3, found .* version 4"):
+    root.write_bytes(root.read_bytes().replace(b'"version": 4,', b'"version": 5,'))
+    with pytest.raises(
+        StoreError, match=r"expected format nested-sae-activations version 1, 2, 3, 4, found .* version 5"
+    ):
         Store.open(tmp_path / "s.zarr")
 
 
@@ -496,8 +498,8 @@ def test_extension_must_begin_alike(tiny_store: Path) -> None:
 
 def test_memory_does_not_grow(tmp_path: Path) -> None:
     """Memory does not grow with the store.
-    Tokens, masks and norms of the whole store would be 11 MB; making, checking and finishing it takes a part of that."""
-    config = store_config(d_model=2, context=16, chunk_rows=1 << 13, shard_rows=1 << 16)
+    Tokens, masks and norms of the whole store would be 11 MB; making, checking and finishing it takes some groups of them."""
+    config = store_config(d_model=2, context=16, chunk_rows=1 << 13, shard_rows=1 << 16, group_shards=1)
     whole = {"train": 75_000, "eval": 5_000}
     splits = []
     for n in whole.values():

@@ -1,5 +1,6 @@
 """A byte that changed, a file cut short or gone: found, never read as data, and repaired to the byte."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,18 +12,21 @@ import torch
 
 from pipeline.base.errors import DamagedError, MismatchError, PipelineError, StoreError
 from pipeline.base.runtime import numpy_rng
+from pipeline.store.objects import open_files
 from pipeline.store.prepare import SplitTokens, prepare, segments
 from pipeline.store.reader import Store
+from pipeline.store.root import read_root, write_root
 from pipeline.store.shards import with_crc
-from support.stores import as_version_1, make_store, make_tokens, prepare_store, store_config, write_shards
+from pipeline.store.writer import StoreWriter
+from support.stores import make_store, make_tokens, prepare_store, store_config, write_shards
 from test_store import SMALL, tree
 
 SIZES: dict[str, Any] = {"n_sequences": 19, "eval_sequences": 5, **SMALL}
 KEYS = [
     "zarr.json", "mean/zarr.json", "mean/c/0", "train/zarr.json", "eval/zarr.json",
     *(f"train/{name}/zarr.json" for name in ("tokens", "special", "resid", "norm", "moments", "commit")),
-    "train/tokens/c/0/0", "train/special/c/2/0", "train/resid/c/0/0", "train/resid/c/2/0", "train/norm/c/1",
-    "train/moments/c/2/0", "train/commit/c/1/0", "eval/tokens/c/0/0", "eval/resid/c/0/0", "eval/commit/c/0/0",
+    "train/tokens/c/0/0", "train/special/c/1/0", "train/resid/c/0/0", "train/resid/c/2/0", "train/norm/c/1",
+    "train/moments/c/1/0", "train/commit/c/1/0", "eval/tokens/c/0/0", "eval/resid/c/0/0", "eval/commit/c/0/0",
 ]  # fmt: skip
 
 
@@ -103,15 +107,24 @@ def test_root_bytes_outside_attributes_count(whole: Path, before: bytes, after: 
         Store.open(whole)
 
 
-def test_record_and_index_bytes_count(whole: Path) -> None:
-    """Every byte of a commit record and of a shard index counts."""
-    commit, resid = whole / "train/commit/c/0/0", whole / "train/resid/c/0/0"
-    index_nbytes = 16 * 4 + 4
-    for path, first in ((commit, 0), (resid, resid.stat().st_size - index_nbytes)):
-        data = path.read_bytes()
-        for position in range(first, len(data)):
-            with changed(path, flipped(data, position, 0x10)), pytest.raises(DamagedError):
-                Store.open(whole)
+def test_every_byte_of_records_counts(whole: Path) -> None:
+    """Every byte of a group's commit records counts when a store is opened."""
+    path = whole / "train/commit/c/0/0"
+    data = path.read_bytes()
+    for position in range(len(data)):
+        with changed(path, flipped(data, position, 0x10)), pytest.raises(DamagedError, match="commit/c/0/0: SHA-256"):
+            Store.open(whole)
+
+
+def test_every_byte_of_an_index_counts(whole: Path) -> None:
+    """Every byte of a shard's index counts when the first of its rows is read."""
+    path = whole / "train/resid/c/0/0"
+    data = path.read_bytes()
+    for position in range(len(data) - 16 * 4 - 4, len(data)):
+        with changed(path, flipped(data, position, 0x10)):
+            with pytest.raises(DamagedError, match="resid/c/0/0"):
+                Store.open(whole).train.read(0, 1)
+            assert len(problems(whole)) == 1
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -153,53 +166,97 @@ def test_swapped_shards_are_found(store: Path) -> None:
     assert len(problems(store)) == 2
 
 
-SHARD = ("resid/c/{}/0", "norm/c/{}", "moments/c/{}/0", "commit/c/{}/0")
-"""Every file of a shard, its commit record included."""
+def swap(first: Path, second: Path) -> None:
+    """Each has the other's bytes."""
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
 
 
-def shard_files(path: Path, split: str, k: int) -> list[Path]:
-    return [path / split / name.format(k) for name in SHARD]
+@pytest.mark.parametrize("name", ["tokens/c/{}/0", "special/c/{}/0", "norm/c/{}", "moments/c/{}/0", "commit/c/{}/0"])
+def test_swapped_groups_are_found(store: Path, name: str) -> None:
+    """Files of two groups in each other's place are refused: commit records when opening, others when they are read."""
+    swap(*(store / "train" / name.format(g) for g in (0, 1)))
+    found = problems(store)
+    assert found
+    assert all(f"train/{name.split('/')[0]}" in line for line in found)
+    if name.startswith("commit"):
+        with pytest.raises(DamagedError, match="commit/c/0/0: SHA-256"):
+            Store.open(store)
+        return
+    split = Store.open(store).train
+    with pytest.raises(DamagedError, match=f"train/{name.split('/')[0]}"):
+        getattr(split, name.split("/")[0])
 
 
-def test_swapped_shards_with_records_are_refused(store: Path) -> None:
-    """Two shards swapped with all their files are refused when opening, and each is named."""
-    for first, second in zip(shard_files(store, "train", 0), shard_files(store, "train", 1)):
-        data = first.read_bytes()
-        first.write_bytes(second.read_bytes())
-        second.write_bytes(data)
-    with pytest.raises(DamagedError, match="commit/c/0/0: not the commit record of shard 0 of train of this store"):
-        Store.open(store)
-    assert len(problems(store)) == 2
+def test_sealed_swap_of_records_refused(store: Path) -> None:
+    """Groups swapped with all their files, by someone who seals the root anew, are not read: records say whose they are."""
+    for name in ("tokens/c/{}/0", "special/c/{}/0", "norm/c/{}", "moments/c/{}/0", "commit/c/{}/0"):
+        swap(*(store / "train" / name.format(g) for g in (0, 1)))
+    files = open_files(store)
+    attributes = read_root(files)
+    for hashes in (attributes["groups"]["train"], attributes["committed"]["train"]):
+        for name in hashes:
+            hashes[name].reverse()
+    write_root(files, attributes)
+    for k in (0, 2):
+        with pytest.raises(DamagedError, match=f"commit/c/{k // 2}/0: not the commit record of shard {k} of train"):
+            Store.open(store, check=False).train.read(32 * k, 32 * k + 1)
+    assert problems(store)
+
+
+RECORDED = ("resid/c/{}/0", "resid/record/{}")
+"""The files of a shard of an unfinished store."""
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path) -> Path:
+    """A store whose shards are all there."""
+    write_shards(prepare_store(tmp_path / "s.zarr", store_config(**SMALL), 19, 5))
+    return tmp_path / "s.zarr"
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"layer": 4}])
-def test_shard_of_another_store_is_refused(store: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    """A shard that was copied with its record from a store of another seed or layer is refused."""
+def test_shard_of_another_store_is_refused(unfinished: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    """A shard that was copied with its record from a store of another seed or layer does not count."""
     config = store_config(**SMALL) | change
     tokens = make_tokens(0, "train", 19, 4), make_tokens(0, "eval", 5, 4)
-    writer = prepare(tmp_path / "other.zarr", config, *tokens, {})
-    write_shards(writer)
-    for ours, theirs in zip(shard_files(store, "train", 1), shard_files(tmp_path / "other.zarr", "train", 1)):
-        ours.write_bytes(theirs.read_bytes())
+    write_shards(prepare(tmp_path / "other.zarr", config, *tokens, {}))
+    for name in RECORDED:
+        theirs = tmp_path / "other.zarr/train" / name.format(1)
+        (unfinished / "train" / name.format(1)).write_bytes(theirs.read_bytes())
     with pytest.raises(DamagedError, match="another shard, split, store or layer wrote it"):
-        Store.open(store)
-    assert len(problems(store)) == 1
+        Store.open(unfinished, complete=False)
+    assert StoreWriter.open(unfinished).pending("train") == [1]
 
 
-def test_shard_of_other_split_refused(store: Path) -> None:
-    """A shard of the training split in the place of one of the evaluation split is refused."""
-    for ours, theirs in zip(shard_files(store, "eval", 0), shard_files(store, "train", 0)):
-        ours.write_bytes(theirs.read_bytes())
-    with pytest.raises(DamagedError, match="not the commit record of shard 0 of eval"):
-        Store.open(store)
+@pytest.mark.parametrize(("split", "k"), [("train", 1), ("eval", 0)])
+def test_shard_in_anothers_place_is_refused(unfinished: Path, split: str, k: int) -> None:
+    """A shard of an unfinished store in the place of another, of either split, does not count."""
+    for name in RECORDED:
+        (unfinished / split / name.format(k)).write_bytes((unfinished / "train" / name.format(0)).read_bytes())
+    with pytest.raises(DamagedError, match=f"resid/record/{k}: not the commit record of shard {k} of {split}"):
+        Store.open(unfinished, complete=False)
+    assert StoreWriter.open(unfinished).pending(split) == [k]
 
 
-@pytest.mark.parametrize("version", [1, 2])
+def test_every_byte_of_a_record_counts(unfinished: Path) -> None:
+    """A flipped byte, or a lost one, of the record of an unfinished store's shard is found before the store is finished."""
+    path = unfinished / "train/resid/record/0"
+    data = path.read_bytes()
+    others = [flipped(data, position, 0x10) for position in range(len(data))]
+    for other in [*others, data[:-1], data + b"\0", b"", None]:
+        with changed(path, other), pytest.raises(PipelineError):
+            StoreWriter.open(unfinished).finish()
+    assert StoreWriter.open(unfinished).finish().verify(quiet=True) == []
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
 @pytest.mark.parametrize("name", ["resid/c/0/0", "norm/c/0", "moments/c/0/0"])
-def test_reading_compares_with_the_record(store: Path, version: int, name: str) -> None:
+def test_old_reading_compares_with_records(golden: Path, tmp_path: Path, version: int, name: str) -> None:
     """A whole file of another shard that opening cannot see is refused by whoever reads it, and spares other shards."""
-    if version == 1:
-        as_version_1(store)
+    store = tmp_path / "s.zarr"
+    shutil.copytree(golden / f"v{version}_none.zarr", store)
     (store / "train" / name).write_bytes((store / "train" / name.replace("c/0", "c/1")).read_bytes())
     opened = Store.open(store)
     assert torch.equal(opened.eval.read(0, 20), Store.open(store).eval.read(0, 20))
@@ -207,29 +264,48 @@ def test_reading_compares_with_the_record(store: Path, version: int, name: str) 
         opened.train.read(0, 4), opened.train.norm, opened.train.moments
 
 
+@pytest.mark.parametrize("name", ["norm", "moments"])
+def test_reading_compares_with_the_record(store: Path, name: str) -> None:
+    """Norms or moments of another shard of the group are refused by whoever reads them, and spare the others."""
+    path = next((store / "train" / name / "c").rglob("0*"))
+    path = path / "0" if path.is_dir() else path
+    parts = np.frombuffer(path.read_bytes()[:-4], np.uint8).reshape(2, -1).copy()
+    parts[1] = parts[0]
+    path.write_bytes(with_crc(parts))
+    opened = Store.open(store)
+    read = {"norm": opened.train.shard_norm, "moments": opened.train.shard_moments}[name]
+    for k in (0, 2):
+        assert np.array_equal(read(k), getattr(Store.open(store, check=False).train, f"shard_{name}")(k))
+    with pytest.raises(DamagedError, match=rf"{name}/c/0.* \(shard 1\): whole, but not the file that was committed"):
+        read(1)
+
+
 def test_extension_keeps_the_origin(tmp_path: Path) -> None:
     """Whole shards stay as they were when a store is extended, and their records still name them."""
     first = make_store(tmp_path / "s.zarr", n_sequences=16, eval_sequences=5, **SMALL)
     before = tree(tmp_path / "s.zarr")
+    records = [first.train.record(k) for k in range(first.train.n_shards)]
     store = make_store(tmp_path / "s.zarr", **SIZES)
     assert store.attributes["origin"] == first.attributes["origin"]
     assert store.id != first.id
-    kept = [f"train/{name.format(k)}" for name in SHARD for k in range(first.train.n_shards)]
+    kept = [f"train/resid/c/{k}/0" for k in range(first.train.n_shards)]
     assert {key: tree(store.path)[key] for key in kept} == {key: before[key] for key in kept}
+    for k, record in enumerate(records):
+        assert store.train.record(k).digests == record.digests
+        assert np.array_equal(store.train.record(k).chunks, record.chunks)
 
 
-def test_version_1_is_only_read(store: Path) -> None:
-    """A store of version 1 reads, verifies and is found finished; extending or repairing it is refused in one line."""
-    expected = everything_read(store)
-    config = Store.open(store).config
-    as_version_1(store)
-    assert everything_read(store) == expected
-    assert problems(store) == []
-    assert make_store(store, **SIZES).complete
-    before = tree(store)
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_old_versions_are_only_read(golden: Path, tmp_path: Path, version: int) -> None:
+    """A store of an earlier version is found finished; extending or repairing it is refused in one line."""
+    store = tmp_path / "s.zarr"
+    shutil.copytree(golden / f"v{version}_none.zarr", store)
+    config, before = Store.open(store).config, tree(store)
+    sizes = {name: value for name, value in SIZES.items() if name != "group_shards"}
+    assert make_store(store, **sizes).complete
     longer = make_tokens(0, "train", 30, 4), make_tokens(0, "eval", 5, 4)
     for repair in (False, True):
-        with pytest.raises(StoreError, match=r"version 1, which can be trained on .* not extended"):
+        with pytest.raises(StoreError, match=rf"version {version}, which can be trained on .* not extended"):
             prepare(store, config, *longer, {}, repair=repair)
     assert tree(store) == before
 
@@ -240,7 +316,7 @@ def test_file_of_another_store_is_found(store: Path, tmp_path: Path, key: str) -
     other = make_store(tmp_path / "other.zarr", **(SIZES | {"seed": 1})).path
     (store / key).write_bytes((other / key).read_bytes())
     with pytest.raises(DamagedError, match=r"SHA-256|not the mean"):
-        getattr(Store.open(store), key.split("/")[0]).tokens_of(0, 1)
+        getattr(Store.open(store), key.split("/")[0]).tokens_of(0, 5 if key.startswith("eval") else 19)
     assert len(problems(store)) == 1
 
 
@@ -250,7 +326,7 @@ def test_other_special_mask_is_found(store: Path) -> None:
     data[5] = 1 - data[5]
     (store / "eval/special/c/0/0").write_bytes(with_crc(np.frombuffer(data, np.uint8)))
     for read in ("special_of", "kept_of"):
-        with pytest.raises(DamagedError, match="special: SHA-256"):
+        with pytest.raises(DamagedError, match="special/c/0/0: SHA-256"):
             getattr(Store.open(store).eval, read)(4, 5)
     assert len(problems(store)) == 1
 
@@ -265,8 +341,10 @@ def test_reordered_index_is_refused(store: Path, entries: list[int]) -> None:
     other = np.full_like(index, 2**64 - 1)
     other[: len(entries)] = index[entries]
     path.write_bytes(data[:-68] + with_crc(other))
-    with pytest.raises(DamagedError, match="another index"):
-        Store.open(store)
+    for read in (lambda split: split.read(0, 1), lambda split: split.mapped_shard(0)):
+        with pytest.raises(DamagedError, match="another index"):
+            read(Store.open(store).train)
+    assert len(problems(store)) == 1
 
 
 def test_verify_reports_every_problem(store: Path) -> None:
@@ -290,10 +368,25 @@ def test_repair_redoes_only_the_damaged(store: Path, key: str, how: str) -> None
         (store / key).write_bytes(flipped(data, len(data) // 2, 0x04))
     make_store(store, repair=True, **SIZES)
     assert tree(store) == before
-    split, shard = key.split("/")[0], key.split("/")[3] if key.count("/") == 4 else "none"
     redone = {p for p, inode in shards.items() if p.stat().st_ino != inode}
-    assert redone <= {store / f"{split}/resid/c/{shard}/0", store / f"{split}/resid/c/1/0"}
-    assert len(redone) <= 1
+    lost = key.replace("norm/c/1", "resid/c/2/0")
+    for name in ("moments", "commit"):
+        lost = lost.replace(f"train/{name}/c/1/0", "train/resid/c/2/0").replace(f"eval/{name}", "eval/resid")
+    assert redone <= {store / lost}
+
+
+@pytest.mark.parametrize("key", ["train/norm/c/0", "train/moments/c/0/0", "train/commit/c/0/0"])
+def test_repair_spares_the_group(store: Path, key: str) -> None:
+    """Of a group's damaged file only the shard whose part is damaged is made again; of one that is gone, all."""
+    before, data = tree(store), (store / key).read_bytes()
+    config = Store.open(store).config
+    tokens = make_tokens(0, "train", 19, 4), make_tokens(0, "eval", 5, 4)
+    for changed_to, pending in ((flipped(data, len(data) - 9, 0x04), [1]), (flipped(data, 9, 4), [0]), (None, [0, 1])):
+        (store / key).unlink() if changed_to is None else (store / key).write_bytes(changed_to)
+        assert problems(store)
+        assert prepare(store, config, *tokens, {}, repair=True).pending("train") == pending
+        make_store(store, **SIZES)
+        assert tree(store) == before
 
 
 def test_repair_lists_what_it_gives_up(store: Path) -> None:

@@ -11,11 +11,10 @@ import pytest
 
 from harvest.run import run as harvest
 from pipeline.experiment.verify import verify
-from pipeline.store.writer import StoreWriter
 from support import lm_stores, tiny_models
 from support.harvests import harvest_config
 from support.results_files import write_latent_pages, write_results
-from support.stores import make_store
+from support.stores import lose_shards, make_store
 
 ROOT = Path(__file__).parents[1]
 CRASHER = Path(__file__).parent / "support" / "write_crasher.py"
@@ -45,8 +44,7 @@ def begin_mixed(folder: Path) -> None:
     corpus = tiny_models.make_corpus(folder / "corpus.jsonl")
     begun = folder / "begun" / "acts.zarr"
     harvest(harvest_config(folder / "model", corpus, begun), quiet=True)
-    for k in (2, 6):
-        StoreWriter.open(begun).give_up("train", k)
+    lose_shards(begun, ("train", 2), ("train", 6))
 
 
 BEGIN = {

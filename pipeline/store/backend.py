@@ -32,6 +32,9 @@ class Files(Protocol):
     def size(self, key: str) -> int | None:
         """Bytes of a file; None when it is not there."""
 
+    def sizes(self, keys: Sequence[str]) -> dict[str, int | None]:
+        """Key → bytes of many files, None where one is not there."""
+
     def write(self, key: str, data: bytes) -> None:
         """Write a whole file."""
 
@@ -40,6 +43,9 @@ class Files(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove a file; nothing happens when it is not there."""
+
+    def delete_all(self, keys: Sequence[str]) -> None:
+        """Remove many."""
 
     def keys(self) -> list[str]:
         """Every file there is, sorted, leftovers of killed writers included."""
@@ -90,6 +96,10 @@ class LocalFiles:
             return os.stat(path).st_size
         return None
 
+    def sizes(self, keys: Sequence[str]) -> dict[str, int | None]:
+        """A stat each."""
+        return {key: self.size(key) for key in keys}
+
     def write(self, key: str, data: bytes) -> None:
         """Temporary name, fsync, rename."""
         with self.create(key) as file:
@@ -110,6 +120,15 @@ class LocalFiles:
         with disk_errors(path), contextlib.suppress(FileNotFoundError):
             path.unlink()
             sync_folder(path.parent)
+
+    def delete_all(self, keys: Sequence[str]) -> None:
+        """Unlink all, then fsync each folder once."""
+        for key in keys:
+            with disk_errors(path := self.root / key), contextlib.suppress(FileNotFoundError):
+                path.unlink()
+        for folder in dict.fromkeys((self.root / key).parent for key in keys):
+            with disk_errors(folder), contextlib.suppress(FileNotFoundError):
+                sync_folder(folder)
 
     def keys(self) -> list[str]:
         """Every file below the folder. Raises DiskError when the path is a file."""

@@ -203,6 +203,10 @@ class CachedFiles:
         """As of the files behind."""
         return self.files.size(key)
 
+    def sizes(self, keys: Sequence[str]) -> dict[str, int | None]:
+        """As of the files behind."""
+        return self.files.sizes(keys)
+
     def write(self, key: str, data: bytes) -> None:
         """As of the files behind."""
         self.files.write(key, data)
@@ -214,6 +218,10 @@ class CachedFiles:
     def delete(self, key: str) -> None:
         """As of the files behind."""
         self.files.delete(key)
+
+    def delete_all(self, keys: Sequence[str]) -> None:
+        """As of the files behind."""
+        self.files.delete_all(keys)
 
     def keys(self) -> list[str]:
         """As of the files behind."""

@@ -10,7 +10,8 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from pipeline.base.errors import DamagedError, UsageError
 from pipeline.base.files import hash_config, sha256
 from pipeline.store.shards import CODECS, chunk_bound, codec_json, index_nbytes
 
+VERSION, GROUPED = 4, 4
+"""The version of the format that is written, and the first whose small arrays and commit records lie in groups of shards."""
 SPLITS = ("train", "eval")
 KINDS = ("model", "truth", "rows")
 """What rows are: a language model's residual stream over tokens, sums of known features, or what others made (no tokens)."""
@@ -28,17 +31,21 @@ CHUNK_ROWS, SHARD_CHUNKS = 1024, 64
 """Rows of an inner chunk, rounded down to whole sequences, and chunks of a shard: 4.7 MB and 302 MB at d_model 2304."""
 MANY_SHARDS, MOST_SHARD_CHUNKS = 256, 1024
 """A new store of more shards than this has them twice as large, and again, up to so many chunks: a million rows."""
+GROUP_SHARDS, GROUP_ROWS = 64, 1 << 22
+"""Shards whose tokens, masks, norms, moments and commit records lie together; fewer where they had more rows than that."""
 EVAL_SHARE = 20
 """Unless told, evaluation gets one row for so many training rows."""
 COMMITTED = ("resid", "norm", "moments")
-"""The arrays whose shard files a commit record vouches for, in its order."""
+"""The arrays whose part of a shard a commit record vouches for, in its order."""
+PACKED = ("norm", "moments", "commit")
+"""The arrays that are written when a store is finished, from its shards' records (record.py)."""
 
 BF16_NAN = 0x7FC0
 PARTS = "parts"
 """Folder of the notes of parts, while many processes make a store's shards; gone when it is finished."""
 OUR_KEY = re.compile(
     r"(zarr\.json|parts/\d+-\d+\.json|mean/(zarr\.json|c/0)|(eval/)?truth/(zarr\.json|[a-z]+/(zarr\.json|c/0(/0)?))"
-    r"|(train|eval)/(zarr\.json|resid/large/\d+|(tokens|special|resid|norm|moments|commit)/(zarr\.json|c/\d+(/0)?)))(\.\d+\.partial)?"
+    r"|(train|eval)/(zarr\.json|resid/(large|record)/\d+|(tokens|special|resid|norm|moments|commit)/(zarr\.json|c/\d+(/0)?)))(\.\d+\.partial)?"
 )
 """Every file that a store may hold, leftovers of killed writers included."""
 
@@ -140,6 +147,7 @@ class Layout:
     chunk_rows: int
     codec: str
     kind: str = "model"
+    group_shards: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in ("bf16", "float32"):
@@ -150,8 +158,8 @@ class Layout:
             )
         if self.codec not in CODECS:
             raise UsageError(f"codec {self.codec[:40]!r} is not one of {', '.join(CODECS)}")
-        if min(self.d_model, self.context, self.shard_rows, self.chunk_rows) < 1:
-            raise UsageError("d_model, context, shard_rows and chunk_rows must be at least 1")
+        if min(self.d_model, self.context, self.shard_rows, self.chunk_rows) < 1 or self.group_shards < 0:
+            raise UsageError("d_model, context, shard_rows, chunk_rows and group_shards must be at least 1")
         if self.shard_rows % self.chunk_rows or self.chunk_rows % self.context:
             raise UsageError(
                 f"shard_rows {self.shard_rows} must be a multiple of chunk_rows {self.chunk_rows}, "
@@ -159,12 +167,15 @@ class Layout:
             )
 
     @staticmethod
-    def from_config(config: Mapping[str, Any]) -> Layout:
-        """The layout named by a store's config. Raises UsageError when a field is not there."""
+    def from_config(config: Mapping[str, Any], version: int = VERSION) -> Layout:
+        """The layout of a store of this config and version. Raises UsageError when a field is not there."""
         names = [*Layout.__dataclass_fields__]
-        if missing := [name for name in names if name not in config and name != "kind"]:
+        if missing := [name for name in names if name not in config and name not in ("kind", "group_shards")]:
             raise UsageError(f"the store's config lacks {', '.join(missing)}")
-        return Layout(**{name: config[name] for name in names if name in config})
+        layout = Layout(**{name: config[name] for name in names if name in config})
+        if version < GROUPED or layout.group_shards:
+            return layout
+        return replace(layout, group_shards=max(1, min(GROUP_SHARDS, GROUP_ROWS // layout.shard_rows)))
 
     @property
     def has_tokens(self) -> bool:
@@ -180,6 +191,16 @@ class Layout:
     def chunks_per_shard(self) -> int:
         """Inner chunks of a whole shard: the slots of its index."""
         return self.shard_rows // self.chunk_rows
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether small arrays of several shards lie together, and commit records say what every chunk's checksum is."""
+        return self.group_shards > 0
+
+    @property
+    def record_width(self) -> int:
+        """Numbers of a commit record: a digest for each of COMMITTED and, in groups, one for each chunk of a shard."""
+        return len(COMMITTED) + (self.chunks_per_shard if self.in_groups else 0)
 
     @property
     def chunk_nbytes(self) -> int:
@@ -210,6 +231,24 @@ class SplitLayout:
         """Shards, a ragged last one included."""
         return -(-self.n_rows // self.layout.shard_rows)
 
+    @property
+    def group(self) -> int:
+        """Shards whose small arrays lie in one file; one each before version 4."""
+        return max(1, min(self.layout.group_shards, self.n_shards))
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of shards, a ragged last one included."""
+        return -(-self.n_shards // self.group)
+
+    def shards_of(self, g: int) -> range:
+        """The shards of group g."""
+        return range(g * self.group, min((g + 1) * self.group, self.n_shards))
+
+    def record_key(self, k: int) -> str:
+        """The file whose appearance commits shard k while the store is unfinished."""
+        return f"{self.name}/resid/record/{k}" if self.layout.in_groups else self.arrays["commit"].key(k)
+
     def shard_rows_range(self, k: int) -> tuple[int, int]:
         """First row of shard k, and one past its last."""
         start = k * self.layout.shard_rows
@@ -220,12 +259,13 @@ class SplitLayout:
         start, stop = self.shard_rows_range(k)
         return -(-(stop - start) // self.layout.chunk_rows)
 
-    @property
+    @cached_property
     def arrays(self) -> dict[str, Array]:
         """Every array of the split by name."""
         of, n, rows = self.layout, self.n_sequences, self.n_rows
         bf16 = of.dtype == "bf16"
-        path, per_shard, shards = self.name, of.shard_rows // of.context, self.n_shards
+        path, group, shards, width = self.name, self.group, self.n_shards, of.record_width
+        per_group = group * of.shard_rows // of.context
         sequences = ("sequence", "position")
         resid = Array(
             f"{path}/resid",
@@ -239,17 +279,15 @@ class SplitLayout:
             "bfloat16" if bf16 else "",
         )
         moments = (2 + of.d_model,)
-        tokens = Array(f"{path}/tokens", (n, of.context), "int32", (per_shard, of.context), sequences, -1)
+        tokens = Array(f"{path}/tokens", (n, of.context), "int32", (per_group, of.context), sequences, -1)
         return ({"tokens": tokens} if of.has_tokens else {}) | {
-            "special": Array(f"{path}/special", (n, of.context), "uint8", (per_shard, of.context), sequences, 255),
+            "special": Array(f"{path}/special", (n, of.context), "uint8", (per_group, of.context), sequences, 255),
             "resid": resid,
-            "norm": Array(f"{path}/norm", (rows,), "float32", (of.shard_rows,), ("row",), "NaN"),
+            "norm": Array(f"{path}/norm", (rows,), "float32", (group * of.shard_rows,), ("row",), "NaN"),
             "moments": Array(
-                f"{path}/moments", (shards, *moments), "float64", (1, *moments), ("shard", "moment"), "NaN"
+                f"{path}/moments", (shards, *moments), "float64", (group, *moments), ("shard", "moment"), "NaN"
             ),
-            "commit": Array(
-                f"{path}/commit", (shards, len(COMMITTED)), "uint64", (1, len(COMMITTED)), ("shard", "file"), 0
-            ),
+            "commit": Array(f"{path}/commit", (shards, width), "uint64", (group, width), ("shard", "file"), 0),
         }
 
 
@@ -310,13 +348,14 @@ def metadata_files(
     n_sequences: Mapping[str, int],
     segments: Sequence[int],
     extras: Mapping[str, Extra] | None = None,
+    version: int = VERSION,
 ) -> dict[str, bytes]:
     """Every zarr.json below the root: key → bytes.
 
     The groups name the config they belong to by its hash, and that of the training split the root's `segments` again: so
     a repair knows both when the root itself is damaged.
     """
-    layout = Layout.from_config(config)
+    layout = Layout.from_config(config, version)
     files = {layout.mean.metadata_key: layout.mean.metadata()}
     for name in SPLITS:
         again = {"segments": list(segments)} if name == "train" else {}
@@ -345,7 +384,9 @@ def shard_rows_for(n_rows: int, chunk_rows: int) -> int:
 
 
 ROOT_REST = 2048
-"""Bytes of the root's zarr.json beside config and files: hashes, versions, statistics."""
+"""Bytes of the root's zarr.json beside config, files and groups: hashes, versions, statistics."""
+GROUP_HASHES = 3 * 80
+"""Bytes of the root's zarr.json that a group takes: a hash each of its tokens, its masks and its commit records."""
 
 
 def estimate_bytes(config: Mapping[str, Any], n_train: int, n_eval: int, n_extra: int = 0) -> int:
@@ -360,6 +401,6 @@ def estimate_bytes(config: Mapping[str, Any], n_train: int, n_eval: int, n_extra
         split = SplitLayout(name, layout, n_sequences)
         n_chunks = sum(split.n_chunks(k) for k in range(split.n_shards))
         total += n_chunks * (chunk_bound(layout.codec, layout.chunk_nbytes) + 4)
-        total += split.n_shards * index_nbytes(layout.chunks_per_shard)
+        total += split.n_shards * index_nbytes(layout.chunks_per_shard) + split.n_groups * GROUP_HASHES
         total += sum(a.n_files * a.file_nbytes for name, a in split.arrays.items() if name != "resid")
     return total

@@ -81,8 +81,4 @@ def difference(there: Maker, here: Maker) -> str:
 
 def any_committed(store: Store) -> bool:
     """Whether a shard is there."""
-    return any(
-        store.files.size(split.arrays["commit"].key(k)) is not None
-        for split in store.splits
-        for k in range(split.n_shards)
-    )
+    return any(split.has_record(k) for split in store.splits for k in range(split.n_shards))

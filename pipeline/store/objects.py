@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,6 +21,8 @@ from pipeline.base.files import disk_errors
 from pipeline.store.backend import Files, LocalFiles, is_url, require_small
 from pipeline.store.requests import Gone, Traffic, asked
 
+REQUESTS = 32
+"""Requests that are under way at a time where many files are asked for."""
 OBSTORE = ("s3", "gs", "az", "abfs")
 """Protocols that obstore takes on where their own fsspec driver is not installed."""
 
@@ -92,6 +95,14 @@ class RemoteFiles:
         except Gone:
             return None
 
+    def sizes(self, keys: Sequence[str]) -> dict[str, int | None]:
+        """What a listing of everything below the URL says (a request for a thousand files); HEADs side by side for the rest."""
+        listed = self.listing()
+        found: dict[str, int | None] = {key: listed.get(key) for key in keys}
+        unsaid = [key for key, size in found.items() if size is None]
+        with ThreadPoolExecutor(REQUESTS, "sizes") as pool:
+            return found | dict(zip(unsaid, pool.map(self.size, unsaid)))
+
     def write(self, key: str, data: bytes) -> None:
         """One PUT."""
         self.ask(key, lambda: self.fs.pipe_file(self.path(key), data))
@@ -110,13 +121,23 @@ class RemoteFiles:
         with contextlib.suppress(Gone):
             self.ask(key, lambda: self.fs.rm_file(self.path(key)))
 
+    def delete_all(self, keys: Sequence[str]) -> None:
+        """DELETEs side by side."""
+        with ThreadPoolExecutor(REQUESTS, "delete") as pool:
+            for _ in pool.map(self.delete, keys):
+                pass
+
     def keys(self) -> list[str]:
         """A listing of everything below the URL."""
+        return sorted(self.listing())
+
+    def listing(self) -> dict[str, int | None]:
+        """Key → bytes, where the file system's listing says them, of everything below the URL."""
         base = self.path("")
         with contextlib.suppress(Gone):
-            names = self.ask("", lambda: self.fs.find(self.root))
-            return sorted(name.removeprefix(base) for name in names if name.startswith(base))
-        return []
+            found = self.ask("", lambda: self.fs.find(self.root, detail=True))
+            return {name.removeprefix(base): one.get("size") for name, one in found.items() if name.startswith(base)}
+        return {}
 
     def ask(self, key: str, work: Callable[[], Any]) -> Any:
         """The result of one request, tried again where it may pass. Raises Gone, DiskError."""

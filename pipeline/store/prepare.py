@@ -28,14 +28,24 @@ from pipeline.base.files import (
     sha256,
 )
 from pipeline.store.backend import Files, is_url, make_folder
-from pipeline.store.large import large_key
-from pipeline.store.layout import OUR_KEY, SPLITS, Extra, Layout, SplitLayout, little_endian, metadata_files, pad_rows
+from pipeline.store.groups import delete_groups, unpack
+from pipeline.store.layout import (
+    OUR_KEY,
+    SPLITS,
+    VERSION,
+    Extra,
+    Layout,
+    SplitLayout,
+    little_endian,
+    metadata_files,
+    pad_rows,
+)
 from pipeline.store.objects import open_files
 from pipeline.store.reader import Store
-from pipeline.store.root import FORMAT, ROOT_KEY, VERSION, read_root, read_segments, write_root
+from pipeline.store.root import FORMAT, ROOT_KEY, read_root, read_segments, write_root
 from pipeline.store.shards import with_crc, without_crc
 from pipeline.store.split import Mask, Rows
-from pipeline.store.writer import StoreWriter, sweep
+from pipeline.store.writer import StoreWriter, give_up, sweep
 
 GROUPS = ("train/zarr.json", "eval/zarr.json")
 BLOCK = 4096
@@ -78,12 +88,18 @@ class SplitTokens:
 
     def hashes(self, n_sequences: int | None = None) -> dict[str, str]:
         """SHA-256 of the first sequences' tokens (little-endian int32), where there are any, and special mask (uint8)."""
+        return {name: hashed(array[:n_sequences], name) for name, array in self.arrays.items()}
 
-        def hashed(array: npt.NDArray[Any], dtype: str) -> str:
-            return hash_parts(array[a : a + BLOCK].astype(dtype).tobytes() for a in range(0, len(array), BLOCK))
+    def group_hashes(self, per_group: int) -> dict[str, list[str]]:
+        """The same of `per_group` sequences after the other."""
+        starts = range(0, self.n_sequences, per_group)
+        return {name: [hashed(array[a : a + per_group], name) for a in starts] for name, array in self.arrays.items()}
 
-        dtypes = {"tokens": "<i4", "special": "u1"}
-        return {name: hashed(array[:n_sequences], dtypes[name]) for name, array in self.arrays.items()}
+
+def hashed(array: npt.NDArray[Any], name: str) -> str:
+    """SHA-256 of some sequences' tokens or special positions, as they are stored."""
+    dtype = {"tokens": "<i4", "special": "u1"}[name]
+    return hash_parts(array[a : a + BLOCK].astype(dtype).tobytes() for a in range(0, len(array), BLOCK))
 
 
 def segments(path: Path | str, *, repair: bool = False) -> tuple[int, ...]:
@@ -173,8 +189,11 @@ def prepare(
     attributes = new_attributes(config, splits, extras, versions, cumulative, previous)
     if previous is not None and is_prepared(previous, attributes) and not repair:
         return StoreWriter.open(path)
+    if previous is None or "committed" in previous:
+        unpack_previous(files, config, attributes, previous, segments(path, repair=repair))
     write_root(files, attributes | {"state": "preparing"})
     sweep(files)
+    delete_groups(files)
     if previous is not None and (previous["state"] == "preparing" or previous["segments"] != attributes["segments"]):
         give_up_ragged(files, layout, attributes["segments"])
     for key, data in prepared_files(config, layout, splits, cumulative, extras):
@@ -196,7 +215,8 @@ def read_previous(
     repair: bool,
 ) -> dict[str, Any] | None:
     """Attributes of the store that is there and goes on; None when a new one begins. Raises when it cannot go on."""
-    has_shards = any("/commit/c/" in key for key in files.keys())  # noqa: SIM118 (not a dict)
+    parts = ("/commit/c/", "/resid/record/")
+    has_shards = any(part in key for key in files.keys() for part in parts)  # noqa: SIM118 (not a dict)
     try:
         previous = read_root(files)
     except (StoreError, DamagedError):
@@ -204,9 +224,10 @@ def read_previous(
             raise
         require_known(files, config, splits, extras, cumulative, repair)
         return None
-    if previous["state"] == "preparing" and not has_shards:
-        return None  # a first preparation that was killed: nothing of it is worth keeping
     path = Path(files.where(""))
+    if previous["state"] == "preparing" and not has_shards:
+        require_written(str(path), previous)
+        return None  # a first preparation that was killed: nothing of it is worth keeping
     require_same(path, previous["config"], config, "the store")
     require_written(str(path), previous)
     require_sizes(str(path), previous, splits["train"].n_sequences, splits["eval"].n_sequences)
@@ -325,6 +346,8 @@ def new_attributes(
     beside = {"extras": {path: extra.to_dict() for path, extra in described.items()}} if extras else {}
     of_rows = {"tokens_sha256": tokens} if tokens else {"special_sha256": special, **beside}
     first = {"train": splits["train"].hashes(cumulative[0]), "eval": hashes["eval"]}
+    shapes = (SplitLayout(name, Layout.from_config(config), n_sequences[name]) for name in SPLITS)
+    per_group = {shape.name: shape.arrays["special"].chunk[0] for shape in shapes}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -336,6 +359,7 @@ def new_attributes(
         "n_sequences": n_sequences,
         "tokens_sha256": tokens,
         "special_sha256": special,
+        "groups": {name: splits[name].group_hashes(per_group[name]) for name in SPLITS},
         **beside,
         "files": {
             key: sha256(data) for key, data in metadata_files(config, n_sequences, cumulative, described).items()
@@ -352,15 +376,28 @@ def is_prepared(previous: Mapping[str, Any], attributes: Mapping[str, Any]) -> b
     )
 
 
+def unpack_previous(
+    files: Files,
+    config: Mapping[str, Any],
+    attributes: Mapping[str, Any],
+    previous: Mapping[str, Any] | None,
+    cumulative: Sequence[int],
+) -> None:
+    """Give the shards of a finished store, or of one whose root is lost, their records back (groups.py)."""
+    held = previous["n_sequences"] if previous else attributes["n_sequences"]
+    n_train = held["train"] if previous or not cumulative else cumulative[-1]
+    layout = Layout.from_config(config)
+    shapes = [SplitLayout("train", layout, n_train), SplitLayout("eval", layout, held["eval"])]
+    unpack(files, attributes["origin"], shapes)
+
+
 def give_up_ragged(files: Files, layout: Layout, cumulative: list[int]) -> None:
     """Before an extension: give up the shard that was the last and not full; it will be larger."""
     if len(cumulative) < 2:
         return
     before = SplitLayout("train", layout, cumulative[-2])
     if before.n_rows % layout.shard_rows:
-        for name in ("commit", "resid", "norm", "moments"):
-            files.delete(before.arrays[name].key(before.n_shards - 1))
-        files.delete(large_key("train", before.n_shards - 1))
+        give_up(files, before, before.n_shards - 1)
 
 
 def prepared_files(

@@ -29,7 +29,7 @@ from pipeline.store.backend import Files, LocalFiles
 from pipeline.store.large import ADVICE, large_key, read_large
 from pipeline.store.layout import SPLITS, Layout, SplitLayout, extras_of
 from pipeline.store.moments import Statistics, mean_and_scale, median_of, norms_and_moments
-from pipeline.store.objects import open_files
+from pipeline.store.objects import REQUESTS, open_files
 from pipeline.store.root import MOST_BYTES, read_root
 from pipeline.store.split import Prepared, read_array, read_part, to_numpy
 from pipeline.store.split import Split as Split
@@ -47,7 +47,7 @@ class Store:
         self.id: str = attributes["id"]
         self.config: dict[str, Any] = attributes["config"]
         self.complete: bool = attributes["state"] == "complete"
-        self.layout = Layout.from_config(self.config)
+        self.layout = Layout.from_config(self.config, attributes["version"])
         self.d_model, self.context, self.dtype = self.layout.d_model, self.layout.context, self.layout.torch_dtype
         self._extras = extras_of(attributes)
         self._statistics = Statistics(**attributes["statistics"]) if self.complete else None
@@ -154,14 +154,25 @@ class Store:
         Any may run beside any other, but `statistics`, the last, after all. `bodies`: of shards, tokens and special positions.
         """
         yield from self._metadata_checks(bodies=bodies)
+        sizes = {} if bodies else self._sizes()
         for split in self.splits:
-            for k in range(split.n_shards):
-                if self.complete or self.files.size(split.arrays["commit"].key(k)) is not None:
+            for g in range(split.shape.n_groups) if split.packed else ():
+                check = partial(split.check_norms, g) if bodies else partial(split.check_group, g, sizes)
+                yield f"{split.name} group {g}", check
+            for k in range(split.n_shards) if bodies or not split.packed else ():
+                if self.complete or split.has_record(k):
                     yield f"{split.name} shard {k}", partial(split.check_shard, k, bodies)
         if self.complete:
             yield "mean", self._check_mean
         if self.complete and bodies:
             yield "statistics", self._check_statistics
+
+    def _sizes(self) -> dict[str, int | None]:
+        """Key → bytes of the groups' files and of the shards' files of rows, of a finished store from version 4 on."""
+        packed = [split for split in self.splits if split.packed]
+        small = [key for split in packed for g in range(split.shape.n_groups) for key in split.group_files(g)]
+        resid = [split.arrays["resid"].key(k) for split in packed for k in range(split.n_shards)]
+        return self.files.sizes(small + resid) if packed else {}
 
     def check(self) -> None:
         """Raise DamagedError for the first thing that is not as it was written; bodies, tokens and special positions are not
@@ -221,7 +232,7 @@ class Store:
             for name, _ in last if not problems else ():  # of what is damaged nothing can be measured
                 problems += problem_of(last[0])
                 bar.advance(1, name)
-        return problems
+        return list(dict.fromkeys(problems))  # what is wrong with a group is so for each of its shards
 
 
 def problem_of(check: Check) -> list[str]:
@@ -233,10 +244,6 @@ def problem_of(check: Check) -> list[str]:
     return []
 
 
-REQUESTS = 32
-"""Checks of a store at a URL that run side by side: they wait for answers."""
-
-
 def checkers(files: Files) -> ThreadPoolExecutor:
     """Threads that check a store's files: as many as cores of a local one, REQUESTS of one at a URL."""
     return ThreadPoolExecutor(os.cpu_count() if isinstance(files, LocalFiles) else REQUESTS, "check")
@@ -246,7 +253,8 @@ def prepared_of(attributes: Mapping[str, Any], split: str) -> Prepared:
     """What the root says of a split's tokens and special positions."""
     names = ("tokens", "special")
     hashes = {name: attributes[f"{name}_sha256"][split] for name in names if split in attributes[f"{name}_sha256"]}
-    return Prepared(hashes, attributes["config"].get("vocab") if "tokens" in hashes else None)
+    groups = {**attributes.get("groups", {}).get(split, {}), **attributes.get("committed", {}).get(split, {})}
+    return Prepared(hashes, attributes["config"].get("vocab") if "tokens" in hashes else None, groups)
 
 
 def check_hash(files: Files, key: str, digest: str) -> None:

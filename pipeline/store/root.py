@@ -17,12 +17,24 @@ from pipeline.base.errors import DamagedError, StoreError, UsageError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import canonical_json, hash_config, sha256
 from pipeline.store.backend import Files
-from pipeline.store.layout import EXTRAS, SPLITS, Layout, SplitLayout, extras_of, group_metadata, metadata_files
+from pipeline.store.layout import (
+    EXTRAS,
+    GROUPED,
+    SPLITS,
+    VERSION,
+    Layout,
+    SplitLayout,
+    extras_of,
+    group_metadata,
+    metadata_files,
+)
 from pipeline.store.moments import Statistics
 
-FORMAT, VERSION = "nested-sae-activations", 3
-READ_VERSIONS = (1, 2, VERSION)
-"""Those before, whose commit records do not say whose they are, are read and not written."""
+FORMAT = "nested-sae-activations"
+READ_VERSIONS = (1, 2, 3, VERSION)
+"""Those before are read and not written: up to 2 no commit record says whose it is, up to 3 nothing lies in groups."""
+NAMED = 3
+"""The first version with an `origin`."""
 ROOT_KEY = "zarr.json"
 STATES = ("preparing", "prepared", "complete")
 MOST_BYTES = 1 << 26
@@ -42,8 +54,9 @@ KNOWN = (
         "n_sequences",
         "tokens_sha256",
         "special_sha256",
+        "groups",
     ),
-    *("extras", "files", "versions", "made_by", "seal", "statistics"),
+    *("extras", "files", "versions", "made_by", "seal", "statistics", "committed"),
 )
 """All attributes, in the order in which they are written."""
 ABOUT = {"truth": "truth", "rows": "source"}
@@ -124,10 +137,11 @@ def require_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
     layout = layout_of(root)
     n_sequences = require_sizes(root, layout)
     require_hashes(root, layout)
-    if attributes["version"] == VERSION:
+    if attributes["version"] >= NAMED:
         require_hash(root, "origin")
     elif "origin" in attributes:
-        raise root.wrong("origin", f"in version {VERSION} alone", attributes["origin"])
+        raise root.wrong("origin", f"in no version before {NAMED}", attributes["origin"])
+    require_groups(root, layout, n_sequences)
     require_extras(root, layout, n_sequences)
     require_id(root, layout)
     root.texts("versions")
@@ -149,8 +163,12 @@ def layout_of(root: Fields) -> Layout:
     config.whole("seed")
     if config.data.get("kind") is not None:
         config.text("kind")
+    if "group_shards" in config.data:
+        config.whole("group_shards", least=1)
+        if root.data["version"] < GROUPED:
+            raise config.wrong("group_shards", f"in no version before {GROUPED}", config.data["group_shards"])
     try:
-        layout = Layout.from_config(config.data)
+        layout = Layout.from_config(config.data, root.data["version"])
     except UsageError as error:
         raise DamagedError(f"{root.path}: {error}; run harvest --repair") from error
     if layout.chunk_nbytes >= MOST_CHUNK:
@@ -214,6 +232,26 @@ def require_hashes(root: Fields, layout: Layout) -> None:
             require_hash(hashes, split)
 
 
+def require_groups(root: Fields, layout: Layout, n_sequences: Mapping[str, int]) -> None:
+    """Raise DamagedError unless there is a hash of every group's tokens and masks, and of a finished store's commit records."""
+    prepared = ("tokens", "special") if layout.has_tokens else ("special",)
+    complete = root.data["state"] == "complete"
+    for name, there in (("groups", layout.in_groups), ("committed", layout.in_groups and complete)):
+        if not there and name not in root.data:
+            continue
+        if not layout.in_groups:
+            raise root.wrong(name, f"in no version before {GROUPED}", root.data[name])
+        groups = root.inner(name)
+        groups.only(*SPLITS)
+        for split in SPLITS:
+            shape, hashes = SplitLayout(split, layout, n_sequences[split]), groups.inner(split)
+            hashes.only(*(held := prepared if name == "groups" else ("commit",)))
+            for array in held:
+                found = hashes.list_of_texts(array)
+                if len(found) != shape.n_groups or any(HASH.fullmatch(one) is None for one in found):
+                    raise hashes.wrong(array, f"{shape.n_groups} SHA-256s", found)
+
+
 def require_extras(root: Fields, layout: Layout, n_sequences: Mapping[str, int]) -> None:
     """Raise DamagedError unless the arrays beside the rows are those of a truth: all or none, their shapes agreeing."""
     extras = root.inner("extras")
@@ -245,7 +283,8 @@ def require_id(root: Fields, layout: Layout) -> None:
 def require_files(root: Fields, n_sequences: Mapping[str, int]) -> None:
     """Raise DamagedError unless the files that are named are those that the layout implies, no other and none less."""
     files = root.inner("files")
-    implied = metadata_files(root.data["config"], n_sequences, root.data["segments"], extras_of(root.data))
+    data = root.data
+    implied = metadata_files(data["config"], n_sequences, data["segments"], extras_of(data), data["version"])
     if unknown := sorted(files.data.keys() - implied.keys()):
         raise DamagedError(
             f"{root.path}: names a file {unknown[0][:80]!a} that no store has; do not use it, whoever made it meant harm"

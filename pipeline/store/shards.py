@@ -103,7 +103,8 @@ class ShardStream:
     def __init__(self, file: BinaryIO, codec: str, n_slots: int) -> None:
         self.file, self.codec, self.offset = file, codec, 0
         self.index = np.full((n_slots, 2), ABSENT, "<u8")
-        self.checksums: list[bytes] = []
+        self.n_chunks = 0
+        self.entries = np.zeros(n_slots, "<u8")  # 2³² · bytes of a chunk + its crc32c, as commit records have them
 
     def append(self, chunk: npt.NDArray[Any]) -> None:
         """The next chunk, contiguous [chunk_rows, d_model], a ragged one already padded."""
@@ -113,18 +114,19 @@ class ShardStream:
         checksum = crc_bytes(data)
         self.file.write(data.data)
         self.file.write(checksum)
-        self.index[len(self.checksums)] = self.offset, len(data) + 4
+        self.index[self.n_chunks] = self.offset, len(data) + 4
+        self.entries[self.n_chunks] = len(data) + 4 << 32 | int.from_bytes(checksum, "little")
         self.offset += len(data) + 4
-        self.checksums.append(checksum)
+        self.n_chunks += 1
 
-    def close(self) -> int:
-        """Write the index; returns the digest of the file."""
+    def close(self) -> npt.NDArray[np.uint64]:
+        """Write the index; returns what a commit record says of each chunk, uint64 [n_slots], 0 where there is none."""
         self.file.write(with_crc(self.index))
-        return digest(self.checksums)
+        return self.entries
 
 
-def check_bodies(files: Files, key: str, index: Index) -> int:
-    """Read every chunk of a shard; returns the digest of the file. Raises DamagedError where a checksum is wrong."""
+def check_bodies(files: Files, key: str, index: Index) -> list[bytes]:
+    """Read every chunk of a shard; returns the checksums as they stand behind them. Raises DamagedError where one is wrong."""
     buffer = np.empty(int(index[:, 1].max()), np.uint8)
     checksums = []
     for offset, nbytes in index.tolist():
@@ -132,7 +134,7 @@ def check_bodies(files: Files, key: str, index: Index) -> int:
         files.read_into(key, offset, [chunk.data])
         checksums.append(chunk[-4:].tobytes())
         require_crc(files.where(key), (offset, nbytes), chunk[:-4], checksums[-1])
-    return digest(checksums)
+    return checksums
 
 
 def require_crc(where: str, entry: tuple[int, int], data: Bytes, checksum: bytes) -> None:
@@ -143,14 +145,17 @@ def require_crc(where: str, entry: tuple[int, int], data: Bytes, checksum: bytes
         )
 
 
-def read_index(files: Files, key: str, n_slots: int, n_chunks: int, entry: tuple[int, int]) -> Index:
+def read_index(
+    files: Files, key: str, n_slots: int, n_chunks: int, entry: tuple[int, int], size: int | None = None
+) -> Index:
     """A shard's (offset, nbytes) of each chunk it holds, uint64 [n_chunks, 2]; `entry`: the bounds of nbytes.
+
+    `size`: of the file, where it is known.
 
     Raises DamagedError when the index does not fit its crc32c, when chunks are not at consecutive offsets from 0, when
     there are more or fewer than `n_chunks`, or when the file does not end with the index.
     """
-    size = files.size(key)
-    if size is None:
+    if size is None and (size := files.size(key)) is None:
         raise DamagedError(f"{files.where(key)}: the shard is gone; run harvest --repair to make it again")
     if size < index_nbytes(n_slots):
         raise DamagedError(f"{files.where(key)}: {size} bytes are too few for a shard; run harvest --repair")

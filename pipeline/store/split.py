@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,30 +20,39 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from pipeline.base.errors import DamagedError, StoreError, UsageError
-from pipeline.base.files import crc32c
+from pipeline.base.files import sha256
 from pipeline.store.backend import Files, LocalFiles
 from pipeline.store.kept import KeptRows
 from pipeline.store.kept import Mask as Mask
 from pipeline.store.layout import COMMITTED, Array, SplitLayout
 from pipeline.store.mapping import MappedShard, map_file
 from pipeline.store.moments import Statistics, not_massive
-from pipeline.store.shards import Index, check_bodies, digest, entry_bounds, read_chunk, read_index, without_crc
-
-
-def commit_tags(origin: str | None, split: str, k: int) -> tuple[int, ...]:
-    """The upper 32 bits of the record of shard k, a number for each file that it vouches for: whose record it is.
-
-    Of a store with an `origin` (FORMAT.md): the crc32c of "origin/split/k/array" with the top bit set, so that a record
-    that was never written, 0, is none. Of version 1, which has none: 1.
-    """
-    if origin is None:
-        return (1,) * len(COMMITTED)
-    return tuple(crc32c(f"{origin}/{split}/{k}/{name}".encode()) | 1 << 31 for name in COMMITTED)
-
+from pipeline.store.record import (
+    Record,
+    chunks_digest,
+    commit_tags,
+    part_digest,
+    part_sizes,
+    read_record,
+    record_of,
+    require_digest,
+)
+from pipeline.store.shards import (
+    Index,
+    check_bodies,
+    digest,
+    entry_bounds,
+    index_nbytes,
+    read_chunk,
+    read_index,
+    without_crc,
+)
 
 Rows = npt.NDArray[np.int32]
 PARTS_HELD = 4
-"""Shards' tokens, masks and norms that a split keeps in memory, those last read."""
+"""Shards' and groups' tokens, masks and norms that a split keeps in memory, those last read."""
+READ_AHEAD = 8
+"""Groups of a store at a URL that are read side by side where all are needed."""
 
 
 def to_numpy(rows: Tensor) -> npt.NDArray[Any]:
@@ -61,37 +72,35 @@ def read_part(files: Files, array: Array, k: int, committed: int | None = None) 
     """
     where, stored = files.where(array.key(k)), files.read(array.key(k), most=array.file_nbytes)
     data = without_crc(stored, where)
-    if len(stored) != array.file_nbytes:
-        raise DamagedError(f"{where}: {len(stored)} bytes, expected {array.file_nbytes}")
+    require_size(where, len(stored), array.file_nbytes)
     if committed is not None:
         require_digest(where, digest([stored[-4:]]), committed)
     return np.frombuffer(data, array.numpy_dtype).reshape(array.chunk)[: array.shape[0] - k * array.chunk[0]]
 
 
-def require_size(files: Files, array: Array, k: int) -> None:
-    """Raise DamagedError unless the k-th file of an array that is not sharded has its size."""
-    if (size := files.size(array.key(k))) is None:
-        raise DamagedError(f"{files.where(array.key(k))}: the file is gone; run harvest --repair to make it again")
-    if size != array.file_nbytes:
-        raise DamagedError(f"{files.where(array.key(k))}: {size} bytes, expected {array.file_nbytes}")
+def require_size(where: str, size: int | None, expected: int) -> None:
+    """Raise DamagedError unless a file is there and has its size."""
+    if size is None:
+        raise DamagedError(f"{where}: the file is gone; run harvest --repair to make it again")
+    if size != expected:
+        raise DamagedError(f"{where}: {size} bytes, expected {expected}; run harvest --repair")
 
 
-def require_digest(where: str, found: int, committed: int) -> None:
-    """Raise DamagedError unless a file is the one that was committed."""
-    if found != committed:
-        raise DamagedError(
-            f"{where}: whole, but not the file that was committed (digest {found:#010x}, committed {committed:#010x}); run "
-            f"harvest --repair"
-        )
+def require_sha256(where: str, found: str, expected: str) -> None:
+    """Raise DamagedError unless a file, or an array, is the one that the root names."""
+    if found != expected:
+        raise DamagedError(f"{where}: SHA-256 {found[:10]}…, expected {expected[:10]}…; run harvest --repair")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a split was prepared with: SHA-256 of the bytes of `tokens` and `special`, where the root has them, and the model's
-    number of tokens, where that is known."""
+    """What the root says of a split: SHA-256 of the bytes of `tokens` and `special`, where it has them, and the model's number of
+    tokens, where that is known. `groups`, from version 4 on: SHA-256s too, of what each group has of these two and, of a finished
+    store, of each group's file of `commit`."""
 
     sha256: Mapping[str, str]
     vocab: int | None
+    groups: Mapping[str, Sequence[str]]
 
 
 class Split:
@@ -116,26 +125,36 @@ class Split:
             shape.layout.chunk_rows,
         )
         self.n_chunks = -(-self.n_rows // self.chunk_rows)
-        self.arrays = shape.arrays
+        self.arrays, self.in_groups = shape.arrays, shape.layout.in_groups
+        self.packed = "commit" in prepared.groups
+        """Whether norms, moments and commit records lie in groups: those of a finished store, from version 4 on."""
         self._whole: set[str] = set()
         self._lock = threading.Lock()
         self._part = functools.lru_cache(PARTS_HELD)(self._read_part)
+        self._group = functools.lru_cache(PARTS_HELD)(self._read_group)
         self._index: dict[int, Index] = {}
-        self._records: dict[int, tuple[int, ...]] = {}
+        self._records: dict[int, Record] = {}
+        self._rows: dict[int, npt.NDArray[np.uint64]] = {}
         self._checksums: dict[int, list[bytes]] = {}
 
     @cached_property
     def tokens(self) -> Rows:
         """Token ids, int32 [n_sequences, context]. Raises StoreError for a store whose rows are of no text."""
-        array = self.require_tokens()
-        self.require_whole("tokens")
-        return read_array(self.files, array)
+        self.require_tokens()
+        return self._whole_array("tokens")
 
     @cached_property
     def special(self) -> Mask:
         """Special positions, bool [n_sequences, context]; position 0 always is."""
-        self.require_whole("special")
-        return read_array(self.files, self.arrays["special"]).view(np.bool_)
+        return self._whole_array("special").view(np.bool_)
+
+    def _whole_array(self, name: str) -> npt.NDArray[Any]:
+        """`tokens` or `special`, as it was prepared."""
+        if self.in_groups:
+            parts = (self._read_group(name, g) for g in range(self.shape.n_groups))
+            return np.concatenate(list(parts))[: self.n_sequences]
+        self.require_whole(name)
+        return read_array(self.files, self.arrays[name])
 
     @cached_property
     def norm(self) -> npt.NDArray[np.float32]:
@@ -155,8 +174,24 @@ class Split:
         return np.concatenate([self.shard_kept(k, max_norm) for k in range(self.n_shards)])
 
     def kept_rows(self, max_norm: float | Literal["store"] | None = "store") -> KeptRows:
-        """The same, a bit a row. Reads one shard's norms at a time."""
-        return KeptRows.of((self.shard_kept(k, max_norm) for k in range(self.n_shards)), self.chunk_rows)
+        """The same, a bit a row. Reads one shard's norms at a time; a few groups' of a store at a URL."""
+        return KeptRows.of(self._kept_in_order(max_norm), self.chunk_rows)
+
+    def _kept_in_order(self, max_norm: float | Literal["store"] | None) -> Iterator[Mask]:
+        """The same of one shard after the other."""
+        if not self.packed or isinstance(self.files, LocalFiles):
+            yield from (self.shard_kept(k, max_norm) for k in range(self.n_shards))
+            return
+        groups = range(self.shape.n_groups)
+        with ThreadPoolExecutor(READ_AHEAD, "norms") as pool:
+            for first in range(0, len(groups), READ_AHEAD):
+                for masks in pool.map(lambda g: self._kept_of_group(g, max_norm), groups[first : first + READ_AHEAD]):
+                    yield from masks
+
+    def _kept_of_group(self, g: int, max_norm: float | Literal["store"] | None) -> list[Mask]:
+        """The same of each shard of group g."""
+        held = {name: self._read_group(name, g) for name in ("special", "norm")}
+        return [self._kept(max_norm, lambda name: self._cut(held[name], name, k)) for k in self.shape.shards_of(g)]  # noqa: B023
 
     def kept_of(self, first: int, stop: int, max_norm: float | Literal["store"] | None = "store") -> Mask:
         """The same of the rows of sequences first … stop − 1, bool [row]."""
@@ -165,13 +200,17 @@ class Split:
 
     def shard_kept(self, k: int, max_norm: float | Literal["store"] | None = "store") -> Mask:
         """The same of shard k, bool [row]."""
-        usable = self.shard_usable(k)
+        return self._kept(max_norm, lambda name: self._part(name, k))
+
+    def _kept(self, max_norm: float | Literal["store"] | None, part: Callable[[str], npt.NDArray[Any]]) -> Mask:
+        """The same of the shard whose special positions and norms these are."""
+        usable: Mask = ~part("special").reshape(-1).view(np.bool_)
         if max_norm is None:
             return usable
         if self.statistics is None:
             raise StoreError(f"{self.files.where('')}: unfinished, so its median norm is not known; finish the harvest")
         multiple = self.statistics.massive_multiple if max_norm == "store" else max_norm
-        return usable & not_massive(self.shard_norm(k), multiple, self.statistics.median_norm)
+        return usable & not_massive(part("norm"), multiple, self.statistics.median_norm)
 
     def tokens_of(self, first: int, stop: int) -> Rows:
         """Token ids of sequences first … stop − 1, int32 [seq, context]. Raises StoreError for rows of no text."""
@@ -218,10 +257,47 @@ class Split:
 
     def _read_part(self, name: str, k: int) -> npt.NDArray[Any]:
         """Shard k's part of an array, compared with its commit record where that vouches for it, else with its hash."""
+        if self.in_groups:
+            if self.packed or name not in COMMITTED:
+                return self._cut(self._group(name, k // self.shape.group), name, k)
+            return self._cut(self.committed_part(name, k), name, k)
         if name in self.prepared.sha256:
             self.require_whole(name)
-        committed = self.record(k)[COMMITTED.index(name)] if name in COMMITTED else None
+        committed = self.record(k).digest(name) if name in COMMITTED else None
         return read_part(self.files, self.arrays[name], k, committed)
+
+    def _read_group(self, name: str, g: int) -> npt.NDArray[Any]:
+        """What a group's file of an array holds, padding included: `tokens` and `special` are compared with the root, of others
+        each shard's part by who takes it."""
+        array, where = self.arrays[name], self.files.where(self.arrays[name].key(g))
+        stored = self.files.read(array.key(g), most=array.file_nbytes)
+        require_size(where, len(stored), array.file_nbytes)
+        data = np.frombuffer(stored, array.numpy_dtype, count=math.prod(array.chunk)).reshape(array.chunk)
+        if name in self.prepared.sha256:
+            part = data[: array.shape[0] - g * array.chunk[0]]
+            require_sha256(where, sha256(part.tobytes()), self.prepared.groups[name][g])
+            self.require_vocabulary(name, part, where)
+        return data
+
+    def _cut(self, held: npt.NDArray[Any], name: str, k: int) -> npt.NDArray[Any]:
+        """Shard k's part of what its group's file holds (or, unfinished, its record), without padding: the one that was
+        committed."""
+        array = self.arrays[name]
+        per_shard, slot = array.chunk[0] // self.shape.group, k % self.shape.group
+        if name in self.prepared.sha256 or self.packed:
+            held = held[slot * per_shard : (slot + 1) * per_shard]
+        if self.packed and name in COMMITTED:
+            where = f"{self.files.where(array.key(k // self.shape.group))} (shard {k})"
+            require_digest(where, part_digest(held), self.record(k).digest(name))
+        return held[: array.shape[0] - k * per_shard]
+
+    def committed_part(self, name: str, k: int) -> npt.NDArray[Any]:
+        """commit, moments or norm (padded) of shard k of an unfinished store, from its record: as they were committed."""
+        record, key = self.record(k), self.shape.record_key(k)
+        found = read_record(self.files, key, self.shape.layout, name)
+        if name in COMMITTED:
+            require_digest(f"{self.files.where(key)} ({name})", part_digest(found), record.digest(name))
+        return found if name != "moments" else found[None]
 
     def require_whole(self, name: str) -> None:
         """Raise DamagedError unless `tokens` or `special` is as it was prepared: read whole before any of it is first used."""
@@ -232,16 +308,21 @@ class Split:
 
     def check_whole(self, name: str) -> None:
         """The same, whether or not it was read before; and no token is beyond the model's. Reads one shard's at a time."""
-        array, expected, vocab = self.arrays[name], self.prepared.sha256[name], self.prepared.vocab
-        hasher = hashlib.sha256()
+        array, hasher = self.arrays[name], hashlib.sha256()
         for k in range(array.n_files):
             part = read_part(self.files, array, k)
-            if name == "tokens" and vocab is not None and not 0 <= part.min() <= part.max() < vocab:
-                where = self.files.where(array.key(k))
-                raise DamagedError(f"{where}: token ids beyond the model's {vocab}; harvest again")
+            where = self.files.where(array.key(k))
+            if self.in_groups:
+                require_sha256(where, sha256(part.tobytes()), self.prepared.groups[name][k])
+            self.require_vocabulary(name, part, where)
             hasher.update(part.tobytes())
-        if (found := hasher.hexdigest()) != expected:
-            raise DamagedError(f"{self.files.where(array.path)}: SHA-256 {found[:10]}…, expected {expected[:10]}…")
+        require_sha256(self.files.where(array.path), hasher.hexdigest(), self.prepared.sha256[name])
+
+    def require_vocabulary(self, name: str, part: npt.NDArray[Any], where: str) -> None:
+        """Raise DamagedError for tokens that the model does not have."""
+        vocab = self.prepared.vocab
+        if name == "tokens" and vocab is not None and not 0 <= part.min() <= part.max() < vocab:
+            raise DamagedError(f"{where}: token ids beyond the model's {vocab}; harvest again")
 
     def massive(self, multiple: float | None, median: float) -> npt.NDArray[np.int64]:
         """Rows, in order, that are not special and whose norm is beyond `multiple` medians; none when it is None.
@@ -268,84 +349,170 @@ class Split:
             )
         return self.files.root / self.arrays["resid"].key(k)
 
-    def commit(self, k: int) -> tuple[int, ...] | None:
-        """Digests of shard k's resid, norm and moments files (shards.py); None when it is not committed."""
-        array = self.arrays["commit"]
-        if self.files.size(array.key(k)) is None:
-            return None
-        where = self.files.where(array.key(k))
-        data = without_crc(self.files.read(array.key(k), most=array.file_nbytes), where)
-        if len(data) != array.file_nbytes - 4:
-            raise DamagedError(f"{where}: not a commit record; run harvest --repair")
-        record = [int(value) for value in np.frombuffer(data, array.numpy_dtype)]
-        if tuple(value >> 32 for value in record) != commit_tags(self.origin, self.name, k):
+    def has_record(self, k: int) -> bool:
+        """Whether shard k is committed, whatever its record says."""
+        return self.packed or self.files.size(self.shape.record_key(k)) is not None
+
+    def commit(self, k: int) -> Record | None:
+        """What shard k was committed with, read anew; None when it is not. Raises DamagedError for what is no record of it."""
+        if self.packed:
+            array, g = self.arrays["commit"], k // self.shape.group
+            where, row = self.files.where(array.key(g)), self._group_rows(g)[k % self.shape.group]
+        else:
+            key = self.shape.record_key(k)
+            where = self.files.where(key)
+            if self.files.size(key) is None:
+                return None
+            row = self._single_row(key)
+        record = record_of(row, commit_tags(self.origin, self.name, k), self.shape.n_chunks(k))
+        if record is None:
             raise DamagedError(
                 f"{where}: not the commit record of shard {k} of {self.name} of this store (another shard, split, store or "
                 f"layer wrote it); run harvest --repair"
             )
-        return tuple(value & 0xFFFFFFFF for value in record)
+        return record
 
-    def record(self, k: int) -> tuple[int, ...]:
+    def _single_row(self, key: str) -> npt.NDArray[np.uint64]:
+        """The row of `commit` in a file of its own."""
+        if self.in_groups:
+            return read_record(self.files, key, self.shape.layout, "commit")
+        array, where = self.arrays["commit"], self.files.where(key)
+        data = without_crc(self.files.read(key, most=array.file_nbytes), where)
+        if len(data) != array.file_nbytes - 4:
+            raise DamagedError(f"{where}: not a commit record; run harvest --repair")
+        return np.frombuffer(data, array.numpy_dtype)
+
+    def _group_rows(self, g: int) -> npt.NDArray[np.uint64]:
+        """The commit records of group g, uint64 [shard, record width]; read once, the file that the root names."""
+        if (rows := self._rows.get(g)) is None:
+            array, where = self.arrays["commit"], self.files.where(self.arrays["commit"].key(g))
+            stored = self.files.read(array.key(g), most=array.file_nbytes)
+            require_size(where, len(stored), array.file_nbytes)
+            require_sha256(where, sha256(stored), self.prepared.groups["commit"][g])
+            rows = self._rows[g] = np.frombuffer(stored[:-4], array.numpy_dtype).reshape(array.chunk)
+        return rows
+
+    def record(self, k: int) -> Record:
         """As `commit`, read once. Raises DamagedError when shard k is not committed."""
-        if k not in self._records:
+        if (record := self._records.get(k)) is None:
             record = self.commit(k)
             if record is None:
-                where = self.files.where(self.arrays["commit"].key(k))
+                where = self.files.where(self.shape.record_key(k))
                 raise DamagedError(f"{where}: gone, so shard {k} is not committed; run harvest --repair")
             self._records[k] = record
-        return self._records[k]
+        return record
 
     def forget(self, k: int) -> None:
         """Read shard k's record, index and checksums again when they are next needed: its files are others now."""
         self._part.cache_clear()
+        self._group.cache_clear()
         self._records.pop(k, None)
         self._index.pop(k, None)
         self._checksums.pop(k, None)
 
+    def checksum(self, k: int, slot: int) -> bytes:
+        """The crc32c of a chunk of shard k that its commit record vouches for."""
+        return self.record(k).checksum(slot) if self.in_groups else self.checksums(k)[slot]
+
     def checksums(self, k: int) -> list[bytes]:
-        """The crc32c behind each chunk of shard k, which its commit record vouches for; read once, 4 bytes a chunk."""
+        """The crc32c behind each chunk of shard k, which its commit record vouches for; before version 4 read once, 4 bytes a
+        chunk."""
+        if self.in_groups:
+            record = self.record(k)
+            return [record.checksum(slot) for slot in range(len(record.chunks))]
         if k not in self._checksums:
             key, found = self.arrays["resid"].key(k), []
             for offset, nbytes in self.index(k).tolist():
                 stored = bytearray(4)
                 self.files.read_into(key, offset + nbytes - 4, [memoryview(stored)])
                 found.append(bytes(stored))
-            require_digest(self.files.where(key), digest(found), self.record(k)[COMMITTED.index("resid")])
+            require_digest(self.files.where(key), digest(found), self.record(k).digest("resid"))
             self._checksums[k] = found
         return self._checksums[k]
 
     def index(self, k: int) -> Index:
-        """Where shard k's chunks stand in its file, (offset, nbytes) uint64 [chunk, 2]; read once, checked."""
+        """Where shard k's chunks stand in its file, (offset, nbytes) uint64 [chunk, 2]; read once, checked.
+
+        From version 4 on the commit record says so too, and the index is the one that was committed.
+        """
         if k not in self._index:
-            layout, key = self.shape.layout, self.arrays["resid"].key(k)
+            layout, key, n_chunks = self.shape.layout, self.arrays["resid"].key(k), self.shape.n_chunks(k)
             entry = entry_bounds(layout.codec, layout.chunk_nbytes)
-            self._index[k] = read_index(self.files, key, layout.chunks_per_shard, self.shape.n_chunks(k), entry)
+            size = self.resid_nbytes(self.record(k).chunks[None])[0] if self.in_groups else None
+            index = read_index(self.files, key, layout.chunks_per_shard, n_chunks, entry, size)
+            if self.in_groups and not np.array_equal(index[:, 1], self.record(k).nbytes):
+                raise DamagedError(f"{self.files.where(key)}: another index than was committed; run harvest --repair")
+            self._index[k] = index
         return self._index[k]
+
+    def resid_nbytes(self, chunks: npt.NDArray[np.uint64]) -> list[int]:
+        """Bytes of shards' files of rows, of what their records say of their chunks, uint64 [shard, chunk]."""
+        index = index_nbytes(self.shape.layout.chunks_per_shard)
+        return [n + index for n in (chunks >> np.uint64(32)).sum(axis=1).tolist()]
+
+    def group_files(self, g: int) -> dict[str, int]:
+        """Key → bytes of the small files of group g, its commit records excepted."""
+        arrays = (array for name, array in self.arrays.items() if name not in ("resid", "commit"))
+        return {array.key(g): array.file_nbytes for array in arrays}
+
+    def check_group(self, g: int, sizes: Mapping[str, int | None]) -> None:
+        """Raise DamagedError unless the commit records of group g are those that the root names and every file of it and of its
+        shards has its size in `sizes`. Reads one file."""
+        self._rows.pop(g, None)
+        rows, shards = self._group_rows(g), self.shape.shards_of(g)
+        of_resid = self.resid_nbytes(rows[: len(shards), len(COMMITTED) :])
+        resid = self.arrays["resid"]
+        expected = self.group_files(g) | {resid.key(k): n for k, n in zip(shards, of_resid)}
+        for key, size in expected.items():
+            require_size(self.files.where(key), sizes[key], size)
+
+    def check_norms(self, g: int) -> None:
+        """Raise DamagedError unless every byte of the norms, moments and commit records of group g is what was committed."""
+        self._rows.pop(g, None)
+        held = {name: self._read_group(name, g) for name in ("norm", "moments")}
+        for k in self.shape.shards_of(g):
+            self._records.pop(k, None)
+            for name, data in held.items():
+                self._cut(data, name, k)
+        for name in held:
+            read_part(self.files, self.arrays[name], g)  # padding and checksum, which other readers see
 
     def check_shard(self, k: int, bodies: bool = True) -> None:
         """Raise DamagedError unless shard k is committed, its files have their sizes and its index is right.
 
-
         With `bodies`, every byte of its files is read and compared with the commit record; without, the sizes of its tokens and
-        special positions count too, which `check_whole` reads.
+        special positions count too, which `check_whole` reads. Files of its group are not looked at (`check_group`).
         """
         self.forget(k)
         record = self.record(k)
-        for name in ("norm", "moments") if bodies else ("tokens", "special", "norm", "moments"):
-            if name in self.arrays:
-                require_size(self.files, self.arrays[name], k)
+        for key, expected in self._sizes_of(k, () if bodies else ("tokens", "special")).items():
+            require_size(self.files.where(key), self.files.size(key), expected)
         index = self.index(k)
         if bodies:
             self._check_bodies(k, index, record)
 
-    def _check_bodies(self, k: int, index: Index, record: tuple[int, ...]) -> None:
-        found = [check_bodies(self.files, self.arrays["resid"].key(k), index)]
-        for name in ("norm", "moments"):
-            data = self.files.read(self.arrays[name].key(k), most=self.arrays[name].file_nbytes)
-            without_crc(data, self.files.where(self.arrays[name].key(k)))
-            found.append(digest([data[-4:]]))
-        for name, digest_found, expected in zip(COMMITTED, found, record):
-            require_digest(self.files.where(self.arrays[name].key(k)), digest_found, expected)
+    def _sizes_of(self, k: int, also: Sequence[str]) -> dict[str, int]:
+        """Key → bytes of shard k's files, where its record or the layout says them, and of its part of some arrays."""
+        if not self.in_groups:
+            arrays = [self.arrays[name] for name in (*also, "norm", "moments") if name in self.arrays]
+            return {array.key(k): array.file_nbytes for array in arrays}
+        found = {self.arrays["resid"].key(k): self.resid_nbytes(self.record(k).chunks[None])[0]}
+        if self.packed:
+            return found
+        prepared = {key: n for key, n in self.group_files(k // self.shape.group).items() if key.split("/")[1] in also}
+        return found | {self.shape.record_key(k): sum(part_sizes(self.shape.layout).values())} | prepared
+
+    def _check_bodies(self, k: int, index: Index, record: Record) -> None:
+        checksums = check_bodies(self.files, self.arrays["resid"].key(k), index)
+        found = digest(checksums)
+        if self.in_groups:
+            entries = np.zeros(self.shape.layout.chunks_per_shard, np.uint64)
+            entries[: len(index)] = index[:, 1] << np.uint64(32) | np.frombuffer(b"".join(checksums), "<u4")
+            found = chunks_digest(entries)
+        require_digest(self.files.where(self.arrays["resid"].key(k)), found, record.digest("resid"))
+        if not self.packed:
+            for name in ("norm", "moments"):
+                self._read_part(name, k)
 
     def chunk_rows_range(self, chunk: int) -> tuple[int, int]:
         """First row of an inner chunk counted through the split, and one past its last."""
@@ -364,7 +531,7 @@ class Split:
         whole = torch.empty(self.chunk_rows, out.shape[1], dtype=out.dtype) if ragged else out
         k, slot = divmod(chunk, self.shape.layout.chunks_per_shard)
         offset, nbytes = (int(value) for value in self.index(k)[slot])
-        codec, committed = self.shape.layout.codec, self.checksums(k)[slot]
+        codec, committed = self.shape.layout.codec, self.checksum(k, slot)
         read_chunk(self.files, self.arrays["resid"].key(k), (offset, nbytes), codec, committed, to_numpy(whole))
         if ragged:
             out.copy_(whole[: stop - start])

@@ -14,7 +14,7 @@ from pipeline.base.files import require_free
 from pipeline.base.progress import Progress
 from pipeline.store.backend import Files, LocalFiles
 from pipeline.store.cache import Cache, CachedFiles
-from pipeline.store.layout import COMMITTED, estimate_bytes, extras_of
+from pipeline.store.layout import COMMITTED, PACKED, estimate_bytes, extras_of
 from pipeline.store.objects import RemoteFiles
 from pipeline.store.prepare import require_ours
 from pipeline.store.reader import Store
@@ -60,8 +60,9 @@ def stage(url: str, path: Path, *, quiet: bool = False) -> Store:
     begin(source, target)
     store = Store(target, path, source.attributes)
     shards = [(split, k) for split in store.splits for k in range(split.n_shards)]
-    for key in small_files(store):
-        copy_file(source.files, target, key)
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        for _ in pool.map(lambda key: copy_file(source.files, target, key), small_files(store)):
+            pass
     with Progress(len(shards), "stage", "shard", quiet=quiet) as bar, ThreadPoolExecutor(DOWNLOADS) as pool:
         for _ in pool.map(lambda shard: copy_shard(source.files, *shard), shards):
             bar.advance(1)
@@ -85,18 +86,21 @@ def begin(source: Store, target: LocalFiles) -> None:
 
 def small_files(store: Store) -> list[str]:
     """Keys of everything but the root and the shards' own files."""
-    arrays = [split.arrays[name] for split in store.splits for name in ("tokens", "special") if name in split.arrays]
+    names = ("tokens", "special", *(PACKED if store.layout.in_groups else ()))
+    arrays = [split.arrays[name] for split in store.splits for name in names if name in split.arrays]
     arrays += [store.layout.mean, *(extra.array for extra in extras_of(store.attributes).values())]
     chunks = [array.key(k) for array in arrays for k in range(array.n_files)]
     return [*store.attributes["files"], *chunks]
 
 
 def copy_shard(source: Files, split: Split, k: int) -> None:
-    """Copy one shard, commit record last, unless it is there and whole. Raises DamagedError when it arrives broken."""
+    """Copy one shard, a commit record of its own last, unless it is there and whole. Raises DamagedError when it arrives
+    broken."""
     with contextlib.suppress(DamagedError):
         split.check_shard(k)
         return
-    split.files.delete(split.arrays["commit"].key(k))
-    for name in (*COMMITTED, "commit"):
+    if not split.packed:
+        split.files.delete(split.arrays["commit"].key(k))
+    for name in ("resid",) if split.packed else (*COMMITTED, "commit"):
         copy_file(source, split.files, split.arrays[name].key(k))
     split.check_shard(k)

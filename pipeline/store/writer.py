@@ -26,13 +26,15 @@ from torch import Tensor
 from pipeline.base.errors import DamagedError, ModelError, StoreError, UsageError
 from pipeline.base.files import PARTIAL
 from pipeline.store.backend import Files
+from pipeline.store.groups import pack
 from pipeline.store.large import LargeRows, large_bytes, large_key, large_rows
-from pipeline.store.layout import COMMITTED, pad_rows
+from pipeline.store.layout import SplitLayout, pad_rows
 from pipeline.store.moments import MASSIVE_MULTIPLE, Measured, merge, norms_and_moments
 from pipeline.store.reader import Store, measure
+from pipeline.store.record import chunks_digest, commit_tags, part_digest, record_bytes
 from pipeline.store.root import write_root
-from pipeline.store.shards import ShardStream, digest, with_crc
-from pipeline.store.split import Split, commit_tags, to_numpy
+from pipeline.store.shards import ShardStream, with_crc
+from pipeline.store.split import Split, to_numpy
 
 
 class StoreWriter:
@@ -77,15 +79,15 @@ class StoreWriter:
         with self.files.create(split.arrays["resid"].key(k)) as file:
             writer = ShardWriter(file, split, k)
             yield writer
-            resid_digest = writer.end()
-        commit(self.files, split, k, resid_digest, writer)
+            chunks = writer.end()
+        commit(self.files, split, k, chunks, writer)
 
     def give_up(self, name: str, k: int) -> None:
-        """Take a shard's commit record away, then its files: it is pending again."""
-        arrays = self.split(name).arrays
-        for array in ("commit", *COMMITTED):
-            self.files.delete(arrays[array].key(k))
-        self.files.delete(large_key(name, k))
+        """Take a shard's commit record away, then its files: it is pending again. Raises StoreError for a finished store, whose
+        shards have no records of their own."""
+        if self.split(name).packed:
+            raise StoreError(f"{self.store.where}: is finished; harvest --repair takes damaged shards back")
+        give_up(self.files, self.split(name).shape, k)
         self.split(name).forget(k)
 
     def give_up_damaged(self) -> list[tuple[str, int]]:
@@ -102,7 +104,8 @@ class StoreWriter:
         return damaged
 
     def finish(self) -> Store:
-        """Write mean, statistics and state "complete"; returns the store, opened. Nothing changes when it is complete.
+        """Write the groups of norms, moments and commit records, mean, statistics, state "complete"; returns the store, opened.
+        Nothing changes when it is complete.
 
         Raises StoreError when a shard is not committed, or when no training row is left to make statistics of, and
         DamagedError when a committed shard is not as it was (bodies are not read).
@@ -114,9 +117,12 @@ class StoreWriter:
         store = Store.load(self.store.where)
         if not store.complete:
             store.check()
-            mean, statistics = measure(store, MASSIVE_MULTIPLE)
+            attributes = store.attributes | {
+                "committed": {split.name: {"commit": pack(split)} for split in store.splits}
+            }
+            mean, statistics = measure(Store(self.files, store.where, attributes), MASSIVE_MULTIPLE)
             self.files.write(store.layout.mean.key(0), with_crc(mean))
-            write_root(self.files, store.attributes | {"state": "complete", "statistics": statistics.to_dict()})
+            write_root(self.files, attributes | {"state": "complete", "statistics": statistics.to_dict()})
         sweep(self.files, finished=True)
         return Store.open(self.store.where)
 
@@ -194,8 +200,9 @@ class ShardWriter:
         self.norm[first : first + len(norm)] = norm
         self.moments.append(moments)
 
-    def end(self) -> int:
-        """Write what is held and the index; returns the digest of the file. Raises UsageError when rows are missing."""
+    def end(self) -> npt.NDArray[np.uint64]:
+        """Write what is held and the index; returns what the commit record says of each chunk. Raises UsageError when rows are
+        missing."""
         if self.n_held:
             self._append_held()
         if self.n_written != self.n_rows:
@@ -203,19 +210,23 @@ class ShardWriter:
         return self.stream.close()
 
 
-def commit(files: Files, split: Split, k: int, resid_digest: int, written: ShardWriter) -> None:
-    """Write norm and moments of a shard whose resid file is in place, and then the record that makes it count."""
-    arrays = split.arrays
-    norm = with_crc(pad_rows(written.norm, split.shard_rows, arrays["norm"].padding))
-    moments = with_crc(merge(np.stack(written.moments)))
-    files.write(arrays["norm"].key(k), norm)
-    files.write(arrays["moments"].key(k), moments)
+def commit(files: Files, split: Split, k: int, chunks: npt.NDArray[np.uint64], written: ShardWriter) -> None:
+    """Write the large rows of a shard whose resid file is in place, and then the record that makes it count."""
+    norm = pad_rows(written.norm, split.shard_rows, split.arrays["norm"].padding).astype("<f4")
+    moments = merge(np.stack(written.moments)).astype("<f8")
     if large := large_bytes(written.large):
         files.write(large_key(split.name, k), large)
-    digests = (resid_digest, digest([norm[-4:]]), digest([moments[-4:]]))
-    tags = commit_tags(split.origin, split.name, k)
-    record = np.array([tag << 32 | value for tag, value in zip(tags, digests)], "<u8")
-    files.write(arrays["commit"].key(k), with_crc(record))
+    digests = (chunks_digest(chunks), part_digest(norm), part_digest(moments))
+    first = [tag << 32 | value for tag, value in zip(commit_tags(split.origin, split.name, k), digests)]
+    row = np.concatenate([np.array(first, "<u8"), chunks])
+    parts = {"commit": row, "moments": moments, "norm": norm}
+    files.write(split.shape.record_key(k), record_bytes(parts, split.shape.layout))
+
+
+def give_up(files: Files, shape: SplitLayout, k: int) -> None:
+    """Take a shard of an unfinished store away, its commit record first."""
+    for key in (shape.record_key(k), shape.arrays["resid"].key(k), large_key(shape.name, k)):
+        files.delete(key)
 
 
 def is_committed(split: Split, k: int) -> bool:
@@ -227,7 +238,8 @@ def is_committed(split: Split, k: int) -> bool:
 
 
 def sweep(files: Files, *, finished: bool = False) -> None:
-    """Delete every half-written file of a killed process, and of a finished store what lies beside its shards (large.py)."""
-    for key in files.keys():  # noqa: SIM118 (not a dict)
-        if key.endswith(PARTIAL) or (finished and "/resid/large/" in key):
-            files.delete(key)
+    """Delete every half-written file of a killed process, and of a finished store what lay beside its shards until then
+    (large.py, record.py)."""
+    beside = ("/resid/large/", "/resid/record/") if finished else ()
+    keys = files.keys()
+    files.delete_all([key for key in keys if key.endswith(PARTIAL) or any(part in key for part in beside)])

@@ -46,8 +46,8 @@ class Delayed:
     def __init__(self, root: Path, seconds: float) -> None:
         self.files, self.seconds, self.n_requests = LocalFiles(root), seconds, 0
         self.lock = threading.Lock()
-        self.where, self.write, self.create, self.delete = (
-            getattr(self.files, name) for name in ("where", "write", "create", "delete")
+        self.where, self.write, self.create, self.delete, self.delete_all = (
+            getattr(self.files, name) for name in ("where", "write", "create", "delete", "delete_all")
         )
 
     def wait(self) -> None:
@@ -70,6 +70,11 @@ class Delayed:
         """One HEAD."""
         self.wait()
         return self.files.size(key)
+
+    def sizes(self, keys: Sequence[str]) -> dict[str, int | None]:
+        """A listing, a request a thousand."""
+        self.keys()
+        return self.files.sizes(keys)
 
     def keys(self) -> list[str]:
         """A listing, a request a thousand."""

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from pipeline.base.runtime import numpy_rng, rank, world_size
+from pipeline.store.groups import delete_groups, unpack
 from pipeline.store.layout import Layout
-from pipeline.store.objects import open_files
 from pipeline.store.prepare import SplitTokens, prepare, resume
 from pipeline.store.reader import Store
-from pipeline.store.root import read_root, write_root
-from pipeline.store.shards import with_crc
+from pipeline.store.root import write_root
 from pipeline.store.writer import StoreWriter
 
 RANK_OF_RESIDUALS = 8
@@ -43,9 +42,11 @@ def store_config(
     dtype: str = "bf16",
     codec: str = "none",
     hook: str | None = None,
+    group_shards: int | None = None,
 ) -> dict[str, Any]:
     """A config with every field that FORMAT.md lists."""
-    return ({} if hook is None else {"hook": hook}) | {
+    chosen = {"hook": hook, "group_shards": group_shards}
+    return {name: value for name, value in chosen.items() if value is not None} | {
         "model": "no/model",
         "revision": None,
         "weights_sha256": "0" * 64,
@@ -108,14 +109,19 @@ def one_sequence(d_model: int, context: int, seed: int, split: str, i: int) -> n
     return 0.5 * mean + low_rank @ basis + np.float32(0.3) * rng.standard_normal((context, d_model), np.float32)
 
 
-def as_version_1(path: Path) -> None:
-    """Make a store one of version 1, as FORMAT.md has it: no origin, and 1 in the upper half of every commit record."""
-    for file in path.glob("*/commit/c/*/0"):
-        file.write_bytes(with_crc((np.frombuffer(file.read_bytes()[:-4], "<u8") & 0xFFFFFFFF) | 1 << 32))
-    files = open_files(path)
-    attributes = read_root(files)
-    del attributes["origin"], attributes["seal"]
-    write_root(files, attributes | {"version": 1})
+def lose_shards(path: Path | str, *shards: tuple[str, int]) -> StoreWriter:
+    """Make a finished store what it was before it was finished, without some (split, shard)."""
+    store = Store.load(path)
+    if store.train.packed:
+        unpack(store.files, store.attributes["origin"], [split.shape for split in store.splits])
+        attributes = {key: value for key, value in store.attributes.items() if key not in ("committed", "statistics")}
+        write_root(store.files, attributes | {"state": "prepared"})
+        delete_groups(store.files)
+        store.files.delete("mean/c/0")
+    writer = StoreWriter.open(path)
+    for split, k in shards:
+        writer.give_up(split, k)
+    return writer
 
 
 def write_shards(writer: StoreWriter, delay: float = 0.0) -> None:
