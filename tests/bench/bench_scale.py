@@ -4,7 +4,8 @@
 
 Shards are tiny (a few rows of a few dimensions), so that what is measured is what grows with their number and not with their
 bytes; the default of 1000 is what harvest makes of a billion rows. Each figure is a fresh process. With --delay-ms the store is
-opened again through a stand-in for object storage: the local files, that many milliseconds added to every request.
+opened, verified, staged and read from again through a stand-in for object storage: the local files, that many milliseconds added
+to every request. The store at a path that is there may be of any version that is read.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from pipeline.store import reader
 from pipeline.store.backend import LocalFiles
 from pipeline.store.reader import Store
+from pipeline.store.staging import stage
 from pipeline.store.writer import StoreWriter
 from support.stores import prepare_store, store_config
 from train.feed.loader import Loader
@@ -106,9 +108,15 @@ def write_store(path: Path, n_shards: int) -> float:
 def measure(path: Path, what: str, delay: float) -> dict[str, float]:
     """Seconds of one thing, and MB of memory that it took beyond what this process had."""
     files = Delayed(path, delay)
-    if delay:
-        reader.open_files = lambda _: files  # type: ignore[assignment, return-value]
+    if delay or what == "stage":
+        found = reader.open_files
+        reader.open_files = lambda at: files if str(at).endswith(str(path)) else found(at)  # type: ignore[assignment, return-value]
     before, started = peak_mb(), time.perf_counter()
+    if what == "stage":
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            started = time.perf_counter()
+            stage("bench://" + str(path), Path(folder) / "staged.zarr", quiet=True)
+            return {"s": time.perf_counter() - started, "mb": peak_mb() - before, "requests": files.n_requests}
     store = Store.open(path, check=what != "verify")
     if what == "verify":
         assert store.verify(quiet=True) == []
@@ -136,9 +144,10 @@ def in_process(path: Path, what: str, delay: float = 0.0) -> dict[str, float]:
 def report(path: Path, n_shards: int, finish: float | None, delay: float) -> dict[str, Any]:
     """Measure, print the table, and return what goes into the last line."""
     n_files = sum(len(names) for _, _, names in os.walk(path))
-    found = {what: in_process(path, what) for what in ("open", "verify", "batch")}
-    if delay:
-        found["open, delayed"] = in_process(path, "open", delay)
+    tasks = ("open", "verify", "batch", "stage")
+    found = {one: in_process(path, one) for one in tasks}
+    for one in tasks if delay else ():
+        found[f"{one}, delayed"] = in_process(path, one, delay)
     print(f"{n_shards:,} training shards, {n_files:,} files; {1e3 * delay:.0f} ms added to a request where delayed")
     if finish is not None:
         print(f"{'finish':<16}{finish:>9.2f} s")
@@ -147,7 +156,7 @@ def report(path: Path, n_shards: int, finish: float | None, delay: float) -> dic
         print(f"{what:<16}{one['s']:>9.2f} s{one['mb']:>9.0f} MB{requests}")
     times = {f"{what.replace(', ', '_')}_s": round(one["s"], 3) for what, one in found.items()}
     memory = {f"{what.replace(', ', '_')}_mb": round(one["mb"], 1) for what, one in found.items()}
-    requests = {"requests": found["open, delayed"]["requests"]} if delay else {}
+    requests = {f"{one}_requests": found[f"{one}, delayed"]["requests"] for one in tasks} if delay else {}
     return {"shards": n_shards, "files": n_files, "finish_s": finish, **times, **memory, **requests}
 
 
