@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,13 @@ from harvest.tokens import scratch_array
 from pipeline.base.processes import die_with_parent
 
 ROOT = Path(__file__).parents[1]
-STAND_IN = ROOT / "tests" / "support" / "macos"
+STAND_IN = ROOT / "tests" / "support" / "macos.py"
 
 
-def run(*words: str) -> str:
-    """The standard output of Python with the stand-in for macOS; it must end well."""
-    path = os.pathsep.join([str(STAND_IN), str(ROOT)])
+def run(folder: Path, *words: str) -> str:
+    """The standard output of Python with the stand-in for macOS, which is put in the folder; it must end well."""
+    shutil.copy(STAND_IN, folder / "sitecustomize.py")
+    path = os.pathsep.join([str(folder), str(ROOT)])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
@@ -30,12 +32,12 @@ def run(*words: str) -> str:
     return done.stdout
 
 
-def test_the_stand_in_takes_away() -> None:
+def test_the_stand_in_takes_away(tmp_path: Path) -> None:
     """The stand-in hides what these tests are about."""
     lacks = "import os; print(hasattr(os, 'posix_fallocate'), os.path.exists('/proc'), os.path.exists('/tmp'))"
-    assert run("-c", lacks).split() == ["False", "False", "True"]
+    assert run(tmp_path, "-c", lacks).split() == ["False", "False", "True"]
     with pytest.raises(AssertionError, match="a fork without exec"):
-        run("-c", "import os; os.fork()")
+        run(tmp_path, "-c", "import os; os.fork()")
 
 
 @pytest.mark.slow
@@ -43,10 +45,10 @@ def test_every_stage_runs(tmp_path: Path) -> None:
     """Harvest, training in two processes, and evaluation need nothing that Linux alone has."""
     store, runs, results = (str(tmp_path / name) for name in ("acts.zarr", "runs", "results"))
     corpus = ("--corpus", "data/corpus/train.jsonl.zst", "--tokens", "4k", "--eval-tokens", "1k", "--context", "64")
-    run("-m", "harvest", "--model", "data/tiny-gemma2", "--layer", "3", *corpus, "--store", store)
+    run(tmp_path, "-m", "harvest", "--model", "data/tiny-gemma2", "--layer", "3", *corpus, "--store", store)
     shape = ("--width", "64", "--k", "8", "--steps", "4", "--batch-size", "256", "--seed", "0", "--seed", "1")
-    run("-m", "train", "--store", store, "--out", runs, *shape, "--processes", "2")
-    run("-m", "evaluate", runs, "--store", store, "--out", results, "--scores", "kl,ev")
+    run(tmp_path, "-m", "train", "--store", store, "--out", runs, *shape, "--processes", "2")
+    run(tmp_path, "-m", "evaluate", runs, "--store", store, "--out", results, "--scores", "kl,ev")
     assert len(list(Path(results).glob("*.json"))) == 2
 
 

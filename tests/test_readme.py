@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import pytest
@@ -143,7 +143,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(TOY, "s3://bucket/acts.zarr", f"memory://{tmp_path.name}/acts.zarr")
     monkeypatch.setitem(OPTION, "run", {"paper": str(tmp_path / "paper.toml")})
     monkeypatch.setitem(DEFAULTS["harvest"], "--corpus", str(tmp_path / "train.jsonl"))
+    monkeypatch.setattr("os.execve", become)
     return tmp_path
+
+
+def become(path: str, words: list[str], environment: dict[str, str]) -> NoReturn:
+    """Instead of `os.execve`: the other program runs and ends, and then its caller, as if it had been that one."""
+    sys.exit(subprocess.run(words, executable=path, env=environment).returncode)
 
 
 BEFORE = {

@@ -1,5 +1,5 @@
-"""Put on PYTHONPATH, it takes from a Python on Linux what macOS does not have: calls of `os`, /proc and /sys; and what must not
-be used there: fork without exec."""
+"""Put on PYTHONPATH as sitecustomize.py, it takes from a Python on Linux what macOS does not have: calls of `os`, /proc and /sys;
+and what must not be used there: fork without exec."""
 
 from __future__ import annotations
 
