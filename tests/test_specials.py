@@ -125,8 +125,8 @@ def test_two_first_tokens_everywhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"bos": "{word},2"}])
 def test_two_first_tokens_attached(tmp_path: Path, options: dict[str, Any]) -> None:
-    """Attached, an SAE leaves the rows alone that evaluation leaves alone, both first tokens among them wherever they stand, with
-    the tokenizer's own texts and when it generates; its logits are evaluation's, bit for bit."""
+    """Attached, an SAE leaves the rows alone that evaluation leaves alone, both first tokens among them wherever they stand, left
+    padding before them or not; its logits are evaluation's, bit for bit."""
     folder = model_with(tmp_path / "lm", "<pad> <bos> $A")
     options = {name: value.format(word=word_id(folder)) for name, value in options.items()}
     store = harvested(folder, tmp_path, **options)
