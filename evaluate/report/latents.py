@@ -15,10 +15,8 @@ from pipeline.base.digests import DIGESTS, require_digests
 from pipeline.base.fields import Fields
 
 MOST_LATENTS = 1 << 22
-READABLE = (5e-4, 2e-2)
-"""Densities between which a latent is likely to mean something that a person can name."""
-FEW_PEAKS = 3
-"""Distinct tokens a latent peaks on, at most, to be opened first."""
+FREQUENT = 5e-4
+"""Density from which a latent's label has been tried on enough tokens to be judged by."""
 
 
 @dataclass(frozen=True)
@@ -197,31 +195,26 @@ def is_index(value: Any, n: int) -> bool:
 
 
 def opens(summary: Summary, columns: Mapping[str, Sequence[Any]], pages: Sequence[Mapping[str, Any]]) -> int:
-    """The latent to show first: the strongest parent, the shared latent inside which specialised ones fire most beyond chance,
-    summed over them; where there is none, one that a person is likely able to name."""
+    """The latent to show first: the strongest parent that a person can name, or in a dictionary without parents the latent that
+    its label names best.
+
+    A parent is a shared latent inside which specialised ones fire beyond chance, its strength that excess summed over them; the
+    strength counts by how well its label says when it fires (F1 of precision and recall), since the strongest of all are often
+    dense latents that no few tokens describe.
+    """
     size = summary.page_size
 
     def strength(latent: int) -> float:
         links = pages[latent // size]["latents"][latent % size]["related"]
         return float(sum(share - null for _, _, share, null, _ in links))
 
-    parents = [latent for latent in range(min(summary.n_shared, summary.n_latents)) if columns["related"][latent]]
-    return max(parents, key=strength) if parents else nameable(columns, pages, size)
+    def named(latent: int) -> float:
+        precision, recall = columns["precision"][latent] or 0.0, columns["recall"][latent] or 0.0
+        return 2 * precision * recall / (precision + recall) if precision and recall else 0.0
 
-
-def nameable(columns: Mapping[str, Sequence[Any]], pages: Sequence[Mapping[str, Any]], page_size: int) -> int:
-    """A latent one can likely name: it fires on 0.05 to 2 % of tokens, as strongly as half of all, peaks on few distinct words,
-    and then the highest activation decides; where none is so, the nearest to it."""
-    middle = sorted(columns["max"])[len(columns["max"]) // 2]
-
-    def unlikeliness(latent: int) -> tuple[bool, bool, bool, bool, int, float]:
-        page = pages[latent // page_size]
-        contexts = page["latents"][latent % page_size]["contexts"]
-        peaks = {page["strings"][tokens[peak]].strip().lower() for _, _, peak, tokens, _ in contexts}
-        words = [peak for peak in peaks if len(peak) > 1 and peak.isalpha()]
-        rare = not READABLE[0] <= columns["density"][latent] <= READABLE[1]
-        few = 0 if 0 < len(peaks) <= FEW_PEAKS else len(peaks)
-        weak = columns["max"][latent] < middle
-        return not contexts, rare, weak, len(words) * 2 <= len(peaks), few, -columns["max"][latent]
-
-    return min(range(len(columns["max"])), key=unlikeliness)
+    if parents := [latent for latent in range(min(summary.n_shared, summary.n_latents)) if columns["related"][latent]]:
+        return max(parents, key=lambda latent: (named(latent) * strength(latent), strength(latent)))
+    density = columns["density"]
+    return max(
+        range(summary.n_latents), key=lambda latent: (density[latent] >= FREQUENT, named(latent), density[latent])
+    )
