@@ -21,8 +21,9 @@ from evaluate.scores.labels import Letters
 from evaluate.scores.sample import Sample, Survey
 from evaluate.scores.scorer import Scorer, shared_work
 from pipeline.base.errors import PipelineError
+from pipeline.base.memory import available_memory
 from pipeline.base.progress import Progress, say
-from pipeline.base.runtime import DTYPES, available_memory
+from pipeline.base.runtime import DTYPES
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pipeline.base.errors import MismatchError, PipelineError, UsageError
 from pipeline.base.files import human_bytes
-from pipeline.base.runtime import available_memory, measured_seconds, world_size
+from pipeline.base.memory import available_memory
+from pipeline.base.runtime import measured_seconds, world_size
 from pipeline.store.backend import is_url
 from pipeline.store.layout import SplitLayout
 from train import held_out

@@ -12,7 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pipeline.base.errors import ModelError
-from pipeline.base.runtime import DTYPES, available_memory
+from pipeline.base.memory import available_memory
+from pipeline.base.runtime import DTYPES
 from pipeline.model.anatomy import forward, logits_of, one_line
 from pipeline.model.files import hub_errors
 from pipeline.model.points import Point

@@ -30,7 +30,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from pipeline.base.errors import UsageError
-from pipeline.base.runtime import available_memory
+from pipeline.base.memory import available_memory
 from pipeline.store.backend import LocalFiles
 from pipeline.store.layout import SplitLayout
 from pipeline.store.reader import Split
