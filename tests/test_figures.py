@@ -23,8 +23,8 @@ from evaluate.report.figures_across import (
     make_figures,
     median,
 )
+from evaluate.report.reading import make_run
 from evaluate.report.runs import Results, read_results
-from evaluate.report.scored import make_run
 from pipeline.base.files import read_json, write_json
 from support.results_files import write_results
 

@@ -11,8 +11,9 @@ from evaluate.report import svg
 from evaluate.report.figures import Figure, Missing
 from evaluate.report.found import what_was_found
 from evaluate.report.nesting import control, nesting, nesting_found, nesting_table
+from evaluate.report.reading import read_run
 from evaluate.report.runs import Results, read_results
-from evaluate.report.scored import Container, read_run
+from evaluate.report.scored import Container
 from evaluate.report.table import make_table
 from evaluate.report.wording import half_text, signed_plus_minus
 from evaluate.report.write import write_report

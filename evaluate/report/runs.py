@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evaluate.report.scored import AUTO, TRUTH, Run, Sharing, merged, read_run
+from evaluate.report.reading import read_run
+from evaluate.report.scored import AUTO, TRUTH, Run, Sharing, merged
 from evaluate.statistics import Replicate
 from pipeline.base.errors import UsageError
 from pipeline.base.files import canonical_json
