@@ -364,7 +364,9 @@ def inspect(
 def push(checkpoint: Path, repository: str, results: Path | None, private: bool) -> None:
     """Upload a checkpoint to the Hugging Face Hub with a model card made from its provenance and results.
 
-    The token is the one that `hf auth login` or HF_TOKEN holds; it is never printed or stored.
+    REPOSITORY: owner/name, or owner/name/folder. An SAE made elsewhere is uploaded as its own files; one whose path alone says
+    what it is of (Gemma Scope 1, sparsify) to a folder that ends like that path, or exported first. The token is the one that
+    `hf auth login` or HF_TOKEN holds; it is never printed or stored.
 
     \b
     Example: python -m pipeline push runs/paper/checkpoints/layer_19/alpha0.2-seed0-1a2b3c4d5e me/gemma-nested
@@ -379,7 +381,9 @@ def push(checkpoint: Path, repository: str, results: Path | None, private: bool)
 @click.option("--out", type=OUT_FOLDER, required=True, help="Folder to write.")
 @click.option("--revision", help="Branch, tag or commit.  [default: main]")
 def pull(repository: str, out: Path, revision: str | None) -> None:
-    """Download a checkpoint, its card and its results from the Hugging Face Hub, checked.
+    """Download a checkpoint, or the files of an SAE made elsewhere, its card and its results from the Hugging Face Hub, checked.
+
+    REPOSITORY: owner/name, or owner/name/folder where it holds many.
 
     \b
     Example: python -m pipeline pull me/gemma-nested --out gemma-nested

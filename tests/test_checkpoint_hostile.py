@@ -16,6 +16,7 @@ from torch import Tensor
 from evaluate.checkpoints.find import open_checkpoint
 from pipeline.base.errors import CheckpointError, DamagedError
 from pipeline.sae.checkpoint import content_crc32c, load_checkpoint, save_checkpoint
+from pipeline.sae.foreign import read_sae
 from pipeline.sae.hub import model_card
 from support.fuzzing import as_bytes, mutated, one_line_or_none
 from test_sae import KINDS, random_sae
@@ -55,7 +56,7 @@ def assembled(layout: Any, tensors: dict[str, Tensor], rng: random.Random | None
 def read_everything(path: Path) -> None:
     """All that reads a checkpoint: its header alone, the model card made of it, and the SAE."""
     open_checkpoint(path)
-    model_card(path, None, "owner/name")
+    model_card(read_sae(path), None, "owner/name")
     load_checkpoint(path)
 
 

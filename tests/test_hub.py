@@ -2,7 +2,7 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,17 +10,20 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import pipeline
 from evaluate.__main__ import found
 from pipeline.__main__ import cli
 from pipeline.base.errors import CheckpointError
 from pipeline.base.files import hash_file, write_json
+from pipeline.experiment.verify import verify
 from pipeline.sae import hub
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.export import export
-from pipeline.sae.foreign import FORMATS, Format
+from pipeline.sae.foreign import FORMATS, Format, load_foreign, read_sae, sha256_of
 from pipeline.sae.nested import NestedSAE, SAEConfig
+from test_foreign import D, F, dictionary, linear_style, weights
 from test_sae import KINDS, random_sae
 
 TOKEN = "hf_secret_of_the_test"
@@ -170,6 +173,112 @@ def test_pulled_folder_of_others_is_whole(stand_in: type[StandIn], tmp_path: Pat
     assert pipeline.load(pulled).config.width == 64
 
 
+SUITE = "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
+
+
+def an_export(tmp_path: Path) -> Path:
+    (folder,) = export(a_checkpoint(tmp_path), "saelens", tmp_path / "e")
+    return folder
+
+
+def a_dictionary(tmp_path: Path) -> Path:
+    state = weights() | {"threshold": torch.tensor(0.3), "k": torch.tensor(20), "group_sizes": torch.tensor([16, 80])}
+    return dictionary(tmp_path / "d", "MatryoshkaBatchTopKSAE", state, submodule_name="resid_post_layer_1")
+
+
+def a_sparsify(tmp_path: Path) -> Path:
+    w, folder = weights(), tmp_path / "layers.3"
+    folder.mkdir()
+    (folder / "cfg.json").write_text(json.dumps({"k": 9, "d_in": D}))
+    own = {
+        "encoder.weight": w["W_enc"].T.contiguous(),
+        "encoder.bias": w["b_enc"],
+        "W_dec": w["W_dec"],
+        "b_dec": w["b_dec"],
+    }
+    save_file(own, folder / "sae.safetensors")
+    return folder
+
+
+def a_gemma_scope(tmp_path: Path) -> Path:
+    folder = tmp_path / SUITE
+    folder.mkdir(parents=True)
+    np.savez(
+        folder / "params.npz", **{name: t.numpy() for name, t in (weights() | {"threshold": torch.ones(F)}).items()}
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "says"),
+    [
+        (an_export, "owner/name", "SAELens, its files as they were"),
+        (a_dictionary, "owner/name", "96 latents in levels of 16, 96"),
+        (a_sparsify, "owner/name/layers.3", "residual stream after layer 3"),
+        (a_gemma_scope, f"owner/{SUITE}", "gemma-2-2b"),
+    ],
+)
+def test_saes_of_others_travel(
+    stand_in: type[StandIn], tmp_path: Path, make: Callable[[Path], Path], name: str, says: str
+) -> None:
+    """An SAE made elsewhere is pushed as its own files, with a card that says what it is and its results, and is loaded and
+    pulled as the same SAE of the same place."""
+    folder = make(tmp_path)
+    write_json(tmp_path / "r.json", {"checkpoint": {"sha256": sha256_of(folder)}, "levels": []})
+    hub.push(folder, name, tmp_path / "r.json")
+    inside = name.removeprefix("owner/").partition("/")[2]
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {f"{inside}/{file}".lstrip("/") for file in (*kept, "README.md", "results.json")} == set(stand_in.files)
+    card = stand_in.files[f"{inside}/README.md".lstrip("/")].decode()
+    assert says in card
+    assert f'pipeline.load("{name}")' in card
+    x = torch.randn(4, load_foreign(folder)[0].config.d_model)
+    assert torch.equal(pipeline.load(name).encode(x), pipeline.load(folder).encode(x))
+    pulled = hub.pull(name, tmp_path / "pulled" / name.removeprefix("owner/"))
+    assert {path.name: path.read_bytes() for path in pulled.iterdir() if path.name in kept} == kept
+    assert load_foreign(pulled)[1]["store"] == load_foreign(folder)[1]["store"]
+    assert verify(str(pulled)).problems == []
+
+
+@pytest.mark.parametrize(("make", "path"), [(a_sparsify, "name/layers.3"), (a_gemma_scope, SUITE)])
+def test_places_told_by_paths_stay(
+    stand_in: type[StandIn], tmp_path: Path, make: Callable[[Path], Path], path: str
+) -> None:
+    """An SAE whose path alone says what it is of is neither pushed nor pulled to where it would say nothing, or another thing."""
+    folder = make(tmp_path)
+    for name in ("owner/name", "owner/name/layers.4", "owner/gemma-scope-9b-pt-res/layer_20"):
+        with pytest.raises(CheckpointError, match=r"only its path says what it is of; push it to OWNER/NAME/FOLDER"):
+            hub.push(folder, name)
+    assert not stand_in.files
+    hub.push(folder, f"owner/{path}")
+    for out in ("other", "layers.4", "gemma-scope-9b-pt-res/layer_20"):
+        with pytest.raises(CheckpointError, match=f"give an --out that ends in {path}$"):
+            hub.pull(f"owner/{path}", tmp_path / out)
+        assert not (tmp_path / out).exists()
+
+
+def test_others_results_are_not_taken(stand_in: type[StandIn], tmp_path: Path) -> None:
+    """Results of another SAE are neither pushed nor pulled beside one made elsewhere."""
+    folder = a_dictionary(tmp_path)
+    write_json(tmp_path / "r.json", {"checkpoint": {"sha256": "0" * 64}, "levels": []})
+    with pytest.raises(CheckpointError, match="results of another checkpoint"):
+        hub.push(folder, "owner/name", tmp_path / "r.json")
+    assert not stand_in.files
+    hub.push(folder, "owner/name")
+    stand_in.files["results.json"] = (tmp_path / "r.json").read_bytes()
+    with pytest.raises(CheckpointError, match="results of another checkpoint"):
+        hub.pull("owner/name", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_cards_quote_foreign_text(tmp_path: Path) -> None:
+    """What an SAE made elsewhere calls its model breaks neither the card's table nor the Hub's front matter."""
+    folder = dictionary(tmp_path / "d", "AutoEncoder", linear_style(weights()), lm_name="a/b\nlicense: mit | x")
+    card = hub.repository_files(folder, None, "owner/name")["README.md"].decode()
+    assert "| model | a/b license: mit \\| x |" in card
+    assert card.split("---")[1].count("\n") == 2
+
+
 def test_repository_of_many_downloads_none(stand_in: type[StandIn], tmp_path: Path) -> None:
     """A repository with several checkpoints, or none, is refused before a file of it is downloaded."""
     for names in (["a.safetensors", "b.safetensors"], ["layer_0/a.safetensors"]):
@@ -262,7 +371,7 @@ def test_transcoder_card_runs(tmp_path: Path) -> None:
     sae = NestedSAE(SAEConfig(8, 16, (4, 16), d_out=6, skip=True))
     of = {"store": {"layer": 19, "hook": "mlp_in", "target": {"layer": 19, "hook": "mlp_out"}}}
     save_checkpoint(tmp_path / "c.safetensors", sae, 1, of)
-    card = hub.model_card(tmp_path / "c.safetensors", None, "owner/name")
+    card = hub.model_card(read_sae(tmp_path / "c.safetensors"), None, "owner/name")
     assert "A nested (Matryoshka) transcoder" in card
     assert "mlp_in of layer 19 to mlp_out of layer 19" in card
     names = {"sae": sae, "x": torch.zeros(2, 8)}
@@ -274,7 +383,7 @@ def test_model_card_says_the_essentials(tmp_path: Path) -> None:
     """The model card says what it is, how good, and how to load it."""
     checkpoint = a_checkpoint(tmp_path)
     results = hub.read_results(some_results(checkpoint))
-    card = hub.model_card(checkpoint, results, "owner/name")
+    card = hub.model_card(read_sae(checkpoint), results, "owner/name")
     for text in (
         "base_model: google/gemma-2-2b",
         "layer 19",

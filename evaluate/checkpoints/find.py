@@ -13,16 +13,15 @@ from torch import Tensor
 
 from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import hash_file
 from pipeline.sae.foreign import (
     BEFORE_GAIN,
     behind_gain,
     folder_of,
-    foreign_sha256,
     is_foreign,
     is_module,
     load_sae,
     read_sae,
+    sha256_of,
 )
 from pipeline.sae.member import final_checkpoint, read_completion, read_config, require_recorded
 from pipeline.sae.nested import NestedSAE, SAEConfig
@@ -88,8 +87,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint's header and hash its bytes; an SAE made elsewhere has step 0. Raises CheckpointError or DamagedError."""
     try:
         header = read_sae(path)
-        content = foreign_sha256(path) if is_foreign(path) else hash_file(path)
-        found = Checkpoint(path, content, header.sae, header.step, header.provenance)
+        found = Checkpoint(path, sha256_of(path), header.sae, header.step, header.provenance)
     except PipelineError:
         raise
     except OSError as error:

@@ -96,9 +96,11 @@ def is_foreign(folder: Path) -> bool:
     return format_of(folder) is not None
 
 
-def foreign_sha256(folder: Path) -> str:
-    """Hash over its files."""
-    return sha256("".join(f"{name} {hash_file(folder / name)}\n" for name in require_format(folder).files))
+def sha256_of(path: Path) -> str:
+    """What tells an SAE from others: the hash of a checkpoint's bytes, or over the files of a folder made elsewhere."""
+    if not path.is_dir():
+        return hash_file(path)
+    return sha256("".join(f"{name} {hash_file(path / name)}\n" for name in require_format(path).files))
 
 
 def require_format(folder: Path) -> Format:
@@ -129,11 +131,12 @@ def read_sae(path: Path) -> Header:
     return load_sae(path)[1] if path.is_dir() else read_header(path)
 
 
-def load_foreign(folder: Path) -> tuple[NestedSAE, dict[str, Any]]:
+def load_foreign(folder: Path, place: Path | None = None) -> tuple[NestedSAE, dict[str, Any]]:
     """The SAE, and a provenance {member, source, config, store: what it says of hook, layer and model}.
 
-    Raises CheckpointError for what cannot be expressed or tensors that do not agree, DamagedError for a file that cannot
-    be read, or of an export of ours is not what its digests say.
+    place: what its files would say there, since some formats leave it to their path. Raises CheckpointError for
+    what cannot be expressed or tensors that do not agree, DamagedError for a file that cannot be read, or of an export of ours
+    is not what its digests say.
     """
     kind = require_format(folder)
     require_digests(folder / DIGESTS, folder)
@@ -146,7 +149,7 @@ def load_foreign(folder: Path) -> tuple[NestedSAE, dict[str, Any]]:
         raise DamagedError(f"{folder / kind.weights}: not a table of tensors; get it again")
     require_finite(folder / kind.weights, tensors)
     try:
-        sae, about = kind.read(folder, data or settings, tensors)
+        sae, about = kind.read(place or folder, data or settings, tensors)
     except UsageError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     except PipelineError:
@@ -159,6 +162,16 @@ def load_foreign(folder: Path) -> tuple[NestedSAE, dict[str, Any]]:
     known = {name: value for name, value in about.items() if value is not None}
     provenance = {"member": member_name(folder), "source": kind.source, "config": data, "store": known}
     return sae.eval().requires_grad_(False), provenance
+
+
+def stays_itself(folder: Path, place: Path) -> bool:
+    """Whether the files of a folder made elsewhere would be the same SAE of the same hook, layer and model in another place."""
+    sae, provenance = load_foreign(folder)
+    try:
+        moved, there = load_foreign(folder, place)
+    except CheckpointError:
+        return False
+    return (moved.config, there["store"]) == (sae.config, provenance["store"])
 
 
 def require_finite(path: Path, tensors: Tensors) -> None:

@@ -1,4 +1,4 @@
-"""SAEs that travel: load one from a path or the Hugging Face Hub, push one with a model card, pull one to a folder.
+"""SAEs that travel, ours and others': load one from a path or the Hugging Face Hub, push one with a model card, pull one.
 
 The Hub is reached through huggingface_hub alone, which finds the user's token itself; no token is read, printed or
 stored here.
@@ -14,12 +14,21 @@ from typing import Any
 import torch
 
 from pipeline.base import network
-from pipeline.base.digests import is_sealed, vouch
+from pipeline.base.digests import DIGESTS, is_sealed, vouch
 from pipeline.base.errors import CheckpointError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import PARTIAL, hash_file, read_json, write_bytes
-from pipeline.sae.checkpoint import load_checkpoint, read_header
-from pipeline.sae.foreign import FORMATS, folder_of, is_foreign, load_sae, require_format
+from pipeline.base.files import PARTIAL, read_json, write_bytes
+from pipeline.sae.checkpoint import Header
+from pipeline.sae.foreign import (
+    FORMATS,
+    folder_of,
+    is_foreign,
+    load_sae,
+    read_sae,
+    require_format,
+    sha256_of,
+    stays_itself,
+)
 from pipeline.sae.member import final_checkpoint, read_completion
 from pipeline.sae.nested import NestedSAE
 
@@ -87,7 +96,7 @@ def wanted_files(repo_id: str, names: Collection[str]) -> list[str]:
     about = [name for name in (RESULTS, "README.md") if name in names]
     for known in FORMATS:  # before ours: sparsify's weights have the name of ours, beside a config
         if all(name in names for name in known.files):
-            return [*known.files, *about]
+            return [*known.files, *(name for name in (DIGESTS,) if name in names), *about]
     if WEIGHTS in names:
         return [WEIGHTS, *about]
     if "complete.json" in names:
@@ -127,43 +136,64 @@ def download(repo_id: str, revision: str | None = None, folder: str = "") -> Pat
         )
 
 
-def push(source: str | Path, repo_id: str, results: Path | None = None, private: bool = False) -> str:
-    """Upload a checkpoint, its model card and its results (if given); the address of the commit.
+def named_place(name: str) -> tuple[str, str]:
+    """Repository, and folder in it ("" for its top), of an id that is no path: what the Hub does not allow it says itself."""
+    named = HUB_ID.fullmatch(name)
+    return (named[1], named[2] or "") if named else (name, "")
 
-    Raises CheckpointError when the results are of another checkpoint or the Hub refuses.
+
+def push(source: str | Path, name: str, results: Path | None = None, private: bool = False) -> str:
+    """Upload a checkpoint, or the files of an SAE made elsewhere as they are, its model card and its results (if given) to a
+    repository, or a folder in one; the address of the commit.
+
+    Raises CheckpointError when the results are of another SAE, when only its old path says what an SAE is of, or the Hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    checkpoint = find_checkpoint(source)
-    files = repository_files(checkpoint, results, repo_id)
-    operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+    checkpoint, (repo_id, folder) = find_checkpoint(source), named_place(name)
+    files = repository_files(checkpoint, results, repo_id, folder)
+    operations = [CommitOperationAdd(f"{folder}/{file}".lstrip("/"), data) for file, data in files.items()]
     api = HfApi()
     with network.hub_errors(repo_id, CheckpointError, f"https://huggingface.co/{repo_id}"):
         network.retried(lambda: api.create_repo(repo_id, exist_ok=True, private=private), repo_id)
-        message = f"Nested SAE, step {read_header(checkpoint).step}"
+        header = read_sae(checkpoint)
+        made = header.provenance.get("source")
+        message = f"SAE of {made}" if made else f"Nested SAE, step {header.step}"
         # a commit is not tried again: one whose answer alone was lost would be there twice
         return str(api.create_commit(repo_id, operations, commit_message=message).commit_url)
 
 
-def pull(repo_id: str, out: Path, revision: str | None = None) -> Path:
-    """Copy a repository's SAE and its results into `out` under their own names, checked; the SAE's path.
+def pull(name: str, out: Path, revision: str | None = None) -> Path:
+    """Copy the SAE of a repository, or of a folder in one, and its results into `out` under their own names, checked; its path.
 
-    Raises CheckpointError when the results are of another checkpoint.
+    Raises CheckpointError when the results are of another SAE, or only the SAE's path says what it is of, and `out` another.
     """
-    folder = download(repo_id, revision)
-    source = checkpoint_in(folder)
-    load_sae(source)
-    if (folder / RESULTS).exists() and not source.is_dir():
-        require_results_of(source, read_results(folder / RESULTS))
-    own = require_format(source).files if source.is_dir() else (source.name,)
-    for name in own:
-        copy(source.parent / name if not source.is_dir() else source / name, out / name)
-    for name in (RESULTS, "README.md"):
-        if (folder / name).exists():
-            copy(folder / name, out / name)
+    repo_id, folder = named_place(name)
+    there = download(repo_id, revision, folder) / folder
+    found = checkpoint_in(there)
+    load_sae(found)
+    if (there / RESULTS).exists():
+        require_results_of(found, read_results(there / RESULTS))
+    if found.is_dir():
+        if not stays_itself(found, out):
+            path = "/".join(part for part in (repo_id.split("/")[-1], folder) if part)
+            raise CheckpointError(f"{name}: only its path says what it is of; give an --out that ends in {path}")
+        (out / DIGESTS).unlink(missing_ok=True)
+        for file in sae_files(found):
+            copy(found / file, out / file)
+    else:
+        copy(found, out / found.name)
+    for file in (RESULTS, "README.md"):
+        if (there / file).exists():
+            copy(there / file, out / file)
     if (out / "README.md").exists():
         vouch(out / "README.md")
-    return out if source.is_dir() else out / source.name
+    return out if found.is_dir() else out / found.name
+
+
+def sae_files(folder: Path) -> list[str]:
+    """Names of what an SAE made elsewhere consists of, and of their digests where it has some."""
+    return [*require_format(folder).files, *(name for name in (DIGESTS,) if (folder / name).is_file())]
 
 
 def copy(source: Path, target: Path) -> None:
@@ -184,19 +214,29 @@ def read_results(path: Path) -> Fields:
 
 def require_results_of(checkpoint: Path, results: Fields) -> None:
     """Raise CheckpointError unless results are of this checkpoint."""
-    if results.inner("checkpoint").text("sha256") != hash_file(checkpoint):
+    if results.inner("checkpoint").text("sha256") != sha256_of(checkpoint):
         raise CheckpointError(
             f"{results.path}: results of another checkpoint than {checkpoint}; evaluate this one first"
         )
 
 
-def repository_files(checkpoint: Path, results: Path | None, repo_id: str) -> dict[str, bytes]:
-    """What a repository holds: weights, card, and results. Raises CheckpointError when results are of another checkpoint."""
-    load_checkpoint(checkpoint)
+def repository_files(checkpoint: Path, results: Path | None, repo_id: str, folder: str = "") -> dict[str, bytes]:
+    """What a repository, or a folder in one, holds: weights, card, and results. Raises CheckpointError when the results are of
+    another SAE, or the path that one made elsewhere has now is all that says what it is of."""
+    header = load_sae(checkpoint)[1]
+    if checkpoint.is_dir():
+        if not stays_itself(checkpoint, Path("/", f"models--{repo_id.replace('/', '--')}", "snapshots", "0", folder)):
+            raise CheckpointError(
+                f"{checkpoint}: only its path says what it is of; push it to OWNER/NAME/FOLDER where NAME/FOLDER is the path's "
+                f"end, or an export of it: python -m pipeline export {checkpoint} --format saelens --out FOLDER"
+            )
+        files = {name: (checkpoint / name).read_bytes() for name in sae_files(checkpoint)}
+    else:
+        files = {WEIGHTS: checkpoint.read_bytes()}
     data = read_results(results) if results else None
     if data is not None:
         require_results_of(checkpoint, data)
-    files = {WEIGHTS: checkpoint.read_bytes(), "README.md": model_card(checkpoint, data, repo_id).encode()}
+    files["README.md"] = model_card(header, data, f"{repo_id}/{folder}".rstrip("/")).encode()
     if results:
         files[RESULTS] = results.read_bytes()
     return files
@@ -204,55 +244,74 @@ def repository_files(checkpoint: Path, results: Path | None, repo_id: str) -> di
 
 def hook_point(store: Mapping[str, Any]) -> str:
     """Where an SAE's rows come from, in words."""
-    hook = store.get("hook", "resid_post")
+    hook, layer = store.get("hook", "resid_post"), store.get("layer")
     if hook is None:
         return "rows of a place that nobody named"
-    return f"{'residual stream after' if hook == 'resid_post' else f'{hook} of'} layer {store.get('layer')}"
+    where = "a layer that it does not say" if layer is None else f"layer {layer}"
+    return hook if hook == "embed" else f"{'residual stream after' if hook == 'resid_post' else f'{hook} of'} {where}"
 
 
-def model_card(checkpoint: Path, results: Fields | None, repo_id: str) -> str:
-    """Markdown with the Hub's front matter: what the SAE is, what made it, its scores, and how to load it."""
-    header = read_header(checkpoint)
+def card_facts(header: Header) -> dict[str, str]:
+    """What a card's table says of an SAE: by name, in words."""
     sae, store, train = header.sae, header.provenance.get("store") or {}, header.provenance.get("train") or {}
+    made = header.provenance.get("source")
+    reads = hook_point(store) if "hook" in store or not made else "not said"
     levels = ", ".join(f"{m:,}" for m in sae.levels)
-    rows_seen = header.provenance.get("rows_seen") or 0
     facts = {
-        "model": f"{store.get('model')} (revision {store.get('revision') or 'not pinned'})",
-        "hook point": hook_point(store) + (f" to {hook_point(store.get('target') or {})}" if sae.is_transcoder else ""),
-        "width": f"{sae.width:,} latents in levels of {levels}",
+        "hook point": reads + (f" to {hook_point(store.get('target') or {})}" if sae.is_transcoder else ""),
+        "width": f"{sae.width:,} latents" + (f" in levels of {levels}" if sae.n_levels > 1 else ""),
         "activation": sae.activation + (f", k = {sae.k}" if sae.k else "") + f", LayerNorm {sae.layernorm}",
+    }
+    if made:
+        return {"made with": f"{made}, its files as they were", "model": str(store.get("model") or "not said")} | facts
+    rows_seen = header.provenance.get("rows_seen") or 0
+    return {
+        "model": f"{store.get('model')} (revision {store.get('revision') or 'not pinned'})",
+        **facts,
         "recipe": f"{train.get('recipe')}, α = {train.get('alpha')}, seed {train.get('seed')}",
         "trained on": f"{rows_seen:,} rows in {header.step:,} steps, context {store.get('context')}",
-        "code": header.provenance.get("git"),
+        "code": str(header.provenance.get("git")),
     }
-    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+
+
+def model_card(header: Header, results: Fields | None, name: str) -> str:
+    """Markdown with the Hub's front matter: what the SAE is, what made it, its scores, and how to load it by its name there."""
+    sae, store = header.sae, header.provenance.get("store") or {}
     kind, made = ("transcoder", "y_hat") if sae.is_transcoder else ("sparse autoencoder", "x_hat")
+    nested, base = sae.n_levels > 1, str(store.get("model"))
     rows_too = ", x" if sae.skip else ""
-    return "\n".join(
-        [
-            "---",
-            "library_name: nested-sae",
-            "tags: [sparse-autoencoder, matryoshka, interpretability]",
-            *([f"base_model: {store['model']}"] if str(store.get("model", "")).count("/") == 1 else []),
-            "---",
-            f"# {repo_id.split('/')[-1]}",
-            "",
-            f"A nested (Matryoshka) {kind}: every prefix of its dictionary is a dictionary too.",
-            "",
-            "| | |",
-            "|---|---|",
-            *rows,
-            "",
-            *score_table(results),
-            "```python",
-            "import pipeline",
-            f'sae = pipeline.load("{repo_id}")  # takes raw rows',
-            "z = sae.encode(x)",
-            f"{made} = sae.decode(z{rows_too})  # sae.decode_level(z, 0{rows_too}): the shared dictionary alone",
-            "```",
-            "",
-        ]
-    )
+    lines = [
+        "---",
+        *([] if header.provenance.get("source") else ["library_name: nested-sae"]),
+        f"tags: [sparse-autoencoder, {'matryoshka, ' * nested}interpretability]",
+        *([f"base_model: {base}"] if base.count("/") == 1 and HUB_ID.fullmatch(base) else []),
+        "---",
+        f"# {name.split('/')[-1]}",
+        "",
+        f"A nested (Matryoshka) {kind}: every prefix of its dictionary is a dictionary too."
+        if nested
+        else f"A {kind}.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {fact} | {in_cell(value)} |" for fact, value in card_facts(header).items()),
+        "",
+        *score_table(results),
+        "```python",
+        "import pipeline",
+        f'sae = pipeline.load("{name}")  # takes raw rows',
+        "z = sae.encode(x)",
+        f"{made} = sae.decode(z{rows_too})"
+        + f"  # sae.decode_level(z, 0{rows_too}): the shared dictionary alone" * nested,
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def in_cell(text: str) -> str:
+    """Foreign text as one cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def score_table(results: Fields | None) -> list[str]:

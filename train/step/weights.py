@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.base.errors import CheckpointError
 from pipeline.base.files import hash_file
 from pipeline.base.runtime import torch_rng
-from pipeline.sae.foreign import folder_of, foreign_sha256, is_foreign
+from pipeline.sae.foreign import folder_of, is_foreign, sha256_of
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from train.config import TrainConfig, selects
 
@@ -108,7 +108,7 @@ def named_by_content(init_from: str) -> str:
     """PATH#hash of its content, which makes another member of another SAE under the same path. Raises CheckpointError."""
     path = folder_of(Path(init_from))
     if is_foreign(path):
-        return f"{path}#{foreign_sha256(path)[:16]}"
+        return f"{path}#{sha256_of(path)[:16]}"
     if not path.is_file():
         raise CheckpointError(
             f"init_from {init_from}: no such file; give the path of a checkpoint, or of an SAE's folder made elsewhere"
