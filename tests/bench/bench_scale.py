@@ -111,12 +111,12 @@ def measure(path: Path, what: str, delay: float) -> dict[str, float]:
     if delay or what == "stage":
         found = reader.open_files
         reader.open_files = lambda at: files if str(at).endswith(str(path)) else found(at)  # type: ignore[assignment, return-value]
-    before, started = peak_mb(), time.perf_counter()
+    before, started, cpu = peak_mb(), time.perf_counter(), time.process_time()
     if what == "stage":
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             started = time.perf_counter()
             stage("bench://" + str(path), Path(folder) / "staged.zarr", quiet=True)
-            return {"s": time.perf_counter() - started, "mb": peak_mb() - before, "requests": files.n_requests}
+            return figures(started, cpu, before, files.n_requests)
     store = Store.open(path, check=what != "verify")
     if what == "verify":
         assert store.verify(quiet=True) == []
@@ -124,7 +124,13 @@ def measure(path: Path, what: str, delay: float) -> dict[str, float]:
         order = Order(store.train.kept_rows(), 0, 8192)
         with Loader(store.train, order, BATCH) as loader:
             loader.next()
-    return {"s": time.perf_counter() - started, "mb": peak_mb() - before, "requests": files.n_requests}
+    return figures(started, cpu, before, files.n_requests)
+
+
+def figures(started: float, cpu: float, mb: float, n_requests: int) -> dict[str, float]:
+    """What was used since then: seconds by the clock and of processors, MB, requests."""
+    clock, used = time.perf_counter() - started, time.process_time() - cpu
+    return {"s": clock, "cpu_s": used, "mb": peak_mb() - mb, "requests": n_requests}
 
 
 def peak_mb() -> float:
@@ -153,8 +159,9 @@ def report(path: Path, n_shards: int, finish: float | None, delay: float) -> dic
         print(f"{'finish':<16}{finish:>9.2f} s")
     for what, one in found.items():
         requests = f"{one['requests']:>10,.0f} requests" if one["requests"] else ""
-        print(f"{what:<16}{one['s']:>9.2f} s{one['mb']:>9.0f} MB{requests}")
+        print(f"{what:<16}{one['s']:>9.2f} s{one['cpu_s']:>9.2f} s of processors{one['mb']:>9.0f} MB{requests}")
     times = {f"{what.replace(', ', '_')}_s": round(one["s"], 3) for what, one in found.items()}
+    times |= {f"{what.replace(', ', '_')}_cpu_s": round(one["cpu_s"], 3) for what, one in found.items()}
     memory = {f"{what.replace(', ', '_')}_mb": round(one["mb"], 1) for what, one in found.items()}
     requests = {f"{one}_requests": found[f"{one}, delayed"]["requests"] for one in tasks} if delay else {}
     return {"shards": n_shards, "files": n_files, "finish_s": finish, **times, **memory, **requests}
