@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from pipeline.sae.checkpoint import load_checkpoint
+from support import tiny_models
+from support.harvests import store_bytes
 from support.lm_stores import make_lm_store, make_sae, save_member
 from support.stores import make_store
 
@@ -85,3 +87,65 @@ def test_torchrun_evaluation_has_equal_scores(tmp_path: Path) -> None:
     run([*TORCHRUN, *words, "--out", str(tmp_path / "two")])
     assert results(tmp_path / "two") == results(tmp_path / "one")
     assert len(results(tmp_path / "two")) == 3
+
+
+RESTARTED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch.distributed as dist
+from pipeline.base.runtime import process_group, rank
+with process_group("gloo"):
+    dist.barrier()
+    if rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] != "2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+    print(f"rank {rank()} met the others")
+"""
+"""A worker: rank 1 dies in its first two attempts, after all have met."""
+
+
+@pytest.mark.parametrize("meeting", [[], ["--standalone"]])
+def test_restarted_workers_meet(tmp_path: Path, meeting: list[str]) -> None:
+    """Workers that torchrun restarts, twice, meet each other and not those that were killed, whichever rendezvous it has."""
+    (tmp_path / "worker.py").write_text(RESTARTED)
+    words = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", "2", "--max-restarts", "2"]
+    environment = os.environ | {"MASTER_PORT": "0"}
+    done = subprocess.run(
+        [*words, str(tmp_path / "worker.py"), str(ROOT)], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(done.stdout.split("\n")) == ["", "rank 0 met the others", "rank 1 met the others"]
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+from harvest.__main__ import command
+from pipeline.store import writer
+commit, committed = writer.commit, []
+def commit_or_die(*words):
+    commit(*words)
+    committed.append(words)
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(committed) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+writer.commit = commit_or_die
+command()
+"""
+"""A worker of harvest: rank 1 dies in its first attempt, after its second shard."""
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_harvest_restarts_after_a_kill(tmp_path: Path, n: int) -> None:
+    """Of two and four workers of a harvest one is killed: torchrun starts all again, and the bytes are those of one process."""
+    model, corpus = tiny_models.make_model(tmp_path / "model", "gemma2"), tiny_models.make_corpus(tmp_path / "c.jsonl")
+    options = "--layer 2 --tokens 1600 --eval-tokens 320 --context 16 --batch-size 1 --chunk-rows 16 --shard-rows 64 --device cpu"
+    words = ["--model", str(model), "--corpus", str(corpus), *options.split()]
+    run([sys.executable, "-m", "harvest", *words, "--store", str(tmp_path / "one.zarr")])
+    (tmp_path / "worker.py").write_text(KILLED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--max-restarts", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    words = [*torchrun, str(tmp_path / "worker.py"), str(ROOT), *words, "--store", str(tmp_path / "shared.zarr")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "exitcode: -9" in done.stderr
+    assert store_bytes(tmp_path / "shared.zarr") == store_bytes(tmp_path / "one.zarr")

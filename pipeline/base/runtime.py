@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from pipeline.base.errors import UsageError
 
@@ -174,12 +176,30 @@ def process_group(backend: str, **options: Any) -> Iterator[torch.distributed.Pr
     """
     atexit.unregister(gc.collect)
     atexit.register(gc.collect)
+    if (store := restarted_store()) is not None:
+        options |= {"store": store, "rank": rank(), "world_size": world_size()}
     torch.distributed.init_process_group(backend, **options)
     try:
         assert torch.distributed.group.WORLD is not None
         yield torch.distributed.group.WORLD
     finally:
         torch.distributed.destroy_process_group()
+
+
+def restarted_store() -> Store | None:
+    """Where the workers meet that torchrun has restarted on one machine, under keys of this attempt; None: as init_process_group
+    does it.
+
+    Unless `--rdzv-backend` names another, torchrun's store outlives its workers, and there the addresses of those that were
+    killed would be taken for the new ones'. On several machines each counts restarts of its own: those need
+    `--rdzv-backend c10d`, which meets in a new store each time.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
+    if attempt == "0" or not held:
+        return None
+    store, _, _ = next(rendezvous("env://"))
+    return PrefixStore(f"attempt {attempt}", store)
 
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "zarr", "numcodecs", "numpy", "safetensors")
