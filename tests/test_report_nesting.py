@@ -10,7 +10,8 @@ import pytest
 from evaluate.report import svg
 from evaluate.report.figures import Figure, Missing
 from evaluate.report.found import what_was_found
-from evaluate.report.nesting import control, nesting, nesting_found, nesting_table
+from evaluate.report.nesting import control, nesting, nesting_table
+from evaluate.report.nesting_found import nesting_found
 from evaluate.report.reading import read_run
 from evaluate.report.runs import Results, read_results
 from evaluate.report.scored import Container

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluate.report.equal import mean_of, positive
-from evaluate.report.nesting import absorption_clause
+from evaluate.report.nesting_found import absorption_clause
 from evaluate.report.runs import Results
 from evaluate.report.table import Cell, Line, Table
 from evaluate.report.wording import count, half_text, listed, number, p_text, plus_minus, share, signed_plus_minus

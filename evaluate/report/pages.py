@@ -18,7 +18,8 @@ from evaluate.report import svg, wording
 from evaluate.report.figures import Figure, Missing
 from evaluate.report.found import what_was_found
 from evaluate.report.latents import LatentPages, Summary
-from evaluate.report.nesting import NestingTable, nesting_found
+from evaluate.report.nesting import NestingTable
+from evaluate.report.nesting_found import nesting_found
 from evaluate.report.published import published_rows
 from evaluate.report.runs import Group, Results, Row, called, sharing_label
 from evaluate.report.scored import Run
