@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -237,15 +238,18 @@ def test_disk_space_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_an_iterator_is_written_whole(tmp_path: Path) -> None:
-    """Blocks of any size, of an iterator without end, as many rows as were asked for."""
+    """Blocks of any size, of an iterator without end, as many rows as were asked for, and no block more."""
+    asked = []
 
     def endless() -> Iterator[Tensor]:
         for k in range(10**9):
+            asked.append(k)
             yield rows_of(k % 7 + 1, seed=k)
 
     store = pipeline.write_store(endless(), tmp_path / "a.zarr", n_rows=200, context=8, quiet=True)
     expected = torch.cat([rows_of(k % 7 + 1, seed=k) for k in range(80)])[:200]
     assert torch.equal(all_rows(store), expected)
+    assert sum(k % 7 + 1 for k in asked[:-1]) < 200
 
 
 @pytest.mark.parametrize(
@@ -265,7 +269,8 @@ def test_arrays_and_lists_are_rows(tmp_path: Path, rows: Any) -> None:
 @pytest.mark.parametrize(
     ("rows", "n_rows", "said"),
     [
-        ([rows_of(50)], 200, "the rows ended after 6 of 25 sequences"),
+        (iter([rows_of(50)]), 200, "the rows ended after 6 of 25 sequences"),
+        ([rows_of(50)], 200, "200 rows are asked for, the source has 50"),
         (
             [rows_of(50), rows_of(50)[:, :5]],
             100,
@@ -306,6 +311,50 @@ def test_a_failed_iterator_starts_again(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(MismatchError, match="holds a finished store"):
         pipeline.write_store([rows_of(160, seed=2)], tmp_path / "a.zarr", **options)
     assert torch.equal(all_rows(store), rows_of(160, seed=1))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "no space"), PermissionError(errno.EACCES, "denied"), KeyError("k")]
+)
+@pytest.mark.parametrize("n_before", [0, 120])
+def test_an_iterators_errors_are_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, n_before: int
+) -> None:
+    """What an iterator raises comes through as it is, cause included, before the store is begun or in it, and is never taken for
+    the disk's that is written to; what was begun is no store, and another call writes there."""
+
+    def fails() -> Iterator[Tensor]:
+        if n_before:
+            yield rows_of(n_before)
+        raise error from ValueError("why")
+
+    monkeypatch.setattr("pipeline.imports.write.BLOCK", 8)
+    options: dict[str, Any] = {"n_rows": 160, "context": 8, "shard_rows": 32, "chunk_rows": 8, "quiet": True}
+    with pytest.raises(type(error)) as raised:
+        pipeline.write_store(fails(), tmp_path / "a.zarr", **options)
+    assert raised.value is error
+    assert str(error.__cause__) == "why"
+    with pytest.raises(PipelineError):
+        Store.open(tmp_path / "a.zarr")
+    assert torch.equal(all_rows(pipeline.write_store([rows_of(160)], tmp_path / "a.zarr", **options)), rows_of(160))
+
+
+@pytest.mark.parametrize(
+    ("make", "n_rows", "says"),
+    [
+        (lambda: [rows_of(50), rows_of(110)], None, "160 rows of 6, sequences of 8"),
+        (lambda: (rows_of(50), rows_of(110)), 100, "64 not taken"),
+        (lambda: rows_of(160), 100, "64 not taken"),
+        (lambda: iter([rows_of(50), rows_of(110)]), 100, "4 not taken, nor what the iterator yields after them"),
+    ],
+)
+def test_rows_left_out_are_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[], Any], n_rows: int | None, says: str
+) -> None:
+    """A list says itself how many rows it has; how many are not taken is said before work begins, and of an iterator that what it
+    yields after them is not."""
+    pipeline.write_store(make(), tmp_path / "a.zarr", n_rows=n_rows, context=8)
+    assert says in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ until its last shard is there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -93,7 +93,7 @@ def make_plan(job: Import, source: Source, n_rows: int) -> Plan:
         raise UsageError(f"--context {job.context}: this source has sequences of {source.context} rows; leave it out")
     context = source.context or job.context or CONTEXT
     if job.rows is not None and job.rows > n_rows:
-        raise UsageError(f"--rows {job.rows:,}: the source has {n_rows:,}; ask for fewer")
+        raise UsageError(f"{job.rows:,} rows are asked for, the source has {n_rows:,}; ask for fewer")
     n = (n_rows if job.rows is None else job.rows) // context
     n_eval = max(1, n // (EVAL_SHARE + 1)) if job.eval_rows is None else -(-job.eval_rows // context)
     if n_eval >= n:
@@ -128,14 +128,14 @@ def make_plan(job: Import, source: Source, n_rows: int) -> Plan:
     return Plan(job.store, config, special, held_out)
 
 
-def describe(plan: Plan, n_rows: int) -> str:
-    """What will be done, in a few lines."""
+def describe(plan: Plan, n_rows: int, after: str = "") -> str:
+    """What will be done, in a few lines. after: said of rows beyond n_rows, of which nobody knows whether there are any."""
     config, source = plan.config, plan.config["source"]
     context, left = config["context"], n_rows - len(plan.held_out) * config["context"]
     lines = [
         f"source   {source['format']} {source['name']}: {n_rows:,} rows of {config['d_model']}, sequences of {context}",
         f"rows     {plan.n_train * context:,} for training, {plan.n_eval * context:,} for evaluation, every "
-        f"{len(plan.held_out) / plan.n_eval:.3g}th sequence; {int(plan.special.sum()):,} special, {left:,} not taken",
+        f"{len(plan.held_out) / plan.n_eval:.3g}th sequence; {int(plan.special.sum()):,} special, {left:,} not taken{after}",
         f"store    {plan.store}: {config['dtype']}, about {human_bytes(plan.estimate)}",
     ]
     return "\n".join(lines)
@@ -169,19 +169,22 @@ def write_store(
     """Write a store of rows that Python makes; returns it, opened.
 
     rows: a tensor or array [row, d_model] or [sequence, position, d_model]; or whatever yields such blocks, or single rows
-    [d_model], of floats, all of one shape but for the first dimension, without end if it likes: then `n_rows` says how many
-    to take (two-dimensional blocks: sequences of `context`, 128). eval_rows: held out, of these; None: one for every 20.
+    [d_model], of floats, all of one shape but for the first dimension. n_rows: how many to take, from the first on; None: all of
+    an array, or of a list or tuple of blocks. An iterator, which may have no end, needs it, and is asked for no block more.
+    context: rows of a sequence where blocks have two dimensions (128). eval_rows: held out, of these; None: one for every 20.
     name, model, layer, hook: where they come from, for the record and for checks against SAEs.
 
     Raises UsageError (shapes, dtypes, too few rows), DamagedError (a row that is not finite), MismatchError (a finished
-    store is there), DiskError. What a killed call left is written anew by the next.
+    store is there), DiskError; what an iterator itself raises goes through as it is. What a call that failed or was killed has
+    written is no store, and is written anew by the next call, since its rows may be others.
     """
     blocks, source, n_there = from_python(rows, n_rows, name)
+    after = "" if isinstance(rows, Tensor | np.ndarray | list | tuple) else ", nor what the iterator yields after them"
     options = (context, model, layer, hook, dtype, shard_rows, chunk_rows, codec)
     job = Import(str(path), n_rows, eval_rows, *options)
     with silenced(quiet):
         plan = make_plan(job, source, n_there)
-        say(describe(plan, n_there))
+        say(describe(plan, n_there, after))
         return write(plan, lambda first: checked(blocks, source), again=True)
 
 
@@ -195,6 +198,8 @@ def from_python(rows: Any, n_rows: int | None, name: str) -> tuple[Iterator[Tens
             else iter(())
         )
         blocks, n_there = pieces, whole.numel() // max(1, whole.shape[-1])
+    elif isinstance(rows, list | tuple):
+        blocks, n_there = map(as_block, rows), sum(as_block(part).shape[:-1].numel() for part in rows)
     elif n_rows is None:
         raise UsageError("an iterator does not say how many rows it has; give n_rows")
     else:
@@ -277,19 +282,20 @@ def prepared(plan: Plan) -> StoreWriter:
 
 
 def write_shards(writer: StoreWriter, plan: Plan, blocks: Any) -> None:
-    """Pass over the rows once from the first that a missing shard needs. Raises UsageError when they end too early."""
+    """Pass over the rows once from the first that a missing shard needs. Raises UsageError when they end too early, and what
+    reading them raises, which is none of the store's disk."""
     context, held_out = plan.config["context"], plan.held_out
     sequence_of = {"train": np.flatnonzero(~held_out), "eval": np.flatnonzero(held_out)}
     pending = {name: writer.pending(name) for name in sequence_of}
     first, stop = span_of(writer, pending, sequence_of)
-    with contextlib.ExitStack() as stack:
+    with others_errors() as others, contextlib.ExitStack() as stack:
         sinks = {
             name: stack.enter_context(Sink(writer, name, pending[name], int((numbers < first).sum()) * context))
             for name, numbers in sequence_of.items()
         }
         bar = stack.enter_context(Progress((stop - first) * context, "import", "row"))
         at = first
-        for block in sequences(blocks(first * context), context, stop - first):
+        for block in sequences(others(blocks(first * context)), context, stop - first):
             out = torch.from_numpy(held_out[at : at + len(block)])
             sinks["train"].take(block[~out].flatten(0, 1))
             sinks["eval"].take(block[out].flatten(0, 1))
@@ -297,6 +303,33 @@ def write_shards(writer: StoreWriter, plan: Plan, blocks: Any) -> None:
             bar.advance(block.shape[0] * context)
         if at < stop:
             raise UsageError(f"the rows ended after {at} of {stop} sequences of {context}; give fewer rows")
+
+
+class OthersError(Exception):
+    """Carries an OSError of where rows are read past what would take it for one of where they are written."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+@contextlib.contextmanager
+def others_errors() -> Iterator[Callable[[Iterator[Tensor]], Iterator[Tensor]]]:
+    """What to pass blocks through so that an OSError of theirs leaves the context as it is."""
+
+    def carried(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+        try:
+            yield from blocks
+        except OSError as error:
+            raise OthersError(error) from error
+
+    found: OSError | None = None
+    try:
+        yield carried
+    except OthersError as error:
+        found = error.error
+    if found is not None:  # not while another is handled, which would become its context
+        raise found
 
 
 def span_of(
