@@ -688,6 +688,22 @@ def test_fused_processes_of_equal_rows(recipe: str, sparse: bool, monkeypatch: p
         torch.testing.assert_close(member.weights[name], weight, rtol=1e-6, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_processes_find_what_guesses_miss(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guess that is too high for processes that train together: the second histogram adds to what each has counted itself, not
+    to what all have."""
+    config = config_of(dtype, **RECIPE_FORMS["batchtopk"] | {"aux_k": 0})
+    alone = fused(config)
+    forward(Step(alone, alone.kept, batch_of(alone, raw_rows())))
+    group = sums_of_two(monkeypatch, [])
+    member = FusedMember(config, D_MODEL, alone.center, 1.3, DEVICE, Scratch(DEVICE), group)
+    member.load_state({name: tensor.clone() for name, tensor in fused(config).state().items()})
+    member.kept.search[0] = 1.2 * alone.kept.search[1]  # some are above it, too few
+    forward(Step(member, member.kept, batch_of(member, raw_rows())))
+    assert torch.equal(member.kept.search[:2], alone.kept.search[:2])
+    assert not any(bins.any() for bins in member.kept.bins)
+
+
 def train_half(rank: int, folder: str) -> None:
     """One of two processes, each on its half of every batch, in fused passes."""
     torch.set_num_threads(1)

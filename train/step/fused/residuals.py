@@ -45,7 +45,7 @@ def residuals_kernel(
     n_blocks = tl.num_programs(0) * tl.num_programs(1)
     first = tl.program_id(0) * PART_ROWS
     stop = min(first + PART_ROWS, n_rows)
-    term_size = n_rows.to(tl.int64) * d_model
+    term_size = tl.cast(n_rows, tl.int64) * d_model
     keep = 0
     if POOL:
         keep = tl.load(n_dead)

@@ -95,15 +95,15 @@ def find_kernel(
     pass is the threshold, and the next step's guess a little below it; counts are 0 again."""
     missed = tl.load(search + 2)
     if (PASS != 1) | (missed > 0):
-        left = n + tl.zeros((), tl.int32)
+        left = n + tl.zeros((), tl.int64)
         if PASS == 2:
-            left = tl.load(search + 3).to(tl.int32, bitcast=True)
-        above = tl.zeros((), tl.int32)  # values in the bins after the chunk at hand
+            left = tl.load(search + 3).to(tl.int32, bitcast=True).to(tl.int64)
+        above = tl.zeros((), tl.int64)  # values in the bins after the chunk at hand, which may be more than 2³¹
         found = tl.full((), -1, tl.int32)
         rest = left
         for i in range(N_BINS // SIZE):
             base = N_BINS - (i + 1) * SIZE
-            count = tl.load(counts + base + tl.arange(0, SIZE))
+            count = tl.load(counts + base + tl.arange(0, SIZE)).to(tl.int64)
             behind = above + tl.cumsum(count, 0, reverse=True)  # values in this bin and all after it
             n_enough = tl.sum((behind >= left).to(tl.int32))
             here = (found < 0) & (n_enough > 0)
@@ -116,7 +116,7 @@ def find_kernel(
             threshold = (tl.load(search + 1).to(tl.int32, bitcast=True) >> 16) << 16
             threshold = tl.where(threshold == 0, 0, threshold + tl.maximum(found, 0))
         else:
-            tl.store(search + 3, rest.to(tl.float32, bitcast=True))
+            tl.store(search + 3, rest.to(tl.int32).to(tl.float32, bitcast=True))
         if PASS == 0:
             tl.store(search + 2, tl.where(found < 0, 1.0, 0.0))
         tl.debug_barrier()
@@ -197,9 +197,11 @@ def find(step: Step) -> Tensor:
     kept, group = step.kept, step.member.group
     for index in range(1 + len(kept.bins)):
         count(step, kept.search, index)
+        counts = kept.bins[index == 2]
         if group is not None:
-            dist.all_reduce(kept.bins[index == 2], group=group)
-        find_bin(kept, kept.search, index, step.member._kept * step.n_rows_all)
+            counts = counts.clone() if index == 0 else counts  # pass 1 adds to what this process itself has counted
+            dist.all_reduce(counts, group=group)
+        find_bin(kept, kept.search, counts, index, step.member._kept * step.n_rows_all)
     return kept.search[1:]
 
 
@@ -211,7 +213,7 @@ def find_over(steps: Callable[[], Iterable[Step]], kept: Kept, n: int) -> Tensor
     for index in range(1 + len(kept.bins)):
         for step in steps():
             count(step, search, index)
-        find_bin(kept, search, index, n)
+        find_bin(kept, search, kept.bins[index == 2], index, n)
     return search[1]
 
 
@@ -257,9 +259,8 @@ def count(step: Step, search: Tensor, index: int) -> None:
     )
 
 
-def find_bin(kept: Kept, search: Tensor, index: int, n: int) -> None:
+def find_bin(kept: Kept, search: Tensor, counts: Tensor, index: int, n: int) -> None:
     """What the histogram of a pass says of the n-th largest; with the last pass that is all."""
-    counts = kept.bins[index == 2]
     launch(
         find_kernel,
         (1,),
@@ -269,6 +270,6 @@ def find_bin(kept: Kept, search: Tensor, index: int, n: int) -> None:
         PASS=index,
         LAST=index == len(kept.bins),
         N_BINS=len(counts),
-        SIZE=8192,
-        num_warps=16,
+        SIZE=4096,
+        num_warps=8,
     )
