@@ -284,4 +284,4 @@ def test_other_device_step_fetches_nothing(
         batch = normalise_batch(torch.zeros(48, D_MODEL, dtype=torch.bfloat16, device=meta), center, 1.0, out=batch)
         member.step(batch)
     with pytest.raises(RuntimeError, match="meta tensors"):
-        member.is_finite()  # which does fetch
+        member.was_finite(member.counters())  # which does fetch

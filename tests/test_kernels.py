@@ -289,8 +289,7 @@ def test_checkpoint_fetches_nothing() -> None:
     member = FusedMember(config, D_MODEL, torch.zeros(D_MODEL, device=meta), 1.0, meta, Scratch(meta))
     member.step(normalise_batch(torch.zeros(ROWS, D_MODEL, device=meta), member.center, 1.0))
     member.sae_of_state()
-    with pytest.raises(RuntimeError, match="meta tensors"):
-        Member._calibrate(member)
+    Member._calibrate(member)
 
 
 @pytest.mark.parametrize("recipe", RECIPE_FORMS)
@@ -352,7 +351,7 @@ def test_divergence_is_seen(recipe: str, where: str) -> None:
         ours.weights["W_enc"][:, 3] = math.nan
         ours.adam.refresh_low()
     ours.step(batch_of(ours, raw))
-    assert not ours.is_finite()
+    assert not ours.was_finite(ours.counters())
 
 
 def test_resumed_fused_member_is_bit_equal() -> None:

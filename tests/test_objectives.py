@@ -17,7 +17,7 @@ from train.step.member import Member, normalise_batch
 from train.step.objectives import auxiliary_pool, random_prefixes, reconstruction_terms
 from train.step.schedules import Controller, kept_a_row, sparsity_ramp
 from train.step.scratch import Scratch
-from train.step.selection import batch_threshold, row_thresholds
+from train.step.selection import batch_threshold, nth_largest_over, row_thresholds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -142,6 +142,7 @@ def test_batch_threshold_equals_torch_topk(dtype: torch.dtype, guess: float) -> 
     z = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)).relu().to(dtype)
     for n in (1, 7, 500, 64 * 50):
         assert batch_threshold(z, n, guess) == z.flatten().topk(n).values[-1]
+        assert nth_largest_over(torch.split(z, 3), n) == batch_threshold(z, n)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

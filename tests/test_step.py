@@ -21,7 +21,7 @@ from train.config import RECIPES, TrainConfig, paper
 from train.plan import SHARED_PARTS, memory_bytes
 from train.step.fused.choice import member_kind
 from train.step.graphs import cuda_capture
-from train.step.member import Batch, Member, normalise_batch, product_dtype
+from train.step.member import Batch, Member, dead_share, normalise_batch, product_dtype
 from train.step.schedules import learning_rate, sparsity_ramp
 from train.step.scratch import Scratch, row_chunks
 from train.step.snapshot import Snapshot
@@ -249,22 +249,21 @@ def test_never_fired_latents_are_dead() -> None:
     member = member_of(config_of("paper", layernorm="none", dead_after_rows=100))
     member.weights["b_enc"][:16] = -10.0
     member.step(batch_for(member, 0))
-    share, n_rows = member.dead()
-    assert n_rows == ROWS
-    assert share >= 0.25
+    assert member.dead_rows == ROWS
+    assert dead_share(member.rows_since_fired, ROWS) >= 0.25
     assert (member.rows_since_fired[:16] == ROWS).all()
     train(member, 1, 5)
-    assert member.dead()[1] == 100
+    assert member.dead_rows == 100
 
 
 def test_infinite_loss_is_seen() -> None:
     """A loss that is not finite is seen."""
     member = member_of(config_of("paper"))
     train(member, 0, 2)
-    assert member.is_finite()
+    assert member.was_finite(member.counters())
     member.weights["b_dec"][0] = float("nan")
     train(member, 2, 3)
-    assert not member.is_finite()
+    assert not member.was_finite(member.counters())
 
 
 @pytest.mark.slow
@@ -389,7 +388,7 @@ def test_batch_of_zeros_is_harmless() -> None:
         member = member_of(config_of(recipe, **RECIPE_CHANGES[recipe]))
         zeros = torch.zeros(ROWS, D_MODEL)
         member.step(normalise_batch(zeros, zeros[0], 1.0))
-        assert member.is_finite()
+        assert member.was_finite(member.counters())
         assert all(torch.isfinite(weight).all() for weight in member.weights.values())
 
 

@@ -38,6 +38,7 @@ from pipeline.sae.checkpoint import load_checkpoint, read_header
 from pipeline.store.reader import Store
 from support.stores import make_store
 from support.train_crasher import small
+from train import plan
 from train.config import TrainConfig
 from train.feed.bodies import BodyCheck
 from train.feed.order import Order
@@ -100,25 +101,24 @@ def alone(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ou
     return [outcome for member in GRID for outcome in train(tiny_store, out, member)]
 
 
-@pytest.mark.parametrize(("log_every", "asked"), [(2, []), (3, [2, 4])])
-def test_checkpoint_at_a_line_asks_nothing(
-    log_every: int, asked: list[int], tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A checkpoint of a step that was logged knows from the line whether all is finite and how many latents are dead; one
-    between lines has to ask."""
-    seen: dict[str, list[int]] = {"is_finite": [], "dead": []}
-    originals = {name: getattr(Member, name) for name in seen}
+def test_checkpoint_says_what_is_dead(tiny_store: Path, tmp_path: Path) -> None:
+    """A checkpoint between lines says the share of dead latents of its own step."""
+    config = small(
+        steps=6, log_every=4, checkpoint_every=3, lr_warmup_steps=0, sparsity_warmup_steps=0, dead_after_rows=64
+    )
+    found: list[float] = []
+    member_sae = Member.sae_of_state
 
-    def noting(name: str) -> Any:
-        return lambda self: seen[name].append(self.n_steps) or originals[name](self)
+    def noting(self: Member) -> Any:
+        found.append(float((self.rows_since_fired >= 64).double().mean()))
+        return member_sae(self)
 
-    for name in seen:
-        monkeypatch.setattr(Member, name, noting(name))
-    config = small(steps=6, log_every=log_every, checkpoint_every=2, lr_warmup_steps=0, sparsity_warmup_steps=0)
-    final = train(tiny_store, tmp_path, config)[0].final
-    assert final is not None
-    assert 0 <= read_header(final).provenance["dead"] <= 1
-    assert seen == {"is_finite": asked, "dead": asked}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Member, "sae_of_state", noting)
+        outcome = train(tiny_store, tmp_path, config, keep="all")[0]
+    told = [read_header(path).provenance for path in sorted(outcome.folder.glob("checkpoints/*"))]
+    assert [one["dead"] for one in told] == found
+    assert [one["fired_rows"] for one in told] == [64, 64]
 
 
 def test_grid_members_equal_single_ones(tiny_store: Path, tmp_path: Path, alone: list[Outcome]) -> None:
@@ -199,10 +199,29 @@ def test_diverging_member_spares_the_others(
     good, bad = train(tiny_store, tmp_path / "out", GRID[0], GRID[1])
     assert_same(good, alone[0])
     assert bad.final is None
-    assert "not finite between steps 13 and 15" in bad.problem
+    assert "not finite between steps 13 and 16" in bad.problem
     assert "last good state is that of step 10" in bad.problem
     monkeypatch.undo()
     assert_same(train(tiny_store, tmp_path / "out", GRID[1])[0], alone[1])
+
+
+def test_divergence_between_lines_is_unwritten(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is to be written between lines, after a loss that was not finite, is not, though the member ends at its line only."""
+    config = small(steps=12, log_every=6, checkpoint_every=4, lr_warmup_steps=0, sparsity_warmup_steps=0)
+    step_of = Trainee.advance
+
+    def poisoned(self: Trainee, batch: Any, clock: Any) -> None:
+        if self.member.n_steps == 6:
+            self.member.weights["b_dec"][0] = float("nan")
+        step_of(self, batch, clock)
+
+    monkeypatch.setattr(Trainee, "advance", poisoned)
+    (bad,) = train(tiny_store, tmp_path, config)
+    assert "not finite between steps 7 and 12; the last good state is that of step 4" in bad.problem
+    assert [path.stem for path in bad.folder.glob("checkpoints/*")] == ["step_000004"]
+    assert Folder(tmp_path, config, {}).step() == 4
 
 
 def test_too_high_rate_is_no_crash(tiny_store: Path, tmp_path: Path) -> None:
@@ -294,6 +313,30 @@ def test_rows_on_the_device_train_alike(
     for a, b in zip(expected, found, strict=True):
         assert_same(a, b)
     assert "lie in the memory of cpu" in capsys.readouterr().err
+
+
+def test_auto_order_follows_the_gpu(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA `auto` is a global order where all rows fit into what members leave of its memory, else windows where two do, else
+    the order that the host can gather; a member that is there goes on in its own."""
+    monkeypatch.setattr(plan, "WINDOW_ROWS", 512)
+    stores, cuda = Stores.open(tiny_store, None), torch.device("cuda", 0)
+    job = RunConfig(tiny_store, tmp_path, GRID[:1], device="cpu")
+    chunk, split = stores.train.shape.layout.chunk_nbytes, stores.train
+    (whole,) = plan.make_tasks(job, stores, GRID[:1], cuda, 1 << 40)
+    members = sum(plan.on_device(plan.pass_memory(split.shape, [whole], cuda), cuda).values())
+
+    def order_with(n_chunks: int, device: torch.device = cuda) -> Any:
+        free = math.ceil((members + n_chunks * chunk) / (1 - plan.RESERVE)) + 1
+        return plan.make_tasks(job, stores, GRID[:1], device, free)[0].order
+
+    windows = 2 * Order(stores.kept("train", GRID[0].max_norm), 0, 512).most_chunks
+    assert windows < split.n_chunks
+    assert whole.order == order_with(split.n_chunks) == {"mode": "global"}
+    assert order_with(split.n_chunks - 1) == order_with(windows) == {"mode": "window", "window_rows": 512}
+    assert order_with(windows - 1) == {"mode": "global"}
+    assert order_with(windows, torch.device("cpu")) == {"mode": "global"}
+    train(tiny_store, tmp_path, GRID[0])
+    assert order_with(windows) == {"mode": "global"}
 
 
 def test_rows_on_the_device_are_checked(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,8 @@ class Remembering(click.Command):
     default="auto",
     show_default=True,
     help="Order of rows. global: an exact permutation over mapped shards; window: permuted chunks in windows, for "
-    "stores larger than memory and compressed ones; auto: global where the store fits into memory.",
+    "stores larger than memory and compressed ones; auto: global where the store fits into memory, on CUDA into the GPU's "
+    "beside the members.",
 )
 @click.option("--window-rows", type=COUNT, help="Rows a window spans; two are held in memory.  [262144]")
 @click.option("--threads", type=COUNT, default=2, show_default=True, help="Threads that gather rows.")
@@ -286,12 +287,13 @@ def show_plan(job: RunConfig, device: torch.device, n: int, planned: Path | None
     with cores_divided(n), environment({"LOCAL_WORLD_SIZE": str(n)} if n > 1 else {}):
         for rank_ in range(n):
             members = own_members(job, Processes(rank_, n, device, None))
+            free = plan.free_memory(device)
             tasks = (
-                plan.make_tasks(job, stores, members)
+                plan.make_tasks(job, stores, members, device, free)
                 if planned is None
                 else plan.planned_tasks(job, rows, members, target)
             )
-            passes = plan.make_passes(rows, tasks, device, plan.free_memory(device))
+            passes = plan.make_passes(rows, tasks, device, free)
             if planned is None:
                 announce(stores, tasks, passes, device)
             else:

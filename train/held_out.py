@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,17 +41,16 @@ class HeldOut:
         return HeldOut(x, x if target is None else y.to(device), variance) if variance > 0 else None
 
     @torch.inference_mode()
-    def scores(self, sae: NestedSAE) -> dict[str, list[float]]:
-        """eval_ev, 1 − Σ‖y − ŷ‖² / Σ‖y − mean‖², and eval_l0, mean latents a row, of every level, innermost first."""
-        sae = sae.to(self.x.device)
+    def scores(self, sae: NestedSAE) -> dict[str, Float[Tensor, " level"]]:
+        """eval_ev, 1 − Σ‖y − ŷ‖² / Σ‖y − mean‖², and eval_l0, mean latents a row, of every level, innermost first, on the device,
+        where the SAE is."""
         levels = sae.config.levels
         errors, fired = (torch.zeros(len(levels), dtype=torch.float64, device=self.x.device) for _ in range(2))
         for x, y in zip(torch.split(self.x, BLOCK), torch.split(self.y, BLOCK)):
             z = sae.encode(x)
             fired += torch.stack([(z[:, :m] != 0).sum() for m in levels])
             errors += torch.stack([squared(y.float() - made) for made in sae.decode_levels(z, x)])
-        ev, l0 = 1 - errors / self.variance, fired / len(self.x)
-        return {"eval_ev": ev.tolist(), "eval_l0": l0.tolist()}
+        return {"eval_ev": 1 - errors / self.variance, "eval_l0": fired / len(self.x)}
 
 
 def sampled(split: Split, kept: KeptRows) -> Tensor:
@@ -79,16 +77,11 @@ def is_due(config: TrainConfig, step: int) -> bool:
 
 
 def memory_bytes(config: TrainConfig, d_model: int, d_out: int | None = None) -> int:
-    """Bytes that scoring takes where the member lives: the rows, a copy of the SAE, latents of a block."""
+    """Bytes that scoring takes where the member lives: the rows, latents of a block, and where training is in float64 a float32
+    copy of the SAE."""
     if not config.eval_every:
         return 0
     made = d_out or d_model
+    n_weights = (d_model + made + 6) * config.width + d_model * made * config.skip
     rows = ROWS * (d_model + (d_out or 0)) + 4 * BLOCK * (config.width + made)
-    return 4 * (rows + (d_model + made + 6) * config.width + d_model * made * config.skip)
-
-
-def merged(metrics: dict[str, Any], held_out: HeldOut | None, config: TrainConfig, sae: Any) -> dict[str, Any]:
-    """A line of metrics with the held-out scores of the SAE that `sae()` makes, where they are due."""
-    if held_out is None or not is_due(config, metrics["step"]):
-        return metrics
-    return metrics | held_out.scores(sae())
+    return 4 * (rows + (n_weights if config.dtype == "float64" else 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -154,10 +155,26 @@ def make_order(stores: Stores, task: Task, process: int = 0) -> Order:
     return Order(stores.kept("train", task.config.max_norm), task.config.data_seed, own, (process % parts, parts))
 
 
-def make_tasks(job: RunConfig, stores: Stores, members: Sequence[TrainConfig]) -> list[Task]:
-    """Where every member stands. `members` have their dtype resolved. Raises MismatchError for a folder of another config."""
-    new, target = new_order(job, stores.train.shape), stores.target_layout
-    return [make_task(job, Folder(job.out, config, stores.identity(config)), new, target) for config in members]
+def make_tasks(
+    job: RunConfig, stores: Stores, members: Sequence[TrainConfig], device: torch.device, free: int
+) -> list[Task]:
+    """Where every member stands. `members` have their dtype resolved. On CUDA, with `free` bytes, `auto` gives new members an
+    order in windows where all rows are not to lie beside them in its memory, but two windows are. Raises MismatchError for a
+    folder of another config."""
+
+    def standing(job_of_order: RunConfig) -> list[Task]:
+        new, target = new_order(job_of_order, stores.train.shape), stores.target_layout
+        return [make_task(job, Folder(job.out, config, stores.identity(config)), new, target) for config in members]
+
+    def are_there(tasks: Sequence[Task]) -> bool:
+        groups = make_passes(stores.train.shape, tasks, device, free)
+        return all(place_on_device(stores, group, device, free) is not None for group in groups)
+
+    tasks = standing(job)
+    if device.type != "cuda" or job.mode != "auto" or are_there(tasks):
+        return tasks
+    in_windows = standing(dataclasses.replace(job, mode="window"))
+    return in_windows if are_there(in_windows) else tasks
 
 
 def planned_tasks(
@@ -294,6 +311,8 @@ def pass_memory(rows: SplitLayout, tasks: Sequence[Task], device: torch.device) 
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may use where members live; processes on one machine share its memory evenly."""
     if device.type == "cuda":
+        gc.collect()  # members of an earlier pass are in cycles
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return available_memory() // n_processes

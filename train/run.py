@@ -87,7 +87,7 @@ def make_plan(
     def first() -> Any:
         if job.extend:
             extend(job, stores, members)
-        tasks = plan.make_tasks(job, stores, members)
+        tasks = plan.make_tasks(job, stores, members, processes.device, free)
         return plan.as_data(tasks, plan.make_passes(rows, tasks, processes.device, free))
 
     return plan.from_data(job, stores, members, processes.told(first))

@@ -20,10 +20,10 @@ from pipeline.sae.foreign import load_sae
 from pipeline.store.requests import Traffic
 from train.feed.loader import Feeds
 from train.folder import Keep
-from train.held_out import HeldOut, merged
+from train.held_out import HeldOut, is_due
 from train.log import Log, open_logs
 from train.plan import RunConfig, Task
-from train.step.member import Batch, Member
+from train.step.member import Batch, Member, dead_share
 from train.step.snapshot import Snapshot
 from train.step.weights import path_of
 from train.stores import Stores, require_hook
@@ -64,7 +64,8 @@ class Trainee:
         self.held_out = held_out if writes else None
         self.problem = ""
         self.logged = task.step  # the last step that was logged
-        self.saved = task.step  # the last step whose state was handed to the writer, and when that was
+        self.written = task.step  # the last step whose state is on disk
+        self.saved = task.step  # the last one whose state was handed to the writer, and when that was
         self.saved_at = time.monotonic()
         self.metrics: dict[str, Any] = {}
         self.stack = contextlib.ExitStack()
@@ -126,19 +127,19 @@ class Trainee:
             self.log(clock)
         minutes = self.job.checkpoint_minutes
         if last or step % config.checkpoint_every == 0:
-            self.require_finite(self.logged == step or self.member.is_finite())  # a line has asked that
             self.save(sae=True, state=minutes is None or last)
         elif minutes is not None and self.writes and time.monotonic() - self.saved_at >= 60 * minutes:
-            self.saved_at = time.monotonic()
-            if self.member.is_finite():  # else it ends at its next line, in all processes at once
-                self.save(sae=False)
+            self.save(sae=False)
 
     def require_finite(self, finite: bool) -> None:
         """Raise DivergedError when a loss or gradient since the last logged step was not `finite`."""
         if finite:
             return
+        self.writer.finish()
         last = (
-            f"the last good state is that of step {self.saved}" if self.saved else "there is no checkpoint before that"
+            f"the last good state is that of step {self.written}"
+            if self.written
+            else "there is no checkpoint before that"
         )
         raise DivergedError(
             f"{self.folder.path}: the loss or a gradient was not finite between steps {self.logged + 1} and "
@@ -147,10 +148,12 @@ class Trainee:
 
     def log(self, clock: Clock) -> None:
         """One line of metrics, a function of the config, and one of timings, a function of the machine. Raises DivergedError."""
-        metrics = self.member.metrics()
-        self.require_finite(all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")))
-        metrics = merged(metrics, self.held_out, self.task.config, self.member.sae)
-        self.require_finite(all(map(math.isfinite, metrics.get("eval_ev", ()))))
+        scores = None
+        if self.held_out is not None and is_due(self.task.config, self.member.n_steps):
+            scores = self.held_out.scores(self.member.sae_here())
+        metrics = self.member.metrics(scores)
+        told = [metrics["loss"], metrics["grad_norm"], *metrics.get("eval_ev", ())]
+        self.require_finite(all(map(math.isfinite, told)))
         self.metrics = metrics | {"epoch": self.member.n_rows / self.n_kept}
         self.logged = self.member.n_steps
         if not self.writes:
@@ -162,32 +165,35 @@ class Trainee:
 
     def save(self, *, sae: bool, state: bool = True) -> None:
         """Snapshot the member and have it written in the background: a checkpoint of the SAE first, then the training state,
-        those asked for, then retention."""
+        those asked for, then retention. Nothing is fetched: where a loss between lines was not finite, the copy says so, nothing
+        is written, and the next line ends the member, in all processes at once."""
         step, folder = self.member.n_steps, self.folder
         if state:
             self.saved, self.saved_at = step, time.monotonic()
         if not self.writes:
             return
         metrics_sha256 = hash_file(folder.path / "metrics.jsonl") if state else ""
-        snapshot = Snapshot(self.member.state() if state else self.member.weights)
+        snapshot = Snapshot(self.member.state() if state else self.member.weights | self.member.counters())
         make_sae, provenance = (self.member.sae_of_state(), self.provenance()) if sae else (None, {})
 
         def write() -> None:
             tensors = snapshot.tensors()
+            if not self.member.was_finite(tensors):
+                return
             with disk_errors(folder.path):
                 if make_sae is not None:
-                    folder.write_checkpoint(make_sae(tensors), step, provenance)
+                    dead = dead_share(tensors["rows_since_fired"], provenance["fired_rows"])
+                    folder.write_checkpoint(make_sae(tensors), step, provenance | {"dead": float(dead)})
                 if state:
                     folder.write_state(tensors, step, metrics_sha256)
+                    self.written = step
                 folder.retain(self.keep)
 
         sae_bytes = sum(4 * weight.numel() for weight in self.member.weights.values()) if sae else 0
         self.writer.submit(write, snapshot.n_bytes + sae_bytes)
 
     def provenance(self) -> dict[str, Any]:
-        """FORMAT.md, "Checkpoint": where this SAE comes from."""
-        known = self.metrics if self.logged == self.member.n_steps and self.metrics else None
-        dead, fired_rows = (known["dead"], known["dead_rows"]) if known else self.member.dead()
+        """FORMAT.md, "Checkpoint": where this SAE comes from, but for the share of dead latents."""
         return {
             "member": self.folder.name,
             "train": self.folder.description(self.task.order)["config"],
@@ -195,8 +201,7 @@ class Trainee:
             "versions": versions(),
             "git": git_state(),
             "rows_seen": self.member.n_rows,
-            "fired_rows": fired_rows,
-            "dead": dead,
+            "fired_rows": self.member.dead_rows,
         }
 
     def outcome(self) -> Outcome:

@@ -237,11 +237,14 @@ class Loader:
             return None
 
     def close(self) -> None:
-        """Stop the threads; what was gathered ahead is dropped."""
+        """Stop the threads; what was gathered ahead is dropped. On CUDA until no copy is on its way into memory that others get
+        then."""
         self.free.put(None)
         self.producer.join()
         for pool in (self.ahead, self.readers, self.gatherers):
             pool.shutdown(wait=True, cancel_futures=True)
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def __enter__(self) -> Loader:
         return self
@@ -256,16 +259,22 @@ class Loader:
             host = torch.empty(n_rows, d_model, dtype=dtype)
             return Slot(host, host)
         host = torch.empty(n_rows, d_model, dtype=dtype, pin_memory=True)
-        return Slot(host, torch.empty_like(host, device=self.device))
+        slot = Slot(host, torch.empty_like(host, device=self.device))
+        self._mark_used(slot)  # by whoever had this memory before
+        return slot
 
     def _give_back(self) -> None:
         slot, self.in_use = self.in_use, None
         if slot is None:
             return
         if self.stream is not None:
-            slot.used = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            slot.used.record(torch.cuda.current_stream(self.device))
+            self._mark_used(slot)
         self.free.put(slot)
+
+    def _mark_used(self, slot: Slot) -> None:
+        """After what was asked of the device so far, a slot's memory there may be written."""
+        slot.used = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        slot.used.record(torch.cuda.current_stream(self.device))
 
     def _produce(self) -> None:
         try:

@@ -106,7 +106,7 @@ class DeviceRows:
         self.batches = order.batches(position, batch_size)
         self.held: Held | None = None
         self.needed: Rows = np.empty(0, np.int64)  # chunks of the window being delivered
-        self.coming = self._load_next(None)
+        self.coming = self._load_next(self._mark())  # what this memory held before may still be read
 
     def next(self) -> Shaped[Tensor, "row d_model"]:
         """The next batch on the device, contiguous; its memory is written again by the next call. Raises DamagedError."""
@@ -135,7 +135,7 @@ class DeviceRows:
         return self.held
 
     def _mark(self) -> torch.cuda.Event | None:
-        """After this on the device, windows before the one at hand are read no more."""
+        """After this on the device, nothing that was asked for so far reads or writes any more."""
         if self.stream is None:
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -185,9 +185,11 @@ class DeviceRows:
             self.staging.put(staging)
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stop the threads; on CUDA until no copy is on its way into memory that others get then."""
         for pool in (self.ahead, self.readers):
             pool.shutdown(wait=True, cancel_futures=True)
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def __enter__(self) -> DeviceRows:
         return self

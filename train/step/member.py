@@ -34,7 +34,7 @@ from train.step.reduce import Reducer
 from train.step.sample import Sample
 from train.step.schedules import Controller, Schedule
 from train.step.scratch import Scratch
-from train.step.selection import batch_threshold, global_threshold
+from train.step.selection import batch_threshold, global_threshold, nth_largest_over
 from train.step.sums import Sums
 from train.step.weights import first_l0, initial_weights, mapped_weights
 
@@ -209,16 +209,22 @@ class Member:
         self.adam.refresh_low()
 
     def _calibrate(self) -> None:
-        """batchtopk: let the threshold keep k latents a row of the sample's rows, under the weights as they are now (syncs)."""
+        """batchtopk: let the threshold keep k latents a row of the sample's rows, under the weights as they are now."""
         if self.config.activation != "batchtopk" or not self.n_steps:
             return
         pieces = self.sample.pieces(self.n_steps)
         n_keep = self.config.k * sum(map(len, pieces))
+        if self.device.type != "cpu":
+            self.threshold = nth_largest_over(map(self._before_selection, pieces), n_keep).to(self.wide)
+            return
         bound = float(batch_threshold(self._before_selection(pieces[0]), self.config.k * len(pieces[0]))) / 2
         large = self._above(pieces, bound)
         if len(large) < n_keep:
             large = self._above(pieces, -1.0)
-        self.threshold = batch_threshold(large[None], n_keep).to(self.wide)
+        if len(large) < n_keep:  # some are no numbers, so that this member ends at its next line
+            self.threshold.fill_(math.nan)
+        else:
+            self.threshold = batch_threshold(large[None], n_keep).to(self.wide)
 
     def _above(self, pieces: Sequence[Tensor], bound: float) -> Tensor:
         """All latents before selection that are above a bound, of some rows, in one dimension."""
@@ -428,8 +434,9 @@ class Member:
         shared, specialised = self.config.lambda_shared * size[0], self.config.lambda_specialised * size[1]
         return loss + forward.factor * (shared + specialised) / n_rows
 
-    def metrics(self) -> dict[str, Any]:
-        """Scalars over the steps since the last call, in one fetch: a line of metrics.jsonl, but for the epoch.
+    def metrics(self, more: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Scalars over the steps since the last call, in one fetch: a line of metrics.jsonl, but for the epoch. more: vectors on
+        the device that the line ends with.
 
         step, rows (seen so far); means a row: loss (the whole objective), recon (a list, innermost level first; with
         random prefixes by rank), l1_shared and l1_specialised (E Σ|z|, before λ), aux, l0; n_shared (latents of the
@@ -437,7 +444,9 @@ class Member:
         clipped (share of steps); dead (share of latents that did not fire over the last dead_rows rows); lr and lambda
         (the penalty's factor: warm-up times controller) of the last step. Values may be NaN. After it the sums begin anew.
         """
-        now = Sums.of(dead=self._dead_share(), factor=self.controller.factor)
+        now = Sums.of(
+            dead=dead_share(self.rows_since_fired, self.dead_rows), factor=self.controller.factor, **(more or {})
+        )
         sums = Sums(torch.cat([self.sums.flat, now.flat]), self.sums.sizes | now.sizes).fetch()
         n_steps, n_rows = sums["steps"][0], sums["rows"][0]
         variance = sums["square"][0] - sum(total * total for total in sums["total"]) / n_rows
@@ -455,37 +464,35 @@ class Member:
             "l0": sums["l0"][0] / n_steps,
             "n_shared": self.shape.n_shared,
             "dead": sums["dead"][0],
-            "dead_rows": self._dead_rows,
+            "dead_rows": self.dead_rows,
             "grad_norm": sums["grad_norm"][0] / n_steps,
             "clipped": sums["clipped"][0] / n_steps,
             "lr": schedules.learning_rate(self.config, last),
             "lambda": schedules.sparsity_ramp(self.config, last) * sums["factor"][0],
-        }
-
-    def dead(self) -> tuple[float, int]:
-        """Share of latents that did not fire, and over how many of the last rows that was counted (syncs)."""
-        return float(self._dead_share()), self._dead_rows
+        } | {name: sums[name] for name in more or {}}
 
     @property
-    def _dead_rows(self) -> int:
+    def dead_rows(self) -> int:
+        """Over how many of the last rows latents are counted that did not fire."""
         return min(self.n_rows, self.config.dead_after_rows)
 
-    def _dead_share(self) -> Float[Tensor, ""]:
-        n_rows = self._dead_rows
-        return ((self.rows_since_fired >= n_rows) & (n_rows > 0)).double().mean()
+    def counters(self) -> dict[str, Tensor]:
+        """The part of `state` that says how training goes: sums since the last `metrics`, rows since each latent fired."""
+        return {"rows_since_fired": self.rows_since_fired, "sums": self.sums.flat}
 
-    def is_finite(self) -> bool:
-        """Whether every loss and gradient norm since the last `metrics` was finite (syncs). Ask before a checkpoint."""
-        return bool(torch.isfinite(self.sums["loss"] + self.sums["grad_norm"]).all())
+    def was_finite(self, counters: Mapping[str, Tensor]) -> bool:
+        """Whether every loss and gradient norm since the last `metrics` was finite, of a copy of `counters` (syncs where that is
+        on a device). Ask before a checkpoint is written."""
+        sums = Sums(counters["sums"], self.sums.sizes)
+        return bool(torch.isfinite(sums["loss"] + sums["grad_norm"]).all())
 
     def state(self) -> dict[str, Tensor]:
         """All that `load_state` needs to go on bit-identically: the tensors themselves, so write them before stepping on."""
         estimates = {"controller": self.controller.state} | self.sample.state()
-        counters = {"rows_since_fired": self.rows_since_fired, "sums": self.sums.flat}
         position = {"n_steps": torch.tensor(self.n_steps), "n_rows": torch.tensor(self.n_rows)}
         if self.config.alpha == "auto":
             position |= {"n_shared": torch.tensor(self.shape.n_shared), "explained": self.explained}
-        return self.adam.state() | estimates | counters | position
+        return self.adam.state() | estimates | self.counters() | position
 
     def _changed(self) -> dict[str, Tensor]:
         """All tensors that a step changes and a later one reads."""
@@ -524,24 +531,43 @@ class Member:
 
     def sae_of_state(self) -> Callable[[Mapping[str, Tensor]], NestedSAE]:
         """What makes the SAE as it stands from a copy of `state()`, or of the weights alone, of this moment, at any time and
-        in any thread (syncs now)."""
-        self._calibrate()
-        shape, names = self.shape, tuple(self.weights)
-        tensors = {"center": self.center, "scale": torch.tensor(self.scale)}
-        if self.target is not None:
-            tensors |= {"target_center": self.target.center, "target_scale": torch.tensor(self.target.scale)}
-        if shape.activation == "batchtopk":
-            tensors["threshold"] = self.threshold.clone().expand(self.config.width)
+        in any thread."""
+        tensors, shape = self._sae_tensors(), self.shape
 
         def make(state: Mapping[str, Tensor]) -> NestedSAE:
             sae = NestedSAE(shape)
-            filled = tensors | {name: state[name] for name in names if name != "log_threshold"}
-            if shape.activation == "jumprelu":
-                filled["threshold"] = state["log_threshold"].exp()
-            sae.load_state_dict({name: tensor.detach().cpu().float() for name, tensor in filled.items()})
+            sae.load_state_dict({name: tensor.detach().cpu().float() for name, tensor in tensors(state).items()})
             return sae.eval()
 
         return make
+
+    def sae_here(self) -> NestedSAE:
+        """The SAE as it stands, of the member's own tensors on its device as far as they are float32: until the next step.
+        Nothing is fetched."""
+        with torch.device("meta"):
+            sae = NestedSAE(self.shape).requires_grad_(False)
+        tensors = self._sae_tensors()(self.weights)
+        sae.load_state_dict({name: tensor.detach().float() for name, tensor in tensors.items()}, assign=True)
+        return sae.eval()
+
+    def _sae_tensors(self) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        """What picks the tensors of the SAE as it stands from weights that are a member's."""
+        self._calibrate()
+        names = [name for name in self.weights if name != "log_threshold"]
+        known = {"center": self.center, "scale": torch.full((), self.scale, device=self.device)}
+        if self.target is not None:
+            known |= {
+                "target_center": self.target.center,
+                "target_scale": torch.full((), self.target.scale, device=self.device),
+            }
+        if self.config.activation == "batchtopk":
+            known["threshold"] = self.threshold.clone().expand(self.config.width)
+
+        def pick(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = known | {name: weights[name] for name in names}
+            return found | ({"threshold": weights["log_threshold"].exp()} if "log_threshold" in weights else {})
+
+        return pick
 
     def _take(self, name: str, *shape: int) -> Tensor:
         return self.scratch.take(name, shape, self.dtype)
@@ -559,6 +585,11 @@ class Forward:
     decoded: objectives.Reconstruction
     factor: Tensor  # [] of the penalty: warm-up times controller
     active: sparse.Active | None  # where products are over active latents alone
+
+
+def dead_share(rows_since_fired: Tensor, n_rows: int) -> Float[Tensor, ""]:
+    """Share of latents that did not fire over the last `n_rows` rows."""
+    return ((rows_since_fired >= n_rows) & (n_rows > 0)).double().mean()
 
 
 def product_dtype(name: str) -> torch.dtype:

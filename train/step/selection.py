@@ -6,6 +6,7 @@ what a threshold would keep. In float32 ties all but never happen; in bf16 they 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,16 @@ def global_threshold(z: Float[Tensor, "row latent"], n: int, group: dist.Process
     gathered = [torch.empty_like(largest) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, largest, group=group)
     return torch.cat(gathered).topk(n, sorted=False).values.amin()
+
+
+def nth_largest_over(parts: Iterable[Tensor], n: int) -> Float[Tensor, ""]:
+    """The n-th largest of all entries of several z, one after another in the same memory, with no fetch from an accelerator: the
+    n largest so far are kept."""
+    largest: list[Tensor] = []
+    for z in parts:
+        both = torch.cat([*largest, z.flatten().topk(min(n, z.numel()), sorted=False).values])
+        largest = [both.topk(min(n, len(both)), sorted=False).values]
+    return largest[0].amin()
 
 
 def ordered_numbers(z: Tensor) -> npt.NDArray[Any]:
