@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from evaluate.checkpoints.place import require_weights
 from evaluate.config import EvaluateConfig
 from pipeline.base.errors import ModelError
 from pipeline.model.points import Point
@@ -67,20 +67,16 @@ class Models:
             trust_remote_code=self.config.trust_remote_code,
         )
 
-    def require_weights(self) -> None:
-        """Raise ModelError, naming both, when the model's weights are not those that made the store."""
-        made_by, sha256 = self.store.config, self.info.weights_sha256
-        if sha256 != made_by["weights_sha256"]:
-            raise ModelError(
-                f"{self.name}: its weights ({sha256[:10]}…) are not those that made store {self.store.path} "
-                f"({made_by['model']}, {made_by['weights_sha256'][:10]}…); give that model"
-            )
+    def checked(self) -> ModelInfo:
+        """`info`, of weights known to be those that made the store. Raises ModelError, naming both, when they are not."""
+        require_weights(self.info, self.store)
+        return self.info
 
     def load(self, part: Part) -> SplitLM:
-        """A part of the model. Raises ModelError as `require_weights`."""
+        """A part of the model. Raises ModelError as `checked`."""
         from pipeline.model.split_lm import SplitLM
 
-        self.require_weights()
+        self.checked()
         return SplitLM.load(
             self.name,
             revision=self.revision,
@@ -92,14 +88,6 @@ class Models:
             device_map=self.config.device_map,
             trust_remote_code=self.config.trust_remote_code,
         )
-
-    @cached_property
-    def norm_weight(self) -> Tensor:
-        """Weight of the norm before the MLP of the layer whose rows are read. Raises ModelError as `require_weights`."""
-        from pipeline.model.files import mlp_norm_weight
-
-        self.require_weights()
-        return mlp_norm_weight(self.info.folder, (self.reads or self.point).layer)
 
     @cached_property
     def suffix(self) -> SplitLM | None:

@@ -19,7 +19,7 @@ from pipeline.base.errors import CheckpointError, DamagedError
 from pipeline.base.fields import Fields
 from pipeline.base.files import disk_errors, sweep_partials, write_csv, write_json
 from pipeline.base.progress import say
-from pipeline.base.results import FORMAT, VERSION, read_result, result_name
+from pipeline.base.results import FORMAT, VERSION, member_of, names_apart, read_result, result_name
 from pipeline.definitions import METRICS
 
 CSV_NAME = "results.csv"
@@ -184,9 +184,10 @@ def locked(folder: Path) -> Iterator[None]:
 def tabulate(folder: Path) -> Path:
     """Make results.csv again from every results file in the folder: a row a checkpoint and level."""
     with locked(folder):
-        rows = [
-            row for path in sorted(folder.glob("*-step_*.json")) for row in csv_rows(Fields(path, read_result(path)))
-        ]
+        results = [Fields(path, read_result(path)) for path in sorted(folder.glob("*-step_*.json"))]
+        checkpoints = [result.inner("checkpoint") for result in results]
+        members = names_apart([(member_of(one), one.text("path", "")) for one in checkpoints])
+        rows = [row for result, member in zip(results, members) for row in csv_rows(result, member)]
         names = dict.fromkeys(name for part in zip(*rows) for columns in part for name in columns)
         flat = [{name: value for part in row for name, value in part.items()} for row in rows]
         unvouch(folder / CSV_NAME)
@@ -195,16 +196,16 @@ def tabulate(folder: Path) -> Path:
     return folder / CSV_NAME
 
 
-def csv_rows(result: Fields) -> list[tuple[dict[str, Any], ...]]:
-    """One results file as rows in four parts: what was trained and the level, scores, series at each n, scores without
-    massive rows.
+def csv_rows(result: Fields, member: str) -> list[tuple[dict[str, Any], ...]]:
+    """One results file, of a member called so, as rows in four parts: what was trained and the level, scores, series at each n,
+    scores without massive rows.
 
     A score that is not defined is an empty field. Raises DamagedError, naming the field, where one is not what it should be.
     """
     checkpoint, store, series = result.inner("checkpoint"), result.inner("store"), result.inner("series")
     provenance, sae = checkpoint.inner("provenance"), checkpoint.inner("sae")
     train = provenance.inner("train").data
-    about: dict[str, Any] = {"file": result.path.name, "member": provenance.text("member", "") or None}
+    about: dict[str, Any] = {"file": result.path.name, "member": member}
     about |= {"step": checkpoint.whole("step", 0)}
     about |= {name: train.get(name) for name in ("recipe", "objective", "alpha", "seed")}
     about |= {"width": sae.whole("width"), "activation": sae.text("activation", "") or None}

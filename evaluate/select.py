@@ -16,6 +16,7 @@ from evaluate.checkpoints.find import (
     require_module,
     resolve_levels,
 )
+from evaluate.checkpoints.place import placed
 from evaluate.config import EvaluateConfig
 from evaluate.job import Job
 from evaluate.models import Models
@@ -41,8 +42,7 @@ def select(job: Job, paths: Sequence[Path]) -> Selection:
         try:
             checkpoint = open_checkpoint(path)
             require_kind(checkpoint, job.source is not job.store)
-            if checkpoint.reads_before_gain and job.source.config.get("hook") == "mlp_in":
-                checkpoint = checkpoint.behind_gain(job.models.norm_weight)
+            checkpoint = placed(checkpoint, job.source, job.models.checked)
             for store, makes in (
                 ((job.source, False), (job.store, True)) if job.config.target else ((job.store, False),)
             ):

@@ -207,6 +207,14 @@ def key(i: int) -> str:
     return f'<svg viewBox="0 0 24 8" style="width:24px"><path d="M0 4H24" {stroke(i)}/></svg>'
 
 
+def mark(points: Sequence[tuple[float, float]], i: int) -> str:
+    """The i-th member's curve through some places of a figure, a dot where it has one alone."""
+    if len(points) == 1:
+        return f'<circle cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3" fill="{COLOURS[i % len(COLOURS)]}"/>'
+    line = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    return f'<path d="M{line}" {stroke(i)} stroke-linecap="round"/>'
+
+
 WIDTH, HEIGHT, LEFT, BOTTOM = 480, 220, 46, 20
 
 
@@ -219,22 +227,21 @@ def figure(name: str, curves: Sequence[Sequence[tuple[int, float]]]) -> str:
     steps, values = [x for x, _ in points], [math.log10(y) if log else y for _, y in points]
     x0, x1, y0, y1 = min(steps), max(steps), min(values), max(values)
 
-    def place(point: tuple[int, float]) -> str:
+    def place(point: tuple[int, float]) -> tuple[float, float]:
         value = math.log10(point[1]) if log else point[1]
         x = LEFT + (WIDTH - LEFT - 4) * ((point[0] - x0) / (x1 - x0) if x1 > x0 else 1.0)
         y = 6 + (HEIGHT - BOTTOM - 6) * (1 - ((value - y0) / (y1 - y0) if y1 > y0 else 0.5))
-        return f"{x:.1f} {y:.1f}"
+        return x, y
 
-    drawn = [(i, "L".join(map(place, curve))) for i, curve in enumerate(curves) if curve]
-    paths = "".join(f'<path d="M{line}" {stroke(i)} stroke-linecap="round"/>' for i, line in drawn)
+    paths = "".join(mark([place(point) for point in curve], i) for i, curve in enumerate(curves) if curve)
     low, high = (f"{10**y if log else y:.3g}" for y in (y0, y1))
     base, title, right = HEIGHT - BOTTOM, shown(TITLES[name]), f'x="{LEFT - 4}" text-anchor="end"'
     return (
         f'<div><h2>{title}</h2><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">'
         f'<path class="axis" fill="none" d="M{LEFT} 6V{base}H{WIDTH - 4}"/>{paths}'
         f'<text y="14" {right}>{high}</text><text y="{base}" {right}>{low}</text>'
-        f'<text x="{LEFT}" y="{HEIGHT - 5}">{x0:,}</text>'
-        f'<text x="{WIDTH - 4}" y="{HEIGHT - 5}" text-anchor="end">step {x1:,}</text></svg></div>'
+        + (f'<text x="{LEFT}" y="{HEIGHT - 5}">{x0:,}</text>' if x1 > x0 else "")
+        + f'<text x="{WIDTH - 4}" y="{HEIGHT - 5}" text-anchor="end">step {x1:,}</text></svg></div>'
     )
 
 

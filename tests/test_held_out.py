@@ -130,14 +130,39 @@ def test_wandb_ids_contain_the_store(tiny_store: Path, tmp_path: Path, monkeypat
     seen: list[str] = []
     fake = types.SimpleNamespace(
         init=lambda **options: (
-            seen.append(options["id"]) or types.SimpleNamespace(log=lambda *a, **k: 0, finish=lambda: 0)
+            seen.extend((options["id"], options["name"]))
+            or types.SimpleNamespace(log=lambda *a, **k: 0, finish=lambda: 0)
         ),
         Settings=lambda **options: None,
         Error=RuntimeError,
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run(RunConfig(tiny_store, tmp_path, (small(steps=6),), device="cpu", log=("wandb",)))
+    assert seen[0] == seen[1]
     assert seen[0].endswith(f"-{Store.load(tiny_store).id[:10]}")
+
+
+def test_tensorboard_folders_contain_the_store(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member of one config that is trained on another store, in the same folder, goes on with no log of the first."""
+    import sys
+    import types
+
+    class Writer:
+        """What TensorBoard is opened with."""
+
+        def __init__(self, place: str, purge_step: int) -> None:
+            seen.append(place)
+
+        def __getattr__(self, _name: str) -> Any:
+            return lambda *_args: None
+
+    seen: list[str] = []
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    run(RunConfig(tiny_store, tmp_path, (small(steps=6),), device="cpu", log=("tensorboard",)))
+    member = next(path for path in tmp_path.iterdir() if (path / "config.json").is_file())
+    assert seen == [str(tmp_path / "tensorboard" / f"{member.name}-{Store.load(tiny_store).id[:10]}")]
 
 
 def test_tokens_and_epochs_become_steps() -> None:

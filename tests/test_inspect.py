@@ -103,8 +103,22 @@ def test_unnamed_model_is_asked_for(tmp_path: Path) -> None:
 
 def test_tokens_are_visible(checkpoint: Path) -> None:
     """Line ends and the space before a word are seen."""
-    _, tokens = inspect_checkpoint(str(checkpoint), "It was\n", None, None, None, 3, "cpu")
-    assert [token.text for token in tokens] == ["<bos>", "It", " was", "↵"]
+    _, tokens = inspect_checkpoint(str(checkpoint), "It was\n   a", None, None, None, 3, "cpu")
+    assert [token.text for token in tokens] == ["<bos>", "It", " was", "↵", "␣␣", " a"]
+
+
+def test_long_and_wide_tokens_are_aligned() -> None:
+    """Wide characters take two columns; a token longer than the others' column moves its own line alone."""
+    lines = as_lines([Token("日本", ()), Token("ab", ()), Token("x" * 60, ())])
+    assert lines[0] == "'日本'" + " " * 18 + "  (left alone)"
+    assert lines[1] == "'ab'" + " " * 20 + "  (left alone)"
+    assert lines[2] == "'" + "x" * 60 + "'  (left alone)"
+
+
+def test_bytes_no_text_are_refused(checkpoint: Path) -> None:
+    """What the command line could not decode is one line."""
+    with pytest.raises(UsageError, match=r"--text a⟨U\+DCFF⟩: holds bytes that are no text"):
+        inspect_checkpoint(str(checkpoint), "a\udcff", None, None, None, 3, "cpu")
 
 
 @needs_chromium

@@ -34,7 +34,8 @@ from evaluate.scores.sample import Batch
 from evaluate.scores.structure import Hierarchy
 from pipeline.base.errors import DamagedError
 from pipeline.base.runtime import torch_rng
-from pipeline.base.token_text import TokenText, visible
+from pipeline.base.token_text import TokenText, spelled, text_of_bytes, visible
+from pipeline.model.split_lm import load_tokenizer
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from pipeline.store.reader import Store
 
@@ -358,6 +359,22 @@ def test_confusing_characters_are_spelled_out() -> None:
     """Characters that reorder, hide or break text are spelled out."""
     assert visible("a\u202eb\u2066c\x00\u2028\n\t") == "a⟨U+202E⟩b⟨U+2066⟩c⟨U+0000⟩⟨U+2028⟩↵⇥"
     assert visible("naïve ünïcode שלום 日本 👩‍🚀") == "naïve ünïcode שלום 日本 👩‍🚀"
+
+
+def test_lone_bytes_are_named() -> None:
+    """Tokens that are a part of a character are shown as bytes, of both kinds of vocabulary; whole characters as they are."""
+    tokenizer = load_tokenizer(str(Path(__file__).parents[1] / "data" / "tiny-gemma2"))
+    text = TokenText(tokenizer)
+    assert "".join(map(text, tokenizer.encode("ש 𐍈", add_special_tokens=False))) == "⟨D7⟩⟨A9⟩ ⟨F0⟩⟨90⟩⟨8D⟩⟨88⟩"
+    assert text_of_bytes("<0xE2>") == "⟨E2⟩"
+    assert text_of_bytes("ĠâĢ") == " ⟨E2⟩⟨80⟩"
+    assert text_of_bytes("▁x") == ""
+
+
+def test_tokens_without_ink_are_spelled() -> None:
+    """Spaces, joiners and nothing at all are seen where a token stands alone; all else stays."""
+    assert [spelled(text) for text in ("   ", "\u200d", " \u00a0", "")] == ["␣␣␣", "⟨U+200D⟩", "␣⟨U+00A0⟩", "⟨no text⟩"]
+    assert [spelled(text) for text in (" a", "↵", "שלום", "日本")] == [" a", "↵", "שלום", "日本"]
 
 
 @given(st.text())

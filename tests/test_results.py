@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from evaluate import results
+from evaluate.report.runs import read_results
 from evaluate.results import families_done, merged, not_finite, result_path, tabulate, write_result
 from pipeline.base.errors import CheckpointError, DamagedError
-from pipeline.base.results import read_result
+from pipeline.base.results import names_apart, read_result
 from pipeline.definitions import METRICS
 from support.results_files import write_results
 
@@ -68,6 +69,35 @@ def test_undefined_scores_are_null_and_empty(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["levels"][0]["scores"]["ce_score"] is None
     row = read_csv(tabulate(tmp_path))[0]
     assert row["ce_score"] == row["ev_without_massive"] == ""
+
+
+def test_members_called_alike_are_apart() -> None:
+    """Folders of one name are called by as many parts as tell all of them apart; steps of one member are no two."""
+    told = names_apart(
+        [
+            ("L3-trainer_0", "/s/suite_a/L3/trainer_0"),
+            ("L3-trainer_0", "/s/suite_b/L3/trainer_0"),
+            ("L3-trainer_1", "/s/suite_b/L3/trainer_1"),
+            ("alpha0", "/r/alpha0/checkpoints/step_000001.safetensors"),
+            ("alpha0", "/r/alpha0/checkpoints/step_000002.safetensors"),
+        ]
+    )
+    assert told == ["suite_a/L3/trainer_0", "suite_b/L3/trainer_0", "L3-trainer_1", "alpha0", "alpha0"]
+    assert names_apart([("x", "x"), ("x", "a/x")]) == ["x", "a/x"]
+
+
+def test_suites_called_alike_are_apart(tmp_path: Path) -> None:
+    """Two suites' trainer_0 have names of their own in results.csv and in every run of a report."""
+    [path] = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))
+    first = read_result(path)
+    path.unlink()
+    for suite in "ab":
+        about = {"path": f"/s/{suite}/L3/trainer_0", "sha256": suite * 64, "provenance": {"member": "L3-trainer_0"}}
+        name = result_path(tmp_path, "L3-trainer_0", 400, suite * 64)
+        write_result(name, first | {"checkpoint": first["checkpoint"] | about, "key": suite * 64})
+    names = {"a/L3/trainer_0", "b/L3/trainer_0"}
+    assert {row["member"] for row in read_csv(tabulate(tmp_path))} == names
+    assert {run.checkpoint.member for run in read_results([tmp_path]).runs} == names
 
 
 def test_csv_has_a_row_each_level(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from pipeline.base.errors import UsageError
 from pipeline.live.attach import attach
 from pipeline.live.edits import steer
 from pipeline.live.inspect import inspect_checkpoint
-from pipeline.model.split_lm import find_layers
+from pipeline.model.split_lm import SplitLM, find_layers, load_tokenizer
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from support import tiny_models
@@ -191,3 +192,30 @@ def test_loaded_transcoder_is_attached(
         assert torch.equal(logits(model, tokens), expected)
     _, shown = inspect_checkpoint(str(tmp_path / "c.safetensors"), "w17 w5 w9", None, None, None, 3, "cpu")
     assert any(block.n_active for token in shown for block in token.blocks)
+
+
+def test_scope_transcoder_is_inspected(
+    lm_folder: Callable[[str], Path], whole: Callable[..., Any], tmp_path: Path
+) -> None:
+    """inspect folds the norm's gain into a Gemma Scope transcoder as attach does, with its hook named or not."""
+    folder, model, tokens = tmp_path / "gemma-scope-x-transcoders" / "layer_1", whole("gemma2"), inputs()
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (64, 96), "W_dec": (96, 64), "b_enc": (96,), "b_dec": (64,)}
+    weights = {name: (0.2 * torch.randn(shape, generator=generator)).numpy() for name, shape in shapes.items()}
+    np.savez(folder / "params.npz", **weights, threshold=np.full(96, 0.1, np.float32))
+    sae = pipeline.load(folder)
+    with attach(model, sae, keep_error=True) as live:
+        logits(model, tokens)
+    with attach(model, sae, hook="mlp_in", keep_error=True) as named:
+        logits(model, tokens)
+    assert torch.equal(live.latents, named.latents)
+    words = "w17 w5 w9"
+    _, shown = inspect_checkpoint(str(folder), words, str(lm_folder("gemma2")), None, None, 96, "cpu")
+    model = SplitLM.load(str(lm_folder("gemma2")), dtype="auto", part="whole", layers=[LAYER]).model
+    with attach(model, sae, keep_error=True) as live:
+        logits(model, torch.tensor([load_tokenizer(str(lm_folder("gemma2")))(words)["input_ids"]]))
+    for token, z in zip(shown[1:], live.latents[0, 1:]):
+        latents, values = zip(*token.blocks[0].strongest)
+        torch.testing.assert_close(z[list(latents)], torch.tensor(values), rtol=1e-3, atol=1e-3)
+        assert token.blocks[0].n_active == pytest.approx(int((z > 0).sum()), abs=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 
 import harvest.run
 from evaluate.config import EvaluateConfig
+from evaluate.explain.__main__ import cli as explain
+from evaluate.latents.neuronpedia import command as neuronpedia
 from evaluate.probing.first_letter import draw_words, first_letters, prompt_rows
 from evaluate.probing.job import ProbingConfig, prepare, read_texts
 from evaluate.probing.probes import ProbeConfig
@@ -24,7 +27,7 @@ from evaluate.run import Outcome
 from evaluate.run import run as evaluate
 from evaluate.scores.absorption import AbsorptionScore
 from evaluate.scores.labels import LABELS, Labelled, Probes
-from pipeline.base.errors import MismatchError
+from pipeline.base.errors import CheckpointError, MismatchError
 from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.checkpoint import load_checkpoint
@@ -94,10 +97,9 @@ def logits(model: Any, tokens: Tensor, change: Callable[[Tensor, Tensor], Tensor
     return found
 
 
-def test_scope_transcoders_are_scored(made: Path, tmp_path: Path, lm_folder: Callable[[str], Path]) -> None:
-    """A Gemma Scope transcoder, which reads the norm before its gain, is scored on stores of mlp_in and mlp_out: L0 and KL are
-    those of plain hooks before and behind the norms; the results say what was folded."""
-    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1" / "width_16k" / "average_l0_76"
+def scope_transcoder(release: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A folder of a Gemma Scope transcoder of layer 1, and its tensors."""
+    folder = release / "layer_1" / "width_16k" / "average_l0_76"
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     d, f = 64, 96
@@ -105,6 +107,13 @@ def test_scope_transcoders_are_scored(made: Path, tmp_path: Path, lm_folder: Cal
     w = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     w["threshold"] = torch.linspace(0, 1, f)
     np.savez(folder / "params.npz", **{name: t.numpy() for name, t in w.items()})
+    return folder, w
+
+
+def test_scope_transcoders_are_scored(made: Path, tmp_path: Path, lm_folder: Callable[[str], Path]) -> None:
+    """A Gemma Scope transcoder, which reads the norm before its gain, is scored on stores of mlp_in and mlp_out: L0 and KL are
+    those of plain hooks before and behind the norms; the results say what was folded."""
+    folder, w = scope_transcoder(tmp_path / "gemma-scope-2b-pt-transcoders")
     stores = made / "stores"
     target = stores / "layer_1.mlp_out.zarr"
     options: dict[str, Any] = {"device": "cpu", "target": target, "allow_other_model": True, "scores": ("kl", "l0")}
@@ -133,6 +142,28 @@ def test_scope_transcoders_are_scored(made: Path, tmp_path: Path, lm_folder: Cal
     scores = result["levels"][0]["scores"]
     assert scores["l0"] == pytest.approx(float(fired[0]), rel=1e-3)
     assert scores["kl_nats"] == pytest.approx(reference_behaviour(clean, spliced, tokens, kept)["kl"], rel=1e-3)
+
+
+def test_scope_transcoders_are_shown(made: Path, tmp_path: Path, lm_folder: Callable[[str], Path]) -> None:
+    """Neuronpedia's export and explanations of one read its latents of a store of mlp_in, before the gain; a store of another
+    point is refused in a line."""
+    folder, w = scope_transcoder(tmp_path / "gemma-scope-tiny-transcoders")
+    store = made / "stores" / "layer_1.mlp_in.zarr"
+    words = [str(folder), "--store", str(store), "--out", str(tmp_path / "np"), "--rows", "100000"]
+    neuronpedia.main(words, standalone_mode=False)
+    [path] = (tmp_path / "np").glob("*/*/features/*.gz")
+    found = [json.loads(line)["frac_nonzero"] for line in gzip.decompress(path.read_bytes()).splitlines()]
+    rows, gain = Store.open(store).eval, tiny_models.whole_model(lm_folder("gemma2"), torch.float32).model.layers[1]
+    x = rows.read(0, rows.n_rows).double() / (1 + gain.pre_feedforward_layernorm.weight.detach().double())
+    a = (x @ w["W_enc"].double() + w["b_enc"])[torch.from_numpy(rows.kept())]
+    fired = (a.relu() > w["threshold"]).sum(0) / rows.n_rows
+    torch.testing.assert_close(torch.tensor(found).double(), fired.double(), rtol=0, atol=2e-3)
+    explain.main([*words[:3], "--sample", "8", "--out", str(tmp_path / "labels.json")], standalone_mode=False)
+    assert json.loads((tmp_path / "labels.json").read_text())["latents"]
+    words[2] = str(made / "stores" / "layer_1.mlp_out.zarr")
+    for command, out in ((neuronpedia, "np"), (explain, "labels.json")):
+        with pytest.raises(CheckpointError, match=r"trained on hook 'ln2\.hook_normalized', store .* has 'mlp_out'"):
+            command.main([*words[:4], str(tmp_path / out)], standalone_mode=False)
 
 
 def test_scores_are_of_plain_hooks(made: Path, results: list[dict[str, Any]], lm_folder: Callable[[str], Path]) -> None:

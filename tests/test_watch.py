@@ -103,6 +103,16 @@ def test_curves_stand_where_their_values_are(tmp_path: Path) -> None:
     assert '<path d="M46.0 6.0L476.0 200.0"' in drawn
 
 
+def test_a_single_point_is_a_dot(tmp_path: Path) -> None:
+    """A member with one held-out line has a mark where it stands, its step named once."""
+    member(tmp_path, "a", [line(100, eval_ev=0.7)], finished=True)
+    text = page(watched(tmp_path, NOW), "runs", 5)
+    drawn = text[text.index("explained variance, held-out rows") :]
+    assert '<circle cx="476.0" cy="103.0" r="3"' in drawn
+    assert drawn.count(">100</text>") == 0
+    assert drawn.count(">step 100</text>") == 1
+
+
 def test_long_curves_keep_their_ends() -> None:
     """Thinned to MOST_POINTS."""
     kept = thinned([(i, float(i)) for i in range(5000)])

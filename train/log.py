@@ -51,12 +51,12 @@ def say_once(text: str) -> None:
 
 
 class TensorBoard:
-    """OUT/tensorboard/<member>: `tensorboard --logdir OUT/tensorboard`. Steps after `step` are written again."""
+    """OUT/tensorboard/<run id>: `tensorboard --logdir OUT/tensorboard`. Steps after `step` are written again."""
 
     def __init__(self, folder: Folder, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        place = folder.out / "tensorboard" / folder.name
+        place = folder.out / "tensorboard" / run_id(folder)
         self.begun = any(place.glob("events.out.tfevents.*"))
         self.writer = SummaryWriter(str(place), purge_step=step + 1)
 
@@ -71,7 +71,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run a member, of its name; the id names its stores too. Offline unless WANDB_MODE says otherwise; `wandb sync
+    """A run a member, called by its name and stores. Offline unless WANDB_MODE says otherwise; `wandb sync
     OUT/wandb/*` uploads."""
 
     def __init__(self, folder: Folder, step: int) -> None:
@@ -85,7 +85,7 @@ class WeightsAndBiases:
                 mode=os.environ.get("WANDB_MODE", "offline"),
                 dir=str(folder.out),
                 id=run_id(folder),
-                name=folder.name,
+                name=run_id(folder),
                 config=plain(folder.config),
                 resume="allow",
                 reinit="create_new",

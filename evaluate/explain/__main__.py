@@ -134,6 +134,7 @@ def ask(
 ) -> Asked:
     """Find examples of the latents and make the questions. Raises UsageError, CheckpointError, StoreError, DamagedError."""
     from evaluate.checkpoints.find import open_checkpoint, require_fit
+    from evaluate.checkpoints.place import info_of, placed
     from evaluate.explain.examples import find_examples
     from evaluate.explain.prompts import questions
     from pipeline.base.runtime import numpy_rng, resolve_device
@@ -145,6 +146,7 @@ def ask(
     opened, found = Store.open(store), open_checkpoint(find_checkpoint(checkpoint))
     if not opened.layout.has_tokens:
         raise UsageError(f"{store}: its rows are of no text, so there is nothing to explain them by")
+    found = placed(found, opened, lambda: info_of(opened, model))
     require_fit(found, opened, allow_other_store=allow_other_store)
     width = found.sae.width
     if wrong := [latent for latent in latents if latent >= width]:

@@ -42,6 +42,7 @@ from scipy.sparse import csc_matrix
 from torch import Tensor
 
 from evaluate.checkpoints.find import open_checkpoint, require_fit
+from evaluate.checkpoints.place import info_of, placed
 from evaluate.latents.collect import choose_chunks, stream
 from pipeline.base.cli import COUNT, NAMED_SOURCE, OUT_FOLDER, SOURCE, main
 from pipeline.base.digests import DIGESTS, write_digests
@@ -53,6 +54,7 @@ from pipeline.base.token_text import TokenText
 from pipeline.sae.nested import NestedSAE
 
 if TYPE_CHECKING:
+    from pipeline.model.split_lm import ModelInfo
     from pipeline.store.reader import Split, Store
 
 BATCH = 128
@@ -515,27 +517,20 @@ def short(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def load_readout(store: Store, model: str | None) -> tuple[Tensor, TokenText, int]:
+def load_readout(info: ModelInfo) -> tuple[Tensor, TokenText, int]:
     """Unembedding with the final norm folded in, text of tokens, and the model's number of layers; the model is dropped.
 
-    Raises ModelError when its weights are not those that made the store.
+    Raises ModelError where its logits are no such product.
     """
-    from pipeline.model.split_lm import ModelInfo, SplitLM, load_tokenizer
+    from pipeline.model.split_lm import SplitLM, load_tokenizer
 
-    made = store.config
-    name = model or str(made["model"])
-    revision = made.get("revision") if name == made["model"] and made.get("revision") != "local" else None
-    info = ModelInfo.read(name, revision)
-    if info.weights_sha256 != made["weights_sha256"]:
-        raise ModelError(
-            f"{name}: its weights are not those that made store {store.where} ({made['model']}); give that model"
-        )
-    lm = SplitLM.load(name, revision=revision, dtype="float32", part="suffix", layers=[info.n_layers - 1])
+    revision = None if info.revision == "local" else info.revision
+    lm = SplitLM.load(info.name, revision=revision, dtype="float32", part="suffix", layers=[info.n_layers - 1])
     if (readout := lm.readout()) is None:
         raise ModelError(
-            f"{name}: its logits are no product of one matrix with the normed stream, so there is no logit lens"
+            f"{info.name}: its logits are no product of one matrix with the normed stream, so there is no logit lens"
         )
-    return readout.cpu(), TokenText(load_tokenizer(name, revision)), info.n_layers
+    return readout.cpu(), TokenText(load_tokenizer(info.name, revision)), info.n_layers
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -574,6 +569,8 @@ def command(
     found, store = open_checkpoint(find_checkpoint(checkpoint)), Store.open(store_path)
     if not store.layout.has_tokens:
         raise UsageError(f"{store_path}: its rows are of no text, so there is nothing to show in Neuronpedia")
+    info = info_of(store, model)
+    found = placed(found, store, lambda: info)
     require_fit(found, store, allow_other_store=True)
     sae = found.load()
     if level is not None and level >= sae.config.n_levels:
@@ -581,7 +578,7 @@ def command(
     sae = (sae if level is None else sae.prefix(level)).to(resolve_device(device))
     part = getattr(store, split)
     sample = Sample(part, store.context, choose_chunks(part, rows, seed))
-    unembedding, text, n_layers = load_readout(store, model)
+    unembedding, text, n_layers = load_readout(info)
     inner = "" if level is None else f"-level{level}"
     name = set_name or f"nested-res-{found.sae.width}{inner}"
     named = model_id or str(store.config["model"]).rstrip("/").rpartition("/")[2]

@@ -23,7 +23,7 @@ from evaluate.report.scored import (
 )
 from pipeline.base.errors import DamagedError
 from pipeline.base.fields import Fields
-from pipeline.base.results import read_result
+from pipeline.base.results import member_of, read_result
 from pipeline.definitions import SHIPPED_SPECS, Better, Metric
 
 MOST_NODES = 256
@@ -151,7 +151,7 @@ def checkpoint_of(fields: Fields) -> Checkpoint:
         fields.whole("step", 0),
         sae.whole("width", least=1),
         tuple(sae.list_of_wholes("levels")),
-        provenance.text("member", "") or Path(path).stem,
+        member_of(fields),
         train_of(provenance.inner("train")),
         provenance.some_whole("rows_seen"),
         provenance.some_whole("fired_rows"),

@@ -14,6 +14,7 @@ from evaluate.report.scored import AUTO, TRUTH, Run, Sharing, merged
 from evaluate.statistics import Replicate
 from pipeline.base.errors import UsageError
 from pipeline.base.files import canonical_json
+from pipeline.base.results import names_apart
 from pipeline.definitions import METRICS, Metric
 
 FIRST_SETTINGS = (
@@ -187,7 +188,7 @@ def read_results(paths: Iterable[Path]) -> Results:
         runs[run.identity] = merged(runs[run.identity], run) if run.identity in runs else run
     if not runs:
         raise UsageError("no results: give results files, or folders that `python -m evaluate --out` wrote")
-    found = tuple(told_apart(with_names_apart(list(runs.values()))))
+    found = tuple(told_apart(with_names_apart(with_members_apart(list(runs.values())))))
     return Results(found, make_groups(found))
 
 
@@ -244,6 +245,12 @@ def own_flat(rows: Sequence[Row]) -> Row | None:
 def place_in_report(group: Group) -> tuple[bool, int, list[tuple[bool, float, str]]]:
     """Sorts groups as they are reported: rows of a language model before those of known features, large before small."""
     return group.runs[0].is_known, -len(group.runs), [in_order(value) for value in group.settings.values()]
+
+
+def with_members_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs; where several folders' members are called alike, each by more of its folder's path."""
+    names = names_apart([(run.checkpoint.member, run.checkpoint.path) for run in runs])
+    return [replace(run, checkpoint=replace(run.checkpoint, member=name)) for run, name in zip(runs, names)]
 
 
 def with_names_apart(runs: Sequence[Run]) -> list[Run]:

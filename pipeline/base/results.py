@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,5 +40,31 @@ def read_result(path: Path) -> dict[str, Any]:
 def own_name(result: Fields) -> str:
     """The name that a results file should have. Raises DamagedError where it does not say."""
     checkpoint = result.inner("checkpoint")
-    member = checkpoint.inner("provenance").text("member", "") or Path(checkpoint.text("path")).stem
-    return result_name(member, checkpoint.whole("step"), result.text("key"))
+    return result_name(member_of(checkpoint), checkpoint.whole("step"), result.text("key"))
+
+
+def member_of(checkpoint: Fields) -> str:
+    """The name that a results file's checkpoint has, else its file's. Raises DamagedError."""
+    return checkpoint.inner("provenance").text("member", "") or Path(checkpoint.text("path", "None")).stem
+
+
+def names_apart(members: Sequence[tuple[str, str]]) -> list[str]:
+    """Names of members, given as (name, path of a checkpoint): where those of several folders are called alike, as trainer_0 of
+    two suites, each is called by as many of its folder's last parts as tell them all apart."""
+    folders = [
+        Path(path).parent.parent if Path(path).parent.name == "checkpoints" else Path(path) for _, path in members
+    ]
+    alike: dict[str, set[Path]] = {}
+    for (name, _), folder in zip(members, folders):
+        alike.setdefault(name, set()).add(folder)
+    return [
+        name if len(alike[name]) == 1 else telling_part(folder, alike[name])
+        for (name, _), folder in zip(members, folders)
+    ]
+
+
+def telling_part(folder: Path, among: Collection[Path]) -> str:
+    """The last parts of a folder's path, as few as are different for all of some folders."""
+    most = max(len(one.parts) for one in among)
+    n = next(n for n in range(1, most + 1) if len({one.parts[-n:] for one in among}) == len(among))
+    return "/".join(part.strip("/") for part in folder.parts[-n:])

@@ -66,9 +66,9 @@ def attach(
     """
     text = model.config.get_text_config()
     n_layers, d_model = int(text.num_hidden_layers), int(text.hidden_size)
-    if hook is None and sae.made_for.get("hook") == BEFORE_GAIN:
-        sae = behind_gain(sae, norm_weight(model, sae, layer, n_layers))
     point = point_of(sae, layer, hook)
+    if point.hook == "mlp_in" and sae.made_for.get("hook") == BEFORE_GAIN:
+        sae = behind_gain(sae, norm_weight(model, point.layer, n_layers))
     made = target_of(sae, point) if sae.config.is_transcoder else point
     for one in (point, made):
         if not 0 <= one.layer < n_layers:
@@ -89,10 +89,9 @@ def attach(
     return Attached(model, place, sae, level, keep_error, edits, ids, gradients, reads)
 
 
-def norm_weight(model: Any, sae: NestedSAE, layer: int | None, n_layers: int) -> Tensor:
-    """Weight of the norm before the MLP, of a Gemma-2. Raises UsageError where no layer is known, ModelError for other models."""
-    layer = sae.made_for.get("layer") if layer is None else layer
-    if layer is None or not 0 <= layer < n_layers:
+def norm_weight(model: Any, layer: int, n_layers: int) -> Tensor:
+    """Weight of the norm before the MLP, of a Gemma-2. Raises UsageError for a layer it lacks, ModelError for other models."""
+    if not 0 <= layer < n_layers:
         raise UsageError(f"the transcoder is for layer {layer}, the model has 0 to {n_layers - 1}; give a layer")
     norm: Any = getattr(find_layers(model, n_layers)[layer], "pre_feedforward_layernorm", None)
     if not type(norm).__name__.startswith("Gemma"):
@@ -121,7 +120,7 @@ ORDER = ("embed", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 
 
 def point_of(sae: NestedSAE, layer: int | None, hook: str | None) -> Point:
-    """Where an SAE acts: as asked, else where its checkpoint says its rows came from.
+    """Where an SAE acts: as asked, else where its checkpoint says its rows came from, mlp_in for those before its norm's gain.
 
     Raises UsageError where neither says a layer, for an unknown hook, and for rows of a place that nobody named.
     """
@@ -131,7 +130,8 @@ def point_of(sae: NestedSAE, layer: int | None, hook: str | None) -> Point:
         raise UsageError("the SAE does not say which layer it is for; give a layer")
     if hook is None and "hook" in recorded and recorded["hook"] is None:
         raise UsageError("the SAE is of rows of a place that nobody named; give a hook")
-    hook = hook or recorded.get("hook", "resid_post")
+    made_of = recorded.get("hook", "resid_post")
+    hook = hook or ("mlp_in" if made_of == BEFORE_GAIN else made_of)
     if hook not in HOOKS:
         raise UsageError(f"hook {hook}: known are {', '.join(HOOKS)}")
     return canonical(layer or 0, hook)

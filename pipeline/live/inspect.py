@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unicodedata import combining, east_asian_width
 
 import torch
 from torch import Tensor
@@ -13,15 +14,17 @@ from torch import Tensor
 from pipeline.base.errors import UsageError
 from pipeline.base.progress import say
 from pipeline.base.runtime import resolve_device
-from pipeline.base.token_text import TokenText
+from pipeline.base.token_text import TokenText, spelled, visible
 from pipeline.live.attach import attach, point_of
 from pipeline.model.files import tokenizer_sha256
-from pipeline.model.points import Point
 from pipeline.model.specials import first_ids, special_ids
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.foreign import load_sae
 from pipeline.sae.hub import find_checkpoint
 from pipeline.sae.nested import NestedSAE
+
+WIDEST = 24
+"""Columns of a terminal to which the tokens' lines are aligned; a longer token moves its own line alone."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,23 @@ def inspect_checkpoint(
         say(
             "note     the model's tokenizer is not the one of the SAE's store: the text begins as this tokenizer begins one"
         )
-    return sae, inspect_text(lm.model, tokenizer, sae, point, text, top, as_stored=as_stored)
+    return sae, inspect_text(lm.model, tokenizer, sae, text, top, layer=layer, hook=hook, as_stored=as_stored)
 
 
 def inspect_text(
-    model: Any, tokenizer: Any, sae: NestedSAE, point: Point, text: str, top: int, *, as_stored: bool = False
+    model: Any,
+    tokenizer: Any,
+    sae: NestedSAE,
+    text: str,
+    top: int,
+    *,
+    layer: int | None = None,
+    hook: str | None = None,
+    as_stored: bool = False,
 ) -> list[Token]:
     """Run a text through the model with the SAE attached (its error kept: nothing changes) and read its latents.
 
+    layer, hook: as `attach`, whose errors it raises.
     `as_stored`: the row begins, and holds special tokens, as those of the SAE's store do; else as the tokenizer has it.
     """
     made = sae.made_for if as_stored else {}
@@ -84,7 +96,7 @@ def inspect_text(
     inputs = torch.tensor([ids], device=model.device)
     with (
         torch.no_grad(),
-        attach(model, sae, point.layer, hook=point.hook, keep_error=True, special_ids=special) as live,
+        attach(model, sae, layer, hook=hook, keep_error=True, special_ids=special) as live,
     ):
         model(inputs)
     assert live.kept is not None
@@ -92,13 +104,15 @@ def inspect_text(
     rows = []
     for id, kept, z in zip(ids, live.kept[0].tolist(), live.latents[0].float()):
         blocks = [strongest(name, z, block, top) for name, block in zip(names, sae.config.blocks)] if kept else []
-        rows.append(Token(shown(id), tuple(blocks)))
+        rows.append(Token(spelled(shown(id)), tuple(blocks)))
     return rows
 
 
 def token_ids(tokenizer: Any, text: str, made: Mapping[str, Any]) -> list[int]:
     """A text's tokens as a store's rows have them, where `made` says how: its BOS first, special tokens read only where the
-    store reads them; else as the tokenizer has it. Raises UsageError for a text without tokens."""
+    store reads them; else as the tokenizer has it. Raises UsageError for a text without tokens, or of bytes that are none."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UsageError(f"--text {visible(text)}: holds bytes that are no text here; give UTF-8, in a locale of UTF-8")
     if "special_ids" in made:
         options = {"add_special_tokens": False, "split_special_tokens": not made.get("parse_special", False)}
         ids = list(tokenizer(text, **options)["input_ids"])
@@ -127,16 +141,24 @@ def strongest(name: str, z: Tensor, block: slice, top: int) -> Block:
 
 def as_lines(tokens: Sequence[Token]) -> list[str]:
     """One line a token for a terminal: the token, then each block's latents as latent:activation."""
-    width = max((len(repr(token.text)) for token in tokens), default=0)
+    width = min(max((columns(repr(token.text)) for token in tokens), default=0), WIDEST)
     return [
-        f"{token.text!r:{width}}  " + ("  |  ".join(block_line(block) for block in token.blocks) or "(left alone)")
+        f"{token.text!r}{' ' * (width - columns(repr(token.text)))}  "
+        + ("  |  ".join(block_line(block) for block in token.blocks) or "(left alone)")
         for token in tokens
     ]
 
 
+def columns(text: str) -> int:
+    """Columns that a text takes in a terminal."""
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
 def block_line(block: Block) -> str:
     """`shared 12: 431:2.10 7:0.93`: how many fire, and the strongest."""
-    return f"{block.name} {block.n_active}: " + " ".join(f"{latent}:{value:.3g}" for latent, value in block.strongest)
+    return " ".join(
+        [f"{block.name} {block.n_active}:", *(f"{latent}:{value:.3g}" for latent, value in block.strongest)]
+    )
 
 
 def as_page(tokens: Sequence[Token], names: Sequence[str], title: str) -> str:
@@ -145,4 +167,4 @@ def as_page(tokens: Sequence[Token], names: Sequence[str], title: str) -> str:
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("inspect.html").render(tokens=tokens, names=names, title=title)
+    return environment.get_template("inspect.html").render(tokens=tokens, names=names, title=visible(title))
