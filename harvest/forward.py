@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.base.errors import ModelError
 from pipeline.base.progress import Progress
+from pipeline.base.runtime import sent
 from pipeline.model.points import Point
 from pipeline.model.specials import plain_token
 from pipeline.model.split_lm import SplitLM, as_point
@@ -149,7 +150,7 @@ class HostCopies:
 
     def to_device(self, numbers: Tensor) -> Tensor:
         """Token ids, or a mask, on the device."""
-        return numbers if self.stream is None else numbers.pin_memory().to(self.device, non_blocking=True)
+        return sent(numbers, self.device)
 
     def to_host(self, shard: Shard, residuals: Mapping[Point, Tensor], sequences: Sequences) -> dict[Point, Block]:
         """The residuals as a block of rows a point; on a GPU they are still on their way until the block's event."""

@@ -13,8 +13,18 @@ from support.interpreter import DEVICE, put_right
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
+from evaluate.config import EvaluateConfig
+from evaluate.run import run as evaluate
+from evaluate.scores.sample import Sample
+from evaluate.scores.scorer import Scorer
+from harvest import run as harvesting
+from pipeline.base.results import read_result
+from pipeline.model import split_lm
+from pipeline.model.split_lm import SplitLM
 from pipeline.sae.checkpoint import load_checkpoint
-from support.pretend_gpu import GPU, OnGpu, pretended
+from pipeline.store.reader import Store
+from support import harvests, lm_stores, pretend_gpu, tiny_models
+from support.pretend_gpu import GPU, OnGpu, moved, pretended
 from train import plan
 from train.config import RECIPES, TrainConfig
 from train.feed.loader import Loader
@@ -181,3 +191,79 @@ def test_pretended_gpu_is_strict() -> None:
         assert len(waits) == 4
         on_gpu.copy_(on_cpu, non_blocking=True)
         assert len(waits) == 4
+
+
+@pytest.fixture
+def models_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Language models come to the GPU when they are loaded."""
+    load = SplitLM.load
+
+    def there(model: str, *, device: Any = "cpu", **options: Any) -> SplitLM:
+        lm = load(model, device="cpu", **options)
+        if torch.device(device).type == "cuda":
+            moved(lm.model, lambda tensor: tensor if tensor.is_meta else tensor.to(GPU))
+        return lm
+
+    monkeypatch.setattr(SplitLM, "load", staticmethod(there))
+
+
+class Waits:
+    """How often the host waits in calls of some functions, without what it waits for in the language model's own forward."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch, self.found = patch, dict[str, int]()
+        self.count(split_lm, "forward")
+
+    def count(self, owner: Any, name: str) -> None:
+        """Watch a function from now on."""
+        before = getattr(owner, name)
+        self.found[name] = 0
+
+        def call(*arguments: Any) -> Any:
+            start, forward = len(pretend_gpu.waits), self.found["forward"]
+            try:
+                return before(*arguments)
+            finally:
+                self.found[name] += len(pretend_gpu.waits) - start - (self.found["forward"] - forward)
+
+        self.patch.setattr(owner, name, call)
+
+
+def test_scores_wait_for_nothing(tmp_path: Path, models_on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation on a GPU says what one on a CPU says; while batches come and go neither they nor a checkpoint's scores make
+    the host wait."""
+    store = lm_stores.make_lm_store(tmp_path, eval_sequences=2)
+    lm_stores.save_member(tmp_path / "runs", store, lm_stores.make_sae(store))
+
+    def levels(device: str) -> Any:
+        config = EvaluateConfig(store=tmp_path / "acts.zarr", out=tmp_path / device, device=device, dtype="float32")
+        outcome = evaluate(config, [tmp_path / "runs"])
+        assert not outcome.failed
+        return [level["scores"] for level in read_result(Path(outcome.results[0]["path"]))["levels"]]
+
+    expected, waits = levels("cpu"), Waits(monkeypatch)
+    waits.count(Scorer, "update")
+    waits.count(Sample, "batch")
+    with pretended():
+        found = levels("cuda")
+    assert (waits.found["update"], waits.found["batch"]) == (0, 0)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == {name: x if x is None else pytest.approx(x, rel=1e-3, abs=1e-4) for name, x in theirs.items()}
+
+
+def test_harvest_waits_for_nothing(
+    lm_folder: Any, tmp_path: Path, models_on_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A harvest on a GPU, whose model is tried there first, makes the rows that one on a CPU makes, with norms and moments
+    from the device; while shards are made the host waits for nothing."""
+    corpus, model = tiny_models.make_corpus(tmp_path / "corpus.jsonl"), lm_folder("gemma2")
+    waits = Waits(monkeypatch)
+    waits.count(harvesting, "harvest_shards")
+    with pretended():
+        for device in ("cpu", "cuda"):
+            harvesting.run(harvests.harvest_config(model, corpus, tmp_path / device, device=device))
+    cpu, gpu = (Store.open(tmp_path / device) for device in ("cpu", "cuda"))
+    assert waits.found["harvest_shards"] == 0
+    assert torch.equal(cpu.train.read(0, 1600), gpu.train.read(0, 1600))
+    assert gpu.statistics.scale == pytest.approx(cpu.statistics.scale, rel=1e-12)
+    assert gpu.statistics.median_norm == cpu.statistics.median_norm

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline.base.runtime import sent
 from pipeline.sae.metrics import Moments, row_squares
 
 if TYPE_CHECKING:
@@ -76,28 +77,28 @@ class Sample:
 
     def batch(self, first: int, stop: int) -> Batch:
         """Sequences first to stop − 1."""
-        split, context = self.store.eval, self.store.context
+        split, context, device = self.store.eval, self.store.context, self.device
         rows = slice(first * context, stop * context)
-        residual = split.read(rows.start, rows.stop).to(self.device).view(stop - first, context, -1)
+        residual = sent(split.read(rows.start, rows.stop), device).view(stop - first, context, -1)
         kept = ~torch.from_numpy(split.special_of(first, stop)).bool()
         has_tokens = split.shape.layout.has_tokens
         tokens = torch.from_numpy(split.tokens_of(first, stop)).long() if has_tokens else torch.full(kept.shape, -1)
         normal = torch.from_numpy(split.kept_of(first, stop)).view_as(kept)[kept]
         targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], 1)[kept]
         group = (torch.arange(first, stop) // GROUP_SEQUENCES)[:, None].expand_as(kept)[kept]
-        index = kept.flatten().nonzero()[:, 0].to(self.device)
+        index = sent(kept.flatten().nonzero()[:, 0], device)
         read = None
         if self.source is not None and self.source is not self.store:
-            read = self.source.eval.read(rows.start, rows.stop).to(self.device)[index].float()
+            read = sent(self.source.eval.read(rows.start, rows.stop), device)[index].float()
         return Batch(
             first=first,
             residual=residual,
-            tokens=tokens.to(self.device),
-            kept=kept.to(self.device),
+            tokens=sent(tokens, device),
+            kept=sent(kept, device),
             x=residual.flatten(0, 1)[index].float(),
-            weights=torch.stack([torch.ones_like(normal), normal]).double().to(self.device),
-            targets=targets.to(self.device),
-            group=group.to(self.device),
+            weights=sent(torch.stack([torch.ones_like(normal), normal]).double(), device),
+            targets=sent(targets, device),
+            group=sent(group, device),
             index=index,
             read=read,
         )

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -52,6 +53,12 @@ def current(device: torch.device) -> torch.device:
     numbered = torch.device("cuda", local_rank() if device.index is None else device.index)
     torch.cuda.set_device(numbered)
     return numbered
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on a device: on CUDA by way of pinned memory, so that the host does not wait until what was asked of
+    the device before is done."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @contextlib.contextmanager

@@ -37,12 +37,13 @@ class Anatomy:
     head: Any
 
     @staticmethod
-    def of(model: Any, name: str, blocks: Sequence[nn.Module], d_model: int) -> Anatomy:
-        """Run two tokens through a model that is whole. Raises ModelError unless its layers run in order, once each."""
+    def of(model: Any, name: str, blocks: Sequence[nn.Module], device: torch.device, d_model: int) -> Anatomy:
+        """Run two tokens through a model that is whole and takes them on `device`. Raises ModelError unless its layers run in
+        order, once each."""
         order: list[int] = []
         returned: dict[int, Returned] = {}
         headed: list[tuple[nn.Module, Any, Tensor]] = []
-        tokens = torch.ones(1, 2, dtype=torch.long)
+        tokens = torch.ones(1, 2, dtype=torch.long, device=device)
 
         def see_layer(n: int) -> Callable[[nn.Module, Any, Any], None]:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:

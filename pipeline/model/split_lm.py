@@ -132,7 +132,9 @@ class SplitLM:
             info.context_limit,
         )
         self._blocks = find_layers(model, info.n_layers)
-        self._anatomy = None if part == "prefix" else Anatomy.of(model, info.name, list(self._blocks), info.d_model)
+        self._anatomy = (
+            None if part == "prefix" else Anatomy.of(model, info.name, list(self._blocks), self.device, info.d_model)
+        )
         self._places = {
             point: find_place(model, info.name, self._blocks[point.layer], point, self.device, info.d_model)
             for point in map(as_point, layers)

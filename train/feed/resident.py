@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from pipeline.base.runtime import sent
 from pipeline.store.reader import Split
 from train.feed.loader import idle_seconds, n_readers, one_torch_thread
 from train.feed.order import Order, Piece, Rows, Window, share_of
@@ -115,9 +116,7 @@ class DeviceRows:
             held = self._window(piece)
             rows = np.sort(held.window.rows[piece.start : piece.stop])
             chunk, within = np.divmod(rows, self.split.chunk_rows)
-            at = torch.from_numpy(held.place_of[chunk] * self.split.chunk_rows + within)
-            if self.stream is not None:
-                at = at.pin_memory().to(self.device, non_blocking=True)
+            at = sent(torch.from_numpy(held.place_of[chunk] * self.split.chunk_rows + within), self.device)
             torch.index_select(self.chunks.flatten(0, 1), 0, at, out=self.out[filled : filled + piece.n_rows])
             filled += piece.n_rows
         self.n_delivered += 1
