@@ -339,6 +339,14 @@ def test_auto_order_follows_the_gpu(tiny_store: Path, tmp_path: Path, monkeypatc
     assert order_with(windows) == {"mode": "global"}
 
 
+def test_gpu_members_wait_less_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a GPU a quarter of the host's free memory may hold what is still to be written, and no less than beside a CPU."""
+    for free, expected in ((100 * 10**9, 25 * 10**9), (10**9, 2 * 10**9)):
+        monkeypatch.setattr(plan, "available_memory", lambda free=free: free)
+        assert plan.pending_bytes(torch.device("cuda", 0)) == expected
+        assert plan.pending_bytes(torch.device("cpu")) == 2 * 10**9
+
+
 def test_rows_on_the_device_are_checked(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exact order on the device needs no check beside the training: a flipped byte is found before its first step."""
     damaged = tmp_path / "s.zarr"

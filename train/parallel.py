@@ -17,7 +17,8 @@ from pipeline.base.runtime import process_group, rank, require_world, world_size
 
 @dataclass(frozen=True)
 class Processes:
-    """Who trains what. `group` is set when all processes train the same members, data-parallel."""
+    """Who trains what. `group` is set when all processes train the same members, data-parallel; what they tell one another beside
+    gradients goes from host to host, so that nobody waits for a device."""
 
     rank: int
     n: int
@@ -60,9 +61,9 @@ class Processes:
 
     def _broadcast(self, text: bytes) -> bytes:
         """The first process's bytes in all."""
-        n_bytes = torch.tensor(len(text), dtype=torch.int64, device=self.device)
+        n_bytes = torch.tensor(len(text), dtype=torch.int64)
         dist.broadcast(n_bytes, 0, group=self.group)
-        found = torch.zeros(int(n_bytes), dtype=torch.uint8, device=self.device)
+        found = torch.zeros(int(n_bytes), dtype=torch.uint8)
         if self.rank == 0:
             found.copy_(torch.tensor(list(text), dtype=torch.uint8))
         if len(found):
@@ -73,7 +74,7 @@ class Processes:
         """The smallest of the processes' numbers."""
         if self.group is None:
             return number
-        numbers = torch.tensor(number, dtype=torch.int64, device=self.device)
+        numbers = torch.tensor(number, dtype=torch.int64)
         dist.all_reduce(numbers, dist.ReduceOp.MIN, group=self.group)
         return int(numbers)
 
@@ -81,7 +82,7 @@ class Processes:
         """Whether the flag is set in any process of the group."""
         if self.group is None:
             return flag
-        flags = torch.tensor(int(flag), device=self.device)
+        flags = torch.tensor(int(flag))
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
         return bool(flags)
 
@@ -93,6 +94,6 @@ def join(data_parallel: bool, device: torch.device) -> Iterator[Processes]:
     if not data_parallel or world_size() == 1:
         yield Processes(rank(), world_size(), device, None)
         return
-    with process_group("nccl" if device.type == "cuda" else "gloo") as group:
+    with process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo") as group:
         yield Processes(rank(), world_size(), device, group)
         dist.barrier()  # one that leaves while another still sums has made gloo abort that one

@@ -37,7 +37,8 @@ from train.stores import Stores
 CACHE_SIZE = 100 * 10**9
 """Bytes that a cache of remote chunks may take where nobody says."""
 PENDING_BYTES = 2 * 10**9
-"""Snapshots that may wait to be written before training waits for the disk; one of any size always may."""
+"""Snapshots that may wait to be written before training waits for the disk; one of any size always may. On CUDA, where members
+are not in the host's memory, a quarter of what is free there may, if that is more."""
 
 SHARED_PARTS = ("activations", "gradients")
 """Parts that all members on a device share: count the largest member's once, not the sum."""
@@ -316,6 +317,11 @@ def free_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return available_memory() // n_processes
+
+
+def pending_bytes(device: torch.device) -> int:
+    """Bytes of snapshots that may wait to be written."""
+    return PENDING_BYTES if device.type == "cpu" else max(PENDING_BYTES, free_memory(torch.device("cpu")) // 4)
 
 
 RESERVE = 0.1

@@ -164,7 +164,7 @@ class Pass:
         with contextlib.ExitStack() as stack:
             if self.check is not None:
                 self.check.begin()
-            writer = stack.enter_context(Writer(self.check))
+            writer = stack.enter_context(Writer(self.check, plan.pending_bytes(self.device)))
             trainees = [stack.enter_context(self.trainee(task, writer)) for task in self.tasks]
             self.processes.wait()
             try:

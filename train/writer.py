@@ -7,24 +7,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from train.feed.bodies import BodyCheck
-from train.plan import PENDING_BYTES
 
 
 class Writer:
     """Writes snapshots in one background thread, in order, and nothing before the store's bodies were found whole.
 
-    So whatever is on disk was trained on rows that were checked. `submit` blocks while too many bytes wait.
+    So whatever is on disk was trained on rows that were checked. `submit` blocks while more than `limit` bytes wait.
     """
 
-    def __init__(self, check: BodyCheck | None) -> None:
+    def __init__(self, check: BodyCheck | None, limit: int) -> None:
         self.check = check
+        self.limit = limit
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.pending: list[tuple[Future[None], int]] = []
 
     def submit(self, write: Callable[[], None], n_bytes: int) -> None:
         """Have `write` called. Raises what an earlier one raised."""
         self.poll()
-        while self.pending and sum(n for _, n in self.pending) + n_bytes > PENDING_BYTES:
+        while self.pending and sum(n for _, n in self.pending) + n_bytes > self.limit:
             self.pending.pop(0)[0].result()
         self.pending.append((self.pool.submit(self._run, write), n_bytes))
 
