@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ class Watched:
 
 def watched(runs: Path, now: float) -> list[Watched]:
     """Every member in a folder, or the member that it is, by name. Raises UsageError when there is none."""
-    folders = [runs] if (runs / "config.json").is_file() else sorted(p.parent for p in runs.glob("*/config.json"))
+    folders = [runs] if (runs / "config.json").is_file() else [p.parent for p in runs.glob("*/config.json")]
+    folders.sort(key=lambda folder: [(text, int(part or 0)) for text, part in re.findall(r"(\D*)(\d*)", folder.name)])
     members = [read_member(folder, now) for folder in folders if (folder / "checkpoints").is_dir()]
     if not members:
         raise UsageError(f"{runs}: holds no training member yet; give --out of python -m train")
@@ -208,9 +210,11 @@ def key(i: int) -> str:
 
 
 def mark(points: Sequence[tuple[float, float]], i: int) -> str:
-    """The i-th member's curve through some places of a figure, a dot where it has one alone."""
+    """The i-th member's curve through some places of a figure, a dot where it has one alone, hollow for a dashed line."""
     if len(points) == 1:
-        return f'<circle cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3" fill="{COLOURS[i % len(COLOURS)]}"/>'
+        colour, is_dashed = COLOURS[i % len(COLOURS)], bool(DASHES[i // len(COLOURS) % len(DASHES)])
+        look = f'fill="{"none" if is_dashed else colour}" stroke="{colour}"'
+        return f'<circle cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3" {look}/>'
     line = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     return f'<path d="M{line}" {stroke(i)} stroke-linecap="round"/>'
 

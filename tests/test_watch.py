@@ -47,6 +47,13 @@ def test_the_table_says_where_members_stand(tmp_path: Path) -> None:
     assert b.split()[-1] == "finished"
 
 
+def test_members_stand_in_order(tmp_path: Path) -> None:
+    """Seed 2 before seed 10."""
+    for name in ("a-seed10", "a-seed2", "b", "a-seed1"):
+        member(tmp_path, name, [line(10)])
+    assert [one.name for one in watched(tmp_path, NOW)] == ["a-seed1", "a-seed2", "a-seed10", "b"]
+
+
 def test_quiet_training_is_said(tmp_path: Path) -> None:
     """No line for an hour."""
     member(tmp_path, "a", [line(10)])
