@@ -59,6 +59,8 @@ TOY |= {
 """Words of the pages and what stands for them at toy size."""
 OPTION = {"--layer": {"12": "1", "19": "3"}, "--steps": {"1000": "4"}, "--target-l0": {"64": "8"}}
 OPTION |= {"--nproc-per-node": {"8": "2"}}
+TORCHRUN = {"--nproc-per-node", "--max-restarts", "--rdzv-backend"}
+"""Options of torchrun that pages name."""
 DEFAULTS = {
     "harvest": {"--eval-tokens": "1k", "--corpus": "train.jsonl", "--context": "128"},
     "train": {"--width": "64", "--steps": "4", "--batch-size": "64", "--checkpoint-every": "2", "--dtype": "float32"},
@@ -209,7 +211,7 @@ def test_page_names_every_option(stage: str) -> None:
 def test_named_options_exist(page: str) -> None:
     """Whatever a page calls an option is one of some command."""
     groups = [*COMMANDS.values(), *cli.commands.values(), explain]
-    known = set().union(*map(options_of, groups)) | {"--nproc-per-node", "--help"}
+    known = set().union(*map(options_of, groups)) | TORCHRUN | {"--help"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", TEXT[page])) <= known
     for name in re.findall(r"python -m pipeline ([a-z]+)", TEXT[page]):
         assert name in cli.commands
