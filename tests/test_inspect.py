@@ -115,6 +115,16 @@ def test_long_and_wide_tokens_are_aligned() -> None:
     assert lines[2] == "'" + "x" * 60 + "'  (left alone)"
 
 
+def test_other_modules_are_refused(tmp_path: Path) -> None:
+    """An SAE of Gemma-2's `mlp`, behind which a norm stands, is of no point of ours, unless one is named."""
+    path = tmp_path / "sae.safetensors"
+    made_for = {"model": MODEL, "layer": 3, "hook": "mlp_out", "module": "mlp"}
+    save_checkpoint(path, NestedSAE(SAEConfig(192, 4, (4,))), 1, {"store": made_for})
+    with pytest.raises(UsageError, match="the SAE is of the output of 'mlp'"):
+        inspect_checkpoint(str(path), "It", None, None, None, 3, "cpu")
+    inspect_checkpoint(str(path), "It", None, None, "mlp_out", 3, "cpu")
+
+
 def test_bytes_no_text_are_refused(checkpoint: Path) -> None:
     """What the command line could not decode is one line."""
     with pytest.raises(UsageError, match=r"--text a⟨U\+DCFF⟩: holds bytes that are no text"):
