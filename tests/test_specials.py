@@ -22,6 +22,7 @@ from harvest.texts import Reader
 from pipeline.base.errors import CorpusError, ModelError, UsageError
 from pipeline.base.fields import Fields
 from pipeline.live.attach import attach
+from pipeline.live.edits import steer
 from pipeline.live.inspect import inspect_checkpoint
 from pipeline.model.specials import First, first_ids
 from pipeline.model.splicing import splice
@@ -42,9 +43,9 @@ WORD = "the"
 """A word of the corpus; its token is an undeclared BOS here."""
 
 
-def model_with(folder: Path, template: str) -> Path:
+def model_with(folder: Path, template: str, kind: str = "llama") -> Path:
     """A tiny model whose tokenizer puts other tokens around a text."""
-    tiny_models.make_model(folder, "llama")
+    tiny_models.make_model(folder, kind)
     tokenizer = tiny_models.build_tokenizer(adds_bos=False)
     known = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<pad>", "<eos>", "<bos>")]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=known)
@@ -150,6 +151,57 @@ def test_two_first_tokens_attached(tmp_path: Path, options: dict[str, Any]) -> N
         mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
         lm.model(input_ids=ids, attention_mask=mask)
         assert live.kept.tolist() == [[False] * 4 + [True] * 2, [False] * 2 + [True] * 4]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("llama", {}), ("llama", {"edit": steer(2, 3.0), "keep_error": True}), ("gpt2", {})]
+)
+def test_two_first_tokens_generate(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    """Texts that begin with two tokens, left-padded in one batch and generated with a cache, get the logits of each text alone in
+    one pass with a plain hook that leaves padding and special tokens as they are."""
+    folder = model_with(tmp_path / "lm", "<pad> <bos> $A", kind)
+    tokenizer = load_tokenizer(str(folder))
+    model = tiny_models.whole_model(folder, torch.float32)
+    torch.manual_seed(0)
+    sae = NestedSAE(SAEConfig(64, 48, (48,)))
+    torch.nn.init.normal_(sae.W_dec)
+    texts = [tokenizer(text)["input_ids"] for text in ("It was", "It was the best of times")]
+    assert all(ids[:2] == [0, 2] for ids in texts)
+    longest = max(map(len, texts))
+    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in texts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in texts])
+    with attach(model, sae, 1, tokenizer=tokenizer, **options):
+        out = model.generate(
+            padded,
+            attention_mask=mask,
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            use_cache=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+
+    def change(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        z = sae.encode(x)
+        edited = z.index_add(1, torch.tensor([2]), torch.full((len(z), 1), 3.0))
+        new = x + (edited - z) @ sae.W_dec / sae.scale if options else sae(x)
+        return torch.where(torch.isin(ids, torch.tensor([0, 1, 2]))[:, None], x, new)
+
+    layer = (model.transformer.h if kind == "gpt2" else model.model.layers)[1]
+    for i, ids in enumerate(texts):
+        alone = torch.tensor([[*ids, *out.sequences[i, longest:].tolist()]])
+
+        def plain(_module: Any, _args: Any, output: Any, ids: torch.Tensor = alone[0]) -> Any:
+            rows = output if isinstance(output, torch.Tensor) else output[0]
+            changed = change(rows[0], ids)[None]
+            return changed if isinstance(output, torch.Tensor) else (changed, *output[1:])
+
+        handle = layer.register_forward_hook(plain)
+        with torch.no_grad():
+            expected = model(alone).logits[0, len(ids) - 1 : -1]
+        handle.remove()
+        torch.testing.assert_close(torch.stack([step[i] for step in out.logits]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_tokenizers_specials_stay_attached(tmp_path: Path) -> None:
