@@ -1,4 +1,5 @@
 import errno
+import importlib
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from pipeline.base.errors import CorpusError, DiskError, UsageError
 from pipeline.base.progress import Progress, say, silenced
 from pipeline.experiment.experiment import Experiment
 from pipeline.experiment.stages import options
+from support import lm_stores
 
 
 @pytest.mark.parametrize(
@@ -173,6 +175,58 @@ def test_wrong_option_exits_with_two(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as stop:
         main(click.Command("x", callback=lambda: None), "x")
     assert stop.value.code == 2
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A model, its store and a member trained on it."""
+    folder = tmp_path_factory.mktemp("devices")
+    store = lm_stores.make_lm_store(folder, eval_sequences=4)
+    member = lm_stores.save_member(folder / "runs", store, lm_stores.make_sae(store))
+    return {
+        "STORE": str(store.path),
+        "MODEL": str(store.config["model"]),
+        "SAE": str(member),
+        "CORPUS": str(Path(__file__).parent.parent / "data" / "corpus"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("harvest", "--model MODEL --layer 1 --corpus CORPUS --tokens 2k --context 32 --store OUT"),
+        ("train", "--store STORE --out OUT --alpha 0"),
+        ("evaluate", "SAE --store STORE --out OUT"),
+        ("pipeline", "inspect SAE --text words --out OUT"),
+        ("evaluate.explain", "SAE --store STORE --latents 1 --prompts OUT"),
+        ("evaluate.latents.neuronpedia", "SAE --store STORE --out OUT --creator us"),
+    ],
+)
+def test_every_command_asks_for_devices(places: dict[str, str], tmp_path: Path, program: str, words: str) -> None:
+    """Whatever takes --device refuses mps by the same function, before it writes anything."""
+    named = places | {"OUT": str(tmp_path / "out")}
+    module = importlib.import_module(program if program.endswith("neuronpedia") else f"{program}.__main__")
+    own = [one for one in vars(module).values() if isinstance(one, click.Command)]
+    command = max(own, key=lambda one: isinstance(one, click.Group))  # pipeline has a group of many
+    given = [named.get(word, word) for word in words.split()] + ["--device", "mps"]
+    with pytest.raises(UsageError, match=r"^--device mps: not supported \(sums are in float64"):
+        command.main(given, standalone_mode=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_devices_are_tried() -> None:
+    """The commands above are all that have an option --device."""
+    root = Path(__file__).parent.parent
+    files = [path for top in ("pipeline", "harvest", "train", "evaluate") for path in (root / top).rglob("*.py")]
+    have = {str(path.relative_to(root)) for path in files if 'option("--device",' in path.read_text()}
+    assert have == {
+        "harvest/__main__.py",
+        "train/__main__.py",
+        "evaluate/__main__.py",
+        "evaluate/explain/__main__.py",
+        "evaluate/latents/neuronpedia.py",
+        "pipeline/__main__.py",
+    }
 
 
 def test_settings_become_options() -> None:
