@@ -149,6 +149,7 @@ def stored_tokens(plan: Plan, path: str) -> Splits | None:
     try:
         store = Store.load(path)
         store.check_metadata()
+        store.check_tokens()
     except (StoreError, DamagedError):
         return None
     if (store.train.n_sequences, store.eval.n_sequences) != (plan.n_train, plan.n_eval):

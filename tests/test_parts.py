@@ -22,6 +22,7 @@ from harvest.config import HarvestConfig
 from harvest.run import run
 from harvest.steps import Note, Share, Steps, read_notes
 from pipeline.base.errors import CorpusError, DamagedError, MismatchError, StoreError, UsageError
+from pipeline.store.backend import LocalFiles
 from pipeline.store.objects import open_files
 from pipeline.store.reader import Store
 from support import tiny_models
@@ -115,6 +116,28 @@ def test_one_goes_on_with_parts(configs: Configs) -> None:
     run(config, quiet=True, steps=part(1, 3))
     run(config, quiet=True)
     assert files_of(config) == files_of(configs("expected"))
+
+
+def test_parts_hash_their_own_tokens(configs: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part reads the tokens of its own shards, once each, and not those of the others; the end reads all of them once."""
+    config = configs("own").replace(tokens=4096)
+    monkeypatch.setattr("pipeline.store.layout.GROUP_SHARDS", 1)
+    run(config, quiet=True, steps=PREPARE)
+    read, plain = list[str](), LocalFiles.read
+
+    def noted(self: LocalFiles, key: str, most: int) -> bytes:
+        read.append(key)
+        return plain(self, key, most)
+
+    monkeypatch.setattr(LocalFiles, "read", noted)
+    run(config, quiet=True, steps=part(1, 6))
+    assert [key for key in read if key.startswith("train/tokens/c/")] == [f"train/tokens/c/{k}/0" for k in (1, 7, 13)]
+    run(config, quiet=True, steps=part(0, 1))
+    read.clear()
+    run(config, quiet=True, steps=FINISH)
+    assert sorted(key for key in read if key.startswith("train/tokens/c/")) == sorted(
+        f"train/tokens/c/{k}/0" for k in range(16)
+    )
 
 
 def test_parts_need_a_prepared_store(configs: Configs) -> None:

@@ -262,7 +262,9 @@ def test_tokens_out_of_vocabulary_refused(stores: dict[str, Path], tmp_path: Pat
     shutil.copytree(stores["none"], tmp_path / "s.zarr")
     change_root(tmp_path / "s.zarr", lambda attributes: attributes["config"].update(vocab=3))
     with pytest.raises(DamagedError, match="token ids beyond the model's 3"):
-        Store.load(tmp_path / "s.zarr").check_metadata()
+        Store.load(tmp_path / "s.zarr").check_tokens()
+    with pytest.raises(DamagedError, match="token ids beyond the model's 3"):
+        Store.open(tmp_path / "s.zarr").train.tokens_of(0, 1)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,8 @@ class RemoteFiles:
         listed = self.listing()
         found: dict[str, int | None] = {key: listed.get(key) for key in keys}
         unsaid = [key for key, size in found.items() if size is None]
+        if not unsaid:
+            return found
         with ThreadPoolExecutor(REQUESTS, "sizes") as pool:
             return found | dict(zip(unsaid, pool.map(self.size, unsaid)))
 
@@ -135,13 +137,33 @@ class RemoteFiles:
         """Key → bytes, where the file system's listing says them, of everything below the URL."""
         base = self.path("")
         with contextlib.suppress(Gone):
-            found = self.ask("", lambda: self.fs.find(self.root, detail=True))
-            return {name.removeprefix(base): one.get("size") for name, one in found.items() if name.startswith(base)}
+            if type(self.fs).__module__.startswith("obstore"):
+                found = self.ask("", lambda: listed_flat(self.url))
+            else:
+                found = {name: one.get("size") for name, one in self.ask("", self.find).items()}
+            return {name.removeprefix(base): size for name, size in found.items() if name.startswith(base)}
         return {}
+
+    def find(self) -> dict[str, Any]:
+        """Path → what is known of each file below the root, as fsspec says it."""
+        found: dict[str, Any] = self.fs.find(self.root, detail=True)
+        return found
 
     def ask(self, key: str, work: Callable[[], Any]) -> Any:
         """The result of one request, tried again where it may pass. Raises Gone, DiskError."""
         return asked(work, self.where(key), self.traffic)
+
+
+def listed_flat(url: str) -> dict[str, int]:
+    """Path, bucket included, → bytes of every object below a URL, by obstore: its fsspec driver would list every folder alone."""
+    import obstore
+
+    protocol, _, path = url.partition("://")
+    bucket, _, prefix = path.partition("/")
+    found: dict[str, int] = {}
+    for page in obstore.list(obstore.store.from_url(f"{protocol}://{bucket}"), prefix, chunk_size=1000):
+        found |= {f"{bucket}/{one['path']}": one["size"] for one in page}
+    return found
 
 
 def open_files(path: Path | str) -> Files:

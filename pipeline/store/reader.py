@@ -70,7 +70,8 @@ class Store:
 
     @staticmethod
     def open(path: Path | str, *, complete: bool = True, check: bool = True) -> Store:
-        """Open a store after checking metadata, sizes, indexes, commit records; bodies and tokens are when they are first read.
+        """Open a store after checking metadata, sizes and commit records, which say where every chunk stands; bodies, tokens and
+        the index in a shard's own file are checked when they are first read.
 
         `check=False` is for describing or verifying a store that may be damaged: then only the root is checked.
         Raises StoreError when there is none, it is unfinished (unless `complete` is False) or of another version, and
@@ -191,9 +192,12 @@ class Store:
             yield path, partial(self._check_extra, path)
 
     def check_metadata(self) -> None:
-        """Raise DamagedError unless every zarr.json, the tokens and the special masks are as they were prepared."""
+        """Raise DamagedError unless every zarr.json is as it was prepared."""
         for _, run in self._metadata_checks(bodies=False):
             run()
+
+    def check_tokens(self) -> None:
+        """Raise DamagedError unless all tokens and special positions are as prepared; each part is so checked when it is read."""
         for split in self.splits:
             for name in split.prepared.sha256:
                 split.require_whole(name)

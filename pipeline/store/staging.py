@@ -67,6 +67,7 @@ def stage(url: str, path: Path, *, quiet: bool = False) -> Store:
         for _ in pool.map(lambda shard: copy_shard(source.files, *shard), shards):
             bar.advance(1)
     store.check_metadata()
+    store.check_tokens()
     write_root(target, source.attributes)
     return Store.open(path)
 

@@ -30,7 +30,7 @@ from pipeline.store.groups import pack
 from pipeline.store.large import LargeRows, large_bytes, large_key, large_rows
 from pipeline.store.layout import SplitLayout, pad_rows
 from pipeline.store.moments import MASSIVE_MULTIPLE, Measured, merge, norms_and_moments
-from pipeline.store.reader import Store, measure
+from pipeline.store.reader import Store, checkers, measure
 from pipeline.store.record import chunks_digest, commit_tags, part_digest, record_bytes
 from pipeline.store.root import write_root
 from pipeline.store.shards import ShardStream, with_crc
@@ -57,8 +57,18 @@ class StoreWriter:
         return self.store.train if name == "train" else self.store.eval
 
     def pending(self, name: str) -> list[int]:
-        """Shards of a split that are not committed, in order. A commit record that is damaged counts as none."""
-        return [k for k in range(self.split(name).n_shards) if not is_committed(self.split(name), k)]
+        """Shards of a split that are not committed, in order. A commit record that is damaged counts as none.
+
+        Records of the shards that have one are read side by side; of a finished store, those of a shard of each group.
+        """
+        split, shards = self.split(name), range(self.split(name).n_shards)
+        there = set[str]() if split.packed else set(self.files.keys())
+        held = [k for k in shards if split.packed or split.shape.record_key(k) in there]
+        with checkers(self.files) as pool:
+            for _ in pool.map(lambda k: is_committed(split, k), shards[:: split.shape.group] if split.packed else ()):
+                pass  # the others' records are in the same files, which are read once
+            done = {k for k, whole in zip(held, pool.map(lambda k: is_committed(split, k), held)) if whole}
+        return [k for k in shards if k not in done]
 
     def sweep(self) -> None:
         """Delete what killed workers left half-written. Only while nobody writes; `prepare` and `finish` do it too."""
@@ -108,13 +118,14 @@ class StoreWriter:
         Nothing changes when it is complete.
 
         Raises StoreError when a shard is not committed, or when no training row is left to make statistics of, and
-        DamagedError when a committed shard is not as it was (bodies are not read).
+        DamagedError when tokens, or a committed shard, are not as they were (bodies are not read).
         """
         left = {split.name: n for split in self.store.splits if (n := len(self.pending(split.name)))}
         if left:
             raise StoreError(f"{self.store.where}: shards are not committed ({left}); run harvest again")
         self.sweep()
         store = Store.load(self.store.where)
+        store.check_tokens()
         if not store.complete:
             store.check()
             attributes = store.attributes | {
