@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.base.digests import DIGESTS, sealed, unvouch, vouch
 from pipeline.base.errors import CheckpointError, DamagedError
 from pipeline.base.fields import Fields
-from pipeline.base.files import disk_errors, sweep_partials, write_csv, write_json
+from pipeline.base.files import disk_errors, regular, sweep_partials, write_csv, write_json
 from pipeline.base.progress import say
 from pipeline.base.results import FORMAT, VERSION, member_of, names_apart, read_result, result_name
 from pipeline.definitions import METRICS
@@ -138,7 +138,7 @@ def working_in(folder: Path) -> Iterator[None]:
     Leftovers are partly written files, and latent pages whose results never came. Where the file system has no locks
     nothing is swept, since nobody knows who else writes.
     """
-    with open(folder / ".jobs", "w") as file:
+    with open(folder / ".jobs", "a", opener=regular) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -171,7 +171,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "w") as file:
+        with open(folder / ".lock", "a", opener=regular) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:

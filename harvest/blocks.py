@@ -28,7 +28,7 @@ from harvest.corpus import Bad, Corpus, Document
 from harvest.texts import Piece, Reader
 from harvest.tokens import tokenized
 from pipeline.base.errors import CorpusError, DamagedError
-from pipeline.base.files import atomic, crc32c
+from pipeline.base.files import atomic, crc32c, regular
 
 BLOCK_DOCUMENTS = 1024
 """Documents of a block; fewer in the last."""
@@ -78,7 +78,7 @@ class Blocks:
         except (FileNotFoundError, DamagedError):
             yield from making.block(b)
             return
-        with open(self.path(b), "rb") as file:
+        with open(self.path(b), "rb", opener=regular) as file:
             yield from read_block(file)
 
     def share(self, i: int, n: int, n_tokens: int) -> Iterator[int]:
@@ -182,7 +182,7 @@ def as_bytes(piece: Piece) -> bytes:
 
 def check_block(path: Path) -> None:
     """Raise FileNotFoundError, or DamagedError when a block is not what was written."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         left = os.fstat(file.fileno()).st_size - 4
         size, crc = left, 0
         while left > 0 and (data := file.read(min(left, READ_BYTES))):

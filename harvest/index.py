@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harvest.long_text import TextFile
+from pipeline.base.files import regular
 from pipeline.base.record_files import TEXT
 from pipeline.base.records import Record, Unread, is_compressed, kind_of, parse_object, raw_lines
 
@@ -40,7 +41,7 @@ class Index:
         path = self.paths[self.file[i]]
         if kind_of(path) == TEXT:
             return str(path), {self.field: TextFile(path)}
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular) as file:
             data = os.pread(file.fileno(), self.length[i], self.start[i])
         return f"{path}:{self.number[i]}", parse_object(data)
 

@@ -132,14 +132,21 @@ class Reader:
         options: dict[str, Any] = {"return_offsets_mapping": True} if spans else {}
         found: Any = {"input_ids": []}
         if texts:
-            found = self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                split_special_tokens=not self.parse_special,
-                return_attention_mask=False,
-                verbose=False,
-                **options,
-            )
+            try:
+                found = self.tokenizer(
+                    texts,
+                    add_special_tokens=False,
+                    split_special_tokens=not self.parse_special,
+                    return_attention_mask=False,
+                    verbose=False,
+                    **options,
+                )
+            except Exception as error:
+                if type(error) is not Exception:  # the tokenizers library raises this alone
+                    raise
+                raise ModelError(
+                    f"the tokenizer refuses {parts[0].where} ({error}); look at its tokenizer.json and tokenizer_config.json"
+                ) from error
         ids = iter(found["input_ids"])
         offsets = iter(found["offset_mapping"] if spans else [None] * len(texts))
         return [

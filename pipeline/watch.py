@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline.base.digests import write_vouched
 from pipeline.base.errors import UsageError
+from pipeline.base.files import read_bytes
 from pipeline.base.progress import format_seconds
 
 SHOWN = ("loss", "ev", "l0", "dead", "eval_ev", "eval_l0")
@@ -79,7 +80,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, float]], int]:
     """Finite numbers of every whole line that has a step (of a list the last), and how many lines are none. A last line without
     its end is being written, and neither."""
     try:
-        text = path.read_bytes()
+        text = read_bytes(path)
     except OSError:
         return [], 0
     lines = text.split(b"\n")[:-1]
@@ -117,7 +118,7 @@ def thinned(curve: Sequence[tuple[float, float]]) -> list[tuple[int, float]]:
 def asked_steps(folder: Path) -> int:
     """Steps of the whole training; 0 where its config does not say."""
     try:
-        steps = json.loads((folder / "config.json").read_bytes())["config"]["steps"]
+        steps = json.loads(read_bytes(folder / "config.json"))["config"]["steps"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0
     return steps if type(steps) is int and 0 < steps < 2**53 else 0

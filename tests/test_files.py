@@ -1,5 +1,7 @@
+import contextlib
 import errno
 import os
+import socket
 import threading
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from pipeline.base import files
 from pipeline.base.errors import DamagedError, DiskError, MismatchError
+from pipeline.base.files import hash_file, read_bytes, read_json, read_text, regular
 
 
 def test_file_appears_whole_or_never(tmp_path: Path) -> None:
@@ -123,3 +126,41 @@ def test_locks_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(files.fcntl, "flock", without)
     with pytest.raises(DiskError, match="cannot be locked"):
         files.lock_folder(tmp_path, "working")
+
+
+@pytest.mark.parametrize(
+    ("what", "says"), [("pipe", "a pipe"), ("device", "a device"), ("socket", "a socket"), ("link", "a pipe")]
+)
+def test_what_has_no_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, says: str) -> None:
+    """A pipe is not waited for, by whoever reads or writes; a device, a socket and a link to one are refused, in one line."""
+    path = tmp_path / "x.json"
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listening:
+        if what == "device":
+            path.symlink_to("/dev/zero")
+        elif what == "socket":
+            monkeypatch.chdir(tmp_path)
+            listening.bind("x.json")  # the whole path may be longer than a socket's name can be
+        else:
+            os.mkfifo(tmp_path / "pipe" if what == "link" else path)
+            if what == "link":
+                path.symlink_to("pipe")
+        for work in (
+            lambda: read_json(path),
+            lambda: read_bytes(path),
+            lambda: read_text(path),
+            lambda: hash_file(path),
+            lambda: regular(str(path), os.O_WRONLY | os.O_APPEND),
+        ):
+            with pytest.raises(DamagedError, match=f"x.json: {says}, expected a regular file; ") as caught:
+                work()
+            assert caught.value.strerror == f"{says}, expected a regular file"
+
+
+def test_folders_and_gaps_stay(tmp_path: Path) -> None:
+    """A folder, or nothing, at the place of a file is what `open` says of it, and a regular file is read."""
+    (tmp_path / "a").write_text("é\r\n")
+    assert read_text(tmp_path / "a") == "é\n"
+    with pytest.raises(IsADirectoryError):
+        read_bytes(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_bytes(tmp_path / "b")

@@ -129,7 +129,7 @@ def test_frames_come_in_order(tmp_path_factory: pytest.TempPathFactory, frames: 
 
     path = tmp_path_factory.mktemp("z") / "a.zst"
     path.write_bytes(b"".join(zstandard.compress(frame) for frame in frames))
-    with ZstdFile(path) as file:
+    with open(path, "rb") as raw, ZstdFile(raw) as file:
         parts = iter(lambda: file.read(n), b"")
         assert b"".join(part for part in parts if part is not None) == b"".join(frames)
 

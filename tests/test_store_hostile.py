@@ -211,6 +211,21 @@ def test_entry_not_a_file_refused(stores: dict[str, Path], tmp_path: Path, key: 
         Store.open(tmp_path / "s.zarr")
 
 
+@pytest.mark.parametrize("key", ["zarr.json", "train/zarr.json", "train/norm/c/0", "train/resid/c/0/0"])
+def test_pipes_behind_a_url_are_refused(stores: dict[str, Path], tmp_path: Path, key: str) -> None:
+    """Staging from file:// refuses a pipe where a file of the store should be, and does not wait for who writes it."""
+    pytest.importorskip("fsspec")
+    shutil.copytree(stores["none"], tmp_path / "s.zarr")
+    (tmp_path / "s.zarr" / key).unlink()
+    os.mkfifo(tmp_path / "s.zarr" / key)
+    unblocked = os.open(tmp_path / "s.zarr" / key, os.O_RDWR)  # who opens it without the guard fails instead of waiting
+    try:
+        with pytest.raises(DamagedError, match=key):
+            stage(f"file://{tmp_path}/s.zarr", tmp_path / "target.zarr")
+    finally:
+        os.close(unblocked)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -209,3 +209,13 @@ def test_text_files_must_be_text(tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_bytes(data)
         with pytest.raises(CorpusError, match=r"a\.txt: not UTF-8 text"):
             list(TextFile(tmp_path / "a.txt").parts())
+
+
+def test_tokenizers_own_words_are_one_line() -> None:
+    """A tokenizer whose files lack the token that it takes for unknown text is a model's error, which names the text."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    lacking = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>")))
+    with pytest.raises(ModelError, match=r"^the tokenizer refuses a\.jsonl:3 \(.*; look at its tokenizer\.json"):
+        pieces("b", Reader(lacking, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -406,3 +407,11 @@ def test_checkpoint_alone_needs_no_folder(root: Path, tmp_path: Path) -> None:
     sae, header = load_sae(first(root, "runs/*/checkpoints/*"))
     save_checkpoint(tmp_path / "mine.safetensors", sae, header.step, header.provenance)
     assert verify(str(tmp_path / "mine.safetensors")).problems == []
+
+
+@pytest.mark.parametrize("place", ["runs", "results", "stores/acts.zarr/train"])
+def test_pipes_are_never_whole(made: Path, tmp_path: Path, place: str) -> None:
+    """A pipe anywhere in an experiment is a problem, though no digest speaks of it and nothing waits for it."""
+    shutil.copytree(made, tmp_path / "out")
+    os.mkfifo(tmp_path / "out" / place / "pipe")
+    assert any(f"{place}/pipe: a pipe" in problem for problem in verify(str(tmp_path / "out")).problems)

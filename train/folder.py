@@ -26,6 +26,9 @@ from pipeline.base.files import (
     hash_config,
     hash_file,
     lock_folder,
+    read_bytes,
+    read_text,
+    regular,
     require_same,
     sweep_partials,
     write_bytes,
@@ -232,13 +235,13 @@ class Folder:
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl or timings.jsonl; a kill can tear only the last one."""
-        with disk_errors(self.path), open(self.path / name, "a") as file:
+        with disk_errors(self.path), open(self.path / name, "a", opener=regular) as file:
             file.write(canonical_json(line) + "\n")
 
     def require_metrics(self, step: int, sha256: str) -> None:
         """Raise DamagedError when the lines of metrics up to a step are not those of this hash: some were lost or changed."""
         path = self.path / "metrics.jsonl"
-        found = hashlib.sha256(path.read_bytes() if path.exists() else b"").hexdigest()
+        found = hashlib.sha256(read_bytes(path) if path.exists() else b"").hexdigest()
         if found != sha256:
             raise DamagedError(
                 f"{path}: lines up to step {step} were lost or changed (sha256 {found[:10]}, in the state {sha256[:10]}); put "
@@ -250,7 +253,7 @@ class Folder:
         unvouch(self.path / "timings.jsonl")
         for name in ("metrics.jsonl", "timings.jsonl"):
             path = self.path / name
-            lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+            lines = read_text(path, "replace").splitlines() if path.exists() else []
             kept = [line for line in lines if line_step(line) <= step]
             if not path.exists() or len(kept) < len(lines):
                 write_bytes(path, "".join(line + "\n" for line in kept).encode())

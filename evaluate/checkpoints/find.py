@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
+from pipeline.base.files import read_bytes
 from pipeline.sae.foreign import (
     BEFORE_GAIN,
     behind_gain,
@@ -137,7 +138,7 @@ def find_checkpoints(places: Sequence[Path], all_steps: bool) -> tuple[list[Path
     for place in places:
         for part in saes_in(place):
             try:
-                itself = part.is_file() or is_foreign(part)
+                itself = not part.is_dir() or is_foreign(part)
                 found |= dict.fromkeys([part] if itself else member_checkpoints(part, all_steps))
             except PipelineError as error:
                 failed.append((part, error))
@@ -154,7 +155,7 @@ def saes_in(place: Path) -> list[Path]:
     """A file, a member's folder or an SAE made elsewhere as it is; of another folder those in it, sorted by name."""
     if not place.exists():
         raise CheckpointError(f"{place}: no such checkpoint or folder")
-    if (place := folder_of(place)).is_file() or holds_sae(place):
+    if not (place := folder_of(place)).is_dir() or holds_sae(place):
         return [place]
     if not (members := list(below(place, DEEPEST_SUITE))):
         raise CheckpointError(
@@ -308,7 +309,7 @@ def loss_curve(checkpoint: Checkpoint) -> dict[str, list[Any]]:
     if not path.is_file() or is_foreign(checkpoint.path):
         return {}
     try:
-        text = path.read_bytes().split(b"\n")
+        text = read_bytes(path).split(b"\n")
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read ({error.strerror}); restore it or move it away") from error
     lines = [

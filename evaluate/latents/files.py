@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.base.digests import DIGESTS, is_sealed, sealed, write_digests
 from pipeline.base.errors import DamagedError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import hash_file, read_json, sha256, write_bytes, write_json
+from pipeline.base.files import hash_file, read_bytes, read_json, sha256, write_bytes, write_json
 from pipeline.base.token_text import visible
 
 FORMAT, VERSION = "nested-sae-latents", 3
@@ -120,7 +120,7 @@ def read_script(path: Path, call: str) -> Any:
 
     Raises DamagedError when the file is anything else.
     """
-    text = path.read_bytes().decode("ascii", errors="replace") if path.is_file() else ""
+    text = read_bytes(path).decode("ascii", errors="replace") if path.is_file() else ""
     head, tail = f"nestedLatents.{call}", ");\n"
     if not (text.startswith(head) and text.endswith(tail)):
         raise DamagedError(f"{path}: does not read as latent pages (expected one call of {head}…)); evaluate again")

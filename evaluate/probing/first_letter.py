@@ -28,7 +28,7 @@ from torch import Tensor
 from evaluate.probing.texts import TextModel, clipped, padded
 from evaluate.scores.labels import LABELS, LETTERS, MAX_ROWS, MIN_F1, Labelled, Letters, Probes, train_probes
 from pipeline.base.errors import DamagedError, UsageError
-from pipeline.base.files import hash_config, sha256
+from pipeline.base.files import hash_config, read_text, sha256
 from pipeline.base.progress import Progress
 from pipeline.base.runtime import numpy_rng
 from pipeline.base.token_text import TokenText
@@ -73,11 +73,10 @@ def read_words(path: Path) -> list[str]:
     Raises UsageError, naming the line, where one is not letters of a to z alone, and for a file that cannot be read.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"--words {path}: cannot be read as text ({type(error).__name__}); give words, one a line"
-        ) from None
+        said = getattr(error, "strerror", None) or type(error).__name__
+        raise UsageError(f"--words {path}: cannot be read as text ({said}); give words, one a line") from None
     for number, line in enumerate(lines, 1):
         if line.strip() and not re.fullmatch(" ?[A-Za-z]+", line.rstrip()):
             raise UsageError(f"--words {path}, line {number}: {line[:40]!r} is not one word of letters a to z")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.base.errors import UsageError
+from pipeline.base.files import read_text
 
 SHIPPED = Path(__file__).parent
 """The folder of the specs that have a name: tree, forest, large."""
@@ -127,7 +128,7 @@ def load_spec(name: str) -> Spec:
     if not path.is_file():
         raise UsageError(f"--truth {name}: no such file, and not one of {', '.join(shipped())}")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(read_text(path))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: not a TOML file: {error}") from None
     except OSError as error:

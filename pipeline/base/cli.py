@@ -18,6 +18,7 @@ import click
 
 from pipeline import INTERRUPTED, say_stopped
 from pipeline.base.errors import ADVICE, DiskError, PipelineError, UsageError, explain, one_line
+from pipeline.base.files import read_text
 from pipeline.base.processes import is_launched
 from pipeline.base.progress import log_line, say
 from pipeline.base.startup import heard
@@ -169,7 +170,7 @@ LEFT_FOR_SUFFIXES = 28
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file. Raises UsageError naming the line when it is not TOML, or when it is not there."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(read_text(path))
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error
     except (ValueError, RecursionError) as error:

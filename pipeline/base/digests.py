@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.base.errors import DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import canonical_json, hash_file, read_json, sha256, write_bytes, write_json
+from pipeline.base.files import canonical_json, hash_file, read_bytes, read_json, sha256, write_bytes, write_json
 
 DIGESTS = "digests.json"
 FORMAT, VERSION = "nested-sae-digests", 1
@@ -110,7 +110,7 @@ def write_vouched(path: Path, data: bytes) -> None:
 
 def beside_problem(path: Path) -> str:
     """What is wrong with a file that has a digest beside it; nothing where it is what was written."""
-    said = beside(path).read_bytes()[: 64 + 2 + 255 + 1]
+    said = read_bytes(beside(path))[: 64 + 2 + 255 + 1]
     digest, _, _ = said.decode(errors="replace").partition("  ")
     if not re.fullmatch("[0-9a-f]{64}", digest) or said[66:] != os.fsencode(f"{path.name}\n"):
         return f"{beside(path)}: is no digest of {path.name} as sha256sum writes it; make the file again"

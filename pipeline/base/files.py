@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -59,9 +60,42 @@ def hash_config(config: Mapping[str, Any]) -> str:
     return sha256(canonical_json(config))
 
 
+KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+"""What a name may lead to that has no bytes of its own, or no end."""
+
+
+def regular(path: str, flags: int) -> int:
+    """The `opener` of every file of which only the name is known: a descriptor. Raises OSError as os.open does, and DamagedError
+    for what is no regular file, links followed; a pipe is not waited for. A folder is left to `open`, which refuses it."""
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+        if (mode := stat.S_IFMT(os.fstat(descriptor).st_mode)) in (stat.S_IFREG, stat.S_IFDIR):
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.EOPNOTSUPP):  # a socket; a pipe to be written, which nobody reads
+            raise
+        mode = stat.S_IFMT(os.stat(path).st_mode)
+    refused = DamagedError(f"{path}: {KINDS.get(mode, 'no file')}, expected a regular file; remove it or give another")
+    refused.strerror = f"{KINDS.get(mode, 'no file')}, expected a regular file"  # for who words an OSError anew
+    raise refused
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file. Raises as `regular` does."""
+    with open(path, "rb", opener=regular) as file:
+        return file.read()
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """A whole file as UTF-8, its line ends as \\n. Raises as `regular` does, and UnicodeDecodeError."""
+    with open(path, encoding="utf-8", errors=errors, opener=regular) as file:
+        return file.read()
+
+
 def hash_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in pieces."""
-    with open(path, "rb") as file:
+    """Hex SHA-256 of a file's bytes, read in pieces. Raises as `regular` does."""
+    with open(path, "rb", opener=regular) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -149,7 +183,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises DamagedError when it is not JSON, FileNotFoundError when it is not there."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path}: not readable as JSON ({error}); restore it or make it again") from error
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from pipeline.base.errors import DiskError
-from pipeline.base.files import hash_file, sha256, write_bytes
+from pipeline.base.files import hash_file, read_text, sha256, write_bytes
 
 LARGE = 64 << 20
 """Bytes from which a hash is kept; a smaller file is hashed in the time that it takes to look."""
@@ -36,7 +36,7 @@ def kept_hash(path: Path) -> str:
     about = (path.resolve(), before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
     place = kept_folder() / sha256(repr(about))
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        if re.fullmatch("[0-9a-f]{64}", found := place.read_text()):
+        if re.fullmatch("[0-9a-f]{64}", found := read_text(place)):
             return found
     found = hash_file(path)
     after = os.stat(path)

@@ -23,6 +23,7 @@ from typing import IO, Any
 import zstandard
 
 from pipeline.base.errors import CorpusError, lacks_memory
+from pipeline.base.files import regular
 
 Record = dict[str, Any]
 
@@ -41,8 +42,8 @@ Found = tuple[str, Record | Unread]
 class ZstdFile(io.RawIOBase):
     """A .zst of any number of frames, decompressed in order. Raises ZstdError where the last frame is cut short."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = io.FileIO(path)
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
         self._decompressor = zstandard.ZstdDecompressor()
         self._frame: Any = None
         self._ready = self._unused = b""
@@ -69,19 +70,19 @@ class ZstdFile(io.RawIOBase):
         buffer[:n], self._ready = self._ready[:n], self._ready[n:]
         return n
 
-    def close(self) -> None:
-        """Close the compressed file too."""
-        self._file.close()
-        super().close()
+
+def open_zstd(file: IO[bytes]) -> Any:
+    """What a .zst holds, as a buffered binary file."""
+    return io.BufferedReader(ZstdFile(file), 1 << 20)
 
 
-def open_zstd(path: Path) -> Any:
-    """A .zst as a buffered binary file."""
-    return io.BufferedReader(ZstdFile(path), 1 << 20)
-
-
-COMPRESSED: dict[str, Callable[[Path], Any]] = {".zst": open_zstd, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-"""Suffix → how such a file is opened. Each of them fails where the data end before their last frame does."""
+COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".zst": open_zstd,
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
+"""Suffix → how what an open file holds is read. Each of them fails where the data end before their last frame does."""
 UNREADABLE = (OSError, EOFError, zstandard.ZstdError, lzma.LZMAError, zlib.error)
 """What opening and decompressing raise."""
 BOM = b"\xef\xbb\xbf"
@@ -104,8 +105,12 @@ def is_compressed(path: Path) -> bool:
 def readable(path: Path) -> Iterator[IO[bytes]]:
     """A file's bytes, decompressed as its name says. Raises CorpusError naming it when they cannot be had to the end."""
     try:
-        with COMPRESSED.get(path.suffix.lower(), io.FileIO)(path) as file:
-            yield file if is_compressed(path) else io.BufferedReader(file)
+        with open(path, "rb", opener=regular) as raw:
+            if is_compressed(path):
+                with COMPRESSED[path.suffix.lower()](raw) as file:
+                    yield file
+            else:
+                yield raw
     except UNREADABLE as error:
         if lacks_memory(error):
             raise
@@ -211,8 +216,8 @@ def read_parquet(path: Path, columns: Sequence[str] | None) -> Iterator[Found]:
     """Rows of a Parquet file, piece by piece."""
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    with arrow_errors(path, "Parquet"):
-        file = pyarrow.parquet.ParquetFile(path)
+    with arrow_errors(path, "Parquet"), open(path, "rb", opener=regular) as raw:
+        file = pyarrow.parquet.ParquetFile(raw)
         wanted = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
         yield from rows_of(path, file.iter_batches(columns=wanted or None, batch_size=1024))
 
@@ -223,7 +228,7 @@ def read_arrow(path: Path, columns: Sequence[str] | None) -> Iterator[Found]:
 
     with (
         arrow_errors(path, "Arrow"),
-        pyarrow.OSFile(str(path)) as file,
+        open(path, "rb", opener=regular) as file,
     ):  # mapped, one that shrinks would end the process
         if file.read(6) == b"ARROW1":
             table = pyarrow.ipc.open_file(file)

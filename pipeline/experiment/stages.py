@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from pipeline import LOG_VARIABLE
 from pipeline.base.digests import unvouch, vouch
 from pipeline.base.errors import PipelineError, UsageError
+from pipeline.base.files import regular
 from pipeline.base.processes import ROOT, become_child, hold_interrupts, python_path
 
 
@@ -88,7 +89,7 @@ def run_stage(stage: str, words: Sequence[str], log: Path) -> str:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     unvouch(log)
-    with open(log, "a") as file:
+    with open(log, "a", opener=regular) as file:
         file.write(f"$ {show(stage, words)}\n")
     with subprocess.Popen(
         [sys.executable, "-m", stage, *words],

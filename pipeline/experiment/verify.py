@@ -11,6 +11,8 @@ a hash kept elsewhere (a store's id, a checkpoint's SHA-256 in a paper) says mor
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from pathlib import Path
 from pipeline.base.digests import BESIDE, DIGESTS, beside, beside_problem, digest_problems, is_sealed, read_digests
 from pipeline.base.errors import DamagedError, PipelineError, explain
 from pipeline.base.fields import Fields
-from pipeline.base.files import PARTIAL, hash_config, hash_file, read_json
+from pipeline.base.files import KINDS, PARTIAL, hash_config, hash_file, read_json
 from pipeline.base.results import FORMAT as RESULTS
 from pipeline.base.results import read_result
 from pipeline.sae import foreign, member
@@ -71,10 +73,27 @@ def verify(place: str) -> Findings:
             f"of them, found {there}; check the path"
         )
     careful(check, path, found)
+    found.problems += no_files(path)
     for result, sha256 in found.named.items():
         if found.checkpoints and sha256 not in found.checkpoints:
             found.unseal(result, "results of a checkpoint that is not here")
     return found
+
+
+def no_files(path: Path) -> list[str]:
+    """Everything in a folder that `regular` refuses (a pipe, a device, a socket), which no digest speaks of."""
+    below = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return [
+        f"{file}: {kind}, which nothing here is; remove it" for file in below if (kind := KINDS.get(kind_of_file(file)))
+    ]
+
+
+def kind_of_file(file: str) -> int:
+    """The kind of what a path leads to; 0 where it leads to nothing."""
+    try:
+        return stat.S_IFMT(os.stat(file).st_mode)
+    except OSError:
+        return 0
 
 
 Check = Callable[[Path, Findings], None]

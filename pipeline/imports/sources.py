@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pipeline.base.errors import DamagedError, UsageError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import hash_config, read_json, sha256
+from pipeline.base.files import hash_config, read_json, regular, sha256
 
 BLOCK = 8192
 """Rows read at a time."""
@@ -121,7 +121,7 @@ def fingerprint(files: Sequence[Path]) -> str:
     reading all of it."""
     seen = []
     for path in files:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular) as file:
             size = path.stat().st_size
             head = file.read(EDGE)
             file.seek(max(size - EDGE, 0))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.base.errors import CheckpointError, DamagedError, UsageError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import atomic, canonical_json, crc32c
+from pipeline.base.files import atomic, canonical_json, crc32c, regular
 from pipeline.sae.nested import NestedSAE, SAEConfig
 
 FORMAT, VERSION = "nested-sae-checkpoint", 1
@@ -102,7 +102,7 @@ def read_contents(path: Path, format_name: str, version: int) -> Contents:
     should be. What is allocated is at most a few times the header's own bytes.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, LARGEST_HEADER):
@@ -167,7 +167,7 @@ def load_tensors(path: Path, format_name: str, version: int) -> tuple[dict[str, 
 def read_tensors(contents: Contents) -> dict[str, Tensor]:
     """The tensors of a file. Raises DamagedError when its crc32c says that bytes changed."""
     header, tensors = contents.header, {}
-    with open(header.path, "rb") as file:
+    with open(header.path, "rb", opener=regular) as file:
         for name, place in contents.places.items():
             file.seek(place.start)
             data = np.fromfile(file, np.uint8, place.stop - place.start)

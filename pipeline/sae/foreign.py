@@ -32,7 +32,7 @@ from torch import Tensor
 from pipeline.base.digests import DIGESTS, require_digests
 from pipeline.base.errors import CheckpointError, DamagedError, PipelineError, UsageError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import hash_file, read_json, sha256
+from pipeline.base.files import hash_file, read_json, regular, sha256
 from pipeline.sae.checkpoint import Header, load_checkpoint, read_header
 from pipeline.sae.foreign_fields import (
     DICTIONARY_ACTIVATIONS,
@@ -193,13 +193,14 @@ def read_weights(path: Path) -> tuple[Tensors, About]:
     """Named tensors of a .safetensors, .npz or .pt, in float32 where they are floats, and what else a .pt holds by name:
     plain text, numbers and tables of them. Nothing is unpickled but that."""
     try:
-        if path.suffix == ".safetensors":
-            state: object = load_file(path)
-        elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        else:
-            state = torch.load(path, "cpu", weights_only=True)
+        with open(path, "rb", opener=regular) as file:
+            if path.suffix == ".safetensors":
+                state: object = load_file(path)
+            elif path.suffix == ".npz":
+                with np.load(file, allow_pickle=False) as arrays:
+                    state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            else:
+                state = torch.load(file, "cpu", weights_only=True)
         if not isinstance(state, dict):
             raise DamagedError(f"{path}: not a table of tensors; get it again")
         tensors = {str(name): one for name, one in state.items() if isinstance(one, Tensor)}

@@ -17,7 +17,7 @@ from pipeline.base import network
 from pipeline.base.digests import DIGESTS, is_sealed, vouch
 from pipeline.base.errors import CheckpointError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import PARTIAL, read_json, write_bytes
+from pipeline.base.files import PARTIAL, read_bytes, read_json, write_bytes
 from pipeline.sae.checkpoint import Header
 from pipeline.sae.foreign import (
     FORMATS,
@@ -200,7 +200,7 @@ def copy(source: Path, target: Path) -> None:
     """Copy a file atomically; what a killed copy left is swept."""
     for left in target.parent.glob(f"{target.name}.*{PARTIAL}"):
         left.unlink()
-    write_bytes(target, source.read_bytes())
+    write_bytes(target, read_bytes(source))
 
 
 def read_results(path: Path) -> Fields:
@@ -230,15 +230,15 @@ def repository_files(checkpoint: Path, results: Path | None, repo_id: str, folde
                 f"{checkpoint}: only its path says what it is of; push it to OWNER/NAME/FOLDER where NAME/FOLDER is the path's "
                 f"end, or an export of it: python -m pipeline export {checkpoint} --format saelens --out FOLDER"
             )
-        files = {name: (checkpoint / name).read_bytes() for name in sae_files(checkpoint)}
+        files = {name: read_bytes(checkpoint / name) for name in sae_files(checkpoint)}
     else:
-        files = {WEIGHTS: checkpoint.read_bytes()}
+        files = {WEIGHTS: read_bytes(checkpoint)}
     data = read_results(results) if results else None
     if data is not None:
         require_results_of(checkpoint, data)
     files["README.md"] = model_card(header, data, f"{repo_id}/{folder}".rstrip("/")).encode()
     if results:
-        files[RESULTS] = results.read_bytes()
+        files[RESULTS] = read_bytes(results)
     return files
 
 

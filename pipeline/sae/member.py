@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.base.digests import is_sealed
 from pipeline.base.errors import CheckpointError, DamagedError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import hash_file, read_json
+from pipeline.base.files import hash_file, read_json, read_text
 from pipeline.sae.checkpoint import load_tensors
 
 FORMAT, VERSION = "nested-sae-member", 1
@@ -102,7 +102,7 @@ def final_checkpoint(folder: Path, completion: Completion) -> Path:
 
 def lines_until(path: Path, step: float) -> list[str]:
     """The lines of a metrics.jsonl up to a step, in order, without a torn one; none where there is no file."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = read_text(path, "replace").splitlines() if path.exists() else []
     return [line for line in lines if line_step(line) <= step]
 
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from pipeline.base.errors import DamagedError, DiskError
-from pipeline.base.files import atomic, disk_errors, sync_folder
+from pipeline.base.files import atomic, disk_errors, regular, sync_folder
 
 
 @runtime_checkable
@@ -64,17 +63,15 @@ class LocalFiles:
     def read(self, key: str, most: int) -> bytes:
         """All bytes of a file."""
         path = self.where(key)
-        with disk_errors(path), missing_is_damage(path):
-            descriptor = open_regular(path)
-            with open(descriptor, "rb") as file:
-                require_small(path, size := os.fstat(descriptor).st_size, most)
-                return file.read(size)
+        with disk_errors(path), missing_is_damage(path), open(path, "rb", opener=regular) as file:
+            require_small(path, size := os.fstat(file.fileno()).st_size, most)
+            return file.read(size)
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """One preadv; goes on where the kernel returns early."""
         path = self.where(key)
         with disk_errors(path), missing_is_damage(path):
-            descriptor = open_regular(path)
+            descriptor = regular(path, os.O_RDONLY)
         try:
             left = [buffer.cast("B") for buffer in buffers]
             while left:
@@ -145,17 +142,6 @@ def missing_is_damage(where: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DamagedError(f"{where}: the file is gone; run harvest --repair to make it again") from error
-
-
-def open_regular(path: str) -> int:
-    """A descriptor to read a file. Raises DamagedError for what has no end or no bytes: a device, a pipe, a folder."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for who writes it
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise DamagedError(
-            f"{path}: no regular file, which every file of a store is; remove it and run harvest --repair"
-        )
-    return descriptor
 
 
 def require_small(where: str, size: int, most: int) -> None:

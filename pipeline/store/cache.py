@@ -22,9 +22,9 @@ from typing import BinaryIO
 import numpy as np
 
 from pipeline.base.errors import DiskError
-from pipeline.base.files import PARTIAL, crc32c, human_bytes, sha256
+from pipeline.base.files import PARTIAL, crc32c, human_bytes, regular, sha256
 from pipeline.base.progress import say
-from pipeline.store.backend import Files, open_regular
+from pipeline.store.backend import Files
 
 LEAST = 4096
 """Bytes of a range from which on it is kept: smaller ones (indexes, checksums) are read once anyway."""
@@ -52,7 +52,7 @@ class Cache:
         """Fill the buffers with what is kept under a name; False where it is not, or is damaged."""
         path = self.path(name)
         try:
-            descriptor = open_regular(str(path))
+            descriptor = regular(str(path), os.O_RDONLY)
         except OSError:
             return self.count(hit=False)
         stored = memoryview(bytearray(4))
@@ -106,7 +106,7 @@ class Cache:
     def make_room(self) -> None:
         """Delete what was not used for longest until nine tenths of `most` are left, and what killed writers left. One process
         at a time; where the file system has no locks, or another is at it, that one does it."""
-        with open(self.folder / LOCK, "w") as file:
+        with open(self.folder / LOCK, "a", opener=regular) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

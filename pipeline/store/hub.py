@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.base import network
 from pipeline.base.errors import DamagedError, MismatchError, StoreError
-from pipeline.base.files import PARTIAL, human_bytes
+from pipeline.base.files import PARTIAL, human_bytes, read_bytes
 from pipeline.store.layout import extras_of
 from pipeline.store.objects import open_files
 from pipeline.store.reader import Store, describe_store
@@ -59,7 +59,7 @@ def push_store(path: Path, repo_id: str, *, private: bool = False, quiet: bool =
             ),
             repo_id,
         )
-        last = {CARD: store_card(store, repo_id).encode(), ROOT_KEY: (path / ROOT_KEY).read_bytes()}
+        last = {CARD: store_card(store, repo_id).encode(), ROOT_KEY: read_bytes(path / ROOT_KEY)}
         operations = [CommitOperationAdd(name, data) for name, data in last.items()]
         return str(
             api.create_commit(

@@ -32,6 +32,10 @@ def open_url(url: str) -> tuple[Any, str]:
     import fsspec
 
     protocol = url.split("://")[0]
+    if protocol in ("file", "local"):
+        from pipeline.store.disk import Disk
+
+        return Disk(), str(Disk._strip_protocol(url))
     try:
         driver = fsspec.get_filesystem_class(protocol)
     except ImportError as error:

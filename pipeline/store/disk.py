@@ -1,0 +1,20 @@
+"""What `file://` leads to, read as every other file of a disk is. Needs fsspec, and so is imported only where a URL is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.base.files import regular
+
+
+class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """fsspec's local files, but that a GET of a pipe or a device is refused instead of waiting for it or never ending."""
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        """Bytes start … end − 1 of a file, both from its beginning. Raises DamagedError for what is no regular file."""
+        first = start or 0
+        with open(self._strip_protocol(path), "rb", opener=regular) as file:
+            file.seek(first)
+            return file.read(-1 if end is None else max(end - first, 0))
