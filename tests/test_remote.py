@@ -129,9 +129,11 @@ def test_stopped_staging_is_no_store(url: str, local: Path, tmp_path: Path, monk
     assert tree(tmp_path / "staged.zarr") == tree(local)
 
 
-@pytest.mark.parametrize("key", ["train/resid/c/0/0", "train/tokens/c/1/0", "eval/special/c/0/0"])
+@pytest.mark.parametrize(
+    "key", ["train/resid/c/0/0", "train/tokens/c/1/0", "eval/special/c/0/0", "train/norm/c/1", "train/moments/c/0/0"]
+)
 def test_staging_notices_a_broken_source(url: str, tmp_path: Path, key: str) -> None:
-    """Staging notices a shard, tokens and special positions that are broken at the source."""
+    """Staging notices a shard, tokens, special positions, norms and moments that are broken at the source."""
     files = make_store(url, **SIZES).files
     body = files.read(key, most=1 << 30)
     files.write(key, body[:9] + bytes([body[9] ^ 1]) + body[10:])

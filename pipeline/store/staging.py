@@ -66,6 +66,9 @@ def stage(url: str, path: Path, *, quiet: bool = False) -> Store:
     with Progress(len(shards), "stage", "shard", quiet=quiet) as bar, ThreadPoolExecutor(DOWNLOADS) as pool:
         for _ in pool.map(lambda shard: copy_shard(source.files, *shard), shards):
             bar.advance(1)
+    for split in store.splits:
+        for g in range(split.shape.n_groups) if split.packed else ():
+            split.check_norms(g)
     store.check_metadata()
     store.check_tokens()
     write_root(target, source.attributes)
