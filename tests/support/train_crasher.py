@@ -2,9 +2,11 @@
 
     python tests/support/train_crasher.py STORE OUT SEED KILLS HOW
 
-HOW is `random` (SIGKILL after a random part of the time that a run takes) or `writes` (the child kills itself at its n-th
-write, rename, unlink or fsync, n growing by one each round). After every kill the rolling states are copied to
-OUT.states/<round>-<member>. This process forks before torch runs anything, so that a round costs no import.
+HOW is `random` (SIGKILL after a random part of the time that a run takes; a child that ends before its kill was timed on
+a busier machine: the folder is begun anew and the next kills fall earlier, until KILLS of them fell) or `writes` (the
+child kills itself at its n-th write, rename, unlink or fsync, n growing by one each round). After every kill the rolling
+states are copied to OUT.states/<round>-<member>. This process forks before torch runs anything, so that a round costs no
+import.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,36 +79,68 @@ def child(config: RunConfig, die_at: int) -> None:
     os._exit(0)
 
 
-def whole_run_seconds(store: Path, out: Path) -> float:
+def whole_run_seconds(config: RunConfig) -> float:
     """How long the training takes here when it is left alone, so that kills fall within it on any machine."""
     start = time.monotonic()
+    end_of(forked(replace(config, out=Path(f"{config.out}.timed"))))
+    return time.monotonic() - start
+
+
+def keep_states(out: Path, n: int) -> None:
+    """Copy the rolling states that round `n` left."""
+    for state in out.glob("*/state.safetensors"):
+        (Path(f"{out}.states") / f"{n}-{state.parent.name}").parent.mkdir(exist_ok=True)
+        shutil.copy(state, Path(f"{out}.states") / f"{n}-{state.parent.name}")
+
+
+def end_of(pid: int) -> bool:
+    """Wait for a child; whether it was killed. Ends this program when the child failed."""
+    _, status = os.waitpid(pid, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        sys.exit("a child failed")
+    return os.WIFSIGNALED(status)
+
+
+def forked(config: RunConfig, die_at: int = 0) -> int:
+    """The process of a child that trains."""
     pid = os.fork()
     if pid == 0:
-        child(crash_config(store, out), 0)
-    os.waitpid(pid, 0)
-    return time.monotonic() - start
+        child(config, die_at)
+    return pid
+
+
+def kill_at_random(config: RunConfig, seed: int, kills: int) -> int:
+    """Kills at random moments of a run, until as many fell as were asked for; their number."""
+    rng, length, n_killed, n = random.Random(seed), whole_run_seconds(config), 0, 0
+    while n_killed < kills:
+        pid = forked(config)
+        time.sleep(rng.uniform(0.05, 0.7) * length)
+        os.kill(pid, signal.SIGKILL)
+        if end_of(pid):
+            n_killed += 1
+        else:
+            length *= 0.7
+            shutil.rmtree(config.out)
+        keep_states(config.out, n)
+        n += 1
+    return n_killed
+
+
+def kill_at_writes(config: RunConfig, first: int, kills: int) -> int:
+    """Rounds in which the child kills itself at a later write each; the number of those that did not end before."""
+    n_killed = 0
+    for n in range(kills):
+        n_killed += end_of(forked(config, first + n))
+        keep_states(config.out, n)
+    return n_killed
 
 
 def main() -> None:
     """Rounds of killing, then one that is left alone."""
     store, out, seed, kills, how = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
-    config, rng, n_killed = crash_config(Path(store), out), random.Random(seed), 0
-    length = whole_run_seconds(Path(store), Path(f"{out}.timed")) if how == "random" else 0.0
-    for n in range(kills + 1):
-        left_alone = n == kills
-        pid = os.fork()
-        if pid == 0:
-            child(config, 0 if left_alone or how == "random" else seed + n)
-        if how == "random" and not left_alone:
-            time.sleep(rng.uniform(0.05, 0.7) * length)
-            os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-            sys.exit(f"round {n}: the child failed")
-        n_killed += os.WIFSIGNALED(status)
-        for state in out.glob("*/state.safetensors"):
-            (Path(f"{out}.states") / f"{n}-{state.parent.name}").parent.mkdir(exist_ok=True)
-            shutil.copy(state, Path(f"{out}.states") / f"{n}-{state.parent.name}")
+    config = crash_config(Path(store), out)
+    n_killed = (kill_at_random if how == "random" else kill_at_writes)(config, seed, kills)
+    assert not end_of(forked(config))
     print(n_killed)
 
 
