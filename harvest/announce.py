@@ -54,13 +54,15 @@ def cost(plan: Plan) -> dict[str, float]:
         info, c.dtype, plan.device, c.batch_size, c.context, c.attention, trust_remote_code=c.trust_remote_code
     )
     flop, seconds = measured.prefix(max(point.layer for point in plan.stores))
+    suffix_flop, suffix_seconds = measured.suffix(max(point.layer for point in plan.stores))
     rows = (c.batch_size * c.context * 12 + 2 * int(c.chunk_rows or 0)) * info.d_model
     embedding = info.vocab * info.d_model
     return {
         "flop": flop * n_tokens,
         "seconds": HARVEST_OVER_FORWARD * seconds * n_tokens,
         "memory": dtype.itemsize * (flop / 2 + embedding + rows),
-        "suffix_seconds": measured.suffix(max(point.layer for point in plan.stores))[1],
+        "suffix_flop": suffix_flop,
+        "suffix_seconds": suffix_seconds,
     }
 
 

@@ -22,12 +22,28 @@ def planned(flop: float, n_tokens: int = 1_000_000_000, device: str = "cpu") -> 
     """What a harvest's dry run says."""
     config = {"context": 128, "shard_rows": 1 << 20, "device_type": device}
     stores = [{"n_sequences": {"train": n_tokens // 128, "eval": 8}, "config": config}]
-    return {"stores": stores, "cost": {"flop": flop, "seconds": 7e6, "memory": 6e9}}
+    cost = {"flop": flop, "seconds": 7e6, "memory": 6e9, "suffix_flop": 1e9, "suffix_seconds": 1e-3}
+    return {"stores": stores, "cost": cost}
 
 
-def small(words: Sequence[str], log: Path) -> dict[str, Any]:
-    """A harvest of a minute."""
-    return planned(1e15, 1_000_000)
+def trained(flop: float = 0.0, read: float = 0.0, device: str = "cpu") -> dict[str, Any]:
+    """What a training's dry run says of a grid of two members."""
+    return {
+        "members": [{}, {}],
+        "cost": {
+            "memory": 20e9,
+            "steps": 60_000.0,
+            "flop": flop,
+            "read": read,
+            "seconds": 6000.0,
+            "device_type": device,
+        },
+    }
+
+
+def small(stage: str, words: Sequence[str], log: Path) -> dict[str, Any]:
+    """A harvest of a minute, trainings that take no time."""
+    return planned(1e15, 1_000_000) if stage == "harvest" else trained()
 
 
 @pytest.fixture
@@ -91,7 +107,13 @@ def test_a_long_harvest_is_a_chain(tmp_path: Path, experiment: Path) -> None:
     Time and memory are the plan's, doubled and with what loading takes."""
     flop = 10 * 3600 * 0.3 * GPU_FLOPS["a100"]
     cluster = Cluster("--partition=gpu", at_once=4)
-    submit = write_jobs(Experiment.read(experiment), experiment, tmp_path / "o", cluster, lambda *_: planned(flop))
+    submit = write_jobs(
+        Experiment.read(experiment),
+        experiment,
+        tmp_path / "o",
+        cluster,
+        lambda stage, *_: planned(flop) if stage == "harvest" else trained(),
+    )
     folder, lines = submit.parent, submit.read_text().splitlines()
     order = [line.partition("=")[0] for line in lines if "sbatch" in line]
     assert order[:5] == ["harvest_tokenise", "harvest_prepare", "harvest_parts", "harvest", "train_0"]
@@ -126,3 +148,50 @@ def test_parts_are_shards_at_most(tmp_path: Path) -> None:
     assert Cluster(parts=100).n_parts(planned(1.0, 5 << 20)) == 6
     assert Cluster(parts=3).n_parts(planned(1.0)) == 3
     assert Cluster().seconds(planned(1e20, device="cuda")) == 7e6
+
+
+def written(tmp_path: Path, experiment: Path, training: dict[str, Any]) -> Path:
+    """The folder of an experiment's scripts, on A100s, where every grid's dry run says this."""
+    plans = {"harvest": planned(1e15, 1_000_000), "train": training}
+    return write_jobs(
+        Experiment.read(experiment), experiment, tmp_path / "out", Cluster(), lambda stage, *_: plans[stage]
+    ).parent
+
+
+def test_training_asks_for_its_operations(tmp_path: Path, experiment: Path) -> None:
+    """A training planned without a GPU asks for twice the time of its operations on the cluster's, one and a half times the
+    memory of its dry run, and what every job has beside; the script says what that rests on."""
+    flop = (2 * 3600 - 300) * 0.3 * GPU_FLOPS["a100"]
+    path = written(tmp_path, experiment, trained(flop, read=500e6 * 600)) / "train_1.sh"
+    assert (asked(path)["time"], asked(path)["mem"]) == ("260", "38G")  # 2 · 120 + 15 minutes, by tens; 1.5 · 20 + 8
+    assert "20.0 GB of memory as in the memory line of train --dry-run" in path.read_text()
+    assert (
+        "at 30 % of an a100 and 5 ms for each of 60,000 steps: 2 h 00 min, 300.0 GB of rows at 500.0 MB/s: 10 min 00 s\n"
+        in path.read_text()
+    )
+
+
+def test_training_asks_for_its_reading(tmp_path: Path, experiment: Path) -> None:
+    """A training of small members takes as long as its rows take to be read."""
+    path = written(tmp_path, experiment, trained(1.0, read=500e6 * 3600)) / "train_0.sh"
+    assert asked(path)["time"] == "140"
+
+
+def test_training_asks_for_measured_time(tmp_path: Path, experiment: Path) -> None:
+    """Where the plan was made on a GPU, or the grid trains on a CPU, the time is that of the steps measured there."""
+    path = written(tmp_path, experiment, trained(1e30, device="cuda")) / "train_0.sh"
+    assert asked(path)["time"] == "220"  # 2 · 100 + 15
+    assert "steps measured on cuda where this was written: 1 h 40 min" in path.read_text()
+    assert Cluster().training(trained(1e30)["cost"], is_on_cpu=True).seconds == 6000
+
+
+def test_finish_asks_for_all_scoring(tmp_path: Path, experiment: Path) -> None:
+    """The last job asks for the memory of the model and of a training's largest pass, and the time of every site's passes."""
+    path = written(tmp_path, experiment, trained()) / "finish.sh"
+    assert asked(path)["mem"] == "50G"  # 1.5 · (6 + 2 of layers after the cut + 20) + 8
+    rows, passes = 8 * 128, 2 * 4 + 2  # two grids of two members a layer, two layers
+    need = Cluster().scoring(planned(1.0, device="cuda"), 4, 0.0)
+    assert need.seconds == pytest.approx(passes * rows * 1e-3)
+    assert asked(path)["time"] == "20"
+    assert path.read_text().count("# 4 members: 28.0 GB of memory") == 1
+    assert f"{passes} passes of {rows:,} rows" in path.read_text()

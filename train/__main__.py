@@ -223,13 +223,13 @@ def command(
     resolved = resolve_device(device)
     n = n_processes(processes, n_unfinished(job, resolved), resolved)
     if dry_run:
-        outcomes = show_plan(job, resolved, n, planned)
+        outcomes, cost = show_plan(job, resolved, n, planned)
     else:
         with Others(n, click.get_current_context().meta[WORDS]) as others:
             own = run(job)
             outcomes = in_order([own, *([from_data(one) for one in part] for part in others.results())])
     if as_json and not (data_parallel and rank()):
-        print_json({"members": [as_data(outcome) for outcome in outcomes]})
+        print_json({"members": [as_data(outcome) for outcome in outcomes]} | ({"cost": cost} if dry_run else {}))
     if failed := [outcome for outcome in outcomes if outcome.problem]:
         raise DivergedError(
             f"{len(failed)} of {len(outcomes)} members diverged: {', '.join(outcome.folder.name for outcome in failed)}"
@@ -274,8 +274,11 @@ def n_unfinished(job: RunConfig, device: torch.device) -> int:
     return sum(Folder(job.out, config, {}).final() is None for config in members)
 
 
-def show_plan(job: RunConfig, device: torch.device, n: int, planned: Path | None = None) -> list[Outcome]:
-    """Print what `run` would do in n processes; where members stand as outcomes."""
+def show_plan(
+    job: RunConfig, device: torch.device, n: int, planned: Path | None = None
+) -> tuple[list[Outcome], dict[str, Any]]:
+    """Print what `run` would do in n processes; where members stand as outcomes, and what the rest costs (`plan.cost`) with
+    the `seconds` that were measured on `device_type`."""
     check_out(job.out)
     if planned is None:
         stores = Stores.open(job.store, job.target)
@@ -283,7 +286,7 @@ def show_plan(job: RunConfig, device: torch.device, n: int, planned: Path | None
     else:
         rows = planned_rows(job.store, planned)
         target = None if job.target is None else planned_rows(job.target, planned)
-    shares = []
+    shares, costs = [], []
     with cores_divided(n), environment({"LOCAL_WORLD_SIZE": str(n)} if n > 1 else {}):
         for rank_ in range(n):
             members = own_members(job, Processes(rank_, n, device, None))
@@ -299,8 +302,11 @@ def show_plan(job: RunConfig, device: torch.device, n: int, planned: Path | None
             else:
                 announce_planned(rows, tasks, passes, device)
             shares.append(tasks)
-        say_costs(job, rows, [task for tasks in shares for task in tasks], device, n)
-    return in_order([[Outcome(task.folder.path, task.step, task.folder.final()) for task in tasks] for tasks in shares])
+            costs.append(plan.cost(rows, passes, device))
+        seconds = say_costs(job, rows, [task for tasks in shares for task in tasks], device, n)
+    outcomes = [[Outcome(task.folder.path, task.step, task.folder.final()) for task in tasks] for tasks in shares]
+    total = {name: sum(cost[name] for cost in costs) for name in costs[0]}
+    return in_order(outcomes), total | {"seconds": seconds, "device_type": device.type}
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def announce_planned(
         say(f"{len(group)} side by side, memory: {plan.memory_text(plan.pass_memory(rows, group, device))}")
 
 
-def say_costs(job: RunConfig, rows: SplitLayout, tasks: Sequence[Task], device: torch.device, n: int) -> None:
-    """For a dry run in n processes: every member, memory, disk and a rough time."""
+def say_costs(job: RunConfig, rows: SplitLayout, tasks: Sequence[Task], device: torch.device, n: int) -> float:
+    """For a dry run in n processes: every member, memory, disk and a rough time, which is returned in seconds."""
     for task in tasks:
         config = task.config
         say(f"  {task.folder.name}: {config.recipe}, width {config.width}, {config.steps} steps, {task.status}")
@@ -66,6 +66,7 @@ def say_costs(job: RunConfig, rows: SplitLayout, tasks: Sequence[Task], device: 
     seconds = plan.estimate_seconds(rows, tasks, device) * turns
     in_processes = f" in {n} processes" if n > 1 else ""
     say(f"time: about {format_seconds(seconds)}{in_processes} (a step of each kind of member, measured now)")
+    return seconds
 
 
 def say_second_epoch(step: int, batch_size: int, n_kept: int) -> None:

@@ -410,6 +410,27 @@ def estimate_seconds(rows: SplitLayout, tasks: Sequence[Task], device: torch.dev
     return sum((task.config.steps - task.step) * measured[time_kind(task, device)] for task in left)
 
 
+def cost(rows: SplitLayout, passes: Sequence[Sequence[Task]], device: torch.device) -> dict[str, float]:
+    """Of one process: bytes of `memory`, wherever, of its largest pass; `steps` that are left and their `flop`; bytes of rows
+    `read` for them, by a pass once for all of its members."""
+    row = rows.layout.d_model * rows.layout.torch_dtype.itemsize
+    found = {"memory": 0.0, "steps": 0.0, "flop": 0.0, "read": 0.0}
+    for tasks in passes:
+        left = [(task, (task.config.steps - task.step) * task.config.batch_size) for task in tasks if not task.finished]
+        found["memory"] = max(found["memory"], sum(pass_memory(rows, tasks, device).values()))
+        found["read"] += row * max((n_rows for _, n_rows in left), default=0)
+        for task, n_rows in left:
+            shapes = initial_shapes(task.config, rows.layout.d_model, task.d_out)
+            n_weights = sum(torch.Size(shapes[name]).numel() for name in ("W_enc", "W_dec"))
+            found["steps"] += task.config.steps - task.step
+            found["flop"] += STEP_OVER_WEIGHTS * n_weights * n_rows
+    return found
+
+
+STEP_OVER_WEIGHTS = 6.0
+"""Operations of a step a row and a weight: a product forward and two backward, of two operations each."""
+
+
 def time_kind(task: Task, device: torch.device) -> tuple[TrainConfig, int | None, bool]:
     """What a step's time depends on: the config without what it does not, d_out of a transcoder, sparse products."""
     config = dataclasses.replace(task.config, seed=0, data_seed=0, init_from="")

@@ -119,7 +119,8 @@ def planned_truth(config: TruthConfig) -> dict[str, Any]:
     say(f"{describe(plan)}\ntime     about {format_seconds(seconds)}")
     n_sequences = {"train": plan.n_train, "eval": plan.n_eval}
     store = {"layer": 0, "path": config.store, "config": plan.store_config, "n_sequences": n_sequences}
-    cost = {"flop": 0.0, "seconds": seconds, "memory": 2.0 * plan.store_config["shard_rows"], "suffix_seconds": 0.0}
+    memory = 2.0 * plan.store_config["shard_rows"]
+    cost = {"flop": 0.0, "seconds": seconds, "memory": memory, "suffix_flop": 0.0, "suffix_seconds": 0.0}
     return {"stores": [store], "bytes": plan.estimate, "cost": cost}
 
 

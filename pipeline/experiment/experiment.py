@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -273,6 +273,11 @@ class Places:
     def log(self, stage: str) -> Path:
         return self.out / "logs" / f"{stage}.log"
 
+    @property
+    def harvest_plan(self) -> Path:
+        """What the harvest's dry run said."""
+        return self.log("dry-run").with_name(f"{self.part}-harvest-plan.json" if self.part else "harvest-plan.json")
+
 
 def harvest_words(experiment: Experiment, places: Places) -> list[str]:
     """Options of the one harvest command."""
@@ -349,24 +354,33 @@ def dry_run(experiment: Experiment, out: Path) -> None:
 
 def dry_run_part(experiment: Experiment, places: Places) -> None:
     """The plan of an experiment, or of a part of one, up to its scores."""
-    log = places.log("dry-run")
-    words = harvest_words(experiment, places)
-    say(f"1. {stages.show('harvest', words)}")
-    planned = stages.ask_stage("harvest", [*words, "--dry-run"], log)
-    plan_file = log.with_name(f"{places.part}-harvest-plan.json" if places.part else "harvest-plan.json")
-    write_json(plan_file, sealed(planned))
+    say(f"1. {stages.show('harvest', harvest_words(experiment, places))}")
+    planned = ask_harvest(experiment, places)
     for site in experiment.trained:
         n_members = 0
         for grid in site.grids:
-            words = train_words(grid, places, site)
-            say(f"2. {stages.show('train', words)}")
-            there = all(map(is_complete, places.stores_of(site).values()))
-            done = stages.ask_stage(
-                "train", [*words, "--dry-run", *([] if there else ["--planned", str(plan_file)])], log
-            )
-            n_members += len(done["members"])
+            say(f"2. {stages.show('train', train_words(grid, places, site))}")
+            n_members += len(ask_train(grid, places, site)["members"])
         say(f"3. {stages.show('evaluate', evaluate_words(experiment, places, site, ['MEMBERS']))}")
         say(evaluate_cost(experiment, planned, site.spliced, n_members))
+
+
+Ask = Callable[[str, Sequence[str], Path], Any]
+"""How a stage is asked for what it prints as JSON: `stages.ask_stage`."""
+
+
+def ask_harvest(experiment: Experiment, places: Places, ask: Ask = stages.ask_stage) -> Any:
+    """What `harvest --dry-run` says, kept beside the log for `ask_train`. Raises PipelineError when it cannot be planned."""
+    planned = ask("harvest", [*harvest_words(experiment, places), "--dry-run"], places.log("dry-run"))
+    write_json(places.harvest_plan, sealed(planned))
+    return planned
+
+
+def ask_train(grid: dict[str, Any], places: Places, site: Site, ask: Ask = stages.ask_stage) -> Any:
+    """What `train --dry-run` says of a grid, for stores that are not there yet by the harvest's plan. Raises PipelineError."""
+    there = all(map(is_complete, places.stores_of(site).values()))
+    planned = [] if there else ["--planned", str(places.harvest_plan)]
+    return ask("train", [*train_words(grid, places, site), "--dry-run", *planned], places.log("dry-run"))
 
 
 def is_complete(store: Path) -> bool:
@@ -375,13 +389,18 @@ def is_complete(store: Path) -> bool:
     return root.exists() and read_json(root)["attributes"]["state"] == "complete"
 
 
+def evaluate_passes(n_members: int) -> int:
+    """Passes of the layers after the cut that scoring members takes at most."""
+    return 2 * n_members + 2
+
+
 def evaluate_cost(experiment: Experiment, planned: Mapping[str, Any], site: str, n_members: int) -> str:
     """A line on what scoring takes: a pass of the layers after the cut a member and level, clean and mean ablation."""
     store = planned["stores"][experiment.sites.index(site)]
     rows = store["n_sequences"]["eval"] * store["config"]["context"]
     if "truth" in experiment.harvest:
         return f"   {n_members} members on {rows:,} rows of known features; no language model runs"
-    passes = 2 * n_members + 2
+    passes = evaluate_passes(n_members)
     seconds = passes * rows * planned["cost"]["suffix_seconds"]
     return (
         f"   {n_members} members, at most {passes} passes of what follows {site} over {rows:,} rows: about "

@@ -2,7 +2,8 @@
 
 A long harvest is a chain of its own: an array that tokenises, a job that prepares the store, an array that makes its parts, a job
 that finishes it or names the parts that were lost. Parts are many more than run at once, so that a slow node holds nobody up.
-Memory and time are those of the harvest's plan, unless the user's words for sbatch say others.
+Memory and time are those that the stages' dry runs say, unless the user's words for sbatch say others; each script says what
+they rest on.
 
 Every stage goes on where it was, so the scripts are the stages' own commands: a job that was preempted or timed out is
 put in the queue again, and the last job is `pipeline run`, which finds all that is done and does what is missing.
@@ -13,13 +14,15 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.base.digests import write_vouched
+from pipeline.base.files import human_bytes
 from pipeline.base.processes import ROOT
+from pipeline.base.progress import format_seconds
 from pipeline.experiment import experiment as experiments
 from pipeline.experiment import stages
 
@@ -28,7 +31,7 @@ HEAD = """#!/usr/bin/env bash
 #SBATCH --output={log}
 #SBATCH --open-mode=append
 #SBATCH --requeue
-{extra}
+{extra}{why}
 set -euo pipefail
 cd {root}
 """
@@ -44,11 +47,35 @@ SLACK = 2.0
 """Time asked for over that of the plan."""
 LOADING_SECONDS = 900
 """Time that any job has beside its work."""
+STEP_SECONDS = 5e-3
+"""What a training step is taken to last beside its products: starting kernels, the optimiser."""
+READ = 500e6
+"""Bytes of rows a second that a training is taken to get from a cluster's file system."""
 HOST_BYTES = 8e9
 """Memory that any job has beside what the plan says."""
 
 Plan = Mapping[str, Any]
-"""What `harvest --dry-run --json` prints."""
+"""What `harvest --dry-run --json` or `train --dry-run --json` prints."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of memory and seconds that a job's work takes, and what they rest on, in a line."""
+
+    memory: float
+    seconds: float
+    why: str
+
+    @staticmethod
+    def of_all(needs: Sequence[Need]) -> Need:
+        """What works one after the other need."""
+        why = dict.fromkeys(need.why for need in needs)
+        return Need(max(need.memory for need in needs), sum(need.seconds for need in needs), "\n".join(why))
+
+    @property
+    def words(self) -> list[str]:
+        """What is asked of Slurm for it."""
+        return [memory_word(self.memory), time_word(self.seconds)]
 
 
 @dataclass(frozen=True)
@@ -75,6 +102,39 @@ class Cluster:
         on_gpu = plan["stores"][0]["config"].get("device_type") == "cuda"
         return float(cost["seconds"] if on_gpu or not cost["flop"] else cost["flop"] / (USED * GPU_FLOPS[self.gpu]))
 
+    def training(self, cost: Plan, *, is_on_cpu: bool) -> Need:
+        """What a grid needs, by its dry run: time as measured where that ran on a GPU, or where the grid trains on a CPU; else
+        from its operations on this cluster's GPU, or the rows that it reads, whichever takes longer."""
+        memory = f"{human_bytes(cost['memory'])} of memory as in the memory line of train --dry-run, on GPU and host together"
+        if is_on_cpu or cost["device_type"] == "cuda":
+            time = f"steps measured on {cost['device_type']} where this was written"
+            return Need(cost["memory"], cost["seconds"], f"# {memory}; {time}: {format_seconds(cost['seconds'])}")
+        computing, reading = (
+            cost["flop"] / (USED * GPU_FLOPS[self.gpu]) + cost["steps"] * STEP_SECONDS,
+            cost["read"] / READ,
+        )
+        time = (
+            f"{cost['flop']:.2g} FLOP at {100 * USED:.0f} % of an {self.gpu} and {1000 * STEP_SECONDS:g} ms for each of "
+            f"{cost['steps']:,.0f} steps: {format_seconds(computing)}, "
+            f"{human_bytes(cost['read'])} of rows at {human_bytes(READ)}/s: {format_seconds(reading)}"
+        )
+        return Need(cost["memory"], max(computing, reading), f"# {memory}; {time}")
+
+    def scoring(self, plan: Plan, n_members: int, member_bytes: float) -> Need:
+        """What evaluating the members of one site needs, by the harvest's dry run: its memory with the rest of the model's
+        weights and what a training's largest pass took, and the passes of that rest that KL takes at most."""
+        cost, store = plan["cost"], plan["stores"][0]
+        rows = store["n_sequences"]["eval"] * store["config"]["context"]
+        n_passes, on_gpu = experiments.evaluate_passes(n_members), store["config"].get("device_type") == "cuda"
+        each = cost["suffix_seconds"] if on_gpu else cost["suffix_flop"] / (USED * GPU_FLOPS[self.gpu])
+        memory = cost["memory"] + 4 * cost["suffix_flop"] / 2 + member_bytes  # float32: two operations a weight
+        why = (
+            f"# {n_members} members: {human_bytes(memory)} of memory: the model, and a training's largest pass; "
+            f"{n_passes} passes of {rows:,} rows through the layers after the cut: {format_seconds(n_passes * rows * each)}; "
+            "scores of texts come on top"
+        )
+        return Need(memory, n_passes * rows * each, why)
+
     def n_parts(self, plan: Plan) -> int:
         """Parts of a harvest: never more than shards."""
         store = plan["stores"][0]
@@ -88,29 +148,32 @@ def write_jobs(
     file: Path,
     out: Path,
     cluster: Cluster,
-    ask: Callable[[Sequence[str], Path], Plan] = lambda words, log: stages.ask_stage(
-        "harvest", [*words, "--dry-run"], log
-    ),
+    ask: experiments.Ask = stages.ask_stage,
 ) -> Path:
-    """Write the scripts to `out/jobs` and return `submit.sh`, which hands them to sbatch in order. `ask`: for a harvest's plan.
+    """Write the scripts to `out/jobs` and return `submit.sh`, which hands them to sbatch in order. `ask`: for the stages' plans.
 
-    Raises PipelineError where a harvest cannot be planned here.
+    Raises PipelineError where a harvest or a training cannot be planned here.
     """
     every = experiments.with_parts(experiment, out)
     jobs = Jobs(every[0][1].out / "jobs", cluster)
-    trained = list[str]()
+    trained, scored = list[str](), list[Need]()
     for i, (one, places) in enumerate(every):
-        words = experiments.harvest_words(one, places)
-        ends = jobs.harvest(
-            f"harvest_{i}" if i else "harvest", words, ask(words, places.log("dry-run")), "truth" in one.harvest
-        )
+        words, is_truth = experiments.harvest_words(one, places), "truth" in one.harvest
+        planned = experiments.ask_harvest(one, places, ask)
+        ends = jobs.harvest(f"harvest_{i}" if i else "harvest", words, planned, is_truth)
         for site in one.trained:
+            n_members, member_bytes = 0, 0.0
             for grid in site.grids:
-                name = f"train_{len(trained)}"
-                jobs.add(name, "train", experiments.train_words(grid, places, site), ["--gpus=1"], after=[ends])
+                name, words = f"train_{len(trained)}", experiments.train_words(grid, places, site)
+                found = experiments.ask_train(grid, places, site, ask)
+                need = cluster.training(found["cost"], is_on_cpu=grid.get("device") == "cpu")
+                jobs.add(name, "train", words, ["--gpus=1", *need.words], after=[ends], why=need.why)
                 trained.append(name)
+                n_members, member_bytes = n_members + len(found["members"]), max(member_bytes, found["cost"]["memory"])
+            scored.append(cluster.scoring(planned, n_members, member_bytes))
+    need = Need.of_all(scored)
     words = ["run", str(file.absolute() if file.exists() else file), "--out", str(every[0][1].out)]
-    jobs.add("finish", "pipeline", words, ["--gpus=1"], after=trained)
+    jobs.add("finish", "pipeline", words, ["--gpus=1", *need.words], after=trained, why=need.why)
     return jobs.write_submit()
 
 
@@ -123,7 +186,7 @@ class Jobs:
     def harvest(self, name: str, words: list[str], plan: Plan, is_truth: bool) -> str:
         """A harvest's jobs; the name of the last one."""
         cluster, n = self.cluster, self.cluster.n_parts(plan)
-        memory = f"--mem={math.ceil((1.5 * plan['cost']['memory'] + HOST_BYTES) / 1e9)}G"
+        memory = memory_word(plan["cost"]["memory"])
         gpu = [memory] if is_truth else ["--gpus=1", memory]
         seconds = cluster.seconds(plan)
         if n == 1 or is_truth:
@@ -154,16 +217,18 @@ class Jobs:
         after: Sequence[str] = (),
         n: int | None = None,
         whatever: bool = False,
+        why: str = "",
     ) -> None:
-        """One job's script: the directives, then the stage's command with this interpreter; of n parts, an array. It waits for
-        those before it to have succeeded, or, `whatever` became of them, to have ended."""
+        """One job's script: the directives, `why` they are so (lines of comment), then the stage's command with this
+        interpreter; of n parts, an array. It waits for those before it to have succeeded, or, `whatever` became of them, to
+        have ended."""
         log = self.folder / (f"{name}.log" if n is None else f"{name}_%a.log")
         command, array = shlex.join([sys.executable, "-m", stage, *words]), list[str]()
         if n is not None:
             at_once = f"%{self.cluster.at_once}" if self.cluster.at_once else ""
             array, command = [f"--array=0-{n - 1}{at_once}"], f'{command} --part "$SLURM_ARRAY_TASK_ID/{n}"'
         extra = self.cluster.directives(*asked, *array)
-        head = HEAD.format(name=name, log=log, extra=extra, root=shlex.quote(str(ROOT)))
+        head = HEAD.format(name=name, log=log, extra=extra, why=why, root=shlex.quote(str(ROOT)))
         write_script(self.folder / f"{name}.sh", head + command + "\n")
         kind = "afterany" if whatever else "afterok"
         needs = f"--dependency={kind}:{':'.join(f'${one}' for one in after)} " if after else ""
@@ -180,6 +245,11 @@ class Jobs:
         ]
         write_script(self.folder / "submit.sh", "\n".join(lines) + "\n")
         return self.folder / "submit.sh"
+
+
+def memory_word(n_bytes: float) -> str:
+    """Memory for a job whose work takes so much, in GB."""
+    return f"--mem={math.ceil((1.5 * n_bytes + HOST_BYTES) / 1e9)}G"
 
 
 def time_word(seconds: float) -> str:
