@@ -78,18 +78,6 @@ class Plan:
         return 2 * self.peak <= self.limit
 
 
-def model_sizes(lm: SplitLM, context: int) -> tuple[int, int, int]:
-    """Bytes of a model part's weights, of its activations a position (one layer at a time), and of a row's logits."""
-    held = [t for t in (*lm.model.parameters(), *lm.model.buffers()) if not t.is_meta]
-    weights = sum({t.data_ptr(): t.nbytes for t in held}.values())
-    text, item = lm.config.get_text_config(), lm.dtype.itemsize
-    hidden = getattr(text, "intermediate_size", None) or 4 * lm.d_model
-    attention = (
-        (getattr(text, "num_attention_heads", None) or 0) * context * (2 * item + 8)
-    )  # eager: scores, float32 softmax, copies
-    return weights, item * (10 * lm.d_model + 4 * hidden) + attention, lm.vocab * (item + 8)
-
-
 SHARE_FIRING = 1 / 8
 """Of the latents of a row where nothing bounds them: more would be no sparse code."""
 
@@ -156,6 +144,8 @@ def sizes(
     counts = (2 + levels) * width * 8 + levels * 3 * 8 * groups + 2 * min(2 * N_SAMPLED, width) ** 2 * 8
     model, activations, row, vocab = 0, 0, 0, 0
     if lm is not None:
+        from pipeline.model.cost import model_sizes
+
         model, activations, row = model_sizes(lm, context)
         vocab = lm.vocab
     return Sizes(
@@ -223,11 +213,3 @@ def settle_freed_memory(plan: Plan) -> None:
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     mallopt(M_MMAP_THRESHOLD, 1 << 30 if plan.is_roomy else 4 << 20)
     mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1 if plan.is_roomy else 4 << 20)
-
-
-def memory_limit(asked: int | None, device: torch.device, available: int, share: int) -> int:
-    """Bytes that this process may use: as asked, else four fifths of what is free, divided by the processes that share."""
-    if asked is not None:
-        return asked
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available // max(share, 1)
-    return free * 4 // 5

@@ -23,7 +23,7 @@ from evaluate.scores.scorer import Scorer, shared_work
 from pipeline.base.errors import PipelineError
 from pipeline.base.memory import available_memory
 from pipeline.base.progress import Progress, say
-from pipeline.base.runtime import DTYPES
+from pipeline.base.runtime import DTYPES, memory_limit
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def plan(job: Job, todo: Sequence[Checkpoint], held: int, n_texts: int = 0) -> p
         more = dataclasses.replace(more, fixed=more.fixed + once, checkpoint=more.checkpoint + each)
     parts = planning.sizes(saes, lm, widest, store.context, job.n_sequences, held_here, more)
     share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    limit = planning.memory_limit(config.max_memory, job.device, available_memory(), share)
+    limit = memory_limit(config.max_memory, job.device, available_memory(), share)
     batch, vocab = min(config.batch_size, job.n_sequences), lm.vocab if lm is not None else 0
     return planning.make_plan(parts, len(todo), batch, store.context, vocab, limit, job.device.type)
 

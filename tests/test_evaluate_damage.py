@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +154,42 @@ def test_leftovers_stay_beside_another_job(tmp_path: Path) -> None:
         fcntl.flock(other, fcntl.LOCK_SH)
         with working_in(tmp_path / "out"):
             assert all(path.exists() for path in left)
+
+
+@pytest.mark.parametrize("damage", ["gone", "pipe", "dangling", "no checkpoints", "no final", "closed"])
+def test_damaged_member_is_named(
+    store: Store, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """Whatever is gone of a member's folder, evaluating all of them names it and scores the others."""
+    first = sorted(runs.iterdir())[0]
+    config = first / "config.json"
+    if damage in ("gone", "pipe", "dangling"):
+        config.unlink()
+    if damage == "pipe":
+        os.mkfifo(config)
+    elif damage == "dangling":
+        config.symlink_to(tmp_path / "nowhere")
+    elif damage == "no checkpoints":
+        shutil.rmtree(first / "checkpoints")
+    elif damage == "no final":
+        next(first.glob("checkpoints/*")).write_bytes(b"")
+    elif damage == "closed":  # root may look into every folder
+        config.unlink()
+        for name in ("is_file", "is_dir"):
+            monkeypatch.setattr(Path, name, closed(first, getattr(Path, name)))
+    outcome = scored(store, tmp_path / "out", runs)
+    ((failed, error),) = outcome.failed
+    assert first in (failed, *failed.parents)
+    assert str(first) in str(error)
+    assert len(outcome.results) == 1
+
+
+def closed(folder: Path, look: Callable[[Path], bool]) -> Callable[[Path], bool]:
+    """A look at a path that fails in this folder, as it does in another's."""
+
+    def refused(path: Path) -> bool:
+        if path.parent == folder:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return look(path)
+
+    return refused

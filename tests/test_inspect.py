@@ -131,6 +131,21 @@ def test_bytes_no_text_are_refused(checkpoint: Path) -> None:
         inspect_checkpoint(str(checkpoint), "a\udcff", None, None, None, 3, "cpu")
 
 
+def test_longer_texts_are_refused(checkpoint: Path) -> None:
+    """More tokens than the model has positions are one line, before any pass."""
+    with pytest.raises(UsageError, match=r"--text: 601 tokens, .*tiny-gemma2 has 512 positions; give a shorter text"):
+        inspect_checkpoint(str(checkpoint), " a" * 600, None, None, None, 3, "cpu")
+
+
+def test_texts_beyond_memory_are_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a text's logits and latents need is held against what is free, by evaluation's formula, before any pass."""
+    monkeypatch.setattr(inspect, "available_memory", lambda: 10_000)
+    with pytest.raises(
+        UsageError, match=r"--text: 4 tokens need \S+ [kM]B of memory, 8\.0 kB are allowed; give a shorter"
+    ):
+        inspect_checkpoint(str(checkpoint), "It was late", None, None, None, 3, "cpu")
+
+
 @needs_chromium
 def test_page_fits_a_phone(tmp_path: Path) -> None:
     """At 390 pixels nothing has to be scrolled sideways, and each block of a token stands on a line with its name."""

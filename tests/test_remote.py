@@ -11,7 +11,7 @@ import zarr
 from pipeline.base.errors import DamagedError, DiskError, MismatchError, StoreError, UsageError
 from pipeline.store import staging
 from pipeline.store.backend import LocalFiles
-from pipeline.store.objects import open_files
+from pipeline.store.objects import RemoteFiles, open_files
 from pipeline.store.reader import Store, describe_store
 from support.stores import make_rows, make_store, prepare_store, store_config
 from test_store import SMALL, tree
@@ -176,6 +176,37 @@ def test_unknown_url_kind_is_refused() -> None:
     pytest.importorskip("fsspec", reason="needs fsspec (pip install '.[remote]')")
     with pytest.raises(UsageError, match="not a URL that fsspec knows"):
         Store.open("carrier-pigeon://loft/acts.zarr")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("zip://a::file:///etc/passwd", "a chain of URLs; unpack or copy"),
+        ("simplecache::memory://acts.zarr", "a chain of URLs; unpack or copy"),
+        ("reference://x", r"cannot be opened \(\w+: .*; check the URL"),
+        ("zip://acts.zarr", r"cannot be opened \(\w+: .*; check the URL"),
+    ],
+)
+def test_unopened_urls_are_refused(url: str, said: str) -> None:
+    """File systems within files, and those whose driver cannot start, are one line, whatever the driver raises."""
+    pytest.importorskip("fsspec", reason="needs fsspec (pip install '.[remote]')")
+    with pytest.raises(UsageError, match=f"{url}: {said}"):
+        Store.open(url)
+
+
+def test_what_drivers_lack_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a driver cannot do is one line, and not tried again."""
+    pytest.importorskip("fsspec", reason="needs fsspec (pip install '.[remote]')")
+    files, calls = RemoteFiles("memory://broken.zarr"), []
+
+    def fail(path: str, **_: int) -> bytes:
+        calls.append(path)
+        raise NotImplementedError
+
+    monkeypatch.setattr(files.fs, "cat_file", fail)
+    with pytest.raises(DiskError, match=r"memory://broken\.zarr/zarr\.json: NotImplementedError; check the URL"):
+        files.read("zarr.json", most=10)
+    assert len(calls) == 1
 
 
 def test_plain_path_is_local(tmp_path: Path) -> None:

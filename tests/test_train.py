@@ -476,6 +476,15 @@ def test_folder_of_another_store_is_refused(tiny_store: Path, tmp_path: Path) ->
         train(tmp_path / "other.zarr", tmp_path / "out", GRID[3])
 
 
+def test_member_without_config_is_refused(tiny_store: Path, tmp_path: Path) -> None:
+    """Where a member's config.json is gone nobody knows its store and order, so it is not gone on with."""
+    folder = train(tiny_store, tmp_path, GRID[0])[0].folder
+    (folder / "config.json").unlink()
+    with pytest.raises(DamagedError, match=r"config\.json: gone; put it back"):
+        train(tiny_store, tmp_path, GRID[0])
+    assert not (folder / "config.json").exists()
+
+
 def test_foreign_out_is_refused(tiny_store: Path, tmp_path: Path) -> None:
     """An out that holds something else is refused."""
     (tmp_path / "out" / "photos").mkdir(parents=True)

@@ -152,6 +152,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a flipped byte of a checkpoint": (lambda r: flip(first(r, "runs/*/checkpoints/*")), "bytes changed"),
     "a final checkpoint that is gone": (lambda r: first(r, "runs/*/checkpoints/*", -1).unlink(), "is gone"),
+    "a config that is gone": (lambda r: first(r, "runs/*/config.json").unlink(), r"config\.json: gone; put it back"),
+    "checkpoints that are gone": (lambda r: shutil.rmtree(first(r, "runs/*/checkpoints")), "checkpoints: No such file"),
     "no complete.json": (lambda r: first(r, "runs/*/complete.json").unlink(), "training is not finished"),
     "a number of latent pages": (
         lambda r: replace(first(r, "results/*.latents/page_0000.js"), r'"id":3\b', '"id":4'),

@@ -41,6 +41,7 @@ from pipeline.sae.member import (
     STATE_VERSION,
     VERSION,
     State,
+    is_member,
     line_step,
     read_completion,
     read_config,
@@ -128,10 +129,10 @@ class Folder:
     def recorded_order(self) -> dict[str, Any] | None:
         """The order of rows that a member on disk is trained in; None when it is new.
 
-        Raises MismatchError when the folder was made with another config or store.
+        Raises MismatchError when the folder was made with another config or store, DamagedError when it does not say.
         """
         path = self.path / "config.json"
-        if not path.exists():
+        if not is_member(self.path):
             return None
         fields = read_config(self.path)
         order = fields.inner("order")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from pipeline.sae.foreign import (
     read_sae,
     sha256_of,
 )
-from pipeline.sae.member import final_checkpoint, read_completion, read_config, require_recorded
+from pipeline.sae.member import final_checkpoint, is_member, read_completion, read_config, require_recorded
 from pipeline.sae.nested import NestedSAE, SAEConfig
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def require_own(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for a checkpoint that lies in the folder of another member, as its config tells, and DamagedError
     where a finished member's config or metrics, of which results take over parts, are not those that completed it."""
     folder = checkpoint.path.parent.parent
-    if checkpoint.path.parent.name != "checkpoints" or not (folder / "config.json").is_file():
+    if checkpoint.path.parent.name != "checkpoints" or not (folder / "config.json").exists():
         return
     own, trained = read_config(folder).inner("config").data, checkpoint.provenance.get("train")
     if trained is not None and dict(own) != trained:
@@ -165,8 +166,14 @@ def saes_in(place: Path) -> list[Path]:
 
 
 def below(folder: Path, depth: int) -> Iterator[Path]:
-    """Members and SAEs made elsewhere in a folder and, where a folder in it is neither, in that."""
-    for child in sorted(path for path in folder.iterdir() if path.is_dir()):
+    """Members and SAEs made elsewhere in a folder and, where a folder in it is neither, in that; a folder that cannot be looked
+    into is among them, so that whoever reads it says why."""
+    try:
+        children = sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        yield folder
+        return
+    for child in children:
         if holds_sae(child):
             yield child
         elif depth > 1 and not child.is_symlink():
@@ -174,8 +181,11 @@ def below(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def holds_sae(folder: Path) -> bool:
-    """Whether a folder is a training member or an SAE made elsewhere."""
-    return (folder / "config.json").is_file() or is_foreign(folder)
+    """Whether a folder is a training member or an SAE made elsewhere, or cannot be looked into."""
+    try:
+        return os.path.lexists(folder / "config.json") or is_member(folder) or is_foreign(folder)
+    except OSError:
+        return True
 
 
 def member_checkpoints(folder: Path, all_steps: bool) -> list[Path]:

@@ -242,3 +242,11 @@ def git_state() -> str:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def memory_limit(asked: int | None, device: torch.device, available: int, share: int) -> int:
+    """Bytes that this process may use: as asked, else four fifths of what is free, divided by the processes that share."""
+    if asked is not None:
+        return asked
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available // max(share, 1)
+    return free * 4 // 5

@@ -115,7 +115,9 @@ def checker_of(path: Path) -> Check | None:
         return None
     if path.suffix == ".safetensors" and not foreign.is_foreign(path.parent):
         return check_tensors
-    if path.name in ("config.json", "complete.json", "metrics.jsonl", "timings.jsonl") and is_member(path.parent):
+    if path.name in ("config.json", "complete.json", "metrics.jsonl", "timings.jsonl") and member.is_member(
+        path.parent
+    ):
         return check_part
     if path.suffix in (".html", ".htm") and report_digests(path).is_file():
         return check_report
@@ -134,7 +136,7 @@ def folder_checker(path: Path) -> Check | None:
     """How a folder is checked."""
     if (path / "zarr.json").exists():
         return check_store
-    if is_member(path):
+    if member.is_member(path):
         return check_member
     if foreign.is_foreign(path):
         return check_foreign
@@ -150,11 +152,6 @@ def folder_checker(path: Path) -> Check | None:
 def children(path: Path) -> Iterator[Path]:
     """What lies in a folder, in order; links to folders lead elsewhere and are left out."""
     return (child for child in sorted(path.iterdir()) if not (child.is_symlink() and child.is_dir()))
-
-
-def is_member(path: Path) -> bool:
-    """Whether a folder is a training member's."""
-    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
 
 
 def is_empty(path: Path) -> bool:
@@ -225,7 +222,7 @@ def check_tensors(path: Path, found: Findings) -> None:
         )
     if kind == FORMAT:
         found.checkpoints.add(hash_file(path))
-        if path.parent.name == "checkpoints" and is_member(path.parent.parent):
+        if path.parent.name == "checkpoints" and member.is_member(path.parent.parent):
             check_own(path, found)
 
 

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from pipeline.base.errors import UsageError
+from pipeline.base.files import human_bytes
+from pipeline.base.memory import available_memory
 from pipeline.base.progress import say
-from pipeline.base.runtime import resolve_device
+from pipeline.base.runtime import memory_limit, resolve_device
 from pipeline.base.token_text import TokenText, spelled, visible
 from pipeline.live.attach import attach, point_of
+from pipeline.model.anatomy import forward
+from pipeline.model.cost import model_sizes
 from pipeline.model.files import tokenizer_sha256
 from pipeline.model.specials import first_ids, special_ids
 from pipeline.model.split_lm import SplitLM, load_tokenizer
@@ -71,11 +75,11 @@ def inspect_checkpoint(
         say(
             "note     the model's tokenizer is not the one of the SAE's store: the text begins as this tokenizer begins one"
         )
-    return sae, inspect_text(lm.model, tokenizer, sae, text, top, layer=layer, hook=hook, as_stored=as_stored)
+    return sae, inspect_text(lm, tokenizer, sae, text, top, layer=layer, hook=hook, as_stored=as_stored)
 
 
 def inspect_text(
-    model: Any,
+    lm: SplitLM,
     tokenizer: Any,
     sae: NestedSAE,
     text: str,
@@ -87,18 +91,19 @@ def inspect_text(
 ) -> list[Token]:
     """Run a text through the model with the SAE attached (its error kept: nothing changes) and read its latents.
 
-    layer, hook: as `attach`, whose errors it raises.
+    layer, hook: as `attach`, whose errors it raises. Raises UsageError for a text that the model or the memory is too small for.
     `as_stored`: the row begins, and holds special tokens, as those of the SAE's store do; else as the tokenizer has it.
     """
     made = sae.made_for if as_stored else {}
     ids = token_ids(tokenizer, text, made)
+    require_room(lm, sae, len(ids))
     special = special_ids(tokenizer, *(made.get("special_ids") or ()))
-    inputs = torch.tensor([ids], device=model.device)
+    inputs = torch.tensor([ids], device=lm.device)
     with (
         torch.no_grad(),
-        attach(model, sae, layer, hook=hook, keep_error=True, special_ids=special) as live,
+        attach(lm.model, sae, layer, hook=hook, keep_error=True, special_ids=special) as live,
     ):
-        model(inputs)
+        forward(lm.model, inputs)
     assert live.kept is not None
     names, shown = block_names(sae.config.n_levels), TokenText(tokenizer)
     rows = []
@@ -106,6 +111,23 @@ def inspect_text(
         blocks = [strongest(name, z, block, top) for name, block in zip(names, sae.config.blocks)] if kept else []
         rows.append(Token(spelled(shown(id)), tuple(blocks)))
     return rows
+
+
+def require_room(lm: SplitLM, sae: NestedSAE, n_tokens: int) -> None:
+    """Raise UsageError for more tokens than the model has positions, or than memory has room for."""
+    limit = lm.context_limit
+    if limit is not None and n_tokens > limit:
+        raise UsageError(
+            f"--text: {n_tokens:,} tokens, {lm.info.name} has {limit:,} positions; give a shorter text, or a part of it at a time"
+        )
+    _, activations, logits = model_sizes(lm, n_tokens)
+    needed = n_tokens * (activations + logits + 6 * sae.config.width * 4 + 12 * lm.d_model * 4)
+    allowed = memory_limit(None, lm.device, available_memory(), 1)
+    if needed > allowed:
+        raise UsageError(
+            f"--text: {n_tokens:,} tokens need {human_bytes(needed)} of memory, {human_bytes(allowed)} are allowed; give a "
+            "shorter text, or a part of it at a time"
+        )
 
 
 def token_ids(tokenizer: Any, text: str, made: Mapping[str, Any]) -> list[int]:

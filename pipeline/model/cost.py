@@ -1,6 +1,7 @@
-"""What a forward pass will take, by running a batch through a few layers made from the config: no weight is read.
+"""What a forward pass will take: its memory, by what a loaded model holds and by its sizes; its time, by running a batch through
+a few layers made from the config, of which no weight is read.
 
-Layers are random memory set to zero: the time of a product does not depend on its numbers.
+Those layers are random memory set to zero: the time of a product does not depend on its numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pipeline.base.errors import ModelError
 from pipeline.base.runtime import DTYPES, measured_seconds, product_rate
 from pipeline.model.anatomy import forward, one_line
 from pipeline.model.files import hub_errors
-from pipeline.model.split_lm import ModelInfo, find_layers, quiet, truncated
+from pipeline.model.split_lm import ModelInfo, SplitLM, find_layers, quiet, truncated
 
 N_LAYERS = 2
 """Layers that are measured: two, since some models alternate two kinds."""
@@ -84,3 +85,15 @@ def small_model(info: ModelInfo, n_layers: int, attention: str, *, trust_remote_
     auto: Any = transformers.AutoModelForCausalLM
     with hub_errors(info.name), quiet(), torch.device("meta"):
         return auto.from_config(config, attn_implementation=attention, trust_remote_code=trust_remote_code)
+
+
+def model_sizes(lm: SplitLM, context: int) -> tuple[int, int, int]:
+    """Bytes of a model part's weights, of its activations a position (one layer at a time), and of a row's logits."""
+    held = [t for t in (*lm.model.parameters(), *lm.model.buffers()) if not t.is_meta]
+    weights = sum({t.data_ptr(): t.nbytes for t in held}.values())
+    text, item = lm.config.get_text_config(), lm.dtype.itemsize
+    hidden = getattr(text, "intermediate_size", None) or 4 * lm.d_model
+    attention = (
+        (getattr(text, "num_attention_heads", None) or 0) * context * (2 * item + 8)
+    )  # eager: scores, float32 softmax, copies
+    return weights, item * (10 * lm.d_model + 4 * hidden) + attention, lm.vocab * (item + 8)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +40,23 @@ def read_state(path: Path) -> State:
     return State(header.text("member"), header.whole("step"), header.text("metrics_sha256"), tensors)
 
 
+def is_member(folder: Path) -> bool:
+    """Whether a folder is a training member's, by any of what training writes there, whatever became of the rest: a config.json
+    that is gone, a pipe or a link to nothing is its damage, not another kind of folder."""
+    if (folder / "checkpoints").is_dir() and os.path.lexists(folder / "config.json"):
+        return True
+    written = ("complete.json", "metrics.jsonl", "state.safetensors")
+    return any(os.path.lexists(folder / name) for name in written) or any(folder.glob("checkpoints/step_*.safetensors"))
+
+
 def read_config(folder: Path) -> Fields:
     """A member's config.json: `config`, `store`, `order`. Raises CheckpointError when it is none of ours, DamagedError when
-    it changed since it was written."""
+    it is gone or changed since it was written."""
     path = folder / "config.json"
-    data = read_json(path)
+    try:
+        data = read_json(path)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path}: gone; put it back, or move this member away and train it again") from error
     require_plain(path, data)
     found = (data.get("format"), data.get("version")) if isinstance(data, dict) else (None, None)
     if found != (FORMAT, VERSION):

@@ -1,10 +1,10 @@
 """Stores on object storage, and where a path or a URL leads. Needs the extra `remote` (fsspec and its driver) for URLs.
 
-Any URL that fsspec knows works: s3://bucket/acts.zarr, gs://…, memory://…; where its driver is not installed and obstore
-is, obstore serves s3, gs and az. Credentials and endpoints come from where the driver looks for them (AWS_ACCESS_KEY_ID,
-AWS_ENDPOINT_URL, …). An object appears whole or not at all, so the order of writing is all that a harvest needs to be safe
-there too. A request that fails is tried again (`requests.py`). Training reads windows of chunks from there; rows in any order
-need a local copy (`staging.py`).
+Any URL that fsspec knows works (s3://bucket/acts.zarr, gs://…, memory://…), but a chain of them (zip://…::…); where its
+driver is not installed and obstore is, obstore serves s3, gs and az. Credentials and endpoints come from where the driver looks
+for them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …). An object appears whole or not at all, so the order of writing is all that a
+harvest needs to be safe there too. A request that fails is tried again (`requests.py`). Training reads windows of chunks from
+there; rows in any order need a local copy (`staging.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 from pipeline.base.errors import DamagedError, UsageError
 from pipeline.base.files import disk_errors
 from pipeline.store.backend import Files, LocalFiles, is_url, require_small
-from pipeline.store.requests import Gone, Traffic, asked
+from pipeline.store.requests import Gone, Traffic, asked, first_line
 
 REQUESTS = 32
 """Requests that are under way at a time where many files are asked for."""
@@ -57,12 +57,17 @@ class RemoteFiles:
     """A store's files behind a URL. Files to write wait on the local disk (TMPDIR) until they are whole: one shard."""
 
     def __init__(self, url: str) -> None:
+        if "::" in url:
+            raise UsageError(f"{url}: a chain of URLs; unpack or copy what is in it and give the URL of that")
         try:
             self.fs, self.root = open_url(url)
         except ImportError as error:
             raise UsageError(f"{url}: needs a package that is not here ({error}); pip install '.[remote]'") from error
         except ValueError as error:
             raise UsageError(f"{url}: not a URL that fsspec knows ({error})") from error
+        except Exception as error:  # whatever a file system's driver raises
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise UsageError(f"{url}: cannot be opened ({said}); check the URL, or copy the store to a disk") from error
         self.url = url.rstrip("/")
         self.traffic = Traffic()
 

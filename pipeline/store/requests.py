@@ -23,6 +23,9 @@ CLIENTS = (
 )  # fmt: skip
 """Libraries whose errors are of the network or of a server, whatever they derive from."""
 
+REFUSALS = (ValueError, NotImplementedError)
+"""What drivers raise of a path that they cannot read, and of what they cannot do at all (writing over HTTP)."""
+
 
 class Gone(DamagedError):
     """There is no such object."""
@@ -92,9 +95,10 @@ def asked(work: Callable[[], T], where: str, traffic: Traffic) -> T:
             said = first_line(error)
             raise DiskError(f"{where}: no permission ({said}); check the credentials and the bucket") from error
         except Exception as error:
-            if isinstance(error, PipelineError) or not is_of_network(error):
+            is_network = is_of_network(error)
+            if isinstance(error, PipelineError) or not (is_network or isinstance(error, REFUSALS)):
                 raise
-            if wait is None or not may_pass(error):
+            if wait is None or not is_network or not may_pass(error):
                 said = first_line(error)
                 raise DiskError(f"{where}: {said}; check the URL and the connection, then run again") from error
             say(f"{where}: {first_line(error)}; trying again in {wait:g} s")
