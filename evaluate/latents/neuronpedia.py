@@ -6,7 +6,8 @@
       release, model, sourceset, source .jsonl
     OUT/sae_dashboard/batch-0.json   the same latents as SAEDashboard's NeuronpediaRunner writes them
 
-Meanings are those of sae-dashboard 0.8: a latent is taken along its unit decoder row in raw units, z · ‖w‖ / scale; position 0
+Meanings are those of sae-dashboard 0.8: a latent is taken along its unit decoder row in raw units, z · ‖w‖ / scale (of one that
+normalises each row, in units of the row's deviation, as it is there); position 0
 of a sequence is not shown, and special and massive rows do not fire; examples are the N_TOP largest activations, then up to
 N_RANDOM positions drawn from each of N_INTERVALS equal parts of 0 to the maximum, the highest part first. Three things differ:
 the logit lens is less its mean over the vocabulary for every model, random examples of the lowest part are drawn from rows that

@@ -233,11 +233,12 @@ def pool_all(saes: Sequence[NestedSAE], bank: TextBank) -> list[PooledLatents]:
         rows, texts = bank.rows[first_row : first_row + n_rows].to(device), slice(first_text, first_text + n_texts)
         for sae, mean in zip(saes, means):
             with tf32(device):
-                latents = sae.encode(rows).float()
+                latents = sae.weighed(sae.encode(rows).float(), rows)
             segment_means(latents, bank.n_real[texts], out=mean[texts])
         first_text, first_row = first_text + n_texts, first_row + n_rows
     masked_share = (bank.n_masked / bank.n_real).to(device)
-    zeros = [sae.encode(torch.zeros(1, sae.config.d_model, device=device)).float()[0] for sae in saes]
+    zero = [torch.zeros(1, sae.config.d_model, device=device) for sae in saes]
+    zeros = [sae.weighed(sae.encode(x).float(), x)[0] for sae, x in zip(saes, zero)]
     return [PooledLatents(mean, at_zero, masked_share) for mean, at_zero in zip(means, zeros)]
 
 

@@ -97,17 +97,20 @@ class AbsorptionScore:
         position = first + batch.index.cpu().numpy()
         wanted = self.probes.rows.position
         a, b = np.searchsorted(wanted, [first, first + batch.kept.numel()])
-        self.add(int(a), z[torch.from_numpy(np.searchsorted(position, wanted[a:b])).to(z.device)])
+        found = torch.from_numpy(np.searchsorted(position, wanted[a:b])).to(z.device)
+        self.add(int(a), z[found], batch.encoded[found])
 
     def encode(self, center: Float[Tensor, " d_model"], read: Float[Tensor, "row d_in"] | None = None) -> None:
         """Take all labelled rows, encoded here; `center` is what was taken off them. `read`: what a transcoder reads instead."""
         step = max(1, CHUNK_ELEMENTS // self.sae.config.width)
         for first in range(0, len(self.probes.x), step):
             part = slice(first, first + step)
-            self.add(first, self.sae.encode(self.probes.x[part] + center if read is None else read[part]))
+            x = self.probes.x[part] + center if read is None else read[part]
+            self.add(first, self.sae.encode(x), x)
 
-    def add(self, first: int, z: Float[Tensor, "row latent"]) -> None:
-        """Take the latents of labelled rows that begin at the first-th."""
+    def add(self, first: int, z: Float[Tensor, "row latent"], x: Float[Tensor, "row d_in"]) -> None:
+        """Take the latents of labelled rows that begin at the first-th; x: those rows, raw."""
+        z = self.sae.weighed(z, x)
         row, latent = z.nonzero(as_tuple=True)
         self.rows.append(row.cpu().numpy() + first)
         self.latents.append(latent.cpu().numpy())

@@ -43,7 +43,7 @@ class SparseCoding:
             x_hat = self.sae.base(batch.encoded).expand(len(z), -1)
             for i, (a, b) in enumerate(zip([0, *ns], ns)):
                 x_hat = x_hat + decode_some(self.sae.W_dec, top[:, a:b], kept[:, a:b])
-                error = row_squares(batch.x - self.sae.denormalize(x_hat)).double()
+                error = row_squares(batch.x - self.sae.denormalize(x_hat, batch.encoded)).double()
                 self.error[:, level, i] += batch.weights @ error
 
     def explained(self, level: int, k: int) -> list[tuple[int, float]]:

@@ -311,8 +311,9 @@ class Attached:
         if not self.keep_error:
             return splice(residual, kept, self._decode(edited, given))
         if self.gradients:
-            return splice(residual, kept, x.detach() + (self._linear(edited) - self._linear(z).detach()))
-        return residual if edited is z else splice(residual, kept, x + self._linear(edited - z))
+            added = self._linear(edited, given.detach()) - self._linear(z, given).detach()
+            return splice(residual, kept, x.detach() + added)
+        return residual if edited is z else splice(residual, kept, x + self._linear(edited - z, given))
 
     def _given(self, x: Tensor) -> Tensor:
         """The rows to encode. Raises ModelError where a transcoder has read none before it is to make some."""
@@ -334,11 +335,12 @@ class Attached:
 
     def _decode(self, z: Tensor, x: Tensor) -> Tensor:
         """x̂ of one level, raw, float32; x: the raw rows that were encoded."""
-        return self.sae.denormalize(z @ self.sae.W_dec[: self.n_latents] + self.sae.base(x))
+        return self.sae.denormalize(z @ self.sae.W_dec[: self.n_latents] + self.sae.base(x), x)
 
-    def _linear(self, z: Tensor) -> Tensor:
-        """What latents add to the raw residual, without b_dec and centre."""
-        return (z @ self.sae.W_dec[: self.n_latents]).float() / self.sae.made_scale
+    def _linear(self, z: Tensor, x: Tensor) -> Tensor:
+        """What latents add to the raw residual, without b_dec and centre; x: the raw rows that were encoded."""
+        added = (z @ self.sae.W_dec[: self.n_latents]).float()
+        return self.sae.weighed(added, x) / self.sae.made_scale
 
 
 def past_length(cache: Any) -> int:

@@ -1,7 +1,7 @@
 """Ready edits of latents for `attach(…, edit=…)`: each returns a function of z that leaves its argument as it was.
 
 Strengths and values are in the units of z, those of the SAE's training space: the residual moves by strength / scale along
-the latent's unit decoder row.
+the latent's unit decoder row, times its own deviation where the SAE normalises each row.
 """
 
 from __future__ import annotations

@@ -59,6 +59,10 @@ def export(checkpoint: Path, kind: Format, out: Path, level: int | None = None) 
 
 def export_one(sae: NestedSAE, header: Header, kind: Format, folder: Path) -> Path:
     """Write one SAE as one folder of a format, its digests last; what a killed export left is swept."""
+    if sae.config.row_norm:
+        raise UsageError(
+            "an SAE that normalises each row by itself is not exported; its own files are in its library's format"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(folder, "exporting into this folder")
     try:

@@ -10,7 +10,8 @@
 
 A .pt is a pickle: it is read with weights_only, which runs nothing.
 
-All become a NestedSAE that computes the same latents up to float32 rounding. Rows are raw: center 0, scale 1. Transcoders of
+All become a NestedSAE that computes the same latents up to float32 rounding. Rows are raw: center 0, scale 1. Rows that
+OpenAI's TopK, SAELens (layer_norm) and matryoshka_sae (input_unit_norm) normalise each by itself are `row_norm`. Transcoders of
 SAELens (its four), sparsify and Gemma Scope 1 and 2 likewise: what they make is the `target` beside what they read.
 `load_sae` and `read_sae` take these folders and our own checkpoints alike.
 """
@@ -307,7 +308,14 @@ def from_saelens(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tup
     if architecture in SAELENS_TRANSCODERS:
         return from_saelens_transcoder(folder, data, tensors, architecture)
     refuse_unless(folder, "architecture", architecture, (*SAELENS_ACTIVATIONS, *SAELENS_TRANSCODERS))
-    refuse_unknown(folder, "cfg.json", data, SAELENS_FIELDS, SAELENS_NEUTRAL)
+    row_norm = data.get("normalize_activations") == "layer_norm"
+    refuse_unknown(
+        folder,
+        "cfg.json",
+        {**data, "normalize_activations": "none"} if row_norm else data,
+        SAELENS_FIELDS,
+        SAELENS_NEUTRAL,
+    )
     activation, k = saelens_activation(folder, fields, architecture)
     only(folder, tensors, SAELENS_TENSORS.get(architecture, "W_enc W_dec b_enc b_dec"))
     require_size(folder, tensors, data.get("d_in"), data.get("d_sae"))
@@ -327,7 +335,7 @@ def from_saelens(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tup
         refuse_unless(
             folder, "hook_name_out (of an SAE)", made, ({"model": None}, saelens_place(folder, fields, "hook_name"))
         )
-    sae = assemble(activation, k, levels, tensors if applies else uncentred(tensors))
+    sae = assemble(activation, k, levels, tensors if applies else uncentred(tensors), row_norm=row_norm)
     return sae, saelens_place(folder, fields, "hook_name")
 
 
@@ -576,22 +584,39 @@ def from_gemma_scope_2(folder: Path, data: Mapping[str, Any], tensors: Tensors) 
 
 
 def from_openai(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
-    """relu((x − b_dec) W_enc + b_enc). Those with TopK take each row's own mean and deviation away, and give them back after
-    decoding: no decoder of latents alone does that."""
+    """relu or topk of (x − b_dec) W_enc + b_enc; those with TopK normalise each row by itself. Where the folder is below one of
+    OpenAI's names (`resid_post_mlp_v5_32k/autoencoders/8`), that is a location in GPT-2 and its layer."""
     refuse_unknown(folder, "autoencoder.pt", data, OPENAI_SETTINGS)
-    kind = data.get("activation", "ReLU")
-    if kind == "TopK":
-        raise CheckpointError(
-            f"{folder}: OpenAI's TopK decodes with each row's own mean and deviation; that cannot be read"
-        )
-    refuse_unless(folder, "activation", kind, ("ReLU",))
+    kind, settings = (
+        data.get("activation", "ReLU"),
+        Fields(folder / "autoencoder.pt", data).inner("activation_state_dict"),
+    )
+    refuse_unless(folder, "activation", kind, ("ReLU", "TopK"))
+    selects = kind == "TopK"
+    refuse_unknown(folder, "autoencoder.pt's activation_state_dict", settings.data, "k postact_fn" * selects)
+    refuse_unless(folder, "postact_fn", settings.data.get("postact_fn", "ReLU"), ("ReLU",))
     only(folder, tensors, "pre_bias latent_bias encoder.weight decoder.weight", OPENAI_STATISTICS)
     names = {"b_dec": "pre_bias", "b_enc": "latent_bias"}
     turned = {"W_enc": tensors["encoder.weight"].T, "W_dec": tensors["decoder.weight"].T}
-    return assemble("relu", 0, [turned["W_enc"].shape[1]], turned | {n: tensors[t] for n, t in names.items()}), {}
+    turned |= {name: tensors[theirs] for name, theirs in names.items()}
+    require_size(folder, turned, None, None)
+    k = settings.whole("k", least=1) if selects else 0
+    sae = assemble("topk" if selects else "relu", k, [turned["W_enc"].shape[1]], turned, row_norm=selects)
+    place = re.search(rf"/({'|'.join(OPENAI_LOCATIONS)})(?:_v\w+)?/autoencoders/(\d+)$", str(folder.resolve()))
+    if place is None:
+        return sae, {}
+    return sae, {"model": "gpt2", "hook": OPENAI_LOCATIONS[place[1]], "layer": int(place[2])}
 
 
 OPENAI_STATISTICS = "stats_last_nonzero latents_activation_frequency latents_mean_square"
+OPENAI_LOCATIONS = {
+    "mlp_post_act": "mlp.hook_post",
+    "resid_delta_attn": "attn_out",
+    "resid_post_attn": "resid_mid",
+    "resid_delta_mlp": "mlp_out",
+    "resid_post_mlp": "resid_post",
+}
+"""OpenAI's names of a layer's points, and ours; the first is none of ours, so its SAEs are scored nowhere."""
 
 
 def from_matryoshka_sae(folder: Path, data: Mapping[str, Any], tensors: Tensors) -> tuple[NestedSAE, About]:
@@ -599,7 +624,8 @@ def from_matryoshka_sae(folder: Path, data: Mapping[str, Any], tensors: Tensors)
     fields = Fields(folder / "config.json", data)
     kind = fields.text("sae_type")
     refuse_unless(folder, "sae_type", kind, tuple(MATRYOSHKA_ACTIVATIONS))
-    refuse_unless(folder, "input_unit_norm", data.get("input_unit_norm"), (False,))
+    row_norm = data.get("input_unit_norm")
+    refuse_unless(folder, "input_unit_norm", row_norm, (False, True))
     refuse_unknown(folder, "config.json", data, MATRYOSHKA_FIELDS, MATRYOSHKA_NEUTRAL)
     activation = MATRYOSHKA_ACTIVATIONS[kind]
     threshold = " threshold" * (activation == "batchtopk")
@@ -622,7 +648,7 @@ def from_matryoshka_sae(folder: Path, data: Mapping[str, Any], tensors: Tensors)
     elif site and layer is not None:
         hook = f"blocks.{layer}.hook_{site}"
     about: About = {"model": fields.text("model_name", "") or None} | (hook_point(folder, hook) if hook else {})
-    return assemble(activation, k, levels, tensors), about
+    return assemble(activation, k, levels, tensors, row_norm=bool(row_norm)), about
 
 
 FORMATS = (
@@ -669,11 +695,11 @@ def set_threshold(folder: Path, threshold: Tensor) -> Tensor:
     return threshold
 
 
-def assemble(activation: Any, k: int, levels: list[int], tensors: Tensors) -> NestedSAE:
+def assemble(activation: Any, k: int, levels: list[int], tensors: Tensors, *, row_norm: bool = False) -> NestedSAE:
     """A NestedSAE of raw rows from tensors of our names; a single threshold goes to every latent."""
     d_model, width = tensors["W_enc"].shape
     select = k if activation in ("topk", "batchtopk") else 0
-    sae = NestedSAE(SAEConfig(d_model, width, tuple(int(m) for m in levels), activation, select))
+    sae = NestedSAE(SAEConfig(d_model, width, tuple(int(m) for m in levels), activation, select, row_norm=row_norm))
     state = {name: tensors[name].contiguous() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     if sae.config.has_threshold:
         state["threshold"] = tensors["threshold"].expand(width).contiguous()

@@ -260,7 +260,10 @@ def card_facts(header: Header) -> dict[str, str]:
     facts = {
         "hook point": reads + (f" to {hook_point(store.get('target') or {})}" if sae.is_transcoder else ""),
         "width": f"{sae.width:,} latents" + (f" in levels of {levels}" if sae.n_levels > 1 else ""),
-        "activation": sae.activation + (f", k = {sae.k}" if sae.k else "") + f", LayerNorm {sae.layernorm}",
+        "activation": sae.activation
+        + (f", k = {sae.k}" if sae.k else "")
+        + f", LayerNorm {sae.layernorm}"
+        + ", each row normalised by itself" * sae.row_norm,
     }
     if made:
         return {"made with": f"{made}, its files as they were", "model": str(store.get("model") or "not said")} | facts
@@ -279,7 +282,7 @@ def model_card(header: Header, results: Fields | None, name: str) -> str:
     sae, store = header.sae, header.provenance.get("store") or {}
     kind, made = ("transcoder", "y_hat") if sae.is_transcoder else ("sparse autoencoder", "x_hat")
     nested, base = sae.n_levels > 1, str(store.get("model"))
-    rows_too = ", x" if sae.skip else ""
+    rows_too = ", x" if sae.needs_rows else ""
     lines = [
         "---",
         *([] if header.provenance.get("source") else ["library_name: nested-sae"]),

@@ -15,6 +15,9 @@ A transcoder (`d_out` is set) is the same from the rows of one hook point to tho
     a  = x W_enc + b_enc                     b_dec is of the other point, so the encoder does not subtract it
     ŷ_l = b_dec + x W_skip + Σ_{j < m_l} z_j W_dec[j]       x W_skip where `skip` is set      [row, d_out]
     ŷ_raw = ŷ / target_scale + target_center
+
+With `row_norm`, as some SAEs made elsewhere have it, every row is also measured by itself: x is less its own mean μ, over its
+own deviation σ + ε, and x̂ times σ plus μ is what `decode` gives back, so it needs the rows.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ class SAEConfig:
     `layernorm`: none; `pre` on pre-activations; `post` after the activation. `layernorm_rescale` multiplies ‖x‖/√d back.
     `k`: latents a row that topk and batchtopk keep, 0 for the others. `d_out`: of a transcoder, the dimensions of the rows
     that it makes; None: an SAE, which makes those that it reads. `skip`: a transcoder has a linear path beside its latents.
+    `row_norm`: an SAE reads rows less their own mean over their own deviation, and gives both back.
     Raises UsageError when fields contradict.
     """
 
@@ -57,6 +61,7 @@ class SAEConfig:
     layernorm_eps: float = 1e-8
     d_out: int | None = None
     skip: bool = False
+    row_norm: bool = False
 
     def __post_init__(self) -> None:
         sizes = (0, *self.levels)
@@ -70,11 +75,18 @@ class SAEConfig:
             raise UsageError(f"LayerNorm after the activation goes with relu only, not with {self.activation}")
         if self.skip and self.d_out is None:
             raise UsageError("a skip connection is a transcoder's: an SAE with one would explain everything by it")
+        if self.row_norm and (self.is_transcoder or self.d_model < 2):
+            raise UsageError("row_norm is of an SAE of at least 2 dimensions: a row of one has no deviation")
 
     @property
     def is_transcoder(self) -> bool:
         """Whether it makes rows of another hook point than those it reads."""
         return self.d_out is not None
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether it decodes latents only beside the rows that they were made of."""
+        return self.skip or self.row_norm
 
     @property
     def d_made(self) -> int:
@@ -118,8 +130,11 @@ class SAEConfig:
         return shapes | {"center": (d,), "scale": ()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data; `from_fields` reads it back. An SAE does not mention what only transcoders have."""
+        """Plain JSON data; `from_fields` reads it back. An SAE does not mention what only transcoders have, nor
+        `row_norm` where it is off."""
         data = dataclasses.asdict(self) | {"levels": list(self.levels)}
+        if not self.row_norm:
+            del data["row_norm"]
         if not self.is_transcoder:
             del data["d_out"], data["skip"]
         return data
@@ -140,8 +155,12 @@ class SAEConfig:
             layernorm_eps=fields.number("layernorm_eps", least=0),
             d_out=fields.whole("d_out", least=1) if "d_out" in fields.data else None,
             skip=fields.flag("skip") if "skip" in fields.data else False,
+            row_norm=fields.flag("row_norm") if "row_norm" in fields.data else False,
         )
 
+
+ROW_EPS = 1e-5
+"""What is added to a row's own deviation before it divides; all libraries that know `row_norm` have this one."""
 
 ALIGNMENT, ALIGNED_FROM = 8, 1024
 """A level ends at a multiple of 8 latents in dictionaries of at least 1024: at another, every product over the block behind
@@ -209,18 +228,39 @@ class NestedSAE(nn.Module):
 
     @property
     def made_scale(self) -> Float[Tensor, ""]:
-        """What the rows that it makes are multiplied by in the training space: W_dec / made_scale is in their raw units."""
+        """What the rows that it makes are multiplied by in the training space: W_dec / made_scale is in their raw units, with
+        `row_norm` in those of a row whose own deviation is 1 (see `weighed`)."""
         return self.target_scale if self.config.is_transcoder else self.scale
 
-    def normalize(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """Raw residuals to the training space, in float32: centred, then scaled so that the mean of ‖x‖² was 1."""
+    def _scaled(self, x: Tensor) -> Tensor:
+        """Raw rows, centred and scaled, in float32."""
         return (x.float() - self.center.float()) * self.scale.float()
 
-    def denormalize(self, x: Float[Tensor, "*rows d_made"]) -> Float[Tensor, "*rows d_made"]:
-        """What is decoded, back to raw rows of the point it is of, in float32."""
+    def normalize(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """Raw residuals to the training space, in float32: centred, then scaled so that the mean of ‖x‖² was 1; with `row_norm`
+        then each less its own mean, over its own deviation."""
+        scaled = self._scaled(x)
+        if not self.config.row_norm:
+            return scaled
+        return (scaled - scaled.mean(-1, keepdim=True)) / (scaled.std(-1, keepdim=True) + ROW_EPS)
+
+    def denormalize(
+        self, made: Float[Tensor, "*rows d_made"], x: Float[Tensor, "*rows d_model"] | None = None
+    ) -> Float[Tensor, "*rows d_made"]:
+        """What is decoded, back to raw rows of the point it is of, in float32. x: the raw rows that were encoded, whose own means
+        and deviations come back with `row_norm`. Raises ValueError where they are needed and not given."""
         if self.config.is_transcoder:
-            return x.float() / self.target_scale.float() + self.target_center.float()
-        return x.float() / self.scale.float() + self.center.float()
+            return made.float() / self.target_scale.float() + self.target_center.float()
+        if self.config.row_norm:
+            made = self.weighed(made.float(), x) + self._scaled(needed(x)).mean(-1, keepdim=True)
+        return made.float() / self.scale.float() + self.center.float()
+
+    def weighed(
+        self, z: Float[Tensor, "*rows some"], x: Float[Tensor, "*rows d_model"] | None
+    ) -> Float[Tensor, "*rows some"]:
+        """Latents, or what is decoded of them, times the deviation of their raw rows x with `row_norm`, else as they are: so
+        weighed, z W_dec / made_scale is what latents add to a raw row. Raises ValueError where x is needed and not given."""
+        return z * self._scaled(needed(x)).std(-1, keepdim=True) if self.config.row_norm else z
 
     def preactivations(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows latent"]:
         """(x − b_dec) W_enc + b_enc for normalised x, before LayerNorm; of a transcoder x W_enc + b_enc."""
@@ -271,9 +311,7 @@ class NestedSAE(nn.Module):
         """The same of normalised rows."""
         if not self.config.skip:
             return self.b_dec
-        if x is None:
-            raise ValueError("a transcoder with a skip connection decodes latents and the rows that they were made of")
-        return x.to(self.W_skip.dtype) @ self.W_skip + self.b_dec
+        return needed(x).to(self.W_skip.dtype) @ self.W_skip + self.b_dec
 
     def decode_normalized_levels(
         self, z: Float[Tensor, "*rows latent"], x: Float[Tensor, "*rows d_model"] | None = None
@@ -290,20 +328,20 @@ class NestedSAE(nn.Module):
     ) -> Iterator[Float[Tensor, "*rows d_made"]]:
         """Raw reconstructions of every level in turn, innermost first, float32. x: as in `decode`."""
         normalized = None if x is None or not self.config.skip else self.normalize(x)
-        return (self.denormalize(x_hat) for x_hat in self.decode_normalized_levels(z, normalized))
+        return (self.denormalize(x_hat, x) for x_hat in self.decode_normalized_levels(z, normalized))
 
     def decode_level(
         self, z: Float[Tensor, "*rows latent"], level: int, x: Float[Tensor, "*rows d_model"] | None = None
     ) -> Float[Tensor, "*rows d_made"]:
         """Raw reconstruction of one level, 0 the innermost, -1 the whole dictionary, float32. x: as in `decode`."""
         m = self.config.levels[level]
-        return self.denormalize(z[..., :m] @ self.W_dec[:m] + self.base(x))
+        return self.denormalize(z[..., :m] @ self.W_dec[:m] + self.base(x), x)
 
     def decode(
         self, z: Float[Tensor, "*rows latent"], x: Float[Tensor, "*rows d_model"] | None = None
     ) -> Float[Tensor, "*rows d_made"]:
-        """Raw reconstruction by the whole dictionary, float32. Linear in z; needs the raw rows x that were encoded only where
-        a transcoder has a skip connection, and raises ValueError without them there."""
+        """Raw reconstruction by the whole dictionary, float32. Linear in z; needs the raw rows x that were encoded only with a
+        skip connection or `row_norm` (`config.needs_rows`), and raises ValueError without them there."""
         return self.decode_level(z, -1, x)
 
     def forward(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_made"]:
@@ -320,6 +358,13 @@ class NestedSAE(nn.Module):
         small = NestedSAE(dataclasses.replace(config, width=m, levels=levels))
         small.load_state_dict({name: latent_slice(name, tensor, m) for name, tensor in self.state_dict().items()})
         return small.to(self.W_enc.device, self.W_enc.dtype)
+
+
+def needed(x: Tensor | None) -> Tensor:
+    """The rows that were encoded. Raises ValueError where there are none."""
+    if x is None:
+        raise ValueError("decoding needs the rows that were encoded: decode(z, x)")
+    return x
 
 
 def latent_slice(name: str, tensor: Tensor, m: int) -> Tensor:

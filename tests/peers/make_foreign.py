@@ -47,7 +47,7 @@ def keep(name: str, encode, decode) -> None:
     """Rows, latents and reconstructions."""
     with torch.no_grad():
         z = encode(x)
-        z = z if isinstance(z, torch.Tensor) else z[0]
+        z = z if isinstance(z, torch.Tensor) else z[0]  # SAELens's decode gives the last encoded rows' statistics back
         save_file({"x": x, "z": z.contiguous(), "x_hat": decode(z).contiguous()}, OUT / name / "reference.safetensors")
 
 
@@ -72,6 +72,18 @@ LENS = {
         topk_sae.TopKSAE,
         topk_sae.TopKSAEConfig,
         {"k": 7, "rescale_acts_by_decoder_norm": True},
+        {},
+    ),
+    "lens-topk-layer-norm": (
+        topk_sae.TopKSAE,
+        topk_sae.TopKSAEConfig,
+        {"k": 7, "normalize_activations": "layer_norm"},
+        {},
+    ),
+    "lens-gated-layer-norm": (
+        gated_sae.GatedSAE,
+        gated_sae.GatedSAEConfig,
+        {"normalize_activations": "layer_norm"},
         {},
     ),
     "lens-jumprelu": (jumprelu_sae.JumpReLUSAE, jumprelu_sae.JumpReLUSAEConfig, {}, {"threshold": 0.3}),

@@ -137,6 +137,10 @@ def mapped_weights(source: NestedSAE, target: NestedSAE) -> dict[str, Tensor]:
             f"init_from holds d_model {a.d_model}, width {a.width}, layernorm {a.layernorm}; this training has "
             f"{b.d_model}, {b.width}, {b.layernorm}; choose another SAE or match its shape"
         )
+    if a.row_norm:
+        raise CheckpointError(
+            "init_from holds an SAE that normalises each row by itself; training does not: choose another one"
+        )
     if a.is_transcoder:
         return transcoder_weights(source, target)
     rho = source.scale / target.scale
