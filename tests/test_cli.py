@@ -251,3 +251,11 @@ def test_silence_holds_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
             bar.advance(1)
     say("b")
     assert capsys.readouterr().err == "b\n"
+
+
+def test_progress_ends_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where more is done than was planned, that is the total: never more than 100 %."""
+    with Progress(100, "tokenise part 0 of 2", "token") as bar:
+        bar.advance(1136)
+    line = capsys.readouterr().err
+    assert "100 %, 1,136 of 1,136 tokens" in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 from collections.abc import Callable
@@ -15,9 +16,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.base import records
 from pipeline.base.errors import CorpusError
 from pipeline.base.record_files import record_files
-from pipeline.base.records import Unread, read_records, read_text, whole_records
+from pipeline.base.records import Unread, array_items, read_records, read_text, whole_records
 
 ROWS: list[dict[str, Any]] = [{"text": f"row {n}, “{n * n}”\nnext", "label": str(n % 3)} for n in range(200)]
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -274,3 +276,52 @@ def test_columns_named_twice_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("text,id,text\na,1,b\n".replace(",", "\t" if name == "a.tsv" else ","))
     with pytest.raises(CorpusError, match="its header names 'text' twice"):
         list(read_records(tmp_path / name))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.lists(JSON, max_size=6), st.booleans(), st.sampled_from([None, " ", "\n  "]), st.integers(1, 60), st.data())
+def test_arrays_come_item_by_item(items: list[Any], is_ascii: bool, indent: str | None, n: int, data: Any) -> None:
+    """Items of an array that is read in small pieces are those of the whole, and one that is cut or changed is refused where
+    the whole is."""
+    encoded = json.dumps(items, ensure_ascii=is_ascii, indent=indent).encode("utf-8", "surrogatepass")
+    if data.draw(st.booleans()):
+        at = data.draw(st.integers(1, len(encoded)))
+        encoded = encoded[:at] + data.draw(st.sampled_from([b"", b",", b"]", b'"', b"1", b"\xff"])) + encoded[at + 1 :]
+    try:
+        expected: Any = json.loads(encoded.decode("utf-8"))
+    except ValueError:
+        expected = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "PIECE_BYTES", n)
+        try:
+            found: Any = list(array_items(encoded[:n], io.BytesIO(encoded[n:]).read))
+        except ValueError:
+            found = None
+    assert found == expected
+
+
+def test_an_array_is_not_held() -> None:
+    """Of an array no more is read than the items that were taken, and a piece."""
+    file = io.BytesIO(b"[" + b'{"text": "a"},' * 100_000 + b"{}]")
+    items = array_items(file.read(10), file.read)
+    assert [next(items) for _ in range(3)] == [{"text": "a"}] * 3
+    assert file.tell() <= 10 + 2 * records.PIECE_BYTES
+
+
+def test_an_item_has_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An item of an array that would not fit into memory is refused, by path and number, after those before it."""
+    monkeypatch.setattr(records, "ITEM_CHARS", 100_000)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "a"}, {"text": "b" * 1_000_000}]))
+    found = read_records(path)
+    assert next(found) == (f"{path}, item 0", {"text": "a"})
+    with pytest.raises(
+        CorpusError, match=r"a.json: not a JSON array of objects \(item 1: is longer than 100,000 characters"
+    ):
+        next(found)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.experiment.experiment import Experiment
-from pipeline.experiment.slurm import GPU_FLOPS, Cluster, Jobs, write_jobs
+from pipeline.experiment.slurm import GPU_FLOPS, Cluster, Jobs, Need, write_jobs
 
 FAKE_SBATCH = """#!/usr/bin/env bash
 # Runs the job's script up to its command, and prints a job id as --parsable does.
@@ -192,6 +192,7 @@ def test_finish_asks_for_all_scoring(tmp_path: Path, experiment: Path) -> None:
     rows, passes = 8 * 128, 2 * 4 + 2  # two grids of two members a layer, two layers
     need = Cluster().scoring(planned(1.0, device="cuda"), 4, 0.0)
     assert need.seconds == pytest.approx(passes * rows * 1e-3)
+    assert Need.of_all([Need(1, 2, "a"), Need(3, 4, "a")]) == Need(3, 6, "a")
     assert asked(path)["time"] == "20"
     assert path.read_text().count("# 4 members: 28.0 GB of memory") == 1
     assert f"{passes} passes of {rows:,} rows" in path.read_text()

@@ -48,10 +48,13 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True, leave=True)
 
     def advance(self, n: int, note: str = "") -> None:
-        """Add `n` finished units; `note` is short free text shown behind the rate."""
+        """Add `n` finished units; `note` is short free text shown behind the rate. Where more is done than was planned, the
+        total is what is done."""
         self.n += n
+        self.total = max(self.total, self.n)
         self._note = note or self._note
         if self._bar is not None:
+            self._bar.total = self.total
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(n)

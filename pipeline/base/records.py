@@ -7,6 +7,7 @@ frame ends, and what cannot be read is named by path and line. Which files of a 
 from __future__ import annotations
 
 import bz2
+import codecs
 import contextlib
 import csv
 import gzip
@@ -86,6 +87,8 @@ COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
 UNREADABLE = (OSError, EOFError, zstandard.ZstdError, lzma.LZMAError, zlib.error)
 """What opening and decompressing raise."""
 BOM = b"\xef\xbb\xbf"
+SPACE = re.compile(r"[ \t\n\r]*")
+"""What JSON allows between values."""
 
 
 def kind_of(path: Path) -> str:
@@ -135,8 +138,9 @@ def raw_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         for number, line in enumerate(file, 1):
             start = offset + (len(BOM) if number == 1 and line.startswith(BOM) else 0)
             offset += len(line)
-            if text := line[start - (offset - len(line)) :].strip():
-                yield number, start, text
+            rest = line[start - (offset - len(line)) :].lstrip()
+            if text := rest.rstrip():
+                yield number, offset - len(rest), text
 
 
 def parse_object(data: bytes) -> Record | Unread:
@@ -157,22 +161,95 @@ def read_json_lines(path: Path, _columns: Sequence[str] | None) -> Iterator[Foun
 
 
 def read_json(path: Path, columns: Sequence[str] | None) -> Iterator[Found]:
-    """One JSON array of objects; a file that begins otherwise is JSON lines."""
+    """One JSON array of objects, one after the other; a file that begins otherwise is JSON lines."""
     with readable(path) as file:
         head = file.read(4096).removeprefix(BOM).lstrip()
         if head.startswith(b"["):
-            data = (head + file.read()).removeprefix(BOM)
-    if not head.startswith(b"["):
-        yield from read_json_lines(path, columns)
-        return
-    try:
-        items = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(
-            f"{path}: not a JSON array of objects ({error}); expected [{{…}}, …] or a line each"
-        ) from error
-    for n, item in enumerate(items):
-        yield f"{path}, item {n}", item if isinstance(item, dict) else Unread(f"is a {type(item).__name__}")
+            try:
+                for n, item in enumerate(array_items(head, file.read)):
+                    yield f"{path}, item {n}", item if isinstance(item, dict) else Unread(f"is a {type(item).__name__}")
+            except (ValueError, RecursionError) as error:
+                raise CorpusError(
+                    f"{path}: not a JSON array of objects ({error}); expected [{{…}}, …] or a line each"
+                ) from error
+            return
+    yield from read_json_lines(path, columns)
+
+
+PIECE_BYTES = 1 << 16
+"""Read at once of a JSON array; more where an item is longer."""
+ITEM_CHARS = 1 << 29
+"""Of an item of a JSON array, at most: it is held in memory."""
+NEAR_END = 32
+"""Characters from the end of a text within which what is found may be otherwise where it goes on."""
+
+
+def array_items(head: bytes, read: Callable[[int], bytes]) -> Iterator[Any]:
+    """Items of the JSON array that begins with `head` and goes on in what `read` gives, in the memory of a few times the longest.
+
+    Raises ValueError, RecursionError naming the item.
+    """
+    text = ArrayText(head, read)
+    text.at, n = 1, 0
+    if ended := text.next() == "]":
+        text.at += 1
+    while not ended:
+        try:
+            yield text.item()
+        except (ValueError, RecursionError) as error:
+            why = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+            raise ValueError(f"item {n}: {why}") from error
+        mark, n = text.next(), n + 1
+        if mark not in (",", "]"):
+            raise ValueError(
+                f"after item {n - 1}: expected a comma or the end, found {mark or 'the end of the file'!a}"
+            )
+        text.at, ended = text.at + 1, mark == "]"
+    if text.next():
+        raise ValueError(f"something follows its {n} items")
+
+
+class ArrayText:
+    """Text of a JSON array, as far as it was read, without what was taken of it. `at`: where reading goes on."""
+
+    def __init__(self, head: bytes, read: Callable[[int], bytes]) -> None:
+        self.read, self.at, self.is_whole = read, 0, False
+        self.decoder, self.json = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder()
+        self.text = self.decoder.decode(head)
+
+    def more(self) -> None:
+        """Read on, as much as is held. Raises ValueError for what is not UTF-8, and for an item that is too long."""
+        self.text, self.at = self.text[self.at :], 0
+        if len(self.text) > ITEM_CHARS:
+            raise ValueError(f"is longer than {ITEM_CHARS:,} characters; write it as a text file of its own")
+        data = self.read(max(PIECE_BYTES, len(self.text)))
+        self.is_whole = not data
+        self.text += self.decoder.decode(data, final=self.is_whole)
+
+    def next(self) -> str:
+        """The next character that is no space, from which reading goes on; empty at the end of the file."""
+        while True:
+            space = SPACE.match(self.text, self.at)
+            self.at = len(self.text) if space is None else space.end()
+            if self.at < len(self.text) or self.is_whole:
+                return self.text[self.at : self.at + 1]
+            self.more()
+
+    def item(self) -> Any:
+        """The value from here on, behind spaces. Raises ValueError, RecursionError."""
+        self.next()
+        while True:
+            try:
+                value, end = self.json.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                goes_on = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - NEAR_END
+                if self.is_whole or not goes_on:
+                    raise
+            else:
+                if end + NEAR_END < len(self.text) or self.is_whole:  # a number may go on
+                    self.at = end
+                    return value
+            self.more()
 
 
 def read_csv(path: Path, _columns: Sequence[str] | None) -> Iterator[Found]:
@@ -226,10 +303,8 @@ def read_arrow(path: Path, columns: Sequence[str] | None) -> Iterator[Found]:
     """Rows of an Arrow file: the stream that `datasets` saves, or the file format."""
     import pyarrow
 
-    with (
-        arrow_errors(path, "Arrow"),
-        open(path, "rb", opener=regular) as file,
-    ):  # mapped, one that shrinks would end the process
+    with arrow_errors(path, "Arrow"), open(path, "rb", opener=regular) as file:
+        # read, not mapped: a file that shrinks under a mapping would end the process
         if file.read(6) == b"ARROW1":
             table = pyarrow.ipc.open_file(file)
             batches: Iterable[Any] = (table.get_batch(i) for i in range(table.num_record_batches))
