@@ -24,7 +24,7 @@ import zstandard
 
 from harvest.corpus import LocalCorpus, Source, good
 from harvest.texts import Reader
-from pipeline.base.errors import CorpusError
+from pipeline.base.errors import CorpusError, DamagedError
 from pipeline.base.records import arrow_errors
 from support.fuzzing import BAD, hurt, mutated, one_line_or_none
 
@@ -274,3 +274,23 @@ def test_mutations_stay_apart() -> None:
     for _ in range(3000):
         json.dumps(mutated({"a": [1, {"b": 2}]}, rng))
     assert repr(BAD) == before
+
+
+@pytest.mark.parametrize("names", ["a", "train", "card"])
+def test_pipe_in_a_folder_is_named(tmp_path: Path, names: str) -> None:
+    """A pipe among the files of a folder is refused by name, whether names, their split or a card choose it."""
+    if names == "card":
+        (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(CARD)}---\n")
+    first = "train" if names == "train" else "a"
+    (tmp_path / f"{first}-0.jsonl").write_text('{"text": "It was late."}\n')
+    os.mkfifo(tmp_path / f"{first}-1.jsonl")
+    with pytest.raises(DamagedError, match=rf"{first}-1\.jsonl: a pipe, expected a regular file"):
+        LocalCorpus(Source(str(tmp_path)))
+
+
+def test_links_to_nothing_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A link to nothing in a folder, as of a split that was not fetched, is passed over with a word."""
+    (tmp_path / "a.jsonl").write_text('{"text": "It was late."}\n')
+    (tmp_path / "b.jsonl").symlink_to("nowhere")
+    assert [path.name for path in LocalCorpus(Source(str(tmp_path))).files] == ["a.jsonl"]
+    assert f"{tmp_path / 'b.jsonl'}: leads to nothing; passed over" in capsys.readouterr().err

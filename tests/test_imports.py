@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -453,3 +454,14 @@ def test_the_import_command_writes_a_store(tmp_path: Path) -> None:
     assert (store.train.n_sequences, store.eval.n_sequences, store.config["model"]) == (4, 2, "mine")
     bad = CliRunner().invoke(cli, [*words, "--special-ids", "x"])
     assert isinstance(bad.exception, UsageError)
+
+
+@pytest.mark.parametrize("kind", ["npy", "safetensors", "dictionary-learning"])
+def test_pipe_among_files_is_named(tmp_path: Path, kind: str) -> None:
+    """A pipe among the files of a folder is refused by name, not passed over."""
+    make, asked, _, _ = FOLDERS[kind]
+    make(tmp_path / "in")
+    suffix = next(path.suffix for path in (tmp_path / "in").iterdir() if path.suffix != ".json")
+    os.mkfifo(tmp_path / "in" / f"zz{suffix}")
+    with pytest.raises(PipelineError, match=rf"zz\{suffix}: a pipe, expected a regular file"):
+        imported(kind, tmp_path / "in", tmp_path / "acts.zarr", asked)

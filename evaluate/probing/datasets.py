@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.base import network
 from pipeline.base.errors import CorpusError, UsageError
 from pipeline.base.files import canonical_json, sha256
+from pipeline.base.record_files import regular_files
 from pipeline.base.records import READERS, kind_of, whole_records
 
 Value = str | int | float | bool
@@ -227,7 +228,7 @@ def local_paths(source: str) -> tuple[Path, Path]:
 
 def only_file(folder: Path, split: str) -> Path:
     """`train.jsonl`, `train.parquet` and the like. Raises CorpusError unless exactly one is there."""
-    found = [path for path in sorted(folder.glob(f"{split}.*")) if kind_of(path) in READERS and path.is_file()]
+    found = [path for path in regular_files(sorted(folder.glob(f"{split}.*"))) if kind_of(path) in READERS]
     if len(found) != 1:
         raise CorpusError(f"{folder}: expected one file {split}.jsonl, .csv, .parquet or the like, found {len(found)}")
     return found[0]

@@ -8,13 +8,15 @@ every file is read. Hidden files, readmes and licences never are.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import CorpusError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import read_json, safe_name
+from pipeline.base.files import read_json, regular, safe_name
+from pipeline.base.progress import say
 from pipeline.base.records import COMPRESSED, READERS, kind_of
 
 ABOUT = (
@@ -146,7 +148,7 @@ def card_files(root: Path, configs: list[dict[str, Any]], split: str, subset: st
     one_of(root, "split", split, patterns)
     wanted = patterns[split]
     found = [path for pattern in (wanted if isinstance(wanted, list) else [wanted]) for path in matches(root, pattern)]
-    return existing(root, [p for p in found if p.is_file() and root.resolve() in p.resolve().parents], split)
+    return existing(root, [p for p in regular_files(found) if root.resolve() in p.resolve().parents], split)
 
 
 def text_of(root: Path, value: object) -> str:
@@ -175,7 +177,7 @@ def folder_files(root: Path, split: str) -> list[Path]:
     """The files of a split by their names, as `datasets` finds them; every file where no name shows a split."""
     from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
 
-    candidates = [p for p in sorted(root.rglob("*")) if p.is_file() and is_read(p) and not is_about(p, root)]
+    candidates = regular_files(p for p in sorted(root.rglob("*")) if is_read(p) and not is_about(p, root))
     if not candidates:
         raise CorpusError(f"{root}: no corpus files in this folder; expected {expected()}")
     try:
@@ -191,6 +193,22 @@ def folder_files(root: Path, split: str) -> list[Path]:
                 splits[str(name)] |= {Path(path) for path in resolve_pattern(pattern, str(root))}
     one_of(root, "split", split, splits)
     return existing(root, [path for path in candidates if path.absolute() in splits[split]], split)
+
+
+def regular_files(paths: Iterable[Path]) -> list[Path]:
+    """Those that are files; folders are left out, and links to nothing (of a split that was not fetched) with a word.
+
+    Raises DamagedError for a pipe, a device or a socket.
+    """
+    found = []
+    for path in paths:
+        if path.is_file():
+            found.append(path)
+        elif path.exists() and not path.is_dir():
+            os.close(regular(os.fspath(path), os.O_RDONLY))  # raises
+        elif path.is_symlink() and not path.exists():
+            say(f"note     {path}: leads to nothing; passed over")
+    return found
 
 
 def is_about(path: Path, root: Path) -> bool:

@@ -28,6 +28,7 @@ from torch import Tensor
 from pipeline.base.errors import DamagedError, UsageError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import hash_config, read_json, regular, sha256
+from pipeline.base.record_files import regular_files
 
 BLOCK = 8192
 """Rows read at a time."""
@@ -107,7 +108,7 @@ def files_of(place: Path, suffixes: Sequence[str]) -> list[Path]:
     if place.is_file():
         found = [place]
     elif place.is_dir():
-        found = sorted((p for p in place.iterdir() if p.is_file() and not p.name.startswith(".")), key=natural)
+        found = sorted(regular_files(p for p in place.iterdir() if not p.name.startswith(".")), key=natural)
         found = [path for path in found if path.suffix in suffixes]
     else:
         raise UsageError(f"{place}: no such file or folder")
