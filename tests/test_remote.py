@@ -1,7 +1,9 @@
 """Stores on object storage: the same bytes as on a disk, read and verified there, staged to a disk for training."""
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import zarr
 
 from pipeline.base.errors import DamagedError, DiskError, MismatchError, StoreError, UsageError
-from pipeline.store import staging
+from pipeline.store import objects, staging
 from pipeline.store.backend import LocalFiles
 from pipeline.store.objects import RemoteFiles, open_files
 from pipeline.store.reader import Store, describe_store
@@ -212,3 +214,33 @@ def test_what_drivers_lack_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plain_path_is_local(tmp_path: Path) -> None:
     """A path without a scheme is a local folder."""
     assert isinstance(open_files(str(tmp_path)), LocalFiles)
+
+
+@pytest.mark.parametrize("finds", [False, True])
+def test_walking_drivers_are_listed_flat(monkeypatch: pytest.MonkeyPatch, finds: bool) -> None:
+    """Where a driver would list every folder alone, obstore lists all below a URL in pages of a thousand; one that finds all by
+    itself is asked itself."""
+    from fsspec.asyn import AsyncFileSystem
+
+    class Walks(AsyncFileSystem):  # type: ignore[misc]
+        pass
+
+    class Finds(AsyncFileSystem):  # type: ignore[misc]
+        async def _find(self, path: str, **_options: Any) -> dict[str, Any]:
+            return {f"{path}/c": {"size": 3}}
+
+    asked: list[Any] = []
+
+    def pages(store: str, prefix: str, chunk_size: int) -> list[list[dict[str, Any]]]:
+        asked.append((store, prefix, chunk_size))
+        return [
+            [{"path": f"{prefix}/{name}", "size": size} for name, size in page] for page in ([("a", 1)], [("b/c", 2)])
+        ]
+
+    obstore = SimpleNamespace(list=pages, store=SimpleNamespace(from_url=lambda url: url))
+    monkeypatch.setitem(sys.modules, "obstore", obstore)
+    driver = Finds() if finds else Walks()
+    monkeypatch.setattr(objects, "open_url", lambda url: (driver, url.partition("://")[2]))
+    found = RemoteFiles("s3://bucket/stores/s.zarr").listing()
+    assert found == ({"c": 3} if finds else {"a": 1, "b/c": 2})
+    assert asked == ([] if finds else [("s3://bucket", "stores/s.zarr", 1000)])

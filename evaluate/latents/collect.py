@@ -277,17 +277,18 @@ def judge(
     device, kept = sae.center.device, split.kept()
     longest = max(1, *(len(one.ids) for one in labels))
     ids = torch.tensor([[*one.ids, *[-1] * (longest - len(one.ids))] for one in labels], device=device)
-    tokens = torch.from_numpy(split.tokens.reshape(-1).astype(np.int64)).to(device)
+    tokens = split.tokens
     hits = torch.zeros(len(labels), dtype=torch.int64, device=device)
     with Progress(sum(b - a for a, b in chunks), "labels", "row", quiet=quiet) as bar:
         for z, first in stream(sae, split, context, chunks):
             row, latent = z.flatten(0, 1).nonzero(as_tuple=True)
-            on = (ids[latent] == tokens[row + first * context][:, None]).any(1)
+            read = torch.from_numpy(tokens[first : first + len(z)].astype(np.int64)).to(device).view(-1)
+            on = (ids[latent] == read[row][:, None]).any(1)
             hits += torch.bincount(latent[on], minlength=len(labels))
             bar.advance(z.shape[0] * z.shape[1])
     seen = np.zeros(int(tokens.max()) + 1, dtype=np.int64)
     for a, b in chunks:
-        seen += np.bincount(split.tokens.reshape(-1)[a:b][kept[a:b]], minlength=len(seen))
+        seen += np.bincount(tokens.reshape(-1)[a:b][kept[a:b]], minlength=len(seen))
     occurrences = [int(seen[list(one.ids)].sum()) for one in labels]
     return (
         [hit / n if n else None for hit, n in zip(hits.tolist(), occurrences)],

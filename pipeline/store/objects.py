@@ -146,7 +146,7 @@ class RemoteFiles:
         """Key → bytes, where the file system's listing says them, of everything below the URL."""
         base = self.path("")
         with contextlib.suppress(Gone):
-            if type(self.fs).__module__.startswith("obstore"):
+            if self.url.split("://")[0] in OBSTORE and not finds_flat(self.fs):
                 found = self.ask("", lambda: listed_flat(self.url))
             else:
                 found = {name: one.get("size") for name, one in self.ask("", self.find).items()}
@@ -161,6 +161,13 @@ class RemoteFiles:
     def ask(self, key: str, work: Callable[[], Any]) -> Any:
         """The result of one request, tried again where it may pass. Raises Gone, DiskError."""
         return asked(work, self.where(key), self.traffic)
+
+
+def finds_flat(fs: Any) -> bool:
+    """Whether a file system has a way of its own to find all files below a path; fsspec's lists every folder alone."""
+    from fsspec.asyn import AsyncFileSystem
+
+    return not isinstance(fs, AsyncFileSystem) or type(fs)._find is not AsyncFileSystem._find
 
 
 def listed_flat(url: str) -> dict[str, int]:
