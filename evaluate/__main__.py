@@ -14,13 +14,25 @@ from typing import Any
 
 import click
 
-from pipeline.base.cli import COUNT, NAMED_SOURCE, NAMED_SOURCES, OUT_FOLDER, SIZE, SOURCE, STORE, main, print_json
+from pipeline.base.cli import (
+    COUNT,
+    COUNT_OR_AUTO,
+    NAMED_SOURCE,
+    NAMED_SOURCES,
+    OUT_FOLDER,
+    SIZE,
+    SOURCE,
+    STORE,
+    Remembering,
+    main,
+    print_json,
+)
 from pipeline.base.errors import UsageError
 
 PROBING = ("scr", "tpp", "k_sparse_probe")
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Remembering, context_settings={"show_default": True})
 @click.argument("places", metavar="CHECKPOINT_OR_DIR...", nargs=-1, required=True, type=NAMED_SOURCE)
 @click.option("--store", required=True, type=STORE, help="Activation store, or its URL; its eval split is used.")
 @click.option(
@@ -57,6 +69,13 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
     "--device-map",
     type=click.Choice(["auto", "balanced", "sequential"]),
     help="Spread the layers of a model too large for one GPU over all of them, as transformers does it (needs accelerate).",
+)
+@click.option(
+    "--processes",
+    type=COUNT_OR_AUTO,
+    default=1,
+    help="Share checkpoints out over so many processes of this machine, its cores and memory divided among them; auto: one a "
+    "core, or one a GPU. Several small SAEs on a CPU are scored faster so.",
 )
 @click.option(
     "--dtype",
@@ -103,7 +122,9 @@ PROBING = ("scr", "tpp", "k_sparse_probe")
 @click.option("--trust-remote-code", is_flag=True, help="Run the model's own code from its folder or the Hub.")
 @click.option("--dry-run", is_flag=True, help="Print what it would take, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print {results, failed} to stdout as JSON.")
-def evaluate(places: tuple[str, ...], as_json: bool, all_steps: bool, dry_run: bool, **options: Any) -> None:
+def evaluate(
+    places: tuple[str, ...], as_json: bool, all_steps: bool, dry_run: bool, processes: int | str, **options: Any
+) -> None:
     """Score checkpoints: what they do to the language model when spliced in, how well they rebuild the residual stream,
     and how they use their latents; at every level, with and without massive rows.
 
@@ -118,14 +139,19 @@ def evaluate(places: tuple[str, ...], as_json: bool, all_steps: bool, dry_run: b
         --store acts.zarr --model google/gemma-2-2b --out results --scores kl,ev --rows 100k
     torchrun --nproc-per-node 8 -m evaluate runs/paper --store acts.zarr --model google/gemma-2-2b --out results
     """
-    from evaluate.run import run
+    from evaluate.run import processes_for, run
     from evaluate.scores.scorer import default_scores
+    from pipeline.base.spread import Others
     from pipeline.store.reader import Store
 
     config = make_config(**options)
     if options["scores"] is None:
         config = dataclasses.replace(config, scores=default_scores(Store.load(config.store)))
-    outcome = run(config, [found(place) for place in places], all_steps=all_steps, dry_run=dry_run)
+    paths = [found(place) for place in places]
+    n = 1 if dry_run else processes_for(config, paths, processes, all_steps=all_steps)
+    with Others("evaluate", n, "checkpoints") as others:
+        outcome = run(config, paths, all_steps=all_steps, dry_run=dry_run)
+        outcome.take_in(others.results())
     if as_json:
         failed = [{"path": str(path), "error": str(error)} for path, error in outcome.failed]
         print_json({"out": str(options["out"]), "results": outcome.results, "failed": failed})

@@ -8,12 +8,13 @@
              each checkpoint: encode, decode, suffix                  work.py
     write    each checkpoint's results, then results.csv              write.py, results.py
 
-Under torchrun each process takes every WORLD_SIZE-th checkpoint; they meet only in the folder.
+Under torchrun, and with --processes, each process takes every WORLD_SIZE-th checkpoint; they meet only in the folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,11 +38,12 @@ from evaluate.work import (
     text_bytes,
 )
 from evaluate.write import write
-from pipeline.base.errors import PipelineError
+from pipeline.base.errors import PipelineError, UsageError
 from pipeline.base.files import require_writable
 from pipeline.base.processes import is_launched
 from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import rank, require_world, world_size
+from pipeline.base.spread import n_processes
 from pipeline.store.cache import open_cache
 from pipeline.store.pair import require_same_rows
 from pipeline.store.staging import open_cached
@@ -62,6 +64,35 @@ class Outcome:
             say(f"failed: {error}")
             self.failed.append((path, error))
 
+    def take_in(self, others: Sequence[Mapping[str, Any]]) -> None:
+        """Add what other processes of this job printed as JSON, each of which took every n-th checkpoint like this one."""
+        turns = itertools.zip_longest(self.results, *(other["results"] for other in others))
+        self.results[:] = [entry for turn in turns for entry in turn if entry is not None]
+        for other in others:
+            self.fail((Path(one["path"]), PipelineError(one["error"])) for one in other["failed"])
+
+
+def processes_for(config: EvaluateConfig, places: Sequence[Path], asked: int | str, *, all_steps: bool) -> int:
+    """How many processes share out the checkpoints that lack results. Raises UsageError, and as `run`."""
+    if asked == 1:
+        return 1
+    if config.device_map is not None:
+        raise UsageError(f"--processes {asked} gives each process a device, --device-map one model all; leave one out")
+    job, _ = open_job(config)
+    todo = select(job, find_checkpoints(places, all_steps)[0]).todo
+    return n_processes(asked, sum(map(len, todo.values())), job.device)
+
+
+def open_job(config: EvaluateConfig) -> tuple[Job, list[Failure]]:
+    """The job that a config means on its stores, and the scores that do not fit them. Raises PipelineError."""
+    cache = open_cache(config.cache, config.cache_size) if config.cache is not None else None
+    source = open_cached(config.store, cache)
+    store = source if config.target is None else open_cached(config.target, cache)
+    if store is not source:
+        require_same_rows(source, store)
+    config, unfit = only_fitting_scores(config, store)
+    return Job.of(config, store, source), unfit
+
 
 def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = False, dry_run: bool = False) -> Outcome:
     """Evaluate checkpoints; what is done is skipped, what fails is reported and the others are finished.
@@ -69,13 +100,8 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
     Raises PipelineError for what concerns all of them: store, model, texts, memory.
     """
     require_world()
-    cache = open_cache(config.cache, config.cache_size) if config.cache is not None else None
-    source, outcome = open_cached(config.store, cache), Outcome()
-    store = source if config.target is None else open_cached(config.target, cache)
-    if store is not source:
-        require_same_rows(source, store)
-    config, unfit = only_fitting_scores(config, store)
-    job = Job.of(config, store, source)
+    (job, unfit), outcome = open_job(config), Outcome()
+    config = job.config
     paths, lost = find_checkpoints(places, all_steps)
     outcome.fail([*unfit, *lost] if rank() == 0 else ())
     if not dry_run:

@@ -13,7 +13,6 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
-from scipy import stats
 
 LEVEL, SIGNIFICANT = 0.95, 0.05
 """Coverage of every interval; what a corrected p value must stay below."""
@@ -85,6 +84,8 @@ def interval_half(standard_error: float, df: float) -> float:
 @cache
 def t_quantile(df: float, level: float = LEVEL) -> float:
     """What a standard error is multiplied by for an interval of this coverage; curves ask for one thousands of times."""
+    from scipy import stats  # takes long to import
+
     return float(stats.t.isf((1 - level) / 2, df))
 
 
@@ -108,6 +109,8 @@ def compare(row: Mapping[Replicate, float], baseline: Mapping[Replicate, float])
 
 def compare_paired(row: Sequence[float], baseline: Sequence[float]) -> Comparison | None:
     """Paired t-test on differences row − baseline; None when the differences do not vary."""
+    from scipy import stats  # takes long to import
+
     x, y = np.asarray(row, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     difference, n = x - y, len(x)
     spread = float(difference.std(ddof=1))
@@ -121,6 +124,8 @@ def compare_paired(row: Sequence[float], baseline: Sequence[float]) -> Compariso
 
 def compare_welch(row: Sequence[float], baseline: Sequence[float]) -> Comparison | None:
     """Welch's t-test for means of unequal variance; None when neither side varies."""
+    from scipy import stats  # takes long to import
+
     x, y = np.asarray(row, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     v, w = float(x.var(ddof=1)), float(y.var(ddof=1))
     n, m, mean = len(x), len(y), float(x.mean() - y.mean())

@@ -17,7 +17,7 @@ import torch
 
 from pipeline.base.errors import UsageError
 from pipeline.base.processes import SPREAD_VARIABLE
-from train.spread import cores_divided, n_processes, rank_environment
+from pipeline.base.spread import cores_divided, n_processes, rank_environment
 
 ROOT = Path(__file__).parents[1]
 GRID = ["--alpha", "0", "--alpha", "0.25", "--alpha", "0.5", "--width", "32", "--k", "4", "--batch-size", "32"]
@@ -180,7 +180,7 @@ def test_launched_processes_start_none(variable: str, monkeypatch: pytest.Monkey
     """Under torchrun, and in a process that was started so, auto is one; more are refused."""
     monkeypatch.setenv(variable, "2")
     assert n_processes("auto", 9, CPU) == 1 == n_processes(1, 9, CPU)
-    with pytest.raises(UsageError, match="a launcher set WORLD_SIZE=1 and shares members out"):
+    with pytest.raises(UsageError, match="a launcher set WORLD_SIZE=1 and shares the work out"):
         n_processes(2, 9, CPU)
 
 
@@ -195,3 +195,38 @@ def test_ranks_are_as_torchruns() -> None:
     told = rank_environment(1, 3, 2)
     assert (told["RANK"], told["LOCAL_RANK"], told["WORLD_SIZE"], told["LOCAL_WORLD_SIZE"]) == ("1", "1", "3", "3")
     assert told["OMP_NUM_THREADS"] == told["MKL_NUM_THREADS"] == "2"
+
+
+def evaluated(runs: Path, store: Path, out: Path, *words: str) -> tuple[dict[str, Any], str]:
+    """What `python -m evaluate` prints, in two threads, and what it says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "evaluate", runs, "--store", store, "--scores", "ev,l0", "--out", out, "--json", *words],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (0, 1), done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_shared_out_checkpoints_are_scored(tiny_store: Path, tmp_path: Path) -> None:
+    """Two processes score what one scores, say it in one order, name what fails; done, they are not started again."""
+    members, _ = finish(start(tiny_store, tmp_path / "runs", threads=2))
+    broken = Path(members[1]["final"])  # of the second process
+    broken.write_bytes(broken.read_bytes()[:-1] + b"?")
+    one, _ = evaluated(tmp_path / "runs", tiny_store, tmp_path / "one")
+    two, said = evaluated(tmp_path / "runs", tiny_store, tmp_path / "two", "--processes", "2")
+    assert "2 processes of 1 threads share the checkpoints out" in said
+    assert [entry["member"] for entry in two["results"]] == [entry["member"] for entry in one["results"]]
+    assert two["failed"] == one["failed"] != []
+    assert f"failed: {broken}" in said
+    numbers = [json.loads(Path(entry["path"]).read_text())["levels"][-1]["scores"]["ev"] for entry in one["results"]]
+    again = [json.loads(Path(entry["path"]).read_text())["levels"][-1]["scores"]["ev"] for entry in two["results"]]
+    assert again == pytest.approx(numbers, rel=1e-6)
+    tables = [(tmp_path / name / "results.csv").read_text() for name in ("one", "two")]
+    assert tables[0].count("\n") == tables[1].count("\n") == 4  # a line a level
+    done, said = evaluated(tmp_path / "runs", tiny_store, tmp_path / "two", "--processes", "2")
+    assert all(entry["skipped"] for entry in done["results"])
+    assert "processes" not in said

@@ -15,10 +15,11 @@ from typing import Any, get_args
 import click
 import torch
 
-from pipeline.base.cli import COUNT, COUNT_OR_AUTO, OUT_FOLDER, SIZE, SOURCE, STORE, main, print_json
+from pipeline.base.cli import COUNT, COUNT_OR_AUTO, OUT_FOLDER, SIZE, SOURCE, STORE, Remembering, main, print_json
 from pipeline.base.errors import DivergedError, UsageError
 from pipeline.base.files import read_json
 from pipeline.base.runtime import rank, resolve_device
+from pipeline.base.spread import Others, cores_divided, environment, n_processes
 from pipeline.store.layout import Layout, SplitLayout
 from pipeline.store.reader import Store
 from train import plan
@@ -30,22 +31,9 @@ from train.options import field_options, make_grid, read_config_file
 from train.parallel import Processes
 from train.plan import RunConfig
 from train.run import own_members, run
-from train.spread import Others, cores_divided, environment, n_processes
 from train.step.sparse import Choice
 from train.stores import Stores
 from train.trainee import Outcome
-
-WORDS = f"{__name__}.words"
-"""Key of a click context's meta: the words that a command was given."""
-
-
-class Remembering(click.Command):
-    """A command that remembers its words, so that others can be started with the same."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does it; `args` go to the context's meta under WORDS."""
-        ctx.meta[WORDS] = list(args)
-        return super().parse_args(ctx, args)
 
 
 @click.command(cls=Remembering, context_settings={"help_option_names": ["-h", "--help"]})
@@ -225,9 +213,9 @@ def command(
     if dry_run:
         outcomes, cost = show_plan(job, resolved, n, planned)
     else:
-        with Others(n, click.get_current_context().meta[WORDS]) as others:
+        with Others("train", n, "members") as others:
             own = run(job)
-            outcomes = in_order([own, *([from_data(one) for one in part] for part in others.results())])
+            outcomes = in_order([own, *([from_data(one) for one in part["members"]] for part in others.results())])
     if as_json and not (data_parallel and rank()):
         print_json({"members": [as_data(outcome) for outcome in outcomes]} | ({"cost": cost} if dry_run else {}))
     if failed := [outcome for outcome in outcomes if outcome.problem]:

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csc_matrix, csr_matrix
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from evaluate.scores.labels import CLASSES, LABELS, Probes, best_threshold, f1_score
@@ -258,6 +257,8 @@ def probe_logits(
     Classes weigh alike. Rows on which none of the latents fires are one row a class, as heavy as all of them: the same
     objective, and most rows are such.
     """
+    from sklearn.linear_model import LogisticRegression  # takes long to import
+
     spread = np.maximum(fit.std(0), 1e-12)
     x, fires = fit / spread, fit.any(1)
     heavy = len(y) / (2 * np.maximum([(~y).sum(), y.sum()], 1))  # of a row, by class

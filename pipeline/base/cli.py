@@ -193,6 +193,19 @@ def let_rank_0_speak() -> None:
         time.sleep(RANK_0_FIRST)
 
 
+WORDS = f"{__name__}.words"
+"""Key of a click context's meta: the words that a command was given."""
+
+
+class Remembering(click.Command):
+    """A command that remembers its words, so that others can be started with the same."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does it; `args` go to the context's meta under WORDS."""
+        ctx.meta[WORDS] = list(args)
+        return super().parse_args(ctx, args)
+
+
 def main(command: click.Command, program: str, resume: str = "run the same command again to go on") -> NoReturn:
     """Run a click command as a program: exit 0 when done, 1 with one line for what a user or a disk caused, 2 for usage.
 

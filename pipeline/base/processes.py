@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 """The checkout: `data/` lies here, and stages run here so that `evaluate` is ours whatever else is installed."""
-SPREAD_VARIABLE = "TRAIN_PROCESSES"
-"""Environment variable in the processes of one `python -m train --processes N`, the first one included: N."""
+SPREAD_VARIABLE = "PIPELINE_PROCESSES"
+"""Environment variable in the processes of one command with `--processes N`, the first one included: N."""
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", SPREAD_VARIABLE)
 """Environment variables that say who set RANK and WORLD_SIZE: torchrun, or we."""
 

@@ -14,15 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from pipeline.base.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
@@ -201,6 +202,9 @@ def restarted_store() -> Store | None:
     killed would be taken for the new ones'. On several machines each counts restarts of its own: those need
     `--rdzv-backend c10d`, which meets in a new store each time.
     """
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
     if attempt == "0" or not held:

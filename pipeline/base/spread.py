@@ -1,8 +1,9 @@
-"""`--processes`: members shared out over processes of this machine, without torchrun.
+"""`--processes`: the members of a training, or the checkpoints of an evaluation, shared out over processes of this machine,
+without torchrun.
 
-On a CPU a step of a small member gains little from a second core; two members side by side, a core each, gain all of it. This
-process is the first and takes every n-th member; it starts the others with its own words and a rank in their environment,
-its cores divided among all. They meet on disk, and each prints its outcomes to the first.
+On a CPU what is done to a small SAE gains little from a second core; two SAEs side by side, a core each, gain all of it. This
+process is the first and takes every n-th; it starts the others with its own words and a rank in their environment, its cores
+divided among all. They meet on disk, and each prints its outcomes to the first.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import IO, Any
 
+import click
 import torch
 
 from pipeline import INTERRUPTED
+from pipeline.base.cli import WORDS
 from pipeline.base.errors import PipelineError, UsageError
 from pipeline.base.processes import SPREAD_VARIABLE, die_with_parent, is_launched, python_path
 from pipeline.base.progress import say
@@ -28,9 +31,9 @@ STOP_S = 60.0
 """Seconds that a process which is asked to stop may take to write the states of its members."""
 
 
-def n_processes(asked: int | str, n_members: int, device: torch.device) -> int:
-    """How many processes share out so many unfinished members: what is asked, `auto` being one a core of a CPU or one a GPU,
-    and never more than members.
+def n_processes(asked: int | str, n_left: int, device: torch.device) -> int:
+    """How many processes share out so many SAEs that are not done: what is asked, `auto` being one a core of a CPU or one a
+    GPU, and never more than SAEs.
 
     Cores are those that torch would use, so OMP_NUM_THREADS bounds them. Raises UsageError for none, under another launcher,
     and for more than there are GPUs.
@@ -43,13 +46,13 @@ def n_processes(asked: int | str, n_members: int, device: torch.device) -> int:
         raise UsageError(f"--processes {n}: must be at least 1, or auto")
     if n > 1 and (is_launched() or world_size() > 1):
         raise UsageError(
-            f"--processes {n}: a launcher set WORLD_SIZE={world_size()} and shares members out; leave one out"
+            f"--processes {n}: a launcher set WORLD_SIZE={world_size()} and shares the work out; leave one out"
         )
     if n > 1 and device.type == "cuda" and n > there:
         raise UsageError(
             f"--processes {n}: {there} CUDA devices are visible, one a process; ask for as many, or for auto"
         )
-    return max(1, min(n, n_members))
+    return max(1, min(n, n_left))
 
 
 @contextmanager
@@ -73,21 +76,22 @@ def rank_environment(rank: int, n: int, threads: int) -> dict[str, str]:
 
 
 class Others:
-    """The further processes of a training that is shared out over n; none for one. Use as a context: they run inside it.
+    """The further processes of a stage that is shared out over n; none for one. Use as a context: they run inside it.
 
-    `words`: the options of this process's own command. Leaving it while they run, whatever the reason, has them write the
-    states of their members and stop.
+    `stage`: the module of this process's own command, a `cli.Remembering` one, whose words they get too; what they share out is
+    `what`, in the plural. Leaving it while they run, whatever the reason, has them write what they have and stop.
     """
 
-    def __init__(self, n: int, words: Sequence[str]) -> None:
-        self.n, self.words = n, words
+    def __init__(self, stage: str, n: int, what: str) -> None:
+        self.stage, self.n, self.what = stage, n, what
+        self.words: Sequence[str] = click.get_current_context().meta[WORDS]
         self.running: list[tuple[subprocess.Popen[str], IO[str]]] = []
         self.stack = ExitStack()
 
     def __enter__(self) -> Others:
         if self.n > 1:
             threads = self.stack.enter_context(cores_divided(self.n))
-            say(f"{self.n} processes of {threads} threads share the members out; this one shows its own")
+            say(f"{self.n} processes of {threads} threads share the {self.what} out; this one shows its own")
             self.running = [self.start(rank, threads) for rank in range(1, self.n)]
             self.stack.enter_context(environment(rank_environment(0, self.n, threads)))
         return self
@@ -99,7 +103,7 @@ class Others:
         """
         said = self.stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115  (the stack closes it)
         process = subprocess.Popen(
-            [sys.executable, "-m", "train", *self.words, "--json", "--processes", "1"],
+            [sys.executable, "-m", self.stage, *self.words, "--json", "--processes", "1"],
             env=os.environ | {"PYTHONPATH": python_path()} | rank_environment(rank, self.n, threads),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -110,8 +114,8 @@ class Others:
         )
         return process, said
 
-    def results(self) -> list[list[Mapping[str, Any]]]:
-        """Wait for them; what each printed of its members. Raises PipelineError where one failed, after showing what it said."""
+    def results(self) -> list[Mapping[str, Any]]:
+        """Wait for them; what each printed as JSON. Raises PipelineError where one failed, after showing what it said."""
         found = []
         for rank, (process, said) in enumerate(self.running, 1):
             if process.poll() is None:
@@ -126,7 +130,7 @@ class Others:
                     f"process {rank} of {self.n} ended with exit code {process.returncode} (what it said is above); run the "
                     "same command again to go on"
                 )
-            found.append(json.loads(output)["members"])
+            found.append(json.loads(output))
         return found
 
     def __exit__(self, *exception: object) -> None:
