@@ -132,7 +132,7 @@ class Folder:
         Raises MismatchError when the folder was made with another config or store, DamagedError when it does not say.
         """
         path = self.path / "config.json"
-        if not is_member(self.path):
+        if not (os.path.lexists(path) or is_member(self.path)):
             return None
         fields = read_config(self.path)
         order = fields.inner("order")
