@@ -162,7 +162,7 @@ def test_transcoder_computes_what_trained(recipe: str) -> None:
         forward = member._forward(batch)
         error = (((y - made[-1]) * sae.target_scale) ** 2).sum()
         torch.testing.assert_close(forward.decoded.errors[-1].float(), error, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="the rows that they were made of"):
+    with pytest.raises(ValueError, match="decoding needs the rows that were encoded"):
         sae.decode(z)
 
 
