@@ -53,7 +53,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 def wait_for(what: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
     """What becomes true while a process runs."""
-    for _ in range(1200):
+    for _ in range(6000):
         if found := what():
             return found
         assert process.poll() is None, process.communicate()[1]
@@ -92,7 +92,7 @@ def test_killed_first_takes_others_along(tiny_store: Path, tmp_path: Path) -> No
     """kill -9 of the first process ends the others at once: nobody writes on behind the back of the next run."""
     out = tmp_path / "out"
     process = start(tiny_store, out, "--processes", "3", steps=10_000, threads=3)
-    others = wait_for(lambda: len(list(out.glob("*/state.safetensors"))) == 3 and children(process), process)
+    others = wait_for(lambda: len(list(out.glob("*/metrics.jsonl"))) == 3 and children(process), process)
     process.kill()
     process.communicate()
     for _ in range(200):
