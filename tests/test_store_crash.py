@@ -16,6 +16,7 @@ from pipeline.base.errors import DiskError, PipelineError, StoreError
 from pipeline.base.runtime import numpy_rng
 from pipeline.store.reader import Store
 from pipeline.store.shards import ShardStream
+from pipeline.store.writer import StoreWriter
 from support.stores import harvest, lose_shards, make_rows, make_store, prepare_store, store_config
 from test_store import SMALL, tree
 
@@ -191,6 +192,18 @@ def test_stopped_giving_up_no_longer_counts(tmp_path: Path, n: int) -> None:
         stop_at(patch, n)
         writer.give_up("train", 0)
     assert writer.pending("train") == [0]
+
+
+def test_finished_meanwhile_is_not_written_again(tmp_path: Path) -> None:
+    """A writer opened before another process finished the store writes no shard again.
+    The records that it looks for lie in their groups by then."""
+    make_store(tmp_path / "s.zarr", **SIZES)
+    writer = lose_shards(tmp_path / "s.zarr")
+    slow, other = StoreWriter.open(writer.store.where), StoreWriter.open(writer.store.where)
+    writer.finish()
+    with pytest.raises(StoreError, match="is committed"), slow.shard("train", 0):
+        pass
+    assert [other.pending(split) for split in ("train", "eval")] == [[], []]
 
 
 def test_finishing_sweeps_leftovers(tmp_path: Path) -> None:

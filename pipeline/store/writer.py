@@ -59,8 +59,14 @@ class StoreWriter:
     def pending(self, name: str) -> list[int]:
         """Shards of a split that are not committed, in order. A commit record that is damaged counts as none.
 
-        Records of the shards that have one are read side by side; of a finished store, those of a shard of each group.
+        Records of the shards that have one are read side by side; of a finished store, those of a shard of each group. Another
+        process may finish the store at any moment, and then a shard's own record is no more.
         """
+        left = self._without_record(name)
+        return self._without_record(name) if left and self._finished_meanwhile() else left
+
+    def _without_record(self, name: str) -> list[int]:
+        """What `pending` says, by what the root said when it was last read."""
         split, shards = self.split(name), range(self.split(name).n_shards)
         there = set[str]() if split.packed else set(self.files.keys())
         held = [k for k in shards if split.packed or split.shape.record_key(k) in there]
@@ -69,6 +75,17 @@ class StoreWriter:
                 pass  # the others' records are in the same files, which are read once
             done = {k for k, whole in zip(held, pool.map(lambda k: is_committed(split, k), held)) if whole}
         return [k for k in shards if k not in done]
+
+    def _finished_meanwhile(self) -> bool:
+        """Whether another process finished the store since its root was read; then it is read anew.
+
+        Asked after a record was not found, it tells a shard that was never committed from one whose record lies in its group
+        now: `finish` takes records away only when the root says so.
+        """
+        if not self.store.complete and (now := Store.load(self.store.where)).complete:
+            self.store = now
+            return True
+        return False
 
     def sweep(self) -> None:
         """Delete what killed workers left half-written. Only while nobody writes; `prepare` and `finish` do it too."""
@@ -82,7 +99,7 @@ class StoreWriter:
         the shard is committed already.
         """
         split = self.split(name)
-        if is_committed(split, k):
+        if is_committed(split, k) or self._finished_meanwhile():
             raise StoreError(
                 f"{self.store.where}: shard {k} of {name} is committed; harvest --repair gives up damaged ones"
             )
