@@ -58,7 +58,11 @@ def test_commands_help_with_an_example(command: str) -> None:
 
 def test_nothing_is_pickled() -> None:
     """Nothing is pickled, and only others' torch files are loaded, weights alone."""
-    allowed = {"pipeline/sae/foreign.py", "pipeline/sae/export.py", "pipeline/imports/sources.py"}  # DECISIONS.md 19
+    allowed = {
+        "pipeline/sae/foreign/reader.py",
+        "pipeline/sae/export.py",
+        "pipeline/imports/sources.py",
+    }  # DECISIONS.md 19
     for package in ("pipeline", "harvest", "train", "evaluate"):
         for path in (ROOT / package).rglob("*.py"):
             found = re.findall(r"\bimport pickle\b|\bpickle\.|\btorch\.load\(|\btorch\.save\(", path.read_text())

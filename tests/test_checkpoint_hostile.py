@@ -16,7 +16,7 @@ from torch import Tensor
 from evaluate.checkpoints.find import open_checkpoint
 from pipeline.base.errors import CheckpointError, DamagedError
 from pipeline.sae.checkpoint import content_crc32c, load_checkpoint, save_checkpoint
-from pipeline.sae.foreign import read_sae
+from pipeline.sae.foreign.reader import read_sae
 from pipeline.sae.hub import model_card
 from support.fuzzing import as_bytes, mutated, one_line_or_none
 from test_sae import KINDS, random_sae

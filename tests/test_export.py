@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.base.errors import DiskError, UsageError
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.export import FORMATS, Format, export
-from pipeline.sae.foreign import load_foreign
+from pipeline.sae.foreign.reader import load_foreign
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from test_sae import KINDS, random_sae
 

@@ -28,7 +28,9 @@ from pipeline.live.attach import attach
 from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM
 from pipeline.sae.export import FORMATS, export
-from pipeline.sae.foreign import behind_gain, hook_point, load_foreign
+from pipeline.sae.foreign.gemma_scope import behind_gain
+from pipeline.sae.foreign.hooks import hook_point
+from pipeline.sae.foreign.reader import load_foreign
 from pipeline.store.reader import Store
 from support import lm_stores, tiny_models
 from support.harvests import harvest_config

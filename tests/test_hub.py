@@ -21,7 +21,7 @@ from pipeline.experiment.verify import verify
 from pipeline.sae import hub
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.export import export
-from pipeline.sae.foreign import FORMATS, Format, load_foreign, read_sae, sha256_of
+from pipeline.sae.foreign.reader import FORMATS, Format, load_foreign, read_sae, sha256_of
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from test_foreign import D, F, dictionary, linear_style, weights
 from test_sae import KINDS, random_sae

@@ -400,7 +400,7 @@ def test_what_needs_text_is_refused_first(trained: Path, tmp_path: Path, changes
 def test_an_export_invents_no_hook(trained: Path, tmp_path: Path) -> None:
     """Rows of a place that nobody named: no hook is named in the folder either, and it is read back."""
     from pipeline.sae.export import export
-    from pipeline.sae.foreign import read_sae
+    from pipeline.sae.foreign.reader import read_sae
     from pipeline.sae.hub import find_checkpoint
 
     (folder,) = export(find_checkpoint(next((trained / "runs").iterdir())), "saelens", tmp_path / "sl", None)

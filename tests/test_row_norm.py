@@ -25,7 +25,7 @@ from pipeline.live.edits import steer
 from pipeline.model.split_lm import find_layers
 from pipeline.sae.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.sae.export import export
-from pipeline.sae.foreign import load_foreign
+from pipeline.sae.foreign.reader import load_foreign
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from support import lm_stores, tiny_models
 from train.step.weights import mapped_weights

@@ -25,7 +25,7 @@ from pipeline.experiment.verify import verify
 from pipeline.live.inspect import Block, Token, as_page
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.export import export
-from pipeline.sae.foreign import load_sae
+from pipeline.sae.foreign.reader import load_sae
 from pipeline.watch import watched, write_page
 from support import lm_stores
 from support.train_crasher import small

@@ -16,7 +16,7 @@ from pipeline.base.errors import DivergedError
 from pipeline.base.files import disk_errors, hash_file, human_bytes
 from pipeline.base.progress import say
 from pipeline.base.runtime import git_state, versions
-from pipeline.sae.foreign import load_sae
+from pipeline.sae.foreign.reader import load_sae
 from pipeline.store.requests import Traffic
 from train.feed.loader import Feeds
 from train.folder import Keep

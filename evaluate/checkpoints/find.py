@@ -15,16 +15,9 @@ from torch import Tensor
 from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import read_bytes
-from pipeline.sae.foreign import (
-    BEFORE_GAIN,
-    behind_gain,
-    folder_of,
-    is_foreign,
-    is_module,
-    load_sae,
-    read_sae,
-    sha256_of,
-)
+from pipeline.sae.foreign.gemma_scope import BEFORE_GAIN, behind_gain
+from pipeline.sae.foreign.hooks import is_module
+from pipeline.sae.foreign.reader import folder_of, is_foreign, load_sae, read_sae, sha256_of
 from pipeline.sae.member import final_checkpoint, is_member, read_completion, read_config, require_recorded
 from pipeline.sae.nested import NestedSAE, SAEConfig
 

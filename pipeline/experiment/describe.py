@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.base.errors import PipelineError
 from pipeline.base.files import read_json
-from pipeline.sae import foreign
+from pipeline.sae.foreign.reader import folder_of, is_foreign, read_sae, require_format
 from pipeline.store.backend import is_url
 from pipeline.store.reader import Store, describe_store
 
@@ -22,7 +22,7 @@ def kind_of(path: Path) -> str:
         return "results"
     if (path / "zarr.json").exists():
         return "store"
-    if foreign.is_foreign(path):
+    if is_foreign(path):
         return "foreign"
     if (path / "config.json").exists() and (path / "checkpoints").is_dir():
         return "member"
@@ -44,15 +44,15 @@ def describe(place: str) -> dict[str, Any]:
     """
     if is_url(place):
         return {"kind": "store", "path": place, **describe_store(Store.open(place, complete=False))}
-    path = foreign.folder_of(Path(place))
+    path = folder_of(Path(place))
     kind = kind_of(path)
     return {"kind": kind, "path": place, **DESCRIBERS[kind](path)}
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
-    header = foreign.read_sae(path)
+    header = read_sae(path)
     sae = header.sae
-    files = [path / name for name in foreign.require_format(path).files] if path.is_dir() else [path]
+    files = [path / name for name in require_format(path).files] if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
     shape = {"d_model": sae.d_model, "width": sae.width, "levels": list(sae.levels), "shared": sae.n_shared}
     return {"step": header.step, **shape, "sae": sae.to_dict(), "bytes": size, **header.provenance}

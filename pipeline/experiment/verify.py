@@ -23,8 +23,9 @@ from pipeline.base.fields import Fields
 from pipeline.base.files import KINDS, PARTIAL, hash_config, hash_file, read_json
 from pipeline.base.results import FORMAT as RESULTS
 from pipeline.base.results import read_result
-from pipeline.sae import foreign, member
+from pipeline.sae import member
 from pipeline.sae.checkpoint import FORMAT, NAME, VERSION, read_header, verify_tensors
+from pipeline.sae.foreign.reader import folder_of, is_foreign, load_sae
 from pipeline.store.backend import is_url
 from pipeline.store.reader import Store
 
@@ -113,7 +114,7 @@ def checker_of(path: Path) -> Check | None:
         return folder_checker(path)
     if not path.is_file():
         return None
-    if path.suffix == ".safetensors" and not foreign.is_foreign(path.parent):
+    if path.suffix == ".safetensors" and not is_foreign(path.parent):
         return check_tensors
     if path.name in ("config.json", "complete.json", "metrics.jsonl", "timings.jsonl") and member.is_member(
         path.parent
@@ -125,7 +126,7 @@ def checker_of(path: Path) -> Check | None:
         return check_listed
     if beside(path).is_file():
         return check_beside
-    if foreign.folder_of(path) != path:
+    if folder_of(path) != path:
         return check_weights
     if path.suffix == ".json":
         return check_results if (kind := file_format(path)) == RESULTS else check_sealed if kind == SEALED else None
@@ -138,7 +139,7 @@ def folder_checker(path: Path) -> Check | None:
         return check_store
     if member.is_member(path):
         return check_member
-    if foreign.is_foreign(path):
+    if is_foreign(path):
         return check_foreign
     if path.suffix == ".latents":
         return check_latents
@@ -240,7 +241,7 @@ def check_foreign(path: Path, found: Findings) -> None:
     if (path / DIGESTS).is_file():
         check_digests(path, found)
         return
-    foreign.load_sae(path)
+    load_sae(path)
     found.unseal(path, "made elsewhere, or exported by an older version: it can be read, and carries no digest")
 
 

@@ -281,7 +281,7 @@ def open_saelens(place: Path, asked: Asked) -> Source:
 def hook_of(name: str) -> dict[str, Any]:
     """Layer and hook of a hook's name, where it is one that is known."""
     from pipeline.base.errors import CheckpointError
-    from pipeline.sae.foreign import hook_point
+    from pipeline.sae.foreign.hooks import hook_point
 
     try:
         return dict(hook_point(Path(name), name))

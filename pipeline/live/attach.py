@@ -30,7 +30,8 @@ from pipeline.model.places import Place, find_place, first_of, module_name, stre
 from pipeline.model.points import HOOKS, Point, canonical
 from pipeline.model.splicing import splice
 from pipeline.model.split_lm import find_layers
-from pipeline.sae.foreign import BEFORE_GAIN, behind_gain, is_module
+from pipeline.sae.foreign.gemma_scope import BEFORE_GAIN, behind_gain
+from pipeline.sae.foreign.hooks import is_module
 from pipeline.sae.nested import NestedSAE
 
 

@@ -23,7 +23,7 @@ from pipeline.model.cost import model_sizes
 from pipeline.model.files import tokenizer_sha256
 from pipeline.model.specials import first_ids, special_ids
 from pipeline.model.split_lm import SplitLM, load_tokenizer
-from pipeline.sae.foreign import load_sae
+from pipeline.sae.foreign.reader import load_sae
 from pipeline.sae.hub import find_checkpoint
 from pipeline.sae.nested import NestedSAE
 

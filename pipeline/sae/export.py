@@ -31,7 +31,8 @@ from pipeline.base.digests import DIGESTS, write_digests
 from pipeline.base.errors import DiskError, UsageError
 from pipeline.base.files import PARTIAL, atomic, hash_file, lock_folder, sweep_partials, write_bytes, write_json
 from pipeline.sae.checkpoint import Header
-from pipeline.sae.foreign import OWN_OUTPUTS, load_sae
+from pipeline.sae.foreign.hooks import OWN_OUTPUTS
+from pipeline.sae.foreign.reader import load_sae
 from pipeline.sae.nested import NestedSAE
 
 Format = Literal["saelens", "dictionary-learning"]

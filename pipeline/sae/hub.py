@@ -19,7 +19,7 @@ from pipeline.base.errors import CheckpointError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import PARTIAL, read_bytes, read_json, write_bytes
 from pipeline.sae.checkpoint import Header
-from pipeline.sae.foreign import (
+from pipeline.sae.foreign.reader import (
     FORMATS,
     folder_of,
     is_foreign,

@@ -30,7 +30,7 @@ from evaluate.config import EvaluateConfig
 from evaluate.run import run
 from pipeline.base.results import read_result
 from pipeline.sae.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.sae.foreign import load_foreign
+from pipeline.sae.foreign.reader import load_foreign
 from pipeline.sae.nested import NestedSAE
 
 THRESHOLD_BATCHES = 16

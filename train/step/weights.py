@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.base.errors import CheckpointError
 from pipeline.base.files import hash_file
 from pipeline.base.runtime import torch_rng
-from pipeline.sae.foreign import folder_of, is_foreign, sha256_of
+from pipeline.sae.foreign.reader import folder_of, is_foreign, sha256_of
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from train.config import TrainConfig, selects
 
