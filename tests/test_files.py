@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from pipeline.base import files
+from pipeline.base.cli import OUT_FILE
 from pipeline.base.errors import DamagedError, DiskError, MismatchError
-from pipeline.base.files import hash_file, read_bytes, read_json, read_text, regular
+from pipeline.base.files import hash_file, read_bytes, read_json, read_text, regular, require_replaceable
 
 
 def test_file_appears_whole_or_never(tmp_path: Path) -> None:
@@ -164,3 +165,45 @@ def test_folders_and_gaps_stay(tmp_path: Path) -> None:
         read_bytes(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_bytes(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("what", "says"), [("pipe", "a pipe"), ("socket", "a socket"), ("link", "a pipe")])
+def test_no_output_replaces_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, says: str) -> None:
+    """A pipe, a socket and a link to one stay where they are: refused before work and at the write, as readers say it."""
+    path = tmp_path / "x.html"
+    monkeypatch.chdir(tmp_path)
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listening:
+        if what == "socket":
+            listening.bind(path.name)
+        else:
+            os.mkfifo("pipe" if what == "link" else path.name)
+            if what == "link":
+                path.symlink_to("pipe")
+        before = path.lstat(), os.listdir()
+        for work in (lambda: OUT_FILE.convert(str(path), None, None), lambda: files.write_bytes(path, b"page")):
+            with pytest.raises(OSError, match=f"x.html: {says}, expected a regular file; remove it or give another"):
+                work()
+        assert (path.lstat(), os.listdir()) == before
+
+
+def test_no_name_in_dev_is_replaced(tmp_path: Path) -> None:
+    """No name in /dev is replaced, wherever it leads just now; a link elsewhere is, and what it leads to stays."""
+    for name in ("null", "stdout", "stderr"):  # looked at only
+        with pytest.raises(DamagedError, match=f"/dev/{name}: a device, expected a regular file"):
+            require_replaceable(Path("/dev") / name)
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    files.write_bytes(tmp_path / "link", b"new")
+    assert ((tmp_path / "real").read_text(), (tmp_path / "link").read_text()) == ("old", "new")
+    assert not (tmp_path / "link").is_symlink()
+
+
+def test_closed_folder_names_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what stands at an output cannot be looked at, it is one error that names it."""
+
+    def closed(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "require_replaceable", closed)
+    with pytest.raises(DiskError, match=r"a\.bin: cannot write here \(Permission denied\); choose another folder"):
+        files.write_bytes(tmp_path / "a.bin", b"")

@@ -93,6 +93,12 @@ def a_folder(folder: Path) -> Path:
     return folder / "hollow"
 
 
+def a_pipe(folder: Path) -> Path:
+    """A pipe that nobody writes to."""
+    os.mkfifo(folder / "pipe.jsonl")
+    return folder / "pipe.jsonl"
+
+
 def locked_file(folder: Path) -> Path:
     """A file that nobody may read or write."""
     (folder / "locked.jsonl").write_text("{}")
@@ -116,7 +122,7 @@ def in_a_read_only_folder(folder: Path) -> Path:
 
 
 BAD: tuple[Callable[[Path], Path], ...] = (
-    *(dangling, circle, under_a_file, too_long, not_text, a_file, a_folder, locked_file),
+    *(dangling, circle, under_a_file, too_long, not_text, a_file, a_folder, a_pipe, locked_file),
     *(in_a_locked_folder, in_a_read_only_folder),
 )  # fmt: skip
 
@@ -227,5 +233,6 @@ def test_bad_paths_are_one_line(
     ]
     assert code in (1, 2), said
     assert len(said) == 1, said
+    assert kind is not a_pipe or bad.is_fifo()
     assert kind in MAY_BE_OTHERS or ascii(bad.name[:60])[1:-1] in said[0]
     assert len(said[0]) < 1000

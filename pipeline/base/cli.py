@@ -18,7 +18,7 @@ import click
 
 from pipeline import INTERRUPTED, say_stopped
 from pipeline.base.errors import ADVICE, DiskError, PipelineError, UsageError, explain, one_line
-from pipeline.base.files import read_text
+from pipeline.base.files import read_text, require_ordinary, require_replaceable
 from pipeline.base.processes import is_launched
 from pipeline.base.progress import log_line, say
 from pipeline.base.startup import heard
@@ -91,12 +91,13 @@ STORE = Source(urls=True)
 
 
 def require_readable(path: Path) -> None:
-    """Raise DiskError for a path that is there and cannot be read, or that can never be there; what is not there passes."""
+    """Raise DiskError for a path that is there and cannot be read, as a device, a pipe and a socket, or that can never be there;
+    what is not there passes."""
     place = require_text(path).expanduser()
     try:
         with contextlib.suppress(FileNotFoundError):
             os.lstat(place)
-            os.stat(place)
+            require_ordinary(place)
             if not os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0)):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     except OSError as error:
@@ -143,7 +144,8 @@ OUT_FOLDER, OUT_FILE, OUT_STORE = Output(folder=True), Output(folder=False), Out
 
 def require_place(path: Path, *, folder: bool) -> None:
     """Raise DiskError unless a file or folder can be made at `path`, or is there and can be written. Raises OSError for what
-    the operating system says of the path itself: links in a circle, names that are too long."""
+    the operating system says of the path itself: links in a circle, names that are too long; and for a device, a pipe or a
+    socket, which no output replaces."""
     kind = "folder" if folder else "file"
     place = require_text(path).absolute()
     there = next(one for one in (place, *place.parents) if os.path.lexists(one))
@@ -159,6 +161,7 @@ def require_place(path: Path, *, folder: bool) -> None:
         raise DiskError(f"{path}: {there} is a file, so nothing can lie under it; choose another {kind}")
     if not inside and there.is_dir() != folder:
         raise DiskError(f"{path}: is a {'file' if folder else 'folder'}, expected a {kind}; choose another one")
+    require_replaceable(place)
     if not os.access(there if inside or folder else there.parent, os.W_OK | os.X_OK):
         raise DiskError(f"{path}: {there} cannot be written; choose another {kind}, or have its permissions changed")
 

@@ -76,9 +76,30 @@ def regular(path: str, flags: int) -> int:
         if error.errno not in (errno.ENXIO, errno.EOPNOTSUPP):  # a socket; a pipe to be written, which nobody reads
             raise
         mode = stat.S_IFMT(os.stat(path).st_mode)
-    refused = DamagedError(f"{path}: {KINDS.get(mode, 'no file')}, expected a regular file; remove it or give another")
-    refused.strerror = f"{KINDS.get(mode, 'no file')}, expected a regular file"  # for who words an OSError anew
-    raise refused
+    raise not_regular(path, mode)
+
+
+def require_replaceable(path: Path) -> None:
+    """Raise DamagedError for a device, a pipe or a socket, links followed, and for any name in /dev, where a link may lead to
+    what this process writes to: a rename would take its place. Raises OSError where it cannot be looked at."""
+    with contextlib.suppress(FileNotFoundError):
+        require_ordinary(path)
+        if os.path.lexists(path) and os.path.realpath(path.parent) == "/dev":
+            raise not_regular(path, stat.S_IFCHR)
+
+
+def require_ordinary(path: Path) -> None:
+    """Raise DamagedError for a device, a pipe or a socket, links followed, and OSError where it cannot be looked at."""
+    if (mode := stat.S_IFMT(os.stat(path).st_mode)) not in (stat.S_IFREG, stat.S_IFDIR):
+        raise not_regular(path, mode)
+
+
+def not_regular(path: Path | str, mode: int) -> DamagedError:
+    """What is said of a file of this mode, which is no regular file."""
+    what = f"{KINDS.get(mode, 'no file')}, expected a regular file"
+    error = DamagedError(f"{path}: {what}; remove it or give another")
+    error.strerror = what  # for who words an OSError anew
+    return error
 
 
 def read_bytes(path: Path) -> bytes:
@@ -104,10 +125,12 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     """Open `path` for writing so that it appears whole or not at all, and survives a power cut.
 
     Bytes go to a sibling `NAME.<pid>.partial`; on success it is fsynced and renamed and its folder fsynced, on any
-    exception it is removed. Raises DiskError when the disk is full or the folder read-only.
+    exception it is removed. Raises DiskError when the disk is full or the folder read-only, and as `require_replaceable`
+    does.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     with disk_errors(path):
+        require_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as file:
