@@ -247,22 +247,34 @@ def test_ties_are_kept(recipe: str, dtype: str) -> None:
     assert not step.z[:, 6:].any()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bf16"])
-@pytest.mark.parametrize("guess", [0.0, 0.5, 1.0, 1e9])
-def test_any_guess_finds_the_threshold(guess: float, dtype: str) -> None:
-    """The guess, a multiple of the threshold here, changes none: 0, too low, the very value, far too high; afterwards it is a
-    little below what was found."""
-    ours = fused(config_of(dtype, recipe="batchtopk", k=5, aux_k=0))
+@pytest.mark.parametrize(("dtype", "layernorm"), [("float32", "none"), ("bf16", "none"), ("float32", "pre")])
+@pytest.mark.parametrize("guess", [0.0, 0.5, 0.97, 1.0, 1.01, 1e9])
+def test_any_guess_selects_the_same(guess: float, dtype: str, layernorm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guess, a multiple of the threshold here, changes neither threshold nor latents, counts and sums: 0, too low, the very
+    value, a little and far too high; afterwards it is a little below what was found. Several programs along each side."""
+    monkeypatch.setattr("train.step.fused.tiles.ROWS", 16)
+    ours = fused(config_of(dtype, recipe="batchtopk", k=5, aux_k=0, width=149, layernorm=layernorm))
     step = Step(ours, ours.kept, batch_of(ours, raw_rows()))
     forward(step)
-    before = (step.x_low @ ours.adam.low["W_enc"]).float() + ours.weights["b_enc"]
-    expected = before.to(step.z.dtype).relu().flatten().topk(5 * ROWS).values.amin()
-    assert float(ours.kept.search[1]) == float(expected)
-    ours.kept.search[0] = guess * expected
+    found = [tensor.clone() for tensor in (step.z, step.counts, step.sizes)]
+    threshold = float(ours.kept.search[1])
+    assert threshold > 0
+    if layernorm == "none":
+        before = (step.x_low @ ours.adam.low["W_enc"]).float() + ours.weights["b_enc"]
+        before = before.to(step.z.dtype).relu()
+        assert threshold == float(before.flatten().topk(5 * ROWS).values.amin())
+        assert torch.equal(step.z, torch.where(before < threshold, 0.0, before))
+    assert int((step.z != 0).sum()) >= 5 * ROWS
+    assert torch.equal(step.counts.sum(0), (step.z != 0).sum(0))
+    sums = [part.double().sum() for part in (step.z[:, : ours.shape.n_shared], step.z[:, ours.shape.n_shared :])]
+    torch.testing.assert_close(step.sizes.double().sum((1, 2)), torch.stack(sums), rtol=1e-6, atol=0)
+    ours.kept.search[0] = guess * threshold
     ours.kept.search[1:] = -1
-    forward(Step(ours, ours.kept, step.batch))
-    assert float(ours.kept.search[1]) == float(expected)
-    assert float(ours.kept.search[0]) == pytest.approx(0.97 * float(expected), rel=1e-6)
+    step = Step(ours, ours.kept, step.batch)
+    forward(step)
+    assert float(ours.kept.search[1]) == threshold
+    assert float(ours.kept.search[0]) == pytest.approx(0.97 * threshold, rel=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(found, (step.z, step.counts, step.sizes)))
     assert not any(bins.any() for bins in ours.kept.bins)  # empty again for the next step
 
 
@@ -505,9 +517,10 @@ def test_launches_move_what_they_say(form: str, monkeypatch: pytest.MonkeyPatch)
 
     def observe(launch: Launch) -> None:
         """Each launch here runs twice; twice is harmless but to the sums, which nobody reads."""
-        found = touched.run(launch)
-        if not launch.n_bytes * 0.93 - 64 <= found <= launch.n_bytes * 1.0 + 8:
-            off[launch.kernel.__name__] = (found, launch.n_bytes)
+        found, said = touched.run(launch), launch.n_bytes - launch.gathered
+        most = 2 * sum(t.numel() * t.element_size() for t in launch.touched.values()) if launch.gathered else 0
+        if not said * 0.93 - 64 <= found <= said + most + 8:  # in batches this small any row may be read again
+            off[launch.kernel.__name__] = (found, said)
 
     traffic.observers.append(observe)
     try:
@@ -516,6 +529,27 @@ def test_launches_move_what_they_say(form: str, monkeypatch: pytest.MonkeyPatch)
     finally:
         traffic.observers.clear()
     assert off == {}
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="addresses are seen in the interpreter only")
+def test_right_guess_reads_latents_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the guess leaves nothing to take out, latents are read by the pass that makes them and by no other."""
+    member = fused(config_of("bf16", **RECIPE_FORMS["batchtopk"]))
+    batch = batch_of(member, raw_rows())
+    forward(Step(member, member.kept, batch))
+    member.kept.search[0] = member.kept.search[1] * 0.9999
+    touched, moved = Touched(monkeypatch), list[int]()
+
+    def observe(launch: Launch) -> None:
+        if launch.kernel is latents.settle_kernel:
+            moved.append(touched.run(launch) - launch.n_bytes + launch.gathered)
+
+    traffic.observers.append(observe)
+    try:
+        forward(Step(member, member.kept, batch))
+    finally:
+        traffic.observers.clear()
+    assert moved[0] <= 8
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="addresses are seen in the interpreter only")
@@ -603,7 +637,7 @@ def test_default_recipe_compiles_for_hopper() -> None:
     """The kernels of a batchtopk step compile for sm_90, and none spills."""
     table = compile_for("--target", "90", "--config", "batchtopk, 2 levels", "--shape", "2304x16384")
     assert len(table) == 1
-    assert_no_spills(table, 21)
+    assert_no_spills(table, 22)
 
 
 @pytest.mark.slow
@@ -611,7 +645,7 @@ def test_every_kernel_compiles_for_every_target() -> None:
     """All kernels of all recipes compile for sm_80, sm_90 and sm_100 at three sizes, and none spills."""
     table = compile_for()
     assert len(table) == 9
-    assert_no_spills(table, 33)
+    assert_no_spills(table, 34)
 
 
 def test_tests_see_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

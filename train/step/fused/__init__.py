@@ -1,7 +1,7 @@
 """A member's step on a CUDA device in fused passes, in Triton: the same numbers as `Member`, within rounding.
 
 Between the large products, which are torch's, everything that touches a large array is one pass over it. A step of batchtopk at
-d 2304, width 16384, 2048 rows is 34 launches and 3.7 GB, where the plain one is 161 operations and 9.5 GB. What it depends on
+d 2304, width 16384, 2048 rows is 34 launches and 3.6 GB, where the plain one is 161 operations and 9.5 GB. What it depends on
 beside the contents of tensors is decided on the device: nothing is fetched, and what is not needed (a second search for a
 threshold, the auxiliary loss while no latent is dead) is a launch that returns at once.
 

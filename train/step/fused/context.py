@@ -77,7 +77,7 @@ class Step:
     latents (slots, pool, pool_z, pool_gradient, n_dead) are `none` where no latent can be dead yet."""
 
     x_low: Tensor  # [row, d_model] x − b_dec in the products' dtype
-    a: Tensor  # [row, latent] the encoder's product, overwritten by z where nothing needs it any more
+    a: Tensor  # [row, latent] the encoder's product, overwritten by ∂loss/∂z where the backward does not need it
     z: Tensor  # [row, latent] latents
     ratios: Tensor  # [row] ‖x‖/√d_model, which LayerNorm's latents are multiplied by
     moments: Tensor  # [2, level, row] LayerNorm's means and 1/σ
@@ -133,6 +133,12 @@ class Step:
     def wide(self, name: str, *shape: int) -> Tensor:
         """Scratch memory in float32."""
         return self.member.scratch.take(name, shape, torch.float32)
+
+    def take_dz(self) -> Tensor:
+        """Memory of ∂loss/∂z [row, latent]: that of the encoder's product, which only LayerNorm and thresholds need again."""
+        if self.kept.flags["NORM"] or self.kept.kind:
+            return self.take("dz", self.n_rows, self.width)
+        return self.a
 
     def columns(self, *names: str) -> list[Tensor]:
         """Vectors of weights over latents; where there is none, one that is not read."""

@@ -27,7 +27,7 @@ def backward(step: Step) -> None:
     step.w_dec = step.gradients[0].view(step.width, step.d_model)
     by_latent = step.member.is_sparse  # how W_enc lies in memory
     step.w_enc = step.gradients[1].view((step.width, step.d_model) if by_latent else (step.d_model, step.width))
-    dz = step.take("dz", step.n_rows, step.width)
+    dz = step.take_dz()
     for block, gradient in zip(step.terms.blocks, step.decoded):
         torch.mm(step.z[:, block].T, gradient, out=step.w_dec[block])
     auxiliary.backward(step)

@@ -302,7 +302,7 @@ def backward(step: Step) -> None:
     step.vectors = step.wide("vector_gradients", len(step.kept.vectors[0]))
     step.gradients = step.take("gradients", 2, step.width * step.d_model)
     step.w_dec, step.w_enc = (half.view(step.width, step.d_model) for half in step.gradients)
-    dz = step.take("dz", step.n_rows, step.width)
+    dz = step.take_dz()
     weight_rows(step, step.z, step.decoded, step.w_dec, None)
     auxiliary.backward(step)
     reducer.add_whole(step.w_dec)

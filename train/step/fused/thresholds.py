@@ -188,21 +188,17 @@ def row_threshold_kernel(
     tl.store(thresholds + rows, found.to(tl.float32, bitcast=True), mask=row_mask)
 
 
-def find(step: Step) -> Tensor:
-    """What is kept is not below these: one number, or one a row."""
-    if step.config.activation == "topk":
-        return row_thresholds(step)
-    if step.config.activation != "batchtopk":
-        return step.none
+def find(step: Step) -> None:
+    """batchtopk's threshold, of all processes' rows, from the histogram of the latents above the guess."""
     kept, group = step.kept, step.member.group
     for index in range(1 + len(kept.bins)):
-        count(step, kept.search, index)
+        if index:
+            count(step, kept.search, index)
         counts = kept.bins[index == 2]
         if group is not None:
             counts = counts.clone() if index == 0 else counts  # pass 1 adds to what this process itself has counted
             dist.all_reduce(counts, group=group)
         find_bin(kept, kept.search, counts, index, step.member._kept * step.n_rows_all)
-    return kept.search[1:]
 
 
 def find_over(steps: Callable[[], Iterable[Step]], kept: Kept, n: int) -> Tensor:
@@ -224,7 +220,9 @@ def pointers(step: Step) -> list[Tensor]:
 
 
 def row_thresholds(step: Step) -> Tensor:
-    """The k-th largest latent of each row."""
+    """topk's: the k-th largest latent of each row."""
+    if step.config.activation != "topk":
+        return step.none
     made_of, thresholds = pointers(step), step.wide("row_thresholds", step.n_rows)
     launch(
         row_threshold_kernel,
