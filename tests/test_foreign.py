@@ -30,7 +30,7 @@ from pipeline.model.split_lm import SplitLM
 from pipeline.sae.export import FORMATS, export
 from pipeline.sae.foreign.gemma_scope import behind_gain
 from pipeline.sae.foreign.hooks import hook_point
-from pipeline.sae.foreign.reader import load_foreign
+from pipeline.sae.foreign.reader import load_foreign, load_sae, read_sae
 from pipeline.store.reader import Store
 from support import lm_stores, tiny_models
 from support.harvests import harvest_config
@@ -585,6 +585,14 @@ def test_numbers_must_be_finite(tmp_path: Path, bad: float) -> None:
         load_foreign(saelens(tmp_path / "s", w))
     kept = weights() | {"threshold": torch.full((F,), torch.inf)}
     assert int((load_foreign(saelens(tmp_path / "t", kept, architecture="jumprelu"))[0].encode(rows()) != 0).sum()) == 0
+
+
+def test_weights_of_other_names_refused(tmp_path: Path) -> None:
+    """Weights under a name that no format has, as OpenAI publishes them, are told what to be called."""
+    torch.save({"W_enc": torch.zeros(2, 2)}, tmp_path / "8.pt")
+    for read in (read_sae, load_sae, pipeline.load, lambda path: describe(str(path))):
+        with pytest.raises(CheckpointError, match=r"8\.pt: .*autoencoder\.pt \(OpenAI\)"):
+            read(tmp_path / "8.pt")
 
 
 def test_two_weights_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.base.errors import PipelineError
 from pipeline.base.files import read_json
-from pipeline.sae.foreign.reader import folder_of, is_foreign, read_sae, require_format
+from pipeline.sae.foreign.reader import folder_of, is_foreign, names_for, read_sae, require_format
 from pipeline.store.backend import is_url
 from pipeline.store.reader import Store, describe_store
 
@@ -22,7 +22,7 @@ def kind_of(path: Path) -> str:
         return "results"
     if (path / "zarr.json").exists():
         return "store"
-    if is_foreign(path):
+    if is_foreign(path) or names_for(path):
         return "foreign"
     if (path / "config.json").exists() and (path / "checkpoints").is_dir():
         return "member"

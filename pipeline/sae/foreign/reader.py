@@ -96,8 +96,24 @@ def require_format(folder: Path) -> Format:
     return found[0]
 
 
+def names_for(path: Path) -> list[str]:
+    """What a file of weights of another trainer, by its ending, would have to be called; [] for a checkpoint, and a folder."""
+    ending = path.suffix if path.suffix != ".safetensors" and path.is_file() else None
+    return [f"{known.weights} ({known.source})" for known in FORMATS if Path(known.weights).suffix == ending]
+
+
+def require_named(path: Path) -> None:
+    """Raise CheckpointError for a file of another trainer's weights under a name that no format has."""
+    if names := names_for(path):
+        raise CheckpointError(
+            f"{path}: SAEs of other trainers are read by their folder, where such a file is called {' or '.join(names)}; "
+            f"give it that name, in a folder of its own"
+        )
+
+
 def load_sae(path: Path, device: torch.device | str = "cpu") -> tuple[NestedSAE, Header]:
     """An SAE of a checkpoint file or of a folder made elsewhere, ready to encode. Raises CheckpointError, DamagedError."""
+    require_named(path)
     if path.is_dir():
         sae, provenance = load_foreign(path)
         sae, header = sae.to(device), Header(sae.config, 0, provenance)
@@ -108,7 +124,8 @@ def load_sae(path: Path, device: torch.device | str = "cpu") -> tuple[NestedSAE,
 
 
 def read_sae(path: Path) -> Header:
-    """What a checkpoint, or a folder made elsewhere, says about itself."""
+    """What a checkpoint, or a folder made elsewhere, says about itself. Raises as `load_sae` does."""
+    require_named(path)
     return load_sae(path)[1] if path.is_dir() else read_header(path)
 
 
