@@ -10,6 +10,7 @@ import torch
 from evaluate.checkpoints.place import require_weights
 from evaluate.config import EvaluateConfig
 from pipeline.base.errors import ModelError
+from pipeline.base.runtime import DTYPES, resolve_dtype
 from pipeline.model.points import Point
 from pipeline.store.reader import Store
 
@@ -88,6 +89,14 @@ class Models:
             device_map=self.config.device_map,
             trust_remote_code=self.config.trust_remote_code,
         )
+
+    def require_room(self) -> None:
+        """Raise ModelError when what scores of behaviour run is larger than what is free on a GPU, before any of it is read."""
+        if "kl" in self.config.scores and self.config.device_map is None and self.device.type == "cuda":
+            from pipeline.model.split_lm import require_room
+
+            dtype, trust = DTYPES[resolve_dtype(self.dtype, self.device)], self.config.trust_remote_code
+            require_room(self.info, "suffix", [self.point], dtype, self.device, trust_remote_code=trust)
 
     @cached_property
     def suffix(self) -> SplitLM | None:

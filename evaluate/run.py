@@ -120,6 +120,8 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
         say(f"nothing to evaluate: {len(outcome.results)} done, {len(outcome.failed)} failed")
     elif config.latents or config.probing is not None or {"absorption", "first_letter"} & set(config.scores):
         _ = job.models.tokenizer  # it is that of the store, or this ends here
+    if selection.todo:
+        job.models.require_room()
     with nullcontext() if dry_run else working_in(config.out):
         for families, todo in selection.todo.items():
             part = job.only(families)

@@ -22,7 +22,7 @@ from pipeline.base.runtime import resolve_device
 from pipeline.model import files as model_files
 from pipeline.model.points import Point
 from pipeline.model.specials import resolve_bos, resolve_separator, special_ids
-from pipeline.model.split_lm import ModelInfo, SplitLM, load_tokenizer, placement, truncated
+from pipeline.model.split_lm import ModelInfo, SplitLM, load_tokenizer, placement, require_room, truncated
 from support import tiny_models
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -525,6 +525,44 @@ def test_spread_suffix_is_the_plain(lm_folder: Folder, hook: str, monkeypatch: p
     assert hasattr(spread._blocks[2], "_hf_hook")
     logits = plain.unembed(plain.suffix(rows, tokens))
     assert torch.equal(spread.unembed(spread.suffix(rows, tokens)), logits)
+
+
+def test_offloaded_suffix_is_the_plain(lm_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So do layers and a head that a map found no room for on a GPU, whose weights come from the host or the disk when they run;
+    the readout reads the head there too."""
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
+    folder, tokens = str(lm_folder("llama")), torch.arange(3, 35).view(2, 16)
+    rows = SplitLM.load(folder, part="prefix", layers=[1]).prefix(tokens)[1]
+    plain = SplitLM.load(folder, part="suffix", layers=[1])
+    drop_unused = SplitLM._drop_unused
+
+    def offloaded(self: SplitLM) -> None:
+        places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+        places |= {f"model.layers.{n}": "disk" for n in range(self.n_layers)}
+        accelerate.dispatch_model(self.model, places, offload_dir=str(tmp_path))
+        drop_unused(self)
+
+    monkeypatch.setattr(SplitLM, "_drop_unused", offloaded)
+    there = SplitLM.load(folder, part="suffix", layers=[1], device_map="auto")
+    assert there._blocks[2].self_attn.q_proj.weight.is_meta
+    assert torch.equal(there.unembed(there.suffix(rows, tokens)), plain.unembed(plain.suffix(rows, tokens)))
+    assert torch.equal(there.readout(), plain.readout())
+
+
+@pytest.mark.parametrize("part", ["prefix", "suffix", "whole"])
+def test_part_larger_than_a_gpu_is_refused(part: Any, lm_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that does not fit into what is free on a GPU is refused in a line that names --device-map, before a weight is read;
+    its size is that of the weights that it keeps."""
+    folder, cuda = str(lm_folder("llama")), torch.device("cuda:0")
+    kept = SplitLM.load(folder, dtype="bf16", part=part, layers=[1]).model.parameters()
+    n_bytes = sum(p.numel() * 2 for p in kept if not p.is_meta)
+    info, free = ModelInfo.read(folder), [n_bytes]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 1 << 40))
+    require_room(info, part, [1], torch.bfloat16, cuda)
+    free[0] -= 1
+    monkeypatch.setattr("pipeline.model.split_lm.resolve_device", lambda device: cuda)
+    with pytest.raises(ModelError, match=rf"its {part} take .* are free on cuda:0; --device-map auto"):
+        SplitLM.load(folder, dtype="bf16", device="cuda:0", part=part, layers=[1])
 
 
 def test_weights_go_straight_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from evaluate.run import run as evaluate
 from evaluate.scores.sample import Sample
 from evaluate.scores.scorer import Scorer
 from harvest import run as harvesting
+from pipeline.base.errors import ModelError
 from pipeline.base.results import read_result
 from pipeline.model import split_lm
 from pipeline.model.split_lm import SplitLM
@@ -249,6 +250,21 @@ def test_scores_wait_for_nothing(tmp_path: Path, models_on_gpu: None, monkeypatc
     assert (waits.found["update"], waits.found["batch"]) == (0, 0)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == {name: x if x is None else pytest.approx(x, rel=1e-3, abs=1e-4) for name, x in theirs.items()}
+
+
+def test_too_large_suffix_is_refused_first(
+    tmp_path: Path, models_on_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not fit on the GPU is said before anything is read or run, a dry run included."""
+    store = lm_stores.make_lm_store(tmp_path, eval_sequences=2)
+    lm_stores.save_member(tmp_path / "runs", store, lm_stores.make_sae(store))
+    config = EvaluateConfig(store=tmp_path / "acts.zarr", out=tmp_path / "out", device="cuda", dtype="float32")
+    monkeypatch.setattr(SplitLM, "load", lambda *_, **__: pytest.fail("weights were read"))
+    with pretended():
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+        for dry_run in (True, False):
+            with pytest.raises(ModelError, match="its suffix take .* --device-map auto"):
+                evaluate(config, [tmp_path / "runs"], dry_run=dry_run)
 
 
 def test_harvest_waits_for_nothing(

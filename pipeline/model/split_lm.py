@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.base.errors import ModelError, UsageError
+from pipeline.base.files import human_bytes
 from pipeline.base.runtime import DTYPES, resolve_device, resolve_dtype
 from pipeline.model.anatomy import Anatomy, Reached, forward, logits_of, own_parameters, residual_of
 from pipeline.model.files import hub_errors, model_folder, weights_nbytes, weights_sha256
@@ -164,7 +165,8 @@ class SplitLM:
         `prefix`: layers after the last of `layers` are neither loaded nor run. `suffix`: only the layers after layers[0] and
         the head are kept, for a point inside a layer all of them; `whole`: everything, cut at layers[0]. Raises ModelError
         when the model is missing, gated, of a code that needs trust_remote_code, incomplete, or has no such layer or point, and
-        UsageError for a device map without accelerate.
+        UsageError for a device map without accelerate. Without one, a part that is larger than what is free on a GPU is a
+        ModelError before any weight is read.
         """
         info = ModelInfo.read(model, revision, trust_remote_code=trust_remote_code)
         last = max(as_point(layer).layer for layer in layers)
@@ -174,10 +176,11 @@ class SplitLM:
         kind_of_numbers = DTYPES[resolve_dtype(dtype, device)]
         n_bytes = weights_nbytes(info.folder) * kind_of_numbers.itemsize // 2
         mapped = placement(device, part, device_map, n_bytes)
+        if device_map is None:
+            require_room(info, part, layers, kind_of_numbers, device, trust_remote_code=trust_remote_code)
         with hub_errors(model), quiet(), contextlib.ExitStack() as stack:
             if part == "prefix":
-                with torch.device("meta"):
-                    kind = type(auto.from_config(copy.deepcopy(info.config), trust_remote_code=trust_remote_code))
+                kind = type(without_weights(info, trust_remote_code))
                 stack.enter_context(without_layers(kind, info.n_layers, last + 1))
             loaded, report = auto.from_pretrained(
                 info.folder,
@@ -201,11 +204,7 @@ class SplitLM:
 
     def _drop_unused(self) -> None:
         """Free what this part never runs: an untied head in a prefix, the layers before the cut in a suffix."""
-        unused: list[nn.Module] = []
-        if self.part == "prefix":
-            unused = [head] if (head := self.model.get_output_embeddings()) is not None else []
-        if self.part == "suffix" and self.point.hook == "resid_post":
-            unused = list(self._blocks[: self.point.layer + 1])
+        unused = unused_modules(self.model, list(self._blocks), self.part, self.layers)
         for module, name in own_parameters(self.model, unused):
             module._parameters[name] = nn.Parameter(module._parameters[name].to("meta"), requires_grad=False)  # type: ignore[union-attr]
 
@@ -228,9 +227,17 @@ class SplitLM:
 
     @property
     def unembedding(self) -> Float[Tensor, "vocab d_head"] | None:
-        """W_U: before it comes the final norm (`readout` folds its gain), after it any soft cap. None without a head."""
+        """W_U: before it comes the final norm (`readout` folds its gain), after it any soft cap. None without a head. Where a
+        device map left it on the host or the disk, a copy."""
         assert self._anatomy is not None, "a prefix has no head"
-        return None if self._anatomy.head is None else self._anatomy.head.weight
+        head = self._anatomy.head
+        if head is None or not head.weight.is_meta:
+            return None if head is None else head.weight
+        from accelerate.utils import align_module_device
+
+        with align_module_device(head):
+            weight: Tensor = head.weight.detach().clone()
+            return weight
 
     @torch.no_grad()
     def readout(self) -> Float[Tensor, "vocab d_model"] | None:
@@ -467,6 +474,51 @@ def placement(
         return None
     fits = part != "suffix" or n_bytes <= FREE_SHARE * torch.cuda.mem_get_info(device)[0]
     return {"": device} if fits else None
+
+
+def without_weights(info: ModelInfo, trust_remote_code: bool) -> Any:
+    """The model that a config describes, its parameters on the meta device. Raises ModelError."""
+    auto: Any = transformers.AutoModelForCausalLM
+    with hub_errors(info.name), quiet(), torch.device("meta"):
+        return auto.from_config(copy.deepcopy(info.config), trust_remote_code=trust_remote_code)
+
+
+def unused_modules(
+    model: Any, blocks: Sequence[nn.Module], part: Part, layers: Sequence[int | Point]
+) -> list[nn.Module]:
+    """What a part never runs: layers after the last in a prefix, and its head; layers before the cut in a suffix."""
+    points = [as_point(layer) for layer in layers]
+    if part == "prefix":
+        head = model.get_output_embeddings()
+        return [*blocks[max(point.layer for point in points) + 1 :], *([] if head is None else [head])]
+    if part == "suffix" and points[0].hook == "resid_post":
+        return list(blocks[: points[0].layer + 1])
+    return []
+
+
+def require_room(
+    info: ModelInfo,
+    part: Part,
+    layers: Sequence[int | Point],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Raise ModelError when the weights of a part do not fit into what is free on a GPU. No weight is read."""
+    if device.type != "cuda":
+        return
+    model = without_weights(info, trust_remote_code)
+    unused = unused_modules(model, list(find_layers(model, info.n_layers)), part, layers)
+    left_out = {id(p): p for module, name in own_parameters(model, unused) for p in [module._parameters[name]]}
+    n_all = sum(parameter.numel() for parameter in model.parameters())
+    n_bytes = (n_all - sum(p.numel() for p in left_out.values() if p is not None)) * dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0]
+    if n_bytes > free:
+        raise ModelError(
+            f"{info.name}: the weights of its {part} take {human_bytes(n_bytes)}, {human_bytes(free)} are free on {device}; "
+            "--device-map auto spreads them over all GPUs and this machine's memory"
+        )
 
 
 def as_point(at: int | Point) -> Point:
