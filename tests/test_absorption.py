@@ -61,7 +61,7 @@ def test_rows_are_split_by_type() -> None:
     tokens = rng.integers(0, 50, (40, 32)).astype(np.int32)
     kept = np.ones_like(tokens, dtype=bool)
     kept[:, 0] = False
-    rows = label_rows(tokens, kept, lambda token: f" {'abcde'[token % 5]}{token}", 0)
+    rows = label_rows([(tokens, kept)], lambda token: f" {'abcde'[token % 5]}{token}", 0)
     assert np.bincount(rows.type).max() == PER_TYPE
     assert (rows.position % 32 != 0).all()
     assert (np.diff(rows.position) > 0).all()
@@ -75,7 +75,7 @@ def test_labels_without_probe_are_named() -> None:
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 120, (60, 32), generator=g).numpy().astype(np.int32)
     text = lambda token: f" {'abcde'[token % 5]}{token}"  # noqa: E731
-    rows = label_rows(tokens, np.ones_like(tokens, dtype=bool), text, 0)
+    rows = label_rows([(tokens, np.ones_like(tokens, dtype=bool))], text, 0)
     x = 0.3 * torch.randn(len(rows.type), 8, generator=g)
     x[:, 0] += torch.from_numpy((rows.type % 5 == 0).astype(np.float32))
     probes = train_probes(x, rows)
@@ -90,7 +90,7 @@ def test_label_of_all_is_left_out() -> None:
     """Where every token begins a word there is nothing to tell starts of words from: named, no probe, no crash."""
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 60, (30, 32), generator=g).numpy().astype(np.int32)
-    rows = label_rows(tokens, np.ones_like(tokens, dtype=bool), lambda token: f" {'ab'[token % 2]}{token}", 0)
+    rows = label_rows([(tokens, np.ones_like(tokens, dtype=bool))], lambda token: f" {'ab'[token % 2]}{token}", 0)
     probes = train_probes(torch.randn(len(rows.type), 8, generator=g), rows)
     assert probes.left_out["word start"] == "no token types without it to train on"
     assert "word start" not in probes.names
@@ -98,7 +98,7 @@ def test_label_of_all_is_left_out() -> None:
 
 def test_one_token_has_no_probe() -> None:
     """Rows of one token have no probe, and every label is named with the reason."""
-    rows = label_rows(np.zeros((4, 8), np.int32), np.ones((4, 8), dtype=bool), lambda _: " word", 0)
+    rows = label_rows([(np.zeros((4, 8), np.int32), np.ones((4, 8), dtype=bool))], lambda _: " word", 0)
     probes = train_probes(torch.randn(len(rows.type), 8), rows)
     assert probes.names == ()
     assert probes.left_out.keys() == set(LABELS)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from evaluate.explain.__main__ import cli
 from evaluate.explain.answers import balanced_accuracy, label_of, read_answers, score, verdicts_of, wilson
-from evaluate.explain.examples import QUANTILES, Examples, examples_of
+from evaluate.explain.examples import QUANTILES, Chosen, Examples, Window, choose, window
 from evaluate.explain.prompts import (
     PER_PROMPT,
     explain_id,
@@ -43,6 +45,19 @@ def made(n_sequences: int = 60, context: int = 40, every: int = 2) -> Examples:
         at = int(rng.integers(context))
         tokens[s, at], acts[s, at] = 7, 1 + s
     return examples_of(3, tokens, acts, numpy_rng("draw"))
+
+
+def examples_of(
+    latent: int, tokens: npt.NDArray[np.int32], acts: npt.NDArray[np.float32], rng: np.random.Generator
+) -> Examples:
+    """The examples of a latent whose activations [sequence, position] are all at hand."""
+    chosen: Chosen = choose(acts.max(1), np.packbits(acts > 0, axis=1), acts.shape[1], rng)
+
+    def cut(places: Sequence[tuple[int, int]]) -> tuple[Window, ...]:
+        return tuple(window(tokens[s], acts[s], middle) for s, middle in places)
+
+    explain, score = ([(s, int(acts[s].argmax())) for s in part] for part in (chosen.explain, chosen.score))
+    return Examples(latent, cut(explain), cut(score), cut(chosen.silent), chosen.skipped)
 
 
 def test_examples_come_from_every_quantile() -> None:
@@ -92,8 +107,8 @@ def test_fuzzing_marks_rightly_and_wrongly() -> None:
     asked = [q for q in questions(SHA, made(), 0) if q.kind == "fuzzing"]
     items = [item for q in asked for item in zip(q.windows, q.marked, q.right, strict=True)]
     assert sum(right for _, _, right in items) == 5
-    for window, marked, right in items:
-        assert (marked == window.fired) is bool(right)
+    for one, marked, right in items:
+        assert (marked == one.fired) is bool(right)
         assert len(marked) == 1
 
 

@@ -18,7 +18,17 @@ from safetensors.torch import load_file, save_file
 
 from evaluate.latents import neuronpedia
 from evaluate.latents.collect import choose_chunks
-from evaluate.latents.neuronpedia import Sample, Source, Together, choose, command, export_neuronpedia, gather, groups
+from evaluate.latents.neuronpedia import (
+    Counted,
+    Sample,
+    Source,
+    Together,
+    choose,
+    command,
+    export_neuronpedia,
+    gather,
+    groups,
+)
 from pipeline.__main__ import cli
 from pipeline.base.errors import DiskError, UsageError
 from pipeline.base.token_text import TokenText
@@ -26,6 +36,7 @@ from pipeline.experiment.verify import verify
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.export import export
 from pipeline.sae.nested import NestedSAE
+from pipeline.store.kept import KeptRows
 from pipeline.store.reader import Store
 from support.lm_stores import make_lm_store
 from test_latents import N_SHARED, Words, make_sae
@@ -140,7 +151,7 @@ def test_correlated_latents_are_numpys(store: Store, sae: NestedSAE, tmp_path: P
 def test_coincidences_stay_within_memory(store: Store, sae: NestedSAE, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows whose firings do not fit are left out, and correlations are those of the rows before."""
     z = dense(store, sae)
-    counted = sample_of(store).counted()
+    counted = np.flatnonzero(store.eval.kept())
     rows = torch.from_numpy(z[counted][:40])
     monkeypatch.setattr(neuronpedia, "MOST_TOGETHER", int((rows != 0).sum()))
     together = Together(sae.config.width)
@@ -169,7 +180,8 @@ def test_examples_carry_their_tokens(store: Store, sae: NestedSAE, tmp_path: Pat
 def test_intervals_hold_their_examples() -> None:
     """Parts of the range from the highest down, shares of all rows, silent rows in the lowest; examples lie within."""
     rows, values = np.arange(10), np.arange(1, 11, dtype=np.float32)
-    examples = list(choose(rows, values, np.arange(100), 100, np.random.default_rng(0)))
+    all_counted = Counted(KeptRows.of(iter([np.ones(100, np.bool_)]), 8), np.arange(0, 100, 8))
+    examples = list(choose(rows, values, all_counted, 100, np.random.default_rng(0)))
     top, others = examples[:10], examples[10:]
     assert [one.row for one in top] == list(range(9, -1, -1))
     parts = list(dict.fromkeys((one.low, one.high, one.share) for one in others))

@@ -2,7 +2,8 @@
 and which specialised latents fire inside which shared one.
 
 Everything is read from the store's rows and tokens in two streams (no language model runs), the second one for labels; memory
-is the latents of a batch, a few contexts a latent, and a bounded block of the shared × specialised co-firing counts.
+is the latents of a batch, a few contexts a latent, and a bounded block of the shared × specialised co-firing counts, whatever
+the number of rows.
 Files: `files.py`. The stages of `write_latents` in order: choose rows, stream, relate, judge labels, logit lens, write.
 """
 
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from evaluate.latents import files as latent_files
@@ -68,7 +69,7 @@ def write_latents(
     found = collect(sae, part, store.context, chunks, seed, quiet)
     firing, related = found.firing, found.related
     text = TokenText(tokenizer)
-    labels = [label_of(part.tokens, text, rows) for rows in found.top.rows()]
+    labels = [label_of(text, ids) for ids in found.top.peaks()]
     rules = judge(sae, part, store.context, chunks, labels, firing, quiet)
     lens = logit_lens(sae, unembedding) if unembedding is not None else None
     summary = {
@@ -88,7 +89,7 @@ def write_latents(
         "containment": found.containment.summary(firing),
         "logit_lens": lens is not None,
     }
-    write_files(out_folder, part, text, found, labels, rules, lens, summary)
+    write_files(out_folder, store.context, text, found, labels, rules, lens, summary)
     return summary
 
 
@@ -104,15 +105,20 @@ def stream(
     sae: NestedSAE, split: Split, context: int, chunks: list[tuple[int, int]]
 ) -> Iterator[tuple[Float[Tensor, "seq pos latent"], int]]:
     """Latents of whole sequences, batch by batch, with the number of the first one; rows that are not kept are zero."""
-    kept = torch.from_numpy(split.kept())
     batch = max(1, BATCH_VALUES // (context * sae.config.width)) * context
     for chunk_start, chunk_stop in chunks:
         for start in range(chunk_start, chunk_stop, batch):
             stop = min(start + batch, chunk_stop)
             with torch.inference_mode():
                 z = sae.encode(split.read(start, stop).to(sae.center.device)).float()
-                z = z * kept[start:stop, None].to(z.device)
+                z = z * kept_rows(split, start, stop)[:, None].to(z.device)
             yield z.view(-1, context, sae.config.width), start // context
+
+
+def kept_rows(split: Split, start: int, stop: int) -> Bool[Tensor, " row"]:
+    """Which of the rows of whole sequences count."""
+    context = split.shape.layout.context
+    return torch.from_numpy(split.kept_of(start // context, -(-stop // context)))
 
 
 class Contexts:
@@ -123,6 +129,7 @@ class Contexts:
         self.score = torch.zeros(width, n, device=device)
         self.row = torch.full((width, n), -1, dtype=torch.int64, device=device)
         self.window = torch.zeros(width, n, 2 * RADIUS + 1, device=device)
+        self.tokens: Int[np.ndarray, "latent context window"] | None = None
 
     def update(self, z: Float[Tensor, "seq pos latent"], score: Float[Tensor, "seq pos latent"], first: int) -> None:
         """Merge a batch whose first sequence is number `first`; a score of 0 is none."""
@@ -138,9 +145,15 @@ class Contexts:
         self.row = torch.cat([self.row, rows.T], 1).gather(1, order)
         self.score = scores
 
-    def rows(self) -> list[list[int]]:
-        """Each latent's rows, best first."""
-        return [[row for row in rows if row >= 0] for rows in self.row.where(self.score > 0, -1).tolist()]
+    def read_tokens(self, split: Split) -> None:
+        """Fill in `tokens`, those around each position, once all batches were merged."""
+        self.tokens = tokens_around(split, self.row.cpu().numpy())
+
+    def peaks(self) -> list[list[int]]:
+        """Each latent's tokens at these positions, best first."""
+        assert self.tokens is not None, "read_tokens first"
+        ids = np.where(self.score.cpu().numpy() > 0, self.tokens[..., RADIUS], -1)
+        return [[id for id in one if id >= 0] for one in ids.tolist()]
 
     @property
     def value(self) -> Float[Tensor, "latent context"]:
@@ -216,8 +229,7 @@ def collect(sae: NestedSAE, split: Split, context: int, chunks: list[tuple[int, 
         Counts(torch.zeros(config.width, dtype=torch.float64), n_shared),
         Containment(n_special),
     )
-    kept = split.kept()
-    found.firing.n_tokens = int(sum(kept[a:b].sum() for a, b in chunks))
+    found.firing.n_tokens = sum(int(kept_rows(split, a, b).sum()) for a, b in chunks)
     size = max(1, PAIR_VALUES // 2 // max(n_special, 1))
     blocks = [(s, min(s + size, n_shared)) for s in range(0, n_shared, size)] or [(0, 0)]
     pairs: list[Pair] = []
@@ -237,6 +249,8 @@ def collect(sae: NestedSAE, split: Split, context: int, chunks: list[tuple[int, 
             block = counted.blocks()
             found.containment.update(block)
             pairs += relate(block, found.firing, sae.W_dec.detach(), a)
+    for contexts in (found.top, found.drawn):
+        contexts.read_tokens(split)
     found.related = both_ways(pairs, config.width)
     return found
 
@@ -249,13 +263,28 @@ class Label:
     ids: tuple[int, ...]
 
 
-def label_of(tokens: Int[np.ndarray, "seq pos"], text: TokenText, rows: Sequence[int]) -> Label:
-    """The label out of the rows of its top contexts; tokens that differ only in spaces around them are one."""
-    flat = tokens.reshape(-1)
+def tokens_around(split: Split, rows: Int[np.ndarray, "latent context"]) -> Int[np.ndarray, "latent context window"]:
+    """Token ids at the RADIUS positions before and after some rows of a split, −1 outside a row's sequence and where it is −1.
+
+    Reads one shard's tokens at a time, in order.
+    """
+    context, flat = split.shape.layout.context, rows.reshape(-1)
+    found = np.full((len(flat), 2 * RADIUS + 1), -1, np.int32)
+    shard = np.where(flat < 0, -1, flat // split.shard_rows)
+    for k in np.unique(shard[shard >= 0]).tolist():
+        here, tokens = np.flatnonzero(shard == k), split.shard_tokens(k)
+        seq, pos = np.divmod(flat[here] - k * split.shard_rows, context)
+        at = pos[:, None] + np.arange(-RADIUS, RADIUS + 1)
+        found[here] = np.where((at >= 0) & (at < context), tokens[seq[:, None], at.clip(0, context - 1)], -1)
+    return found.reshape(*rows.shape, -1)
+
+
+def label_of(text: TokenText, ids: Sequence[int]) -> Label:
+    """The label out of the tokens that top contexts peak on; those that differ only in spaces around them are one."""
     read: dict[str, set[int]] = {}
-    for row in rows:
-        read.setdefault(text(int(flat[row])).strip() or "␣", set()).add(int(flat[row]))
-    often = Counter(text(int(flat[row])).strip() or "␣" for row in rows).most_common(N_LABEL)
+    for id in ids:
+        read.setdefault(text(id).strip() or "␣", set()).add(id)
+    often = Counter(text(id).strip() or "␣" for id in ids).most_common(N_LABEL)
     return Label(" · ".join(word for word, _ in often), tuple(sorted(id for word, _ in often for id in read[word])))
 
 
@@ -274,21 +303,21 @@ def judge(
     quiet: bool,
 ) -> Rules:
     """Stream the rows once more and count how often latents fire on the tokens of their labels."""
-    device, kept = sae.center.device, split.kept()
+    device = sae.center.device
     longest = max(1, *(len(one.ids) for one in labels))
     ids = torch.tensor([[*one.ids, *[-1] * (longest - len(one.ids))] for one in labels], device=device)
-    tokens = split.tokens
+    seen = np.zeros(int(ids.max()) + 1, dtype=np.int64)
     hits = torch.zeros(len(labels), dtype=torch.int64, device=device)
     with Progress(sum(b - a for a, b in chunks), "labels", "row", quiet=quiet) as bar:
         for z, first in stream(sae, split, context, chunks):
             row, latent = z.flatten(0, 1).nonzero(as_tuple=True)
-            read = torch.from_numpy(tokens[first : first + len(z)].astype(np.int64)).to(device).view(-1)
+            tokens = split.tokens_of(first, first + len(z)).reshape(-1)
+            read = torch.from_numpy(tokens.astype(np.int64)).to(device)
             on = (ids[latent] == read[row][:, None]).any(1)
             hits += torch.bincount(latent[on], minlength=len(labels))
+            counted = tokens[split.kept_of(first, first + len(z))]
+            seen += np.bincount(counted[counted < len(seen)], minlength=len(seen))
             bar.advance(z.shape[0] * z.shape[1])
-    seen = np.zeros(int(tokens.max()) + 1, dtype=np.int64)
-    for a, b in chunks:
-        seen += np.bincount(tokens.reshape(-1)[a:b][kept[a:b]], minlength=len(seen))
     occurrences = [int(seen[list(one.ids)].sum()) for one in labels]
     return (
         [hit / n if n else None for hit, n in zip(hits.tolist(), occurrences)],
@@ -351,7 +380,7 @@ def logit_lens(sae: NestedSAE, unembedding: Float[Tensor, "vocab d_model"]) -> L
 
 def write_files(
     folder: Path,
-    split: Split,
+    context: int,
     text: TokenText,
     found: Found,
     labels: Sequence[Label],
@@ -360,9 +389,9 @@ def write_files(
     summary: dict[str, Any],
 ) -> None:
     """Write all pages, then the index."""
-    width, tokens, related = summary["n_latents"], split.tokens, found.related
+    width, related = summary["n_latents"], found.related
     latent_files.begin(folder, math.ceil(width / PAGE_SIZE))
-    top, drawn = (shown_contexts(one, tokens) for one in (found.top, found.drawn))
+    top, drawn = (shown_contexts(one, context) for one in (found.top, found.drawn))
     bars, tops = found.histogram.count.tolist(), found.histogram.top.tolist()
     for number, first in enumerate(range(0, width, PAGE_SIZE)):
         strings, latents = Strings(), []
@@ -389,12 +418,13 @@ def write_files(
     latent_files.write_index(folder, summary, columns)
 
 
-def shown_contexts(contexts: Contexts, tokens: Int[np.ndarray, "seq pos"]) -> list[list[Context]]:
-    """Each latent's contexts by falling activation."""
+def shown_contexts(contexts: Contexts, context: int) -> list[list[Context]]:
+    """Each latent's contexts, of sequences of `context` positions, by falling activation."""
+    assert contexts.tokens is not None, "read_tokens first"
     value, row, window = (t.cpu().numpy() for t in (contexts.value, contexts.row, contexts.window))
-    order = np.argsort(-value, axis=1, kind="stable")
+    order, near = np.argsort(-value, axis=1, kind="stable"), contexts.tokens
     return [
-        [context_of(tokens, int(row[j, i]), window[j, i]) for i in best if value[j, i] > 0]
+        [context_of(int(row[j, i]), context, near[j, i], window[j, i]) for i in best if value[j, i] > 0]
         for j, best in enumerate(order)
     ]
 
@@ -421,12 +451,14 @@ Context = tuple[int, int, int, list[int], list[float]]
 """Sequence, position of the peak in it, index of the peak among the tokens shown, token ids, activations."""
 
 
-def context_of(tokens: Int[np.ndarray, "seq pos"], row: int, window: Float[np.ndarray, " window"]) -> Context:
+def context_of(
+    row: int, context: int, tokens: Int[np.ndarray, " window"], acts: Float[np.ndarray, " window"]
+) -> Context:
     """The tokens around a peak and the latent's activation on each, cut at the ends of the sequence."""
-    seq, pos = divmod(row, tokens.shape[1])
-    start, stop = max(pos - RADIUS, 0), min(pos + RADIUS + 1, tokens.shape[1])
-    acts = window[start - pos + RADIUS : stop - pos + RADIUS]
-    return seq, pos, pos - start, tokens[seq, start:stop].tolist(), [short(a) if a else 0 for a in acts.tolist()]
+    seq, pos = divmod(row, context)
+    inside = slice(RADIUS - min(pos, RADIUS), RADIUS + min(context - pos, RADIUS + 1))
+    shown = [short(a) if a else 0 for a in acts[inside].tolist()]
+    return seq, pos, min(pos, RADIUS), tokens[inside].tolist(), shown
 
 
 def token_scores(lens: Lens, k: int, latent: int, text: TokenText, strings: Strings) -> list[list[float]]:

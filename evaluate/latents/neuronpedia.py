@@ -27,7 +27,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
@@ -53,6 +53,7 @@ from pipeline.base.progress import Progress
 from pipeline.base.runtime import numpy_rng, resolve_device
 from pipeline.base.token_text import TokenText
 from pipeline.sae.nested import NestedSAE
+from pipeline.store.kept import KeptRows
 
 if TYPE_CHECKING:
     from pipeline.model.split_lm import ModelInfo
@@ -66,7 +67,8 @@ N_BINS, N_LOGITS, N_ALIGNED, N_NEAREST = 50, 10, 3, 26
 N_DRAWN = 64
 """Rows drawn for the lowest part's examples, of which those in higher parts are left out."""
 MOST_FIRINGS = 50_000_000
-"""Firings held at once (12 bytes each); more latents than fit take another pass over the rows."""
+"""Firings held at once (12 bytes each), or those of BATCH latents where they are more; more latents than fit take another pass
+over the rows."""
 MOST_TOGETHER, N_CORRELATED = 16_000_000, 3
 """Firings whose coincidences are counted (16 bytes each); rows beyond are left out. Latents named that fire most alike."""
 DEFAULT_CREATOR = "clkht01d40000jv08hvalcvly"
@@ -158,10 +160,40 @@ class Sample:
         """Rows, whether they count or not."""
         return sum(stop - start for start, stop in self.chunks)
 
-    def counted(self) -> Rows:
-        """Numbers of the rows that count, in order."""
-        kept = self.split.kept()
-        return np.concatenate([np.flatnonzero(kept[start:stop]) + start for start, stop in self.chunks])
+    def counted(self) -> Counted:
+        """The rows that count."""
+        masks = (self.split.kept_of(start // self.context, stop // self.context) for start, stop in self.chunks)
+        starts = np.array([start for start, _ in self.chunks], np.int64)
+        return Counted(KeptRows.of(masks, self.split.chunk_rows), starts)
+
+    def tokens(self, sequences: Iterable[int]) -> dict[int, Tokens]:
+        """Tokens of some sequences, int32 [position] each; reads one shard's at a time, in order."""
+        each = self.split.shard_rows // self.context
+        return {s: self.split.shard_tokens(s // each)[s % each].copy() for s in sorted(sequences)}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The rows of a sample's chunks that count, a bit a row; starts: the first row of each chunk, int64 [chunk]."""
+
+    kept: KeptRows
+    starts: Rows
+
+    @cached_property
+    def ends(self) -> Rows:
+        """How many rows count up to the end of each chunk, int64 [chunk]."""
+        ends: Rows = self.kept.in_chunks().cumsum()
+        return ends
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def rows(self, numbers: Rows) -> Rows:
+        """The rows with these numbers among those that count."""
+        chunk = np.searchsorted(self.ends, numbers, side="right")
+        before = np.concatenate([[0], self.ends])[chunk]
+        at: Rows = (self.kept.mask(chunk).cumsum(1) > (numbers - before)[:, None]).argmax(1)
+        return self.starts[chunk] + at
 
 
 def export_neuronpedia(
@@ -228,16 +260,20 @@ def write_batches(
     quiet: bool,
 ) -> None:
     """Stream the rows and write BATCH latents at a time, in both formats."""
-    tokens, counted, together = sample.split.tokens, sample.counted(), Together(sae.config.width)
+    counted, together = sample.counted(), Together(sae.config.width)
     readable = lru_cache(maxsize=None)(text.plain)
     for first, found in gather(sae, sample, quiet, together):
         features, lines, examples = [], [], []
+        chosen = []
+        for latent, (rows, values) in enumerate(found, first):
+            rng = numpy_rng(seed, "neuronpedia", latent)
+            chosen.append(list(choose(rows, values, counted, sample.n_rows, rng)))
+        tokens = sample.tokens({e.row // sample.context for one in chosen for e in one})
         alike = together.most_alike(first, first + len(found))
         for latent, (rows, values) in enumerate(found, first):
             own = {"feature_index": latent, "frac_nonzero": len(values) / sample.n_rows}
             about = lens.about(latent, readable) | histogram(values, "freq_hist_data") | own | alike[latent - first]
-            rng = numpy_rng(seed, "neuronpedia", latent)
-            shown = [show(e, rows, values, tokens, readable) for e in choose(rows, values, counted, sample.n_rows, rng)]
+            shown = [show(e, rows, values, tokens[e.row // sample.context], readable) for e in chosen[latent - first]]
             features.append(dashboard_feature(about, shown, source))
             lines.append(feature_line(about, shown, lens, latent, source))
             examples += [activation_line(one, latent, number, source) for number, one in enumerate(shown)]
@@ -319,31 +355,30 @@ def gather(
 
     One pass over the rows counts, and fills `together`; each further one takes as many latents as fit into MOST_FIRINGS.
     """
-    config, kept = sae.config, torch.from_numpy(sample.split.kept())
-    width, unit = config.width, (sae.W_dec.detach().float().norm(dim=1) / sae.made_scale.float()).cpu()
+    width, unit = sae.config.width, (sae.W_dec.detach().float().norm(dim=1) / sae.made_scale.float()).cpu()
     counts = torch.zeros(width, dtype=torch.int64)
     with Progress(sample.n_rows, "latents, counting", "row", quiet=quiet) as bar:
         for z, first in stream(sae, sample.split, sample.context, sample.chunks):
             counts += (z != 0).sum((0, 1)).cpu()
             if together is not None:
-                rows_of = slice(first * sample.context, first * sample.context + z.shape[0] * z.shape[1])
-                together.update(z.flatten(0, 1)[kept[rows_of].to(z.device)])
+                kept = torch.from_numpy(sample.split.kept_of(first, first + len(z)))
+                together.update(z.flatten(0, 1)[kept.to(z.device)])
             bar.advance(z.shape[0] * z.shape[1])
     for start, stop in groups(counts.tolist()):
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        bounds = counts[start:stop].cumsum(0)
+        ends = bounds - counts[start:stop]
+        rows, values = np.empty(int(bounds[-1]), np.int64), np.empty(int(bounds[-1]), np.float32)
         with Progress(sample.n_rows, f"latents {start} to {stop - 1}", "row", quiet=quiet) as bar:
             for z, first in stream(sae, sample.split, sample.context, sample.chunks):
                 block = z[..., start:stop].flatten(0, 1)
-                row, latent = block.nonzero(as_tuple=True)
-                part = (latent.int(), row + first * sample.context, block[row, latent])
-                parts.append(tuple(one.cpu() for one in part))  # type: ignore[arg-type]
+                latent, row = block.T.nonzero(as_tuple=True)  # latent by latent
+                fired, value = latent.cpu(), block[row, latent].cpu()
+                n = torch.bincount(fired, minlength=stop - start)
+                at = (torch.arange(len(fired)) + (ends - n.cumsum(0) + n)[fired]).numpy()
+                rows[at], values[at] = row.cpu() + first * sample.context, value * unit[start + fired]
+                ends += n
                 bar.advance(len(block))
-        latents, rows, values = (torch.cat(column) for column in zip(*parts))
-        order = latents.argsort(stable=True)
-        bounds = counts[start:stop].cumsum(0).tolist()
-        rows, values = rows[order], (values * unit[start + latents.long()])[order]
-        cut = [(a, b) for a, b in zip((0, *bounds), bounds)]
-        found = [(rows[a:b].numpy(), values[a:b].numpy()) for a, b in cut]
+        found = [(rows[a:b], values[a:b]) for a, b in zip([0, *bounds.tolist()], bounds.tolist())]
         for first in range(0, stop - start, BATCH):
             yield start + first, found[first : first + BATCH]
 
@@ -414,7 +449,7 @@ class Example:
     share: float
 
 
-def choose(rows: Rows, values: Values, counted: Rows, n_rows: int, rng: np.random.Generator) -> Iterator[Example]:
+def choose(rows: Rows, values: Values, counted: Counted, n_rows: int, rng: np.random.Generator) -> Iterator[Example]:
     """The largest activations, then random ones of equal parts of the range, the highest part first; none of a dead latent."""
     if not len(values):
         return
@@ -426,16 +461,17 @@ def choose(rows: Rows, values: Values, counted: Rows, n_rows: int, rng: np.rando
         inside = rows[(values >= low) & (values <= high)]
         share = (len(inside) + (n_rows - len(values)) * (low == 0)) / n_rows
         if low == 0:  # rows on which it is silent are in the lowest part too
-            drawn = rng.choice(counted, min(len(counted), N_DRAWN), replace=False)
+            drawn = counted.rows(rng.choice(len(counted), min(len(counted), N_DRAWN), replace=False))
             inside = drawn[~np.isin(drawn, rows[values > high])]
         for row in rng.choice(inside, min(N_RANDOM, len(inside)), replace=False):
             yield Example(int(row), float(low), float(high), share)
 
 
 def show(example: Example, rows: Rows, values: Values, tokens: Tokens, text: Callable[[int], str]) -> dict[str, Any]:
-    """An example as SAEDashboard has it: tokens of its sequence but the first, and the latent's value on each."""
-    sequence, position = divmod(example.row, tokens.shape[1])
-    ids, start = tokens[sequence].tolist(), sequence * tokens.shape[1]
+    """An example as SAEDashboard has it: tokens of its sequence (`tokens` [position]) but the first, and the latent's value on
+    each."""
+    sequence, position = divmod(example.row, len(tokens))
+    ids, start = tokens.tolist(), sequence * len(tokens)
     a, b = np.searchsorted(rows, [start, start + len(ids)])
     acts = [0.0] * len(ids)
     for row, value in zip(rows[a:b], values[a:b]):

@@ -195,8 +195,7 @@ class Split:
 
     def kept_of(self, first: int, stop: int, max_norm: float | Literal["store"] | None = "store") -> Mask:
         """The same of the rows of sequences first … stop − 1, bool [row]."""
-        context = self.shape.layout.context
-        return self._rows_of(first * context, stop * context, lambda k: self.shard_kept(k, max_norm))
+        return self._kept(max_norm, lambda name: self._rows_of(name, first, stop))
 
     def shard_kept(self, k: int, max_norm: float | Literal["store"] | None = "store") -> Mask:
         """The same of shard k, bool [row]."""
@@ -214,20 +213,19 @@ class Split:
 
     def tokens_of(self, first: int, stop: int) -> Rows:
         """Token ids of sequences first … stop − 1, int32 [seq, context]. Raises StoreError for rows of no text."""
-        context = self.shape.layout.context
-        tokens = self._rows_of(first * context, stop * context, lambda k: self.shard_tokens(k).reshape(-1))
-        return tokens.reshape(-1, context)
+        self.require_tokens()
+        return self._rows_of("tokens", first, stop).reshape(-1, self.shape.layout.context)
 
     def special_of(self, first: int, stop: int) -> Mask:
         """Special positions of sequences first … stop − 1, bool [seq, context]."""
-        context = self.shape.layout.context
-        return ~self._rows_of(first * context, stop * context, self.shard_usable).reshape(-1, context)
+        return self._rows_of("special", first, stop).view(np.bool_).reshape(-1, self.shape.layout.context)
 
-    def _rows_of(self, start: int, stop: int, of_shard: Callable[[int], npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        """Rows start … stop of what `of_shard` says of the rows of a shard, of the shards that they lie in."""
-        first = start // self.shard_rows
-        parts = [of_shard(k) for k in range(first, max(-(-stop // self.shard_rows), first + 1))]
-        return np.concatenate(parts)[start - first * self.shard_rows : stop - first * self.shard_rows]
+    def _rows_of(self, name: str, first: int, stop: int) -> npt.NDArray[Any]:
+        """What an array of a value a row has of sequences first … stop − 1, [row]; no more than these is copied."""
+        start, stop = (sequence * self.shape.layout.context for sequence in (first, stop))
+        shards = range(start // self.shard_rows, max(-(-stop // self.shard_rows), start // self.shard_rows + 1))
+        within = [(max(start - k * self.shard_rows, 0), stop - k * self.shard_rows) for k in shards]
+        return np.concatenate([self._part(name, k).reshape(-1)[a:b] for k, (a, b) in zip(shards, within)])
 
     def shard_tokens(self, k: int) -> Rows:
         """Token ids of shard k alone, int32 [seq, context]. Raises StoreError likewise."""
