@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from harvest.plan import Plan, beside
-from pipeline.base.files import free_bytes, human_bytes
+from pipeline.base.files import free_bytes, human_bytes, is_url
 from pipeline.base.progress import format_seconds
 from pipeline.base.runtime import DTYPES, cpu_has_bf16
 from pipeline.model.cost import measure_forward
-from pipeline.store.backend import is_url
 from pipeline.store.reader import Store
 
 HARVEST_OVER_FORWARD = 1.05

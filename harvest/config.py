@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.base.errors import UsageError
+from pipeline.base.files import is_url
 from pipeline.model.points import HOOKS, Point, canonical, site_name
-from pipeline.store.backend import is_url
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ from harvest.texts import Reader
 from harvest.tokens import Packing
 from pipeline.base.errors import DamagedError, StoreError
 from pipeline.base.fields import Fields
-from pipeline.base.files import hash_config, read_json
+from pipeline.base.files import hash_config, is_url, read_json
 from pipeline.base.runtime import resolve_device, resolve_dtype
 from pipeline.model.files import tokenizer_sha256
 from pipeline.model.points import Point
 from pipeline.model.specials import first_ids, resolve_bos, resolve_separator, special_ids
 from pipeline.model.split_lm import ModelInfo, load_tokenizer
-from pipeline.store.backend import is_url
 from pipeline.store.layout import CHUNK_ROWS, EVAL_SHARE, estimate_bytes, shard_rows_for
 from pipeline.store.prepare import extended, holds_tokens, segments
 from pipeline.store.reader import Store

@@ -18,7 +18,8 @@ from typing import Any
 
 from pipeline.base.errors import DamagedError, StoreError, UsageError
 from pipeline.base.fields import Fields
-from pipeline.store.backend import Files, is_url
+from pipeline.base.files import is_url
+from pipeline.store.backend import Files
 from pipeline.store.layout import PARTS
 from pipeline.store.makers import Maker
 from pipeline.store.writer import StoreWriter

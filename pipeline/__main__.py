@@ -14,7 +14,18 @@ from typing import Any
 
 import click
 
-from pipeline.base.cli import COUNT, NAMED_SOURCE, OUT_FILE, OUT_FOLDER, OUT_STORE, SOURCE, main, print_json
+from pipeline.base.cli import (
+    COUNT,
+    NAMED_SOURCE,
+    OUT_FILE,
+    OUT_FOLDER,
+    OUT_STORE,
+    PLACE,
+    REPOSITORY,
+    SOURCE,
+    main,
+    print_json,
+)
 from pipeline.base.errors import DamagedError, UsageError
 from pipeline.base.progress import say
 from pipeline.experiment import experiment as experiments
@@ -96,7 +107,7 @@ def run(
 
 
 @cli.command()
-@click.argument("path", type=NAMED_SOURCE)
+@click.argument("path", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def describe(path: str, as_json: bool) -> None:
     """Print what a store, checkpoint, training folder or results file is and what made it."""
@@ -110,7 +121,7 @@ def describe(path: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("path", type=NAMED_SOURCE)
+@click.argument("path", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def verify(path: str, as_json: bool) -> None:
     """Check that what lies at PATH is whole: a store, a checkpoint, a member, its metrics, results, latent pages, a report, an
@@ -236,7 +247,7 @@ def import_rows(
 
 
 @cli.command()
-@click.argument("url", type=NAMED_SOURCE)
+@click.argument("url", type=PLACE)
 @click.argument("path", type=OUT_FOLDER)
 def stage(url: str, path: Path) -> None:
     """Copy a store from object storage to a local disk for training; every shard is checked against its commit record.
@@ -288,11 +299,11 @@ def report(words: tuple[str, ...]) -> None:
 @click.option("--level", default=None, help="A level of the dictionary, 0 the innermost, or `all`: a folder each.")
 @click.option(
     "--store",
-    type=NAMED_SOURCE,
+    type=SOURCE,
     help="neuronpedia: whose rows and tokens are shown. Further options of it come behind.",
 )
 @click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="")
-def export(checkpoint: str, kind: str, out: Path, level: str | None, store: str | None, more: tuple[str, ...]) -> None:
+def export(checkpoint: str, kind: str, out: Path, level: str | None, store: Path | None, more: tuple[str, ...]) -> None:
     """Write a checkpoint, or an SAE on the Hub, as a folder that SAELens or dictionary_learning loads, folded to raw rows.
 
     The exported SAE takes raw residuals; its latents are in units of the residual. A LayerNorm SAE loads in SAELens
@@ -307,7 +318,7 @@ def export(checkpoint: str, kind: str, out: Path, level: str | None, store: str 
     if kind == "neuronpedia":
         if store is None:
             raise UsageError("--format neuronpedia needs --store, whose rows and tokens it shows")
-        words = ["--out", str(out), "--store", store, *(["--level", level] if level else [])]
+        words = ["--out", str(out), "--store", str(store), *(["--level", level] if level else [])]
         stages.pass_on("evaluate.latents.neuronpedia", [checkpoint, *words, *more])
     elif store or more:
         raise UsageError(f"{'--store' if store else more[0]}: belongs to --format neuronpedia")
@@ -358,7 +369,7 @@ def inspect(
 
 @cli.command()
 @click.argument("checkpoint", type=SOURCE)
-@click.argument("repository")
+@click.argument("repository", type=REPOSITORY)
 @click.option("--results", type=SOURCE, help="Its results file; the scores go into the model card.")
 @click.option("--private", is_flag=True, help="Make the repository private.")
 def push(checkpoint: Path, repository: str, results: Path | None, private: bool) -> None:
@@ -377,7 +388,7 @@ def push(checkpoint: Path, repository: str, results: Path | None, private: bool)
 
 
 @cli.command()
-@click.argument("repository")
+@click.argument("repository", type=REPOSITORY)
 @click.option("--out", type=OUT_FOLDER, required=True, help="Folder to write.")
 @click.option("--revision", help="Branch, tag or commit.  [default: main]")
 def pull(repository: str, out: Path, revision: str | None) -> None:
@@ -395,7 +406,7 @@ def pull(repository: str, out: Path, revision: str | None) -> None:
 
 @cli.command("push-store")
 @click.argument("store", type=SOURCE)
-@click.argument("repository")
+@click.argument("repository", type=REPOSITORY)
 @click.option("--private", is_flag=True, help="Make the repository private.")
 def push_store(store: Path, repository: str, private: bool) -> None:
     """Upload an activation store to the Hugging Face Hub as a data set repository, every byte checked first, with a card.
@@ -411,7 +422,7 @@ def push_store(store: Path, repository: str, private: bool) -> None:
 
 
 @cli.command("pull-store")
-@click.argument("repository")
+@click.argument("repository", type=REPOSITORY)
 @click.argument("path", type=OUT_FOLDER)
 @click.option("--revision", help="Branch, tag or commit.  [default: main]")
 def pull_store(repository: str, path: Path, revision: str | None) -> None:

@@ -22,7 +22,7 @@ from evaluate.latents.neuronpedia import command as neuronpedia
 from evaluate.report.write import cli as report
 from harvest.__main__ import command as harvest
 from pipeline.__main__ import cli as pipeline
-from pipeline.base.cli import Output, Source, failed
+from pipeline.base.cli import Output, Repository, Source, failed, spelled
 from train.__main__ import command as train
 
 COMMANDS: dict[str, click.Command] = {
@@ -38,7 +38,7 @@ NO_PATHS = {
     *("revision", "subset", "split", "part", "text_field", "device", "bos", "attention", "level_weighting", "keep", "scores"),
     "levels",
     *("dtype", "scr_text", "scr_attributes", "scr_pairs", "scr_n", "probe_k", "latents", "title", "primary", "model_id"),
-    *("set_name", "creator", "creator_id", "sbatch", "gpu", "key", "hook", "special_ids", "level", "text", "repository"),
+    *("set_name", "creator", "creator_id", "sbatch", "gpu", "key", "hook", "special_ids", "level", "text"),
 }  # fmt: skip
 """Options of text that name no path."""
 MODEL = Path(__file__).parent.parent / "data" / "tiny-gemma2"
@@ -193,6 +193,23 @@ def words_for(command: click.Command, asked: str, bad: str, folder: Path) -> lis
     return [*words, *last]
 
 
+def ended(name: str, words: list[str]) -> int:
+    """The exit code of a command. Raises what is a bug."""
+    try:
+        COMMANDS[name].main(words, prog_name=name, standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except Exception as error:
+        return failed(error, "", interrupted=False)
+    return 0
+
+
+def said_by(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Lines of stderr but those of usage."""
+    lines = capsys.readouterr().err.splitlines()
+    return [line for line in lines if line.strip() and not line.startswith(("Usage:", "Try "))]
+
+
 def test_options_of_text_are_known() -> None:
     """Every option that takes text is a path by its type, or known to be none."""
     for name, command in COMMANDS.items():
@@ -218,21 +235,30 @@ def test_bad_paths_are_one_line(
     bad = kind(place)
     words = words_for(command, param, str(bad), place)
     with powerless() if kind in LOCKED else contextlib.nullcontext():
-        try:
-            command.main(words, prog_name=name, standalone_mode=False)
-        except click.exceptions.Exit as stop:
-            code = stop.exit_code
-        except Exception as error:
-            code = failed(error, "", interrupted=False)  # raises what is a bug
-        else:
-            code = 0
-    said = [
-        line
-        for line in capsys.readouterr().err.splitlines()
-        if line.strip() and not line.startswith(("Usage:", "Try "))
-    ]
+        code = ended(name, words)
+    said = said_by(capsys)
     assert code in (1, 2), said
     assert len(said) == 1, said
     assert kind is not a_pipe or bad.is_fifo()
     assert kind in MAY_BE_OTHERS or ascii(bad.name[:60])[1:-1] in said[0]
     assert len(said[0]) < 1000
+
+
+URLS = [
+    (name, str(one.name))
+    for name, command in COMMANDS.items()
+    for one in command.params
+    if isinstance(one.type, Source | Output | Repository) and not getattr(one.type, "urls", False)
+]
+
+
+@pytest.mark.parametrize(("name", "param"), URLS, ids=[f"{name} {param}" for name, param in URLS])
+def test_urls_are_refused_by_name(place: Path, capsys: pytest.CaptureFixture[str], name: str, param: str) -> None:
+    """Every path, id or repository that can be no URL says so of one, and what it takes instead; nothing is made or asked."""
+    command = COMMANDS[name]
+    declared = next(one for one in command.params if one.name == param)
+    assert ended(name, words_for(command, param, "zip://a::b", place)) == 2
+    said = said_by(capsys)
+    assert len(said) == 1, said
+    assert f"zip://a::b: a URL, where {spelled(declared)} takes " in said[0]
+    assert [one.name for one in place.iterdir()] == ["there"]

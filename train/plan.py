@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from pipeline.base.errors import MismatchError, PipelineError, UsageError
-from pipeline.base.files import human_bytes
+from pipeline.base.files import human_bytes, is_url
 from pipeline.base.memory import available_memory
 from pipeline.base.runtime import measured_seconds, world_size
-from pipeline.store.backend import is_url
 from pipeline.store.layout import SplitLayout
 from train import held_out
 from train.config import TrainConfig

@@ -18,7 +18,7 @@ import click
 
 from pipeline import INTERRUPTED, say_stopped
 from pipeline.base.errors import ADVICE, DiskError, PipelineError, UsageError, explain, one_line
-from pipeline.base.files import read_text, require_ordinary, require_replaceable
+from pipeline.base.files import is_url, read_text, require_ordinary, require_replaceable
 from pipeline.base.processes import is_launched
 from pipeline.base.progress import log_line, say
 from pipeline.base.startup import heard
@@ -65,10 +65,9 @@ COUNT, COUNT_OR_AUTO, SIZE = Count(), CountOrAuto(), Size()
 
 
 class Source(click.ParamType[Any]):
-    """A path to read, looked at before anything else is done; with `names`, text that may also be a Hub id, a URL or a name of
-    ours; with `several`, some of these with commas between; with `urls`, a URL, as text. Raises DiskError for what
-    the operating system refuses to look at,
-    and where a link leads nowhere."""
+    """A path to read, looked at before anything else is done; with `names`, text that may also be a Hub id or a name of ours;
+    with `several`, some of these with commas between; with `urls`, a URL, as text. Raises UsageError for a URL that is not taken,
+    and DiskError for what the operating system refuses to look at, and where a link leads nowhere."""
 
     name = "path"
 
@@ -77,17 +76,43 @@ class Source(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """A Path; text as it is where names are taken, and of URLs."""
-        if self.urls and "://" in str(value):
+        if self.urls and is_url(str(value)):
             return str(value)
         for one in str(value).split(",") if self.several else [str(value)]:
-            if not (self.names and "://" in one):
-                require_readable(Path(one))
+            if is_url(one):
+                ids = " or a Hugging Face id (owner/name)" if self.names else ""
+                raise UsageError(
+                    f"{one}: a URL, where {spelled(param)} takes a local path{ids}; copy it to a disk first (python -m pipeline "
+                    "stage for a store, pull for an SAE of the Hub)"
+                )
+            require_readable(Path(one))
         return str(value) if self.names else Path(value)
 
 
 SOURCE, NAMED_SOURCE, NAMED_SOURCES = Source(), Source(names=True), Source(names=True, several=True)
-STORE = Source(urls=True)
-"""A store to read: a Path, or a URL as text."""
+STORE, PLACE = Source(urls=True), Source(names=True, urls=True)
+"""A store to read: a Path, or a URL as text; anything of ours, both as text."""
+
+
+class Repository(click.ParamType[str]):
+    """A repository of the Hugging Face Hub: owner/name, as text. Raises UsageError for a URL, as a browser shows."""
+
+    name = "repository"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if is_url(str(value)):
+            raise UsageError(
+                f"{value}: a URL, where {spelled(param)} takes owner/name; leave out what stands before it"
+            )
+        return str(value)
+
+
+REPOSITORY = Repository()
+
+
+def spelled(param: click.Parameter | None) -> str:
+    """An option or an argument as help writes it."""
+    return "this" if param is None else param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
 
 
 def require_readable(path: Path) -> None:
@@ -116,9 +141,9 @@ def require_text(path: Path) -> Path:
 
 
 class Output(click.ParamType[Any]):
-    """A path to write to, a file or a folder, looked at before anything else is done. A URL is left as it is.
+    """A path to write to, a file or a folder, looked at before anything else is done; with `urls`, a URL, as it is.
 
-    Nothing is made. Raises DiskError where it can never be written.
+    Nothing is made. Raises DiskError where it can never be written, and UsageError for a URL that is not taken.
     """
 
     name = "path"
@@ -128,8 +153,12 @@ class Output(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """A Path; text as it is where URLs are taken."""
-        if self.urls and "://" in str(value):
-            return value
+        if is_url(str(value)):
+            if self.urls:
+                return value
+            raise UsageError(
+                f"{value}: a URL, where {spelled(param)} takes a local path; write to a disk, then copy it there"
+            )
         try:
             require_place(Path(value), folder=self.folder)
         except DiskError:

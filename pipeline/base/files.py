@@ -60,6 +60,11 @@ def hash_config(config: Mapping[str, Any]) -> str:
     return sha256(canonical_json(config))
 
 
+def is_url(path: Path | str) -> bool:
+    """Whether a path names object storage (s3://…, memory://…) rather than a local folder."""
+    return isinstance(path, str) and "://" in path
+
+
 KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 """What a name may lead to that has no bytes of its own, or no end."""
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import PipelineError
-from pipeline.base.files import read_json
+from pipeline.base.files import is_url, read_json
 from pipeline.sae.foreign.reader import folder_of, is_foreign, names_for, read_sae, require_format
-from pipeline.store.backend import is_url
 from pipeline.store.reader import Store, describe_store
 
 

@@ -20,13 +20,12 @@ from pathlib import Path
 from pipeline.base.digests import BESIDE, DIGESTS, beside, beside_problem, digest_problems, is_sealed, read_digests
 from pipeline.base.errors import DamagedError, PipelineError, explain
 from pipeline.base.fields import Fields
-from pipeline.base.files import KINDS, PARTIAL, hash_config, hash_file, read_json
+from pipeline.base.files import KINDS, PARTIAL, hash_config, hash_file, is_url, read_json
 from pipeline.base.results import FORMAT as RESULTS
 from pipeline.base.results import read_result
 from pipeline.sae import member
 from pipeline.sae.checkpoint import FORMAT, NAME, VERSION, read_header, verify_tensors
 from pipeline.sae.foreign.reader import folder_of, is_foreign, load_sae
-from pipeline.store.backend import is_url
 from pipeline.store.reader import Store
 
 TENSORS = {

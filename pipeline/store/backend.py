@@ -157,8 +157,3 @@ def make_folder(folder: Path) -> None:
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
-
-
-def is_url(path: Path | str) -> bool:
-    """Whether a path names object storage (s3://…, memory://…) rather than a local folder."""
-    return isinstance(path, str) and "://" in path

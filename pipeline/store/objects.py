@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from pipeline.base.errors import DamagedError, UsageError
-from pipeline.base.files import disk_errors
-from pipeline.store.backend import Files, LocalFiles, is_url, require_small
+from pipeline.base.files import disk_errors, is_url
+from pipeline.store.backend import Files, LocalFiles, require_small
 from pipeline.store.requests import Gone, Traffic, asked, first_line
 
 REQUESTS = 32

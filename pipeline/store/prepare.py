@@ -22,12 +22,13 @@ from pipeline.base.files import (
     disk_errors,
     hash_config,
     hash_parts,
+    is_url,
     lock_folder,
     require_free,
     require_same,
     sha256,
 )
-from pipeline.store.backend import Files, is_url, make_folder
+from pipeline.store.backend import Files, make_folder
 from pipeline.store.groups import delete_groups, unpack
 from pipeline.store.layout import (
     OUR_KEY,
