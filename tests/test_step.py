@@ -22,7 +22,7 @@ from train.plan import SHARED_PARTS, memory_bytes
 from train.step.fused.choice import member_kind
 from train.step.graphs import cuda_capture
 from train.step.member import Batch, Member, dead_share, normalise_batch, product_dtype
-from train.step.schedules import learning_rate, sparsity_ramp
+from train.step.schedules import learning_rate, level_rates, sparsity_ramp
 from train.step.scratch import Scratch, row_chunks
 from train.step.snapshot import Snapshot
 
@@ -44,9 +44,10 @@ def config_of(recipe: str, **changes: Any) -> TrainConfig:
     return RECIPES[recipe](**({"width": WIDTH, "batch_size": ROWS, "dtype": "float32"} | schedule | changes))
 
 
-def member_of(config: TrainConfig, d_model: int = D_MODEL) -> Member:
+def member_of(config: TrainConfig, d_model: int = D_MODEL, *, is_sparse: bool = False) -> Member:
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
-    return Member(config, d_model, torch.full((d_model,), 0.3, dtype=dtype), 1.7, CPU, Scratch(CPU))
+    center = torch.full((d_model,), 0.3, dtype=dtype)
+    return Member(config, d_model, center, 1.7, CPU, Scratch(CPU), is_sparse=is_sparse)
 
 
 def raw_rows(step: int, n: int = ROWS, d_model: int = D_MODEL) -> Tensor:
@@ -72,7 +73,7 @@ def assert_same_state(a: Member, b: Member) -> None:
         assert torch.equal(tensor, b.state()[name]), f"{name} differs"
 
 
-@pytest.mark.parametrize("changes", [{}, {"clip_norm": 0.1}, {"normalize_gradients": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"clip_norm": 0.1}, {"normalize_gradients": True}, {"level_lr": 0.5}], ids=str)
 @pytest.mark.parametrize("layernorm", ["none", "pre"])
 def test_step_equals_autograd_reference(layernorm: str, changes: dict[str, Any]) -> None:
     """Steps equal autograd, clip, projection, Adam and renormalisation."""
@@ -84,11 +85,41 @@ def test_step_equals_autograd_reference(layernorm: str, changes: dict[str, Any])
     for step in range(6):
         batch = batch_for(member, step)
         loss = reference_objective(weights, config, batch.x, factor=sparsity_ramp(config, step))
-        norms.append(reference_update(weights, adam, config, learning_rate(config, step), loss))
+        rates = level_rates(config, config.level_sizes())
+        norms.append(reference_update(weights, adam, config, learning_rate(config, step), loss, rates))
         member.step(batch)
     for name, weight in weights.items():
         torch.testing.assert_close(member.weights[name], weight.detach(), rtol=1e-6, atol=1e-9)
     assert member.metrics()["grad_norm"] == pytest.approx(sum(norms) / 6, rel=1e-6)
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("shape", [{"alpha": 0.0}, {"alpha": 0.25}, {"levels": (0.125, 0.5, 1.0)}], ids=str)
+def test_small_levels_learn_faster(shape: dict[str, Any], is_sparse: bool) -> None:
+    """A level moves at (its size / width) to −level_lr, with mean 1 over latents, of what it moves at one rate."""
+    moved = []
+    for power in (0.0, 0.5):
+        config = config_of("batchtopk", dtype="float64", level_lr=power, **shape)
+        member = member_of(config, is_sparse=is_sparse)
+        before = {name: member.weights[name].clone() for name in ("W_enc", "b_enc")}
+        member.step(batch_for(member, 0))
+        moved.append({name: member.weights[name] - old for name, old in before.items()})
+    ends = config.level_sizes()
+    wanted = torch.cat(
+        [torch.full((stop - start,), stop**-0.5, dtype=torch.float64) for start, stop in zip((0, *ends), ends)]
+    )
+    wanted /= wanted.mean()
+    for name, even in moved[0].items():
+        torch.testing.assert_close(moved[1][name], even * wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_adapting_level_takes_its_rate() -> None:
+    """Where alpha adapts, latents learn at the rates of the levels as they are now."""
+    member = member_of(config_of("batchtopk", alpha="auto", level_lr=0.5))
+    member._share(3)
+    torch.testing.assert_close(
+        member.adam.rates["W_dec"].double(), level_rates(member.config, (3, member.config.width)), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("recipe", ["topk", "batchtopk"])

@@ -150,9 +150,16 @@ def reference_objective(
 
 
 def reference_update(
-    weights: dict[str, Tensor], optimizer: torch.optim.Adam, config: TrainConfig, lr: float, loss: Tensor
+    weights: dict[str, Tensor],
+    optimizer: torch.optim.Adam,
+    config: TrainConfig,
+    lr: float,
+    loss: Tensor,
+    rates: Tensor | None = None,
 ) -> float:
-    """Backward, clip, project, Adam, renormalise, with torch's own parts; returns the gradient norm before clipping."""
+    """Backward, clip, project, Adam, renormalise, with torch's own parts; returns the gradient norm before clipping.
+
+    rates: latents' parts of the learning rate; None: 1."""
     optimizer.zero_grad()
     loss.backward()
     norm = torch.cat([w.grad.flatten() for w in weights.values()]).norm()
@@ -166,7 +173,10 @@ def reference_update(
         gradient -= (gradient * decoder).sum(1, keepdim=True) * decoder
         for group in optimizer.param_groups:
             group["lr"] = lr
+        before = {name: w.clone() for name, w in weights.items() if rates is not None and name != "b_dec"}
         optimizer.step()
+        for name, old in before.items():
+            weights[name].copy_(old + (weights[name] - old) * (rates[:, None] if name == "W_dec" else rates))
         decoder /= decoder.norm(dim=1, keepdim=True)
     return float(norm)
 

@@ -148,6 +148,7 @@ class Member:
         if is_sparse:
             self.weights["W_enc"] = sparse.by_latent(self.weights["W_enc"])
         self.adam = Adam(self.weights, self.dtype, config)
+        self.adam.set_rates(schedules.level_rates(config, self.shape.levels))
         self.schedule = Schedule(config, device)
         self.recorded = Recorded(capture, self._changed)
         self.reducer = Reducer(group)
@@ -419,6 +420,7 @@ class Member:
         """From now on the first `n_shared` latents are the shared ones."""
         self.shape = self.latents.shape = dataclasses.replace(self.shape, levels=(n_shared, self.config.width))
         self.penalty = objectives.penalty_weights(self.config, n_shared).to(self.device, self.wide)
+        self.adam.set_rates(schedules.level_rates(self.config, self.shape.levels))
 
     def _loss(self, forward: Forward, sums: Sums) -> Tensor:
         """The whole objective of this batch, a row."""

@@ -1,8 +1,9 @@
 """The optimiser: clip, projection, Adam, renormalisation and the low-precision copy, in one pass over the weights.
 
 Order of one update (DECISIONS 3): the norm over all gradients is clipped; the component of the decoder's gradient along
-each row is removed; Adam; decoder rows are scaled back to unit norm; the copy that products read is written. The big
-matrices go through in chunks of rows, so that the whole chain works on numbers that are still in cache.
+each row is removed; Adam, at each latent's own part of the learning rate; decoder rows are scaled back to unit norm; the
+copy that products read is written. The big matrices go through in chunks of rows, so that the whole chain works on numbers
+that are still in cache.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from train.config import TrainConfig
 MATRICES = ("W_enc", "W_dec", "W_skip")
 """Weights that products read."""
 
+LATENTS_AT = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "ln_gain": 0, "ln_bias": 0, "log_threshold": 0}
+"""Which dimension of a weight goes over latents; the others have none."""
+
 CHUNK_NUMBERS = 1 << 18
 """Numbers of a weight matrix that a CPU updates at a time: with gradient and both moments about 4 MB."""
 
@@ -26,11 +30,14 @@ class Adam:
     """Adam (Kingma & Ba 2015) over named weights, held in float32; `low` are the copies that products read.
 
     `low[name]` is the weight itself when the products have the weights' dtype. Moments and weights are changed in place.
+    `rates` are the parts of the learning rate at which a weight's latents learn, by name: `set_rates`.
     """
 
     def __init__(self, weights: dict[str, Tensor], low_dtype: torch.dtype, config: TrainConfig) -> None:
         self.config = config
         self.weights = weights
+        self.rates = {name: torch.ones_like(weights["b_dec" if name == "b_dec" else "b_enc"]) for name in weights}
+        self.set_rates(torch.ones(config.width))
         self.first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self.second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self.n_updates = torch.zeros((), dtype=torch.float32, device=weights["W_dec"].device)
@@ -42,6 +49,15 @@ class Adam:
         for name, weight in self.weights.items():
             state |= {name: weight, f"first.{name}": self.first[name], f"second.{name}": self.second[name]}
         return state
+
+    def set_rates(self, rates: Float[Tensor, " latent"]) -> None:
+        """From now on latents learn at these parts of the learning rate; their log-thresholds at `threshold_lr` times as much."""
+        self.uneven: set[str] = set()
+        for name in self.weights.keys() & LATENTS_AT.keys():
+            own = rates * self.config.threshold_lr if name == "log_threshold" else rates
+            self.rates[name].copy_(own)
+            if bool((own != 1).any()):
+                self.uneven.add(name)
 
     def refresh_low(self) -> None:
         """Write the low-precision copies again after the weights were changed from outside."""
@@ -66,10 +82,10 @@ class Adam:
 
     def _update_rows(self, name: str, rows: slice, gradient: Tensor, lr: Tensor) -> None:
         weight = in_memory(self.weights[name])[rows]
-        if name == "log_threshold":
-            lr = lr * self.config.threshold_lr
         if name == "W_dec":
             remove_along_rows(gradient, weight)
+        rates = self._rates(name, rows)
+        before = None if rates is None else weight.clone()
         torch._fused_adam_(
             [weight],
             [gradient],
@@ -85,10 +101,22 @@ class Adam:
             amsgrad=False,
             maximize=False,
         )
+        if before is not None and rates is not None:
+            torch.lerp(before, weight, rates, out=weight)
         if name == "W_dec":
             weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True))
         if name in self.low and self.low[name].dtype != weight.dtype:
             in_memory(self.low[name])[rows].copy_(weight)
+
+    def _rates(self, name: str, rows: slice) -> Tensor | None:
+        """The latents' parts of the learning rate, to be multiplied with these rows of a weight as it lies in memory."""
+        if name not in self.uneven:
+            return None
+        weight, rates = self.weights[name], self.rates[name]
+        if weight.dim() == 1:
+            return rates[rows]
+        by_latent = (LATENTS_AT[name] == 0) == weight.is_contiguous()
+        return rates[rows, None] if by_latent else rates
 
 
 def in_memory(weight: Tensor) -> Tensor:

@@ -37,6 +37,17 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * warm * max(decay, 0.0)
 
 
+def level_rates(config: TrainConfig, levels: Sequence[int]) -> Float[Tensor, " latent"]:
+    """Each latent's part of the learning rate, float64: its level's cumulative size to the power −`level_lr`, with mean 1.
+
+    A small dictionary learns best at a higher rate than a large one (`rate_for_width`), and a level is a dictionary of its
+    cumulative size; one rate for all leaves the last level's latents dead or the first level behind.
+    """
+    sizes = torch.tensor([size - start for start, size in zip((0, *levels), levels)])
+    rates = torch.tensor(levels, dtype=torch.float64).pow(-config.level_lr).repeat_interleave(sizes)
+    return rates / rates.mean() if len(levels) > 1 and config.level_lr else torch.ones_like(rates)
+
+
 def sparsity_ramp(config: TrainConfig, step: int) -> float:
     """Warm-up of the penalty at the update that follows `step` finished ones: linear from 0 to 1."""
     return min(1.0, step / config.sparsity_warmup_steps) if config.sparsity_warmup_steps else 1.0

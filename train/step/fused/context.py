@@ -14,7 +14,7 @@ from train.step.fused.tiles import ceil_div
 from train.step.member import Batch, Member
 
 VECTORS = ("b_enc", "ln_gain", "ln_bias", "b_dec", "log_threshold")
-"""Weights that one launch updates, in the order in which they lie in memory; the last has a learning rate of its own."""
+"""Weights that one launch updates, in the order in which they lie in memory."""
 
 NORMS = {"none": 0, "pre": 1, "post": 2}
 
@@ -23,15 +23,15 @@ class Kept:
     """What a member that steps in fused passes keeps beside its state.
 
     `search` guides batchtopk's threshold (`thresholds.py`), `bins` are its histograms, empty between steps; `control`, `norm`
-    and `l0` are this step's, on the device; `vectors` are all vectors of weights in one, and their moments; `flags` are what
-    kernels of this config are compiled for.
+    and `l0` are this step's, on the device; `vectors` are all vectors of weights in one, and their moments, `rates` their parts
+    of the learning rate; `flags` are what kernels of this config are compiled for.
     """
 
     def __init__(self, member: Member) -> None:
         config, self.device = member.config, member.device
         names = [name for name in VECTORS if name in member.weights]
-        kinds = (member.weights, member.adam.first, member.adam.second)
-        self.vectors = [join(weights, names) for weights in kinds]
+        kinds = (member.weights, member.adam.first, member.adam.second, member.adam.rates)
+        *self.vectors, self.rates = [join(weights, names) for weights in kinds]
         self.search = torch.zeros(4, dtype=torch.float32, device=self.device)
         self.control = torch.zeros(3, dtype=torch.float32, device=self.device)
         self.norm = torch.zeros((), dtype=torch.float64, device=self.device)

@@ -16,6 +16,9 @@ from train.step.traffic import launch
 SQUARES = 1 << 15
 """Gradients whose squares one program sums."""
 
+COLUMNS = 1024
+"""Of a row of weights, those that one program updates."""
+
 
 @triton.jit
 @no_type_check
@@ -91,6 +94,7 @@ def adam_rows_kernel(
     second,
     low,
     control,
+    rates,
     n_rows,
     d_model,
     BETA1: tl.constexpr,
@@ -100,7 +104,8 @@ def adam_rows_kernel(
     TILE_R: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """The decoder: clip, projection, Adam, renormalisation and the low-precision copy; a program takes TILE_R whole rows."""
+    """The decoder: clip, projection, Adam, renormalisation and the low-precision copy; a program takes TILE_R whole rows, of
+    latents that learn at `rates` [row] of the learning rate."""
     rows = tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)
     cols = tl.arange(0, SIZE)
     mask = (rows < n_rows)[:, None] & (cols < d_model)[None, :]
@@ -110,7 +115,8 @@ def adam_rows_kernel(
     g = g - tl.sum(g * w, 1)[:, None] * w
     m = tl.load(first + at, mask=mask, other=0.0)
     v = tl.load(second + at, mask=mask, other=0.0)
-    w, m, v = adam(g, w, m, v, tl.load(control + 1), tl.load(control + 2), BETA1, BETA2, EPS)
+    step_size = tl.load(control + 1) * tl.load(rates + rows, mask=rows < n_rows, other=0.0)[:, None]
+    w, m, v = adam(g, w, m, v, step_size, tl.load(control + 2), BETA1, BETA2, EPS)
     tl.store(first + at, m, mask=mask)
     tl.store(second + at, v, mask=mask)
     w = tl.where(mask, w, 0.0)
@@ -130,24 +136,27 @@ def adam_kernel(
     second,
     low,
     control,
-    n,
-    scaled_from,
-    scale,
+    rates,
+    n_columns,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
     LOW: tl.constexpr,
+    BY_ROW: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """All other weights: clip, Adam and the low-precision copy; the learning rate is `scale` times as large from
-    `scaled_from` on."""
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    mask = at < n
+    """All other weights: clip, Adam and the low-precision copy; a program takes SIZE columns of a row. `rates` are parts of the
+    learning rate, a row if BY_ROW, else a column."""
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    mask = columns < n_columns
+    at = row.to(tl.int64) * n_columns + columns
     g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32) * tl.load(control)
     w = tl.load(weight + at, mask=mask, other=0.0)
     m = tl.load(first + at, mask=mask, other=0.0)
     v = tl.load(second + at, mask=mask, other=0.0)
-    step_size = tl.load(control + 1) * tl.where(at >= scaled_from, scale, 1.0)
+    rate = tl.load(rates + row) if BY_ROW else tl.load(rates + columns, mask=mask, other=0.0)
+    step_size = tl.load(control + 1) * rate
     w, m, v = adam(g, w, m, v, step_size, tl.load(control + 2), BETA1, BETA2, EPS)
     tl.store(first + at, m, mask=mask)
     tl.store(second + at, v, mask=mask)
@@ -209,35 +218,52 @@ def update(step: Step) -> None:
         num_warps=min(16, max(4, size // 512)),
         **betas,
     )
-    n = step.w_enc.numel()
-    update_matrix(step, adam_kernel, (ceil_div(n, 1024),), "W_enc", step.w_enc, [n, n, 1.0], SIZE=1024, **betas)
+    n_rows, n_columns = step.w_enc.shape
+    update_matrix(
+        step,
+        adam_kernel,
+        (n_rows, ceil_div(n_columns, COLUMNS)),
+        "W_enc",
+        step.w_enc,
+        [n_columns],
+        BY_ROW=member.is_sparse,
+        SIZE=COLUMNS,
+        **betas,
+    )
     n = len(step.vectors)
-    first_scaled = n - step.width if step.kept.kind else n
     weight, first, second = step.kept.vectors
     launch(
         adam_kernel,
-        (ceil_div(n, 1024),),
-        [weight, step.vectors, first, second, weight, step.kept.control, n, first_scaled, config.threshold_lr],
-        reads=[weight, step.vectors, first, second, step.kept.control],
+        (1, ceil_div(n, COLUMNS)),
+        [weight, step.vectors, first, second, weight, step.kept.control, step.kept.rates, n],
+        reads=[weight, step.vectors, first, second, step.kept.control, step.kept.rates],
         writes=[weight, first, second],
         LOW=False,
-        SIZE=1024,
+        BY_ROW=False,
+        SIZE=COLUMNS,
         **betas,
     )
 
 
 def update_matrix(
-    step: Step, kernel: Any, grid: tuple[int, ...], name: str, gradient: Tensor, numbers: list[float], **options: Any
+    step: Step,
+    kernel: Any,
+    grid: tuple[int, ...],
+    name: str,
+    gradient: Tensor,
+    numbers: list[int],
+    **options: Any,
 ) -> None:
     """Adam on a matrix, by the kernel of its kind; numbers: what it takes behind the tensors."""
     adam = step.member.adam
     weight, first, second, low = adam.weights[name], adam.first[name], adam.second[name], adam.low[name]
+    rates = adam.rates[name]
     has_low = low.dtype != weight.dtype
     launch(
         kernel,
         grid,
-        [weight, gradient, first, second, low, step.kept.control, *numbers],
-        reads=[weight, gradient, first, second, step.kept.control],
+        [weight, gradient, first, second, low, step.kept.control, rates, *numbers],
+        reads=[weight, gradient, first, second, step.kept.control, rates],
         writes=[weight, first, second, *([low] if has_low else [])],
         LOW=has_low,
         **options,
