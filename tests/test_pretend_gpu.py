@@ -263,7 +263,7 @@ def test_too_large_suffix_is_refused_first(
     with pretended():
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
         for dry_run in (True, False):
-            with pytest.raises(ModelError, match="its suffix take .* --device-map auto"):
+            with pytest.raises(ModelError, match=r"its suffix take .* --device-map auto"):
                 evaluate(config, [tmp_path / "runs"], dry_run=dry_run)
 
 
