@@ -550,7 +550,7 @@ def test_offloaded_suffix_is_the_plain(lm_folder: Folder, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("part", ["prefix", "suffix", "whole"])
-def test_part_larger_than_a_gpu_is_refused(part: Any, lm_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_part_too_large_is_refused(part: Any, lm_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part that does not fit into what is free on a GPU is refused in a line that names --device-map, before a weight is read;
     its size is that of the weights that it keeps."""
     folder, cuda = str(lm_folder("llama")), torch.device("cuda:0")
