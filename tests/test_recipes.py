@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pipeline.base.errors import UsageError
 from pipeline.base.files import canonical_json
 from train.config import RECIPES, TrainConfig, batchtopk, paper
+from train.folder import plain
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -141,3 +142,12 @@ def test_every_length_and_width_has_defaults(name: str, steps: int, width: int, 
     config = RECIPES[name](steps=steps, width=width, **changes)
     assert config.lr_warmup_steps + config.lr_decay_steps <= steps
     assert config.k <= width
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_older_members_keep_names(recipe: str) -> None:
+    """A config without --skip and --level-lr is written, and named, as before there were any."""
+    config = RECIPES[recipe](level_lr=0.0)
+    written = plain(config)
+    assert written.keys() == config.to_dict().keys() - {"skip", "level_lr"}
+    assert TrainConfig.from_dict(written) == config
