@@ -126,10 +126,15 @@ def groups(todo: Sequence[Checkpoint], planned: planning.Plan) -> Iterator[Seque
 
 @torch.inference_mode()
 def score_group(work: Work, group: Sequence[Checkpoint], bar: Progress) -> tuple[list[Scorer], list[Failure]]:
-    """One pass over the rows for some checkpoints; what cannot be loaded or is not finite from the start costs itself alone."""
+    """One pass over the rows for some checkpoints; what cannot be loaded or is not finite from the start costs itself alone.
+
+    Raises ModelError when the clean model's own output is not finite; asked after the first batch and the last.
+    """
     scorers, failed = load_group(work, group)
     for batch in work.sample.batches():
         clean = work.reference.clean_pass(batch) if work.reference is not None and scorers else None
+        if work.reference is not None and batch.first == 0:
+            work.reference.require_finite()
         shared = shared_work(batch, clean, work.survey)
         for scorer in list(scorers):
             scorer.update(work.job.lm, shared, work.plan.chunk)
@@ -139,6 +144,8 @@ def score_group(work: Work, group: Sequence[Checkpoint], bar: Progress) -> tuple
             bar.advance(len(batch.kept), scorer.checkpoint.member)
         if not scorers:
             break
+    if work.reference is not None:
+        work.reference.require_finite()
     return scorers, failed
 
 

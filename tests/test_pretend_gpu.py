@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from evaluate.config import EvaluateConfig
 from evaluate.run import run as evaluate
+from evaluate.scores import behaviour
 from evaluate.scores.sample import Sample
 from evaluate.scores.scorer import Scorer
 from harvest import run as harvesting
@@ -245,9 +246,10 @@ def test_scores_wait_for_nothing(tmp_path: Path, models_on_gpu: None, monkeypatc
     expected, waits = levels("cpu"), Waits(monkeypatch)
     waits.count(Scorer, "update")
     waits.count(Sample, "batch")
+    waits.count(behaviour, "clean_pass")
     with pretended():
         found = levels("cuda")
-    assert (waits.found["update"], waits.found["batch"]) == (0, 0)
+    assert (waits.found["update"], waits.found["batch"], waits.found["clean_pass"]) == (0, 0, 0)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == {name: x if x is None else pytest.approx(x, rel=1e-3, abs=1e-4) for name, x in theirs.items()}
 

@@ -15,6 +15,7 @@ from evaluate.scores.behaviour import (
     Baselines,
     Behaviour,
     Clean,
+    Reference,
     TokenScores,
     behaviour_scores,
     clean_pass,
@@ -283,12 +284,19 @@ def test_nothing_to_recover_is_undefined() -> None:
 
 
 def test_infinite_clean_output_is_an_error(made: Any) -> None:
-    """A model whose clean output is not finite is an error."""
+    """A model whose clean output is not finite on any batch is an error when it is asked for."""
     store, lm, _ = made()
     batch = batch_of(store)
+    reference = Reference.of(lm, store.mean, store.context, 64, len(batch.index))
+    reference.clean_pass(batch)
+    reference.require_finite()
+    residual = batch.residual.clone()
     batch.residual[0, 3] = math.nan
+    reference.clean_pass(batch)
+    batch.residual.copy_(residual)
+    reference.clean_pass(batch)
     with pytest.raises(ModelError, match="clean model's log-probabilities are not finite"):
-        clean_pass(lm, batch, 64)
+        reference.require_finite()
 
 
 @given(st.integers(1, 2000), st.integers(1, 6), st.integers(0, 99))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from evaluate.scores.sample import Batch
@@ -71,8 +71,8 @@ def cross_entropy(log_q: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"
 def clean_pass(lm: SplitLM, batch: Batch, chunk: int, space: Float[Tensor, "most vocab"] | None = None) -> Clean:
     """Run the clean residual through the suffix once and keep its distributions: rows × vocab × 4 bytes.
 
-    `space`: where to keep them, float32, for at least as many rows; what it held before is gone.
-    Raises ModelError when the model's own output is not finite.
+    `space`: where to keep them, float32, for at least as many rows; what it held before is gone. Whether the model's own output
+    is finite is not asked here, since the answer would be waited for (`Reference`).
     """
     hidden = kept_hidden(lm, batch, batch.residual)
     p = torch.empty(len(hidden), lm.vocab, device=hidden.device) if space is None else space[: len(hidden)]
@@ -81,10 +81,7 @@ def clean_pass(lm: SplitLM, batch: Batch, chunk: int, space: Float[Tensor, "most
         parts.append(clean_rows(lm, hidden[rows], batch.targets[rows], p[rows]))
     if not parts:
         return Clean(p, p.new_zeros(0), batch.targets, p.new_zeros(0))
-    clean = Clean(p, *(torch.cat(column) for column in zip(*parts)))
-    if not clean.negative_entropy.isfinite().all():
-        raise ModelError(f"{lm.info.folder}: the clean model's log-probabilities are not finite; try --dtype float32")
-    return clean
+    return Clean(p, *(torch.cat(column) for column in zip(*parts)))
 
 
 def clean_rows(
@@ -306,25 +303,36 @@ class Baselines:
 class Reference:
     """The clean model that every checkpoint is compared with, and its ablations, over the passes of a job.
 
-    `chunk`: rows unembedded at once; `space` [most rows of a batch, vocab] float32: where a batch's distributions lie.
+    `chunk`: rows unembedded at once; `space` [most rows of a batch, vocab] float32: where a batch's distributions lie; `finite`:
+    whether all were so far, on the device, where it is known without waiting.
     """
 
     lm: SplitLM
     baselines: Baselines
     chunk: int
     space: Float[Tensor, "most vocab"]
+    finite: Bool[Tensor, ""]
 
     @staticmethod
     def of(lm: SplitLM, store_mean: Float[Tensor, " d_model"], context: int, chunk: int, rows: int) -> Reference:
         """For batches of at most `rows` rows."""
         space = torch.empty(rows, lm.vocab, device=lm.device)
-        return Reference(lm, Baselines.empty(lm, store_mean, context, chunk), chunk, space)
+        finite = torch.ones((), dtype=torch.bool, device=lm.device)
+        return Reference(lm, Baselines.empty(lm, store_mean, context, chunk), chunk, space, finite)
 
     def clean_pass(self, batch: Batch) -> Clean:
         """The clean model on a batch, which lasts until the next; its baselines are counted once a job."""
         clean = clean_pass(self.lm, batch, self.chunk, self.space)
+        self.finite.logical_and_(clean.negative_entropy.isfinite().all())
         self.baselines.update(batch, clean)
         return clean
+
+    def require_finite(self) -> None:
+        """Raise ModelError when the model's own output was not finite on a batch so far; waits for the device."""
+        if not self.finite:
+            raise ModelError(
+                f"{self.lm.info.folder}: the clean model's log-probabilities are not finite; try --dtype float32"
+            )
 
 
 def behaviour_scores(spliced: Behaviour, baselines: dict[str, float], k: int) -> dict[str, float | None]:
