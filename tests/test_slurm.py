@@ -183,6 +183,8 @@ def test_training_asks_for_measured_time(tmp_path: Path, experiment: Path) -> No
     assert asked(path)["time"] == "220"  # 2 · 100 + 15
     assert "steps measured on cuda where this was written: 1 h 40 min" in path.read_text()
     assert Cluster().training(trained(1e30)["cost"], is_on_cpu=True).seconds == 6000
+    unmeasured = trained(0.3 * GPU_FLOPS["a100"] * 9700, device="cuda")["cost"] | {"seconds": None}
+    assert Cluster().training(unmeasured, is_on_cpu=False).seconds == pytest.approx(10_000)
 
 
 def test_finish_asks_for_all_scoring(tmp_path: Path, experiment: Path) -> None:

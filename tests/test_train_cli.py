@@ -17,8 +17,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeline.base.cli import main
-from pipeline.base.errors import MismatchError, UsageError
+from pipeline.base.errors import MismatchError, PipelineError, UsageError
 from pipeline.store.reader import Store
+from train import plan as plan_module
 from train.__main__ import command
 from train.config import DEFAULT, RECIPES, TrainConfig
 from train.options import make_grid
@@ -178,6 +179,22 @@ def test_plan_refuses_members_of_another_store(tiny_store: Path, tmp_path: Path)
     invoke("--store", tiny_store, *words)
     with pytest.raises(MismatchError, match="trained on another store"):
         invoke("--store", tmp_path / "s.zarr", *words, "--planned", plan, "--dry-run")
+
+
+def test_plan_for_another_machine(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members too large for this machine's memory are planned for another, each in a pass of its own; no step is measured."""
+    monkeypatch.setattr(plan_module, "available_memory", lambda: 1000)
+    words = ("--store", tiny_store, "--out", tmp_path / "out", *SMALL, "--steps", 6, "--seed", 0, "--seed", 1)
+    with pytest.raises(PipelineError, match="lower --width or --batch-size"):
+        invoke(*words, "--dry-run", "--json")
+    found = invoke(*words, "--dry-run", "--json", "--elsewhere")
+    assert "2 members, 0 finished, 2 passes" in found.stderr
+    assert "time: not measured" in found.stderr
+    cost = json.loads(found.stdout)["cost"]
+    assert (cost["seconds"], cost["steps"]) == (None, 12)
+    assert 1000 < cost["memory"] < 10**9
+    with pytest.raises(UsageError, match="--elsewhere goes with --dry-run"):
+        invoke(*words, "--elsewhere")
 
 
 def test_json_names_members_and_checkpoints(tiny_store: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     startup.begin()
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -140,6 +141,11 @@ from train.trainee import Outcome
     help="With --dry-run, for a store that is not there yet: what harvest --dry-run --json printed.",
 )
 @click.option(
+    "--elsewhere",
+    is_flag=True,
+    help="With --dry-run: plan for another machine, so that members need not fit into this one's memory.",
+)
+@click.option(
     "--json", "as_json", is_flag=True, help="Print the members and their final checkpoints as JSON on stdout."
 )
 def command(
@@ -164,6 +170,7 @@ def command(
     verify_first: bool,
     dry_run: bool,
     planned: Path | None,
+    elsewhere: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -204,6 +211,8 @@ def command(
     )
     if planned is not None and not dry_run:
         raise UsageError("--planned goes with --dry-run")
+    if elsewhere and not dry_run:
+        raise UsageError("--elsewhere goes with --dry-run")
     if data_parallel and processes != 1:
         raise UsageError(
             "--processes shares members out and --data-parallel every batch; give one of them, the latter under torchrun"
@@ -211,7 +220,7 @@ def command(
     resolved = resolve_device(device)
     n = n_processes(processes, n_unfinished(job, resolved), resolved)
     if dry_run:
-        outcomes, cost = show_plan(job, resolved, n, planned)
+        outcomes, cost = show_plan(job, resolved, n, planned, elsewhere=elsewhere)
     else:
         with Others("train", n, "members") as others:
             own = run(job)
@@ -263,10 +272,13 @@ def n_unfinished(job: RunConfig, device: torch.device) -> int:
 
 
 def show_plan(
-    job: RunConfig, device: torch.device, n: int, planned: Path | None = None
+    job: RunConfig, device: torch.device, n: int, planned: Path | None = None, *, elsewhere: bool = False
 ) -> tuple[list[Outcome], dict[str, Any]]:
     """Print what `run` would do in n processes; where members stand as outcomes, and what the rest costs (`plan.cost`) with
-    the `seconds` that were measured on `device_type`."""
+    the `seconds` that were measured on `device_type`.
+
+    `elsewhere`: members that this machine has no memory for are planned too, in passes of their own; there are no seconds then.
+    """
     check_out(job.out)
     if planned is None:
         stores = Stores.open(job.store, job.target)
@@ -274,16 +286,18 @@ def show_plan(
     else:
         rows = planned_rows(job.store, planned)
         target = None if job.target is None else planned_rows(job.target, planned)
-    shares, costs = [], []
+    shares, costs, fits = [], [], True
     with cores_divided(n), environment({"LOCAL_WORLD_SIZE": str(n)} if n > 1 else {}):
         for rank_ in range(n):
             members = own_members(job, Processes(rank_, n, device, None))
             free = plan.free_memory(device)
             tasks = (
-                plan.make_tasks(job, stores, members, device, free)
+                plan.make_tasks(job, stores, members, device, sys.maxsize if elsewhere else free)
                 if planned is None
                 else plan.planned_tasks(job, rows, members, target)
             )
+            if elsewhere and (largest := plan.largest_memory(rows, tasks, device)) > free:
+                free, fits = largest, False
             passes = plan.make_passes(rows, tasks, device, free)
             if planned is None:
                 announce(stores, tasks, passes, device)
@@ -291,7 +305,7 @@ def show_plan(
                 announce_planned(rows, tasks, passes, device)
             shares.append(tasks)
             costs.append(plan.cost(rows, passes, device))
-        seconds = say_costs(job, rows, [task for tasks in shares for task in tasks], device, n)
+        seconds = say_costs(job, rows, [task for tasks in shares for task in tasks], device, n, measure=fits)
     outcomes = [[Outcome(task.folder.path, task.step, task.folder.final()) for task in tasks] for tasks in shares]
     total = {name: sum(cost[name] for cost in costs) for name in costs[0]}
     return in_order(outcomes), total | {"seconds": seconds, "device_type": device.type}

@@ -55,13 +55,18 @@ def announce_planned(
         say(f"{len(group)} side by side, memory: {plan.memory_text(plan.pass_memory(rows, group, device))}")
 
 
-def say_costs(job: RunConfig, rows: SplitLayout, tasks: Sequence[Task], device: torch.device, n: int) -> float:
-    """For a dry run in n processes: every member, memory, disk and a rough time, which is returned in seconds."""
+def say_costs(
+    job: RunConfig, rows: SplitLayout, tasks: Sequence[Task], device: torch.device, n: int, *, measure: bool = True
+) -> float | None:
+    """For a dry run in n processes: every member, memory, disk and, to `measure`, a rough time, which is returned in seconds."""
     for task in tasks:
         config = task.config
         say(f"  {task.folder.name}: {config.recipe}, width {config.width}, {config.steps} steps, {task.status}")
     disk = plan.disk_bytes(rows, tasks, Keep.parse(job.keep))
     say(f"memory free: {human_bytes(plan.free_memory(device))}; disk: at most {human_bytes(disk)}")
+    if not measure:
+        say("time: not measured, since a member does not fit into this machine's memory")
+        return None
     turns = math.ceil(len(tasks) / n) / len(tasks)  # the process with most members ends last
     seconds = plan.estimate_seconds(rows, tasks, device) * turns
     in_processes = f" in {n} processes" if n > 1 else ""

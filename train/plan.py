@@ -337,6 +337,12 @@ def place_on_device(stores: Stores, tasks: Sequence[Task], device: torch.device,
     return place_for(splits[0], make_order(stores, tasks[0]), int(free * (1 - RESERVE)) - members, *splits[1:])
 
 
+def largest_memory(rows: SplitLayout, tasks: Sequence[Task], device: torch.device) -> int:
+    """Bytes that the largest of the unfinished members takes alone, where members live."""
+    alone = (on_device(pass_memory(rows, [task], device), device) for task in tasks if not task.finished)
+    return max((sum(parts.values()) for parts in alone), default=0)
+
+
 def make_passes(rows: SplitLayout, tasks: Sequence[Task], device: torch.device, free: int) -> list[list[Task]]:
     """Unfinished members in passes over the store: one stream a pass, as many side by side as fit into `free` bytes.
 

@@ -376,11 +376,15 @@ def ask_harvest(experiment: Experiment, places: Places, ask: Ask = stages.ask_st
     return planned
 
 
-def ask_train(grid: dict[str, Any], places: Places, site: Site, ask: Ask = stages.ask_stage) -> Any:
-    """What `train --dry-run` says of a grid, for stores that are not there yet by the harvest's plan. Raises PipelineError."""
+def ask_train(
+    grid: dict[str, Any], places: Places, site: Site, ask: Ask = stages.ask_stage, *, elsewhere: bool = False
+) -> Any:
+    """What `train --dry-run` says of a grid, for stores that are not there yet by the harvest's plan; `elsewhere`: for another
+    machine than this. Raises PipelineError."""
     there = all(map(is_complete, places.stores_of(site).values()))
     planned = [] if there else ["--planned", str(places.harvest_plan)]
-    return ask("train", [*train_words(grid, places, site), "--dry-run", *planned], places.log("dry-run"))
+    more = [*planned, *(["--elsewhere"] if elsewhere else [])]
+    return ask("train", [*train_words(grid, places, site), "--dry-run", *more], places.log("dry-run"))
 
 
 def is_complete(store: Path) -> bool:

@@ -106,7 +106,7 @@ class Cluster:
         """What a grid needs, by its dry run: time as measured where that ran on a GPU, or where the grid trains on a CPU; else
         from its operations on this cluster's GPU, or the rows that it reads, whichever takes longer."""
         memory = f"{human_bytes(cost['memory'])} of memory as in the memory line of train --dry-run, on GPU and host together"
-        if is_on_cpu or cost["device_type"] == "cuda":
+        if cost["seconds"] is not None and (is_on_cpu or cost["device_type"] == "cuda"):
             time = f"steps measured on {cost['device_type']} where this was written"
             return Need(cost["memory"], cost["seconds"], f"# {memory}; {time}: {format_seconds(cost['seconds'])}")
         computing, reading = (
@@ -165,7 +165,7 @@ def write_jobs(
             n_members, member_bytes = 0, 0.0
             for grid in site.grids:
                 name, words = f"train_{len(trained)}", experiments.train_words(grid, places, site)
-                found = experiments.ask_train(grid, places, site, ask)
+                found = experiments.ask_train(grid, places, site, ask, elsewhere=True)
                 need = cluster.training(found["cost"], is_on_cpu=grid.get("device") == "cpu")
                 jobs.add(name, "train", words, ["--gpus=1", *need.words], after=[ends], why=need.why)
                 trained.append(name)
