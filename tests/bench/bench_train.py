@@ -97,13 +97,18 @@ def member_of(kind: Callable[..., Member], config: TrainConfig, d_model: int, sc
 
 class Peers:
     """The process of bench_peers.py: `names`, and one timed step of each when asked. A peer whose step takes longer than
-    LIMIT ends with its process, and so do all."""
+    LIMIT, or ends the process, is left out; the others go on in a new one."""
 
     def __init__(self, python: str, shape: tuple[int, int, int], dtype: str, device: torch.device) -> None:
         script = str(Path(__file__).parents[1] / "peers" / "bench_peers.py")
-        arguments = [python, script, *map(str, shape), dtype, str(device)]
-        self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.names: list[str] = json.loads(self._line())
+        self.arguments = [python, script, *map(str, shape), dtype, str(device)]
+        self.names = self._begin()
+
+    def _begin(self) -> list[str]:
+        self.process = subprocess.Popen(self.arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if not (line := self._line()):
+            raise click.ClickException(f"the peers' process did not begin within {LIMIT} s; see its message above")
+        return list(json.loads(line))
 
     def _line(self) -> str:
         assert self.process.stdout is not None
@@ -111,19 +116,21 @@ class Peers:
         limit.start()
         line = self.process.stdout.readline()
         limit.cancel()
-        if not line:
-            raise click.ClickException(f"the peers' process ended, or took more than {LIMIT} s; see its message above")
         return line
 
-    def step(self, name: str) -> float:
+    def step(self, name: str) -> float | None:
+        """Seconds of a peer's step; None when it had to be given up."""
         assert self.process.stdin is not None
         print(name, file=self.process.stdin, flush=True)
-        return float(self._line())
+        if line := self._line():
+            return float(line)
+        self.process.communicate()
+        print(f"{name}: left out, its step took more than {LIMIT} s or ended its process", file=sys.stderr)
+        self._begin()
+        return None
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:
@@ -159,11 +166,12 @@ def measure_shape(
     peers = Peers(peer_python, shape, dtype, device) if peer_python else None
     times: dict[str, list[float]] = {name: [] for name in (*steps, *(peers.names if peers else ()))}
     for _ in range(rounds + 1):
-        for name, taken in times.items():
-            if name in steps:
-                taken.append(seconds(steps[name], device))
-            elif peers is not None:
-                taken.append(peers.step(name))
+        for name, taken in list(times.items()):
+            found = seconds(steps[name], device) if name in steps or peers is None else peers.step(name)
+            if found is None:
+                del times[name]
+            else:
+                taken.append(found)
     if peers is not None:
         peers.close()
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
