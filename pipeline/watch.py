@@ -18,8 +18,9 @@ from typing import Any
 
 from pipeline.base.digests import write_vouched
 from pipeline.base.errors import UsageError
-from pipeline.base.files import read_bytes
+from pipeline.base.files import is_locked, read_bytes
 from pipeline.base.progress import format_seconds
+from pipeline.sae.folders import is_member
 
 SHOWN = ("loss", "ev", "l0", "dead", "eval_ev", "eval_l0")
 """Columns and figures, in order; of a list by level the last, the whole dictionary."""
@@ -34,7 +35,7 @@ TITLES = {
 MOST_POINTS, MOST_LINES = 400, 12
 """Points of a curve; members drawn, the first ones: more are told apart by the table alone."""
 QUIET = 600.0
-"""Seconds without a new line after which a training is said to be quiet."""
+"""Seconds without a new line of metrics after which a training is said to be quiet."""
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#0099c6", "#b77322")
 DASHES = ("", "6 3")
 """MOST_LINES members differ in colour or in dashes."""
@@ -57,9 +58,9 @@ class Watched:
 
 def watched(runs: Path, now: float) -> list[Watched]:
     """Every member in a folder, or the member that it is, by name. Raises UsageError when there is none."""
-    folders = [runs] if (runs / "config.json").is_file() else [p.parent for p in runs.glob("*/config.json")]
+    folders = [runs] if is_member(runs) else [folder for folder in runs.glob("*/") if is_member(folder)]
     folders.sort(key=lambda folder: [(text, int(part or 0)) for text, part in re.findall(r"(\D*)(\d*)", folder.name)])
-    members = [read_member(folder, now) for folder in folders if (folder / "checkpoints").is_dir()]
+    members = [read_member(folder, now) for folder in folders]
     if not members:
         raise UsageError(f"{runs}: holds no training member yet; give --out of python -m train")
     return members
@@ -125,14 +126,31 @@ def asked_steps(folder: Path) -> int:
 
 
 def state_of(folder: Path, now: float) -> str:
-    """finished, training, quiet for a while, or new."""
+    """How a member stands, and that its config.json is gone or unreadable: nothing else reads such a one."""
+    state = progress_of(folder, now)
+    try:
+        json.loads(read_bytes(folder / "config.json"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{state}; config.json {'gone' if isinstance(error, FileNotFoundError) else 'unreadable'}: put it back"
+    return state
+
+
+def progress_of(folder: Path, now: float) -> str:
+    """finished; training, while a process holds the folder's lock; stopped, where none does; quiet for a while, new.
+
+    A lock is seen on the machine that holds it, over a network's disk not always: hence a member that nobody seems to hold is
+    said to be quiet after QUIET seconds, and until then stopped or elsewhere; where locks cannot be asked, training till then.
+    """
     if (folder / "complete.json").exists():
         return "finished"
+    held = is_locked(folder)
     try:
         age = now - (folder / "metrics.jsonl").stat().st_mtime
     except OSError:
-        return "new"
-    return "training" if age < QUIET else f"quiet for {format_seconds(age)}"
+        return "stopped before its first line, or on another machine" if held is False else "new"
+    if age >= QUIET:
+        return f"{'training, ' if held else ''}quiet for {format_seconds(age)}"
+    return "stopped, or on another machine" if held is False else "training"
 
 
 def cells(member: Watched) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from click.testing import CliRunner
 
 from pipeline.__main__ import cli
 from pipeline.base.errors import UsageError
+from pipeline.base.files import lock_folder
+from pipeline.experiment.describe import describe
 from pipeline.watch import MOST_POINTS, page, read_lines, table, thinned, watched
 
 NOW = 1_000_000.0
@@ -41,7 +45,9 @@ def test_the_table_says_where_members_stand(tmp_path: Path) -> None:
     """Newest values, the whole dictionary's of a list, held-out ones of the last line that has them."""
     member(tmp_path, "a", [line(10, eval_ev=[0.1, 0.2], eval_l0=[3.0, 7.5]), line(20)])
     member(tmp_path, "b", [line(100)], finished=True)
+    lock = lock_folder(tmp_path / "a", "training this member")
     head, a, b = table(watched(tmp_path, NOW)).splitlines()
+    os.close(lock)
     assert head.split()[:4] == ["member", "step", "loss", "ev"]
     assert a.split() == ["a", "20", "of", "100", "0.05", "0.5", "8", "0.125", "0.2", "7.5", "12,346", "training"]
     assert b.split()[-1] == "finished"
@@ -58,6 +64,46 @@ def test_quiet_training_is_said(tmp_path: Path) -> None:
     """No line for an hour."""
     member(tmp_path, "a", [line(10)])
     assert watched(tmp_path, NOW + 3600)[0].state.startswith("quiet for 1 h")
+
+
+def test_killed_training_is_not_training(tmp_path: Path) -> None:
+    """Who holds the folder's lock is training; killed at once, it has stopped, and asking left nothing behind."""
+    member(tmp_path, "a", [line(10)])
+    before = sorted(tmp_path.rglob("*"))
+    program = (
+        "import sys; from pathlib import Path; from pipeline.base.files import lock_folder; "
+        "held = lock_folder(Path(sys.argv[1]), ''); print('held', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path / "a")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "held\n"
+        assert watched(tmp_path, NOW)[0].state == "training"
+        assert watched(tmp_path, NOW + 3600)[0].state.startswith("training, quiet for 1 h")
+        trainer.kill()
+    assert watched(tmp_path, NOW)[0].state == "stopped, or on another machine"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_lock_that_cannot_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a disk has no locks, a training is one until it is quiet."""
+    member(tmp_path, "a", [line(10)])
+    monkeypatch.setattr("pipeline.watch.is_locked", lambda folder: None)
+    assert watched(tmp_path, NOW)[0].state == "training"
+    assert watched(tmp_path, NOW + 3600)[0].state.startswith("quiet for 1 h")
+
+
+@pytest.mark.parametrize(("data", "said"), [(None, "gone"), (b"{", "unreadable")])
+def test_lost_config_is_said(tmp_path: Path, data: bytes | None, said: str) -> None:
+    """A member whose config.json is gone or damaged is shown, and what to do; describe names it beside the others."""
+    config = member(tmp_path, "a", [line(10)]) / "config.json"
+    member(tmp_path, "b", [line(10)])
+    config.unlink()
+    if data is not None:
+        config.write_bytes(data)
+    (a, _) = watched(tmp_path, NOW)
+    assert a.state.endswith(f"config.json {said}: put it back")
+    assert "config.json" in describe(str(tmp_path))["a"]["problem"]
 
 
 def test_torn_last_line_left_out(tmp_path: Path) -> None:

@@ -35,13 +35,13 @@ from pipeline.base.files import (
     write_json,
 )
 from pipeline.sae.checkpoint import save_checkpoint, save_tensors
+from pipeline.sae.folders import may_be_member
 from pipeline.sae.member import (
     FORMAT,
     STATE_FORMAT,
     STATE_VERSION,
     VERSION,
     State,
-    is_member,
     line_step,
     read_completion,
     read_config,
@@ -132,7 +132,7 @@ class Folder:
         Raises MismatchError when the folder was made with another config or store, DamagedError when it does not say.
         """
         path = self.path / "config.json"
-        if not (os.path.lexists(path) or is_member(self.path)):
+        if not may_be_member(self.path):
             return None
         fields = read_config(self.path)
         order = fields.inner("order")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +14,11 @@ from torch import Tensor
 from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import read_bytes
+from pipeline.sae.folders import may_be_member
 from pipeline.sae.foreign.gemma_scope import BEFORE_GAIN, behind_gain
 from pipeline.sae.foreign.hooks import is_module
 from pipeline.sae.foreign.reader import folder_of, is_foreign, load_sae, read_sae, sha256_of
-from pipeline.sae.member import final_checkpoint, is_member, read_completion, read_config, require_recorded
+from pipeline.sae.member import final_checkpoint, read_completion, read_config, require_recorded
 from pipeline.sae.nested import NestedSAE, SAEConfig
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def below(folder: Path, depth: int) -> Iterator[Path]:
 def holds_sae(folder: Path) -> bool:
     """Whether a folder is a training member or an SAE made elsewhere, or cannot be looked into."""
     try:
-        return os.path.lexists(folder / "config.json") or is_member(folder) or is_foreign(folder)
+        return may_be_member(folder) or is_foreign(folder)
     except OSError:
         return True
 

@@ -184,6 +184,24 @@ def lock_folder(folder: Path, what: str, *, shared: bool = False) -> int:
             ) from error
 
 
+def is_locked(folder: Path) -> bool | None:
+    """Whether a process holds a folder's lock now; None where that cannot be asked. It leaves nothing behind; while it asks it
+    is itself in the way of `lock_folder`, which waits that out."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
 LET_GO_S = 2.0
 """Seconds to wait for a lock."""
 

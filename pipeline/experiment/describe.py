@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.base.errors import PipelineError
+from pipeline.base.errors import PipelineError, explain
 from pipeline.base.files import is_url, read_json
+from pipeline.sae.folders import is_member, may_be_member
 from pipeline.sae.foreign.reader import folder_of, is_foreign, names_for, read_sae, require_format
+from pipeline.sae.member import read_config
 from pipeline.store.reader import Store, describe_store
 
 
@@ -23,11 +25,11 @@ def kind_of(path: Path) -> str:
         return "store"
     if is_foreign(path) or names_for(path):
         return "foreign"
-    if (path / "config.json").exists() and (path / "checkpoints").is_dir():
+    if is_member(path):
         return "member"
     if any(path.glob("*.zarr/zarr.json")):
         return "stores"
-    if any(path.glob("*/config.json")):
+    if any(map(may_be_member, path.glob("*/"))):
         return "training"
     found = "an empty folder" if path.is_dir() and not any(path.iterdir()) else "none of these"
     raise PipelineError(
@@ -61,22 +63,34 @@ def describe_member(path: Path) -> dict[str, Any]:
     found = sorted(p.name for p in (path / "checkpoints").glob("*.safetensors"))
     complete = path / "complete.json"
     return {
-        **read_json(path / "config.json"),
+        **read_config(path).data,
         "checkpoints": found,
         "complete": read_json(complete) if complete.exists() else None,
     }
 
 
-def describe_many(pattern: str, one: Callable[[Path], dict[str, Any]]) -> Callable[[Path], dict[str, Any]]:
-    return lambda path: {p.parent.name: one(p.parent) for p in sorted(path.glob(pattern))}
+def describe_stores(path: Path) -> dict[str, Any]:
+    return {p.parent.name: DESCRIBERS["store"](p.parent) for p in sorted(path.glob("*.zarr/zarr.json"))}
+
+
+def describe_training(path: Path) -> dict[str, Any]:
+    """Its members by name; one that cannot be read is its `problem`, and the others are described."""
+    return {folder.name: careful(folder) for folder in sorted(path.glob("*/")) if may_be_member(folder)}
+
+
+def careful(folder: Path) -> dict[str, Any]:
+    try:
+        return describe_member(folder)
+    except (PipelineError, OSError) as error:
+        return {"problem": explain(error) or str(error)}
 
 
 DESCRIBERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "store": lambda path: describe_store(Store.open(path, complete=False)),
-    "stores": describe_many("*.zarr/zarr.json", lambda path: describe_store(Store.open(path, complete=False))),
+    "stores": describe_stores,
     "checkpoint": describe_checkpoint,
     "foreign": describe_checkpoint,
     "member": describe_member,
-    "training": describe_many("*/config.json", describe_member),
+    "training": describe_training,
     "results": read_json,
 }

@@ -25,6 +25,7 @@ from pipeline.base.results import FORMAT as RESULTS
 from pipeline.base.results import read_result
 from pipeline.sae import member
 from pipeline.sae.checkpoint import FORMAT, NAME, VERSION, read_header, verify_tensors
+from pipeline.sae.folders import is_member
 from pipeline.sae.foreign.reader import folder_of, is_foreign, load_sae
 from pipeline.store.reader import Store
 
@@ -115,9 +116,7 @@ def checker_of(path: Path) -> Check | None:
         return None
     if path.suffix == ".safetensors" and not is_foreign(path.parent):
         return check_tensors
-    if path.name in ("config.json", "complete.json", "metrics.jsonl", "timings.jsonl") and member.is_member(
-        path.parent
-    ):
+    if path.name in ("config.json", "complete.json", "metrics.jsonl", "timings.jsonl") and is_member(path.parent):
         return check_part
     if path.suffix in (".html", ".htm") and report_digests(path).is_file():
         return check_report
@@ -136,7 +135,7 @@ def folder_checker(path: Path) -> Check | None:
     """How a folder is checked."""
     if (path / "zarr.json").exists():
         return check_store
-    if member.is_member(path):
+    if is_member(path):
         return check_member
     if is_foreign(path):
         return check_foreign
@@ -222,7 +221,7 @@ def check_tensors(path: Path, found: Findings) -> None:
         )
     if kind == FORMAT:
         found.checkpoints.add(hash_file(path))
-        if path.parent.name == "checkpoints" and member.is_member(path.parent.parent):
+        if path.parent.name == "checkpoints" and is_member(path.parent.parent):
             check_own(path, found)
 
 

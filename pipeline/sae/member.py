@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,15 +37,6 @@ def read_state(path: Path) -> State:
     tensors, header = load_tensors(path, STATE_FORMAT, STATE_VERSION)
     header.only("format", "version", "step", "member", "metrics_sha256", "crc32c")
     return State(header.text("member"), header.whole("step"), header.text("metrics_sha256"), tensors)
-
-
-def is_member(folder: Path) -> bool:
-    """Whether a folder is a training member's, by any of what training writes there, whatever became of the rest: a config.json
-    that is gone, a pipe or a link to nothing is its damage, not another kind of folder."""
-    if (folder / "checkpoints").is_dir() and os.path.lexists(folder / "config.json"):
-        return True
-    written = ("complete.json", "metrics.jsonl", "state.safetensors")
-    return any(os.path.lexists(folder / name) for name in written) or any(folder.glob("checkpoints/step_*.safetensors"))
 
 
 def read_config(folder: Path) -> Fields:
