@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,11 +48,17 @@ class Hostile:
 class Rows:
     """The part of a store's split that latent pages read: Gaussian rows, all kept, tokens in turn."""
 
-    chunk_rows, n_rows = 40 * CONTEXT, 40 * CONTEXT
-    tokens = np.arange(1, 40 * CONTEXT + 1, dtype=np.int32).reshape(40, CONTEXT)
+    chunk_rows = n_rows = shard_rows = 40 * CONTEXT
+    shape = SimpleNamespace(layout=SimpleNamespace(context=CONTEXT))
 
-    def kept(self) -> np.ndarray:
-        return np.ones(self.n_rows, dtype=np.bool_)
+    def kept_of(self, first: int, stop: int) -> np.ndarray:
+        return np.ones((stop - first) * CONTEXT, dtype=np.bool_)
+
+    def tokens_of(self, first: int, stop: int) -> np.ndarray:
+        return self.shard_tokens(0)[first:stop]
+
+    def shard_tokens(self, _: int) -> np.ndarray:
+        return np.arange(1, self.n_rows + 1, dtype=np.int32).reshape(-1, CONTEXT)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         return torch.randn(self.n_rows, 8, generator=torch_rng("rows"))[start:stop]
