@@ -243,6 +243,22 @@ def test_shipped_experiments_are_readable_by_name(name: str, tmp_path: object) -
     assert experiment.train[0]["alpha"] == [0, 0.1, 0.2, 0.3, 0.5]
 
 
+@pytest.mark.parametrize("what", ["pipe", "folder"])
+def test_log_that_takes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    """A log that is a pipe nobody reads, or a folder, is named once; what is said is said, and nothing waits."""
+    log = tmp_path / "a.log"
+    os.mkfifo(log) if what == "pipe" else log.mkdir()
+    monkeypatch.setenv("PIPELINE_LOG", str(log))
+    say("one")
+    say("two")
+    said = capsys.readouterr().err
+    assert said.count(f"{log}: nothing more is logged here") == 1
+    assert "one\n" in said
+    assert said.endswith("two\n")
+
+
 def test_silence_holds_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
     """Inside the block neither lines nor progress are written; nested blocks and what comes after are as before."""
     with silenced(), silenced(False):

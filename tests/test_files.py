@@ -186,6 +186,23 @@ def test_no_output_replaces_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert (path.lstat(), os.listdir()) == before
 
 
+@pytest.mark.parametrize("what", ["link", "pipe", "file"])
+def test_planted_partials_are_not_followed(tmp_path: Path, what: str) -> None:
+    """What stands where a temporary file will be is taken away: what a link there leads to stays, a pipe is not waited for."""
+    partial, secret = tmp_path / f"a.{os.getpid()}.partial", tmp_path / "secret"
+    secret.write_text("keep")
+    if what == "link":
+        partial.symlink_to(secret)
+    elif what == "pipe":
+        os.mkfifo(partial)
+    else:
+        partial.write_text("left by a killed process, and longer")
+    files.write_bytes(tmp_path / "a", b"new")
+    assert (secret.read_text(), (tmp_path / "a").read_text()) == ("keep", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "secret"]
+    assert not (tmp_path / "a").is_symlink()
+
+
 def test_no_name_in_dev_is_replaced(tmp_path: Path) -> None:
     """No name in /dev is replaced, wherever it leads just now; a link elsewhere is, and what it leads to stays."""
     for name in ("null", "stdout", "stderr"):  # looked at only

@@ -290,6 +290,22 @@ def test_cleared_cache_goes_on(
     assert list(cache.entries())
 
 
+def test_planted_links_stay_in_a_cache(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link where the cache will write its temporary file is not followed, and a pipe where a chunk will be is not replaced."""
+    cache = cached(tiny_store, tmp_path / "c")[1]
+    (tmp_path / "secret").write_text("keep")
+    path = cache.path("x")
+    path.parent.mkdir(parents=True)
+    partial = f"{path}.{os.getpid()}.{threading.get_ident()}.partial"
+    Path(partial).symlink_to(tmp_path / "secret")
+    cache.put("x", [memoryview(b"abcd")])
+    assert ((tmp_path / "secret").read_text(), path.read_bytes()[:4], path.is_symlink()) == ("keep", b"abcd", False)
+    path.unlink()
+    os.mkfifo(path)
+    cache.put("x", [memoryview(b"abcd")])
+    assert (path.is_fifo(), cache.full) == (True, True)
+
+
 def test_full_disk_ends_the_cache_alone(
     tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

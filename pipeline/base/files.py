@@ -84,6 +84,14 @@ def regular(path: str, flags: int) -> int:
     raise not_regular(path, mode)
 
 
+def anew(path: str, flags: int) -> int:
+    """The `opener` of a temporary file under a name of this process's own: a descriptor. What lies there was left by a killed
+    process of the same number, or planted, and goes; a link is never followed. Raises OSError as os.open does."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return os.open(path, flags | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+
+
 def require_replaceable(path: Path) -> None:
     """Raise DamagedError for a device, a pipe or a socket, links followed, and for any name in /dev, where a link may lead to
     what this process writes to: a rename would take its place. Raises OSError where it cannot be looked at."""
@@ -138,7 +146,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         require_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(partial, "wb") as file:
+            with open(partial, "wb", opener=anew) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

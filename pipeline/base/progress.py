@@ -7,17 +7,18 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
 from pipeline import LOG_VARIABLE
+from pipeline.base.files import regular
 
 PLAIN_EVERY_S = 15.0
 """Seconds between plain lines when the output is not a terminal."""
 
 _silent = False
+_lost: set[str] = set()  # logs that take no line
 
 
 @contextlib.contextmanager
@@ -96,10 +97,16 @@ def say(line: str) -> None:
 
 
 def log_line(line: str) -> None:
-    """Append a line to the log that LOG_VARIABLE names, if any."""
-    if path := os.environ.get(LOG_VARIABLE):
-        with Path(path).open("a") as file:
+    """Append a line to the log that LOG_VARIABLE names, if any; where it takes none, that is said once, and work goes on."""
+    path = os.environ.get(LOG_VARIABLE)
+    if not path or path in _lost:
+        return
+    try:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace", opener=regular) as file:
             file.write(line + "\n")
+    except OSError as error:
+        _lost.add(path)
+        tqdm.write(f"note     {path}: nothing more is logged here ({error.strerror or error})", file=sys.stderr)
 
 
 def format_seconds(seconds: float) -> str:

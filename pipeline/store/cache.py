@@ -22,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pipeline.base.errors import DiskError
-from pipeline.base.files import PARTIAL, crc32c, human_bytes, regular, sha256
+from pipeline.base.files import PARTIAL, anew, crc32c, human_bytes, regular, require_replaceable, sha256
 from pipeline.base.progress import say
 from pipeline.store.backend import Files
 
@@ -85,7 +85,8 @@ class Cache:
         partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}{PARTIAL}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
+            require_replaceable(path)
+            with open(partial, "wb", opener=anew) as file:
                 file.writelines([*buffers, checksum(buffers)])
             os.replace(partial, path)
             n = sum(map(len, buffers)) + 4
