@@ -28,7 +28,8 @@ from evaluate.checkpoints.find import Checkpoint, resolve_levels
 from evaluate.scores.absorption import CHUNK_ELEMENTS
 from evaluate.scores.features import N_SAMPLED
 from evaluate.scores.labels import LABELS, MAX_ROWS
-from evaluate.scores.sample import GROUP_SEQUENCES
+from evaluate.scores.reconstruction import Reconstruction
+from evaluate.scores.sample import GROUP_SEQUENCES, Survey
 from evaluate.scores.structure import MAX_FIRINGS, N_PARTS
 from pipeline.base.errors import UsageError
 from pipeline.base.files import human_bytes
@@ -140,8 +141,8 @@ def sizes(
     weights = 4 * (2 * d_model * width + 4 * width + 2 * d_model)
     weights += 4 * d_model * d_model * any(c.skip for c in configs)
     groups = -(-n_sequences // GROUP_SEQUENCES)
-    survey = 2 * groups * (d_model + 3) * 8 * 2
-    counts = (2 + levels) * width * 8 + levels * 3 * 8 * groups + 2 * min(2 * N_SAMPLED, width) ** 2 * 8
+    survey = Survey.n_bytes(groups, d_model)
+    counts = (2 + levels) * width * 8 + levels * Reconstruction.n_bytes(groups) + 2 * min(2 * N_SAMPLED, width) ** 2 * 8
     model, activations, row, vocab = 0, 0, 0, 0
     if lm is not None:
         from pipeline.model.cost import model_sizes

@@ -18,7 +18,7 @@ from evaluate.probing.job import Probing, Texts, most_bytes, prepare
 from evaluate.probing.texts import PooledLatents, pooling_bytes
 from evaluate.scores.behaviour import Reference
 from evaluate.scores.labels import Letters
-from evaluate.scores.sample import Sample, Survey
+from evaluate.scores.sample import GroupMeans, Sample, Survey
 from evaluate.scores.scorer import Scorer, shared_work
 from pipeline.base.errors import PipelineError
 from pipeline.base.memory import available_memory
@@ -131,11 +131,12 @@ def score_group(work: Work, group: Sequence[Checkpoint], bar: Progress) -> tuple
     Raises ModelError when the clean model's own output is not finite; asked after the first batch and the last.
     """
     scorers, failed = load_group(work, group)
+    means = GroupMeans(work.sample)
     for batch in work.sample.batches():
         clean = work.reference.clean_pass(batch) if work.reference is not None and scorers else None
         if work.reference is not None and batch.first == 0:
             work.reference.require_finite()
-        shared = shared_work(batch, clean, work.survey)
+        shared = shared_work(batch, clean, means)
         for scorer in list(scorers):
             scorer.update(work.job.lm, shared, work.plan.chunk)
             if batch.first == 0 and (error := not_finite(scorer)):

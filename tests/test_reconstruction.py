@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from evaluate.scores.behaviour import splice
 from evaluate.scores.firing import Firing
 from evaluate.scores.reconstruction import SCORES, Reconstruction, row_numbers, spread_in_group
-from evaluate.scores.sample import GROUP_SEQUENCES, Batch, Sample, Survey, survey
+from evaluate.scores.sample import GROUP_SEQUENCES, Batch, GroupMeans, Sample, Survey, group_means, survey
 from pipeline.store.reader import Store
 from support.reference import reference_reconstruction
 
@@ -31,10 +31,9 @@ def rebuilt(x: torch.Tensor) -> torch.Tensor:
 
 
 def scored(sample: Sample) -> list[dict[str, float | None]]:
-    found = sample.survey()
-    sums = Reconstruction(found)
+    sums, means = Reconstruction(sample.survey()), GroupMeans(sample)
     for batch in sample.batches():
-        sums.update(batch, rebuilt(batch.x), spread_in_group(batch, found))
+        sums.update(batch, rebuilt(batch.x), spread_in_group(batch, means.of(batch)))
     return sums.scores()
 
 
@@ -102,7 +101,7 @@ def test_a_batch_is_scored_without_fetching(tiny_store: Path) -> None:
     sums, firing = Reconstruction(found), Firing((4, 10), CPU)
     z = torch.randn(len(batch.x), 10, generator=torch.Generator().manual_seed(0)).relu()
     with NoFetch():
-        sums.update(batch, rebuilt(batch.x), spread_in_group(batch, found))
+        sums.update(batch, rebuilt(batch.x), spread_in_group(batch, group_means([batch], 0, 0)))
         firing.update(z, batch)
         spliced = splice(batch, rebuilt(batch.x))
     with pytest.raises(RuntimeError, match="fetches"), NoFetch():
@@ -132,7 +131,7 @@ def test_hand_computed_reconstruction() -> None:
     x_hat = torch.tensor([[3.0, 0.0], [0.0, 1.0], [-3.0, 0.0]])  # errors 16, 1, 0; mean (0, 2); spread 13 + 0 + 13
     batch, found = batch_of(x)
     sums = Reconstruction(found)
-    sums.update(batch, x_hat, spread_in_group(batch, found))
+    sums.update(batch, x_hat, spread_in_group(batch, group_means([batch], 0, 0)))
     scores = sums.scores()[0]
     assert scores["ev"] == pytest.approx(1 - 17 / 26)
     assert scores["mse"] == pytest.approx(17 / 3)
@@ -150,7 +149,7 @@ def test_perfect_reconstruction_scores_one() -> None:
     x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     batch, found = batch_of(x)
     sums = Reconstruction(found)
-    sums.update(batch, x, spread_in_group(batch, found))
+    sums.update(batch, x, spread_in_group(batch, group_means([batch], 0, 0)))
     scores = sums.scores()[0]
     for name in ("ev", "ev_legacy", "ev_saebench", "cosine", "l2_ratio", "relative_reconstruction_bias"):
         assert scores[name] == pytest.approx(1), name
@@ -164,7 +163,7 @@ def test_saebench_definition_depends_on_scale() -> None:
     for factor in (1.0, 3.0):
         batch, found = batch_of(factor * x)
         sums = Reconstruction(found)
-        sums.update(batch, 0.9 * factor * x, spread_in_group(batch, found))
+        sums.update(batch, 0.9 * factor * x, spread_in_group(batch, group_means([batch], 0, 0)))
         values.append(sums.scores()[0])
     assert values[0]["ev"] == pytest.approx(values[1]["ev"], rel=1e-6)
     assert abs(values[0]["ev_saebench"] - values[1]["ev_saebench"]) > 0.01  # type: ignore[operator]
@@ -176,7 +175,7 @@ def test_no_rows_undefined_broken_is_nan() -> None:
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     batch, found = batch_of(x, torch.zeros(4, dtype=torch.float64))
     sums = Reconstruction(found)
-    sums.update(batch, x * math.nan, spread_in_group(batch, found))
+    sums.update(batch, x * math.nan, spread_in_group(batch, group_means([batch], 0, 0)))
     whole, without = sums.scores()
     assert all(value is None for value in without.values())
     assert all(math.isnan(value) for value in whole.values() if value is not None)

@@ -6,17 +6,25 @@ import gc
 import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import evaluate.work
 from evaluate.explain.examples import find_examples
 from evaluate.latents import collect
 from evaluate.latents.collect import choose_chunks, write_latents
 from evaluate.latents.neuronpedia import Sample, export_neuronpedia
+from evaluate.run import EvaluateConfig, run
 from evaluate.scores import labels
+from evaluate.scores.behaviour import Clean
 from evaluate.scores.labels import read_probes
+from evaluate.scores.reconstruction import Reconstruction
+from evaluate.scores.sample import GROUP_SEQUENCES, Batch, GroupMeans, Survey
+from evaluate.scores.scorer import Batched
 from pipeline.base.token_text import TokenText
+from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from pipeline.store.reader import Store
 from pipeline.store.split import Split
@@ -114,3 +122,53 @@ def test_nothing_reads_whole_splits(
         monkeypatch.setattr(Split, name, property(refused))
     monkeypatch.setattr(Split, "kept", refused)
     reader(Store.open(stores[0]), tmp_path / "out")
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors that are held now; a storage counts once."""
+    storages = [o.untyped_storage() for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills with the bytes of tensors that an evaluation holds beside its last batch."""
+    found: list[int] = []
+    shared_work = evaluate.work.shared_work
+
+    def noted(batch: Batch, clean: Clean | None, means: GroupMeans) -> Batched:
+        shared = shared_work(batch, clean, means)
+        if batch.first + len(batch.kept) == means.sample.n_sequences:
+            found.append(tensor_bytes())
+        return shared
+
+    monkeypatch.setattr(evaluate.work, "shared_work", noted)
+    return found
+
+
+def score(store: Store, out: Path, rows: int, *scores: str) -> None:
+    """Evaluate `small_sae` on some rows."""
+    save_checkpoint(out.with_suffix(".safetensors"), small_sae(store), step=1, provenance=made_on(store))
+    config = EvaluateConfig(store.path, out, scores=scores, rows=rows, batch_size=64)
+    assert len(run(config, [out.with_suffix(".safetensors")]).results) == 1
+
+
+def made_on(store: Store) -> dict[str, Any]:
+    """What a checkpoint says of its training."""
+    return {"member": "small", "train": {}, "store": {"id": store.id}}
+
+
+def test_scores_hold_numbers_of_groups(stores: list[Path], tmp_path: Path, held: list[int]) -> None:
+    """A group of sixteen sequences costs the survey and each level what `plan` counts, a few numbers, whatever d_model."""
+    peaks, sizes = [], (ROWS[0] // 2, ROWS[0])
+    for rows in (8192, *sizes):  # once before, for what is imported and kept by first use
+        gc.collect()
+        tracemalloc.start()
+        score(Store.open(stores[0]), tmp_path / f"{rows}", rows, "ev", "l0", "coding")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    first, second = (n // CONTEXT // GROUP_SEQUENCES for n in sizes)
+    expected = Survey.n_bytes(second, 4) - Survey.n_bytes(first, 4)
+    expected += 2 * (Reconstruction.n_bytes(second) - Reconstruction.n_bytes(first))
+    assert held[2] - held[1] == expected
+    assert 8 * (peaks[2] - peaks[1]) < BOOKKEEPING * (sizes[1] - sizes[0])

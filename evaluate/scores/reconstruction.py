@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from evaluate.scores.sample import Batch, Survey
+from evaluate.scores.sample import GROUP_SEQUENCES, Batch, Survey
 from pipeline.sae.metrics import explained_variance, row_squares
 
 COLUMNS = ("error", "length", "dot", "cosine", "l2_ratio", "legacy")
@@ -41,8 +41,13 @@ class Reconstruction:
         self.sums = survey.group_n.new_zeros(2, len(COLUMNS))
         self.group_error = torch.zeros_like(survey.group_n)
 
+    @staticmethod
+    def n_bytes(n_groups: int) -> int:
+        """Bytes that it takes beside the survey."""
+        return 2 * 8 * (len(COLUMNS) + n_groups)
+
     def update(self, batch: Batch, x_hat: Float[Tensor, "row d_model"], spread: Float[Tensor, "2 row"]) -> None:
-        """Add the kept rows of a batch; `spread` is `spread_in_group(batch, survey)`."""
+        """Add the kept rows of a batch; `spread` is `spread_in_group` of it."""
         numbers = row_numbers(batch.x, x_hat)
         error = numbers["error"].double()
         plain = torch.stack(list(numbers.values()), 1).double()
@@ -91,9 +96,10 @@ SCORES = (
 )
 
 
-def spread_in_group(batch: Batch, survey: Survey) -> Float[Tensor, "2 row"]:
-    """‖x − mean of its group‖² of each kept row, float32; the group's mean is over the rows of each weighting."""
-    return torch.stack([row_squares(batch.x - mean.float()[batch.group]).double() for mean in survey.group_mean])
+def spread_in_group(batch: Batch, means: Float[Tensor, "2 group d_model"]) -> Float[Tensor, "2 row"]:
+    """‖x − mean of its group‖² of each kept row, float32, by the means (`GroupMeans`) of the rows of each weighting."""
+    group = batch.group - batch.first // GROUP_SEQUENCES
+    return torch.stack([row_squares(batch.x - mean.float()[group]).double() for mean in means])
 
 
 def ev_saebench(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -70,10 +71,12 @@ class Sample:
         """What one pass over the rows says."""
         return survey(self.batches(), self.n_groups, self.store.d_model, self.device)
 
-    def batches(self) -> Iterator[Batch]:
-        """Batches in the order of the split; the last may be smaller. Raises DamagedError when bytes changed."""
-        for first in range(0, self.n_sequences, self.batch_size):
-            yield self.batch(first, min(first + self.batch_size, self.n_sequences))
+    def batches(self, first: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Batches of sequences first … stop − 1 (None: of all) in the order of the split; the last may be smaller. Raises
+        DamagedError when bytes changed."""
+        stop = self.n_sequences if stop is None else stop
+        for start in range(first, stop, self.batch_size):
+            yield self.batch(start, min(start + self.batch_size, stop))
 
     def batch(self, first: int, stop: int) -> Batch:
         """Sequences first to stop − 1."""
@@ -106,12 +109,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the rows says, in float64, for both weightings: moments, and per group the count, Σ‖x‖², mean."""
+    """What one pass over the rows says, in float64, for both weightings: moments, and per group the count and Σ‖x‖²."""
 
     moments: tuple[Moments, Moments]
     group_n: Float[Tensor, "2 group"]
     group_sum_sq: Float[Tensor, "2 group"]
-    group_mean: Float[Tensor, "2 group d_model"]
+
+    @staticmethod
+    def n_bytes(n_groups: int, d_model: int) -> int:
+        """Bytes that it takes."""
+        return 2 * 8 * (2 + d_model) + 2 * 2 * 8 * n_groups
 
     @property
     def n_rows(self) -> Float[Tensor, "2"]:
@@ -120,15 +127,52 @@ class Survey:
 
 
 def survey(batches: Iterable[Batch], n_groups: int, d_model: int, device: torch.device) -> Survey:
-    """Read the rows once, before any checkpoint: a group's mean must be known before its first row is scored."""
+    """Read the rows once, before any checkpoint."""
     moments = (Moments.zeros(d_model, device), Moments.zeros(d_model, device))
     n, sum_sq = torch.zeros(2, 2, n_groups, dtype=torch.float64, device=device)
-    sum_x = torch.zeros(2, n_groups, d_model, dtype=torch.float64, device=device)
     for batch in batches:
         squares = row_squares(batch.x).double()
         for k, weights in enumerate(batch.weights):
             moments[k].update(batch.x, weights)
             n[k].index_add_(0, batch.group, weights)
             sum_sq[k].index_add_(0, batch.group, weights * squares)
-            sum_x[k].index_add_(0, batch.group, weights[:, None] * batch.x.double())
-    return Survey(moments, n, sum_sq, sum_x / n.clamp(min=1)[..., None])
+    return Survey(moments, n, sum_sq)
+
+
+class GroupMeans:
+    """Means of the groups that batches touch, while these go by in order. The rest of a group that a batch cuts is read with it;
+    the mean of the last group is kept for the batch that follows, and nothing else."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+        self.group, self.mean = -1, torch.empty(0)
+
+    def of(self, batch: Batch) -> Float[Tensor, "2 group d_model"]:
+        """Of a batch's groups from its first on, over all their rows, for both weightings, float64."""
+        start, stop = batch.first, batch.first + len(batch.residual)
+        first, last = start // GROUP_SEQUENCES, (stop - 1) // GROUP_SEQUENCES
+        is_known = self.group == first
+        if is_known and first == last:
+            return self.mean[:, None]
+        end = min((last + 1) * GROUP_SEQUENCES, self.sample.n_sequences)
+        before = () if is_known else self.sample.batches(first * GROUP_SEQUENCES, start)
+        means = group_means(itertools.chain(before, [batch], self.sample.batches(stop, end)), first, last)
+        if is_known:
+            means[:, 0] = self.mean
+        self.group, self.mean = last, means[:, -1].clone()
+        return means
+
+
+def group_means(batches: Iterable[Batch], first: int, last: int) -> Float[Tensor, "2 group d_model"]:
+    """Means of groups first … last for both weightings, float64, over the rows of `batches`, which are of these alone; they are
+    added in the order of the split, so that the batches they come in do not matter."""
+    n, sums = torch.empty(0), torch.empty(0)
+    for batch in batches:
+        if not len(sums):
+            n = batch.weights.new_zeros(2, last + 1 - first)
+            sums = batch.weights.new_zeros(2, last + 1 - first, batch.x.shape[1])
+        group, x = batch.group - first, batch.x.double()
+        for k, weights in enumerate(batch.weights):
+            n[k].index_add_(0, group, weights)
+            sums[k].index_add_(0, group, weights[:, None] * x)
+    return sums.div_(n.clamp_(min=1)[..., None])

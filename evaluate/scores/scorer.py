@@ -19,7 +19,7 @@ from evaluate.scores.features import Correlation, density_features, geometry
 from evaluate.scores.firing import Firing
 from evaluate.scores.labels import Letters, Probes
 from evaluate.scores.reconstruction import Reconstruction, spread_in_group
-from evaluate.scores.sample import WEIGHTINGS, Batch, Survey
+from evaluate.scores.sample import WEIGHTINGS, Batch, GroupMeans, Survey
 from evaluate.scores.structure import Hierarchy, meta_dictionary, n_meta_steps, nothing
 from evaluate.scores.truth import Truth, TruthScore
 from pipeline.base.errors import CheckpointError, PipelineError, UsageError
@@ -76,9 +76,9 @@ class Batched:
     spread: Tensor
 
 
-def shared_work(batch: Batch, clean: Clean | None, survey: Survey) -> Batched:
+def shared_work(batch: Batch, clean: Clean | None, means: GroupMeans) -> Batched:
     """Compute once what every checkpoint needs of a batch."""
-    return Batched(batch, clean, spread_in_group(batch, survey))
+    return Batched(batch, clean, spread_in_group(batch, means.of(batch)))
 
 
 class Scorer:

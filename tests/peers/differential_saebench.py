@@ -56,7 +56,7 @@ from evaluate.scores.behaviour import (
 )
 from evaluate.scores.firing import Firing
 from evaluate.scores.reconstruction import Reconstruction, spread_in_group
-from evaluate.scores.sample import Batch, survey
+from evaluate.scores.sample import GROUP_SEQUENCES, Batch, group_means, survey
 from pipeline.model.split_lm import SplitLM
 from pipeline.sae.nested import NestedSAE
 from support import tiny_models
@@ -221,7 +221,8 @@ def core_ours(lm: SplitLM, tokens: Tensor, sae: NestedSAE) -> dict[str, Any]:
         z = sae.encode(batch.x)
         firing.update(z, batch)
         x_hat = sae.decode(z)
-        reconstruction.update(batch, x_hat, spread_in_group(batch, found))
+        group = batch.first // GROUP_SEQUENCES
+        reconstruction.update(batch, x_hat, spread_in_group(batch, group_means([batch], group, group)))
         behaviour.update(batch, score_residual(lm, batch, clean, splice(batch, x_hat), 64))
     numbers = baselines.numbers(0)
     kept = sum(len(batch.x) for batch in batches) / len(batches)
