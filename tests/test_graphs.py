@@ -107,7 +107,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "paper": {"sparsity_warmup_steps": 4, "target_l0": 12.0},
     "batchtopk": {"k": 5, "aux_k": 8, "dead_after_rows": 200},
     "topk": {"k": 5, "aux_k": 8, "dead_after_rows": 200, "sparsity_warmup_steps": 3},
-    "jumprelu": {"sparsity_warmup_steps": 4},
+    "jumprelu": {"sparsity_warmup_steps": 4, "dead_after_rows": 200},
 }
 
 

@@ -56,7 +56,7 @@ RECIPE_FORMS: dict[str, dict[str, Any]] = {
     "paper": {"recipe": "paper", "lambda_shared": 0.03, "lambda_specialised": 0.05},
     "batchtopk": {"recipe": "batchtopk", **AUXILIARY},
     "topk": {"recipe": "topk", **AUXILIARY},
-    "jumprelu": {"recipe": "jumprelu", "bandwidth": 1.0, "lambda_shared": 0.02},
+    "jumprelu": {"recipe": "jumprelu", "bandwidth": 1.0, "lambda_shared": 0.02, "dead_after_rows": 100},
 }
 OTHER_FORMS: dict[str, dict[str, Any]] = {
     "no LayerNorm": {"recipe": "paper", "layernorm": "none", "lambda_shared": 0.01, "clip_norm": 0.05},
@@ -128,8 +128,10 @@ def batch_of(member: Member, raw: Tensor) -> Batch:
 
 
 def let_latents_die(member: Member) -> None:
-    """Fewer dead latents than 2 · aux_k, more than aux_k."""
+    """Fewer dead latents than 2 · aux_k, more than aux_k; those of thresholds, behind ones that no row comes near."""
     member.n_rows = 200
+    if "log_threshold" in member.weights:
+        member.weights["log_threshold"][3:14] = 2.0
     member.rows_since_fired[3:14] = torch.arange(101, 112, device=member.device)
 
 
@@ -151,7 +153,7 @@ def step_both(
     for step in range(n_steps):
         raw = raw_rows(step, n, d_model)
         for member in (ours, plain):
-            if step == 1 and member.config.aux_k:
+            if step == 1 and (member.config.aux_k or member.config.threshold_pull):
                 let_latents_die(member)
             member.step(batch_of(member, raw))
     assert_close(ours, plain)

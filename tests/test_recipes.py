@@ -146,8 +146,8 @@ def test_every_length_and_width_has_defaults(name: str, steps: int, width: int, 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_older_members_keep_names(recipe: str) -> None:
-    """A config without --skip and --level-lr is written, and named, as before there were any."""
-    config = RECIPES[recipe](level_lr=0.0)
+    """A config without --skip, --level-lr and --threshold-pull is written, and named, as before there were any."""
+    config = RECIPES[recipe](level_lr=0.0, threshold_pull=0.0)
     written = plain(config)
-    assert written.keys() == config.to_dict().keys() - {"skip", "level_lr"}
+    assert written.keys() == config.to_dict().keys() - {"skip", "level_lr", "threshold_pull"}
     assert TrainConfig.from_dict(written) == config

@@ -34,7 +34,7 @@ RECIPE_CHANGES: dict[str, dict[str, Any]] = {
     "paper": {"level_weighting": "random", "target_l0": 9.0},
     "batchtopk": {"k": 4, "aux_k": 4, "dead_after_rows": ROWS, "levels": (0.125, 0.25, 0.5, 0.75, 1.0)},
     "topk": {"k": 4, "aux_k": 4, "dead_after_rows": ROWS},
-    "jumprelu": {"initial_l0": 12.0},
+    "jumprelu": {"initial_l0": 12.0, "dead_after_rows": ROWS},
 }
 
 
@@ -120,6 +120,36 @@ def test_adapting_level_takes_its_rate() -> None:
     torch.testing.assert_close(
         member.adam.rates["W_dec"].double(), level_rates(member.config, (3, member.config.width)), rtol=1e-6, atol=0
     )
+
+
+def test_dead_thresholds_fall_at_their_rate() -> None:
+    """Where no row comes near them, jumprelu's log-thresholds fall by `threshold_pull` of their learning rate a step once the
+    latent is dead, as far as the lowest; before that, and without the pull, they stay."""
+    for pull in (0.0, 0.25):
+        config = config_of("jumprelu", dtype="float64", dead_after_rows=2 * ROWS, threshold_pull=pull)
+        member = member_of(config)
+        member.draws_thresholds = False
+        before = torch.tensor([5.0, 5.0, 4.0, -28.0], dtype=torch.float64)
+        member.weights["log_threshold"].fill_(-2.0)
+        member.weights["log_threshold"][:4] = before
+        member.weights["b_enc"][3] = -10.0
+        member.rows_since_fired[:4] = torch.tensor([0, ROWS, 10 * ROWS, 10 * ROWS])
+        train(member, 0, 1)
+        fall = pull * learning_rate(config, 0) * config.threshold_lr
+        wanted = before - torch.tensor([0.0, fall, fall, 0.0], dtype=torch.float64)
+        torch.testing.assert_close(member.weights["log_threshold"][:4], wanted, rtol=1e-6, atol=0)
+
+
+def test_dead_thresholds_come_back() -> None:
+    """Latents of jumprelu that never fired for their thresholds fire again, with the pull, and only with it."""
+    for pull in (0.0, 2.0):
+        config = config_of("jumprelu", steps=200, lr_decay_steps=0, dead_after_rows=2 * ROWS, threshold_pull=pull)
+        member = member_of(config)
+        train(member, 0, 1)
+        member.weights["log_threshold"][:8] = 1.0
+        train(member, 1, 150)
+        fired = member.rows_since_fired[:8] < 140 * ROWS
+        assert bool(fired.all() if pull else not fired.any())
 
 
 @pytest.mark.parametrize("recipe", ["topk", "batchtopk"])

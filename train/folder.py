@@ -55,7 +55,7 @@ OTHERS = {"tensorboard", "wandb"}
 """Folders beside the members' that `--log` makes."""
 
 
-LATER = {"skip": False, "level_lr": 0.0}
+LATER = {"skip": False, "level_lr": 0.0, "threshold_pull": 0.0}
 """Fields that came later, each with what all was before it: left out at that, so that members keep their names."""
 
 

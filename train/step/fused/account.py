@@ -205,3 +205,4 @@ def account(step: Step, now: Sums) -> None:
         member.controller.see(step.kept.l0, first=member.n_steps == 0, acts=member._controls)
     if config.alpha == "auto":
         member.explained += torch.cat([now["errors"], now["square"]])
+    member._pull_thresholds()
