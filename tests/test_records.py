@@ -16,10 +16,11 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.base import records
+from pipeline.base import json_array
 from pipeline.base.errors import CorpusError
+from pipeline.base.json_array import array_items
 from pipeline.base.record_files import record_files
-from pipeline.base.records import Unread, array_items, read_records, read_text, whole_records
+from pipeline.base.records import Unread, read_records, read_text, whole_records
 
 ROWS: list[dict[str, Any]] = [{"text": f"row {n}, “{n * n}”\nnext", "label": str(n % 3)} for n in range(200)]
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -298,7 +299,7 @@ def test_arrays_come_item_by_item(items: list[Any], is_ascii: bool, indent: str 
     except ValueError:
         expected = None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "PIECE_BYTES", n)
+        patch.setattr(json_array, "PIECE_BYTES", n)
         try:
             found: Any = list(array_items(encoded[:n], io.BytesIO(encoded[n:]).read))
         except ValueError:
@@ -311,12 +312,12 @@ def test_an_array_is_not_held() -> None:
     file = io.BytesIO(b"[" + b'{"text": "a"},' * 100_000 + b"{}]")
     items = array_items(file.read(10), file.read)
     assert [next(items) for _ in range(3)] == [{"text": "a"}] * 3
-    assert file.tell() <= 10 + 2 * records.PIECE_BYTES
+    assert file.tell() <= 10 + 2 * json_array.PIECE_BYTES
 
 
 def test_an_item_has_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An item of an array that would not fit into memory is refused, by path and number, after those before it."""
-    monkeypatch.setattr(records, "ITEM_CHARS", 100_000)
+    monkeypatch.setattr(json_array, "ITEM_CHARS", 100_000)
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "a"}, {"text": "b" * 1_000_000}]))
     found = read_records(path)
