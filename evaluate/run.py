@@ -43,7 +43,7 @@ from pipeline.base.files import require_writable
 from pipeline.base.processes import is_launched
 from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import rank, require_world, world_size
-from pipeline.base.spread import n_processes
+from pipeline.base.spread import is_shown, n_processes
 from pipeline.store.cache import open_cache
 from pipeline.store.pair import require_same_rows
 from pipeline.store.staging import open_cached
@@ -126,8 +126,9 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
         for families, todo in selection.todo.items():
             part = job.only(families)
             texts = read_texts(part.config.probing) if part.config.probing is not None else ()
-            announce_texts(part, todo, texts)
-            announce_words(part, todo)
+            if is_shown():
+                announce_texts(part, todo, texts)
+                announce_words(part, todo)
             if dry_run:
                 n_texts = sum(len(one.texts) for one in texts)
                 announce(part, todo, plan(part, todo, text_bytes(part, texts), n_texts))
@@ -142,7 +143,8 @@ def score_all(job: Job, todo: Sequence[Checkpoint], texts: Sequence[Texts], outc
     """Score checkpoints in groups that fit in memory, writing each group's results when its pass is over."""
     probing, letters = prepare_texts(job, texts)
     planned = plan(job, todo, *((probing.n_bytes, probing.n_texts) if probing is not None else (0, 0)))
-    announce(job, todo, planned)
+    if is_shown():
+        announce(job, todo, planned)
     work = prepare_work(job, planned, probing, letters)
     with Progress(len(todo) * job.n_sequences, "evaluate", "sequence") as bar:
         for group in groups(todo, planned):

@@ -47,7 +47,7 @@ def cli() -> None:
 @click.option("--out", type=OUT_FOLDER, default=Path("demo"), show_default=True, help="Folder that everything goes to.")
 @click.option("--seed", type=int, multiple=True, help="Seeds of the SAEs instead of 0, 1, 2; repeat the option.")
 def demo(out: Path, seed: tuple[int, ...]) -> None:
-    """Harvest a small real Gemma-2 over real text, train 18 flat and nested SAEs of equal sparsity, score them, write the report.
+    """Harvest a small real Gemma-2 over real text, train 22 flat and nested SAEs, score them, write the report.
 
     Takes about two minutes on two cores; nothing is downloaded and nothing is canned. Killed or stopped, the same
     command goes on where it was.

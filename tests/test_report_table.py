@@ -6,7 +6,9 @@ import math
 import re
 import unittest.mock
 from pathlib import Path
+from statistics import mean
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -224,6 +226,37 @@ def test_fronts_are_compared_between_their_points(tmp_path: Path) -> None:
     assert found is not None
     assert found.n == (3, 3)
     assert found.difference == pytest.approx(sum(expected.values()) / 3)
+
+
+def test_single_value_takes_the_mean_shape(tmp_path: Path) -> None:
+    """A seed with one flat dictionary near that L0 is moved to it along the mean front, as the others along their own."""
+    for seeds, k in (((0,), 20), ((0, 1, 2), 39), ((0,), 80)):
+        write_results(tmp_path, alphas=(0.0,), seeds=seeds, steps=(400,), l0=float(k), k=k, noise=0.002)
+    write_results(tmp_path, alphas=(0.2,), steps=(400,), l0=40, k=40)
+    results = read_results([tmp_path])
+    nested = next((g, row) for g in results.groups for row in g.rows if row.sharing)
+    found = at_equal_l0(results, *nested, "ev")
+    flats = [row for group in results.groups for row in group.rows if not row.sharing]
+    near = next(row for row in flats if len(row.values("ev")) == 3)
+    ends = [row for row in flats if row is not near]
+    points = sorted((mean(row.values("l0").values()), mean(row.values("ev").values())) for row in flats)
+
+    def on(x: float, front: list[tuple[float, float]]) -> float:
+        """Straight over log x."""
+        return float(np.interp(math.log(x), np.log([p[0] for p in front]), [p[1] for p in front]))
+
+    differences = []
+    for replicate, value in nested[1].values("ev").items():
+        at, own = nested[1].values("l0")[replicate], (near.values("l0")[replicate], near.values("ev")[replicate])
+        if replicate in ends[0].values("ev"):
+            front = sorted([own, *((row.values("l0")[replicate], row.values("ev")[replicate]) for row in ends)])
+            differences.append(value - on(at, front))
+        else:
+            differences.append(value - (own[1] + on(at, points) - on(own[0], points)))
+    assert isinstance(found, Comparison)
+    assert found.n == (3, 3)
+    assert found.difference == pytest.approx(mean(differences))
+    assert on(30, points) != on(50, points)
 
 
 def test_front_of_a_replicate_must_reach(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Comparisons at equal L0: a nested dictionary against flat ones that are as sparse, or no comparison at all.
 
 Where flat dictionaries of the same kind span a range of L0, each replicate is compared with its own flat front, straight
-over log L0 between the values that were trained; a replicate whose flat dictionaries do not reach so far is left out. Where
-they span none, L0 may differ by NEAR; beyond that nothing is compared.
+over log L0 between the values that were trained; a replicate whose flat dictionaries do not reach so far is left out. One
+that has a single flat dictionary, within NEAR of that L0, takes the shape of the mean front, moved to go through its own
+value. Where they span none, L0 may differ by NEAR; beyond that nothing is compared.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from evaluate.report.runs import Group, Results, Row
 from evaluate.statistics import Comparison, Replicate, compare, interpolated
 
+Point = tuple[float, float]
+"""L0 and a value there."""
 NEAR = 0.05
 """How much L0 may differ, as a share, where there is nothing to interpolate between."""
 
@@ -40,14 +43,18 @@ def at_equal_l0(results: Results, group: Group, row: Row, metric: str) -> Compar
         return None
     l0 = positive(row.values("l0"))
     own = {replicate: value for replicate, value in row.values(metric).items() if replicate in l0}
-    fronts: dict[Replicate, list[tuple[float, float]]] = {}
+    fronts: dict[Replicate, list[Point]] = {}
     means: dict[Replicate, list[float]] = {}
+    mean_front: list[Point] = []
     for flat in flats:
         scores, sparse = flat.values(metric), positive(flat.values("l0"))
-        for replicate, x in sparse.items():
-            if replicate in scores:
-                fronts.setdefault(replicate, []).append((x, scores[replicate]))
-                means.setdefault(replicate, []).append(mean_of(sparse))
+        both = {replicate: (x, scores[replicate]) for replicate, x in sparse.items() if replicate in scores}
+        for replicate, point in both.items():
+            fronts.setdefault(replicate, []).append(point)
+            means.setdefault(replicate, []).append(mean_of(sparse))
+        if both:
+            xs, ys = zip(*both.values())
+            mean_front.append((sum(xs) / len(xs), sum(ys) / len(ys)))
     if not own or not fronts:
         return Apart(None, None) if row.values(metric) else None
     at = sum(l0[replicate] for replicate in own) / len(own)
@@ -55,8 +62,17 @@ def at_equal_l0(results: Results, group: Group, row: Row, metric: str) -> Compar
     if not there:
         return Apart(at, (min(map(min, means.values())), max(map(max, means.values()))))
     paired = own.keys() <= set(there)
-    others = {r: interpolated(l0[r] if paired else at, fronts[r]) for r in there if r in own or not paired}
-    return compare(own, others)
+    whole = {r: through(fronts[r], mean_front) for r in there if r in own or not paired}
+    return compare(own, {r: interpolated(l0[r] if paired else at, front) for r, front in whole.items()})
+
+
+def through(front: list[Point], mean: list[Point]) -> list[Point]:
+    """A front of points (L0, value); of a single one, the mean front moved to go through it."""
+    if len(front) > 1:
+        return front
+    x, value = front[0]
+    moved = value - interpolated(x, mean)
+    return [(x, y + moved) for x, y in mean]
 
 
 def reaches(l0: float, flats: Sequence[float]) -> bool:

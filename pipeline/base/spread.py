@@ -25,6 +25,7 @@ from pipeline.base.cli import WORDS
 from pipeline.base.errors import PipelineError, UsageError
 from pipeline.base.processes import SPREAD_VARIABLE, die_with_parent, is_launched, python_path
 from pipeline.base.progress import say
+from pipeline.base.runtime import rank as own_rank
 from pipeline.base.runtime import world_size
 
 STOP_S = 60.0
@@ -65,6 +66,11 @@ def cores_divided(n: int) -> Iterator[int]:
         yield share
     finally:
         torch.set_num_threads(before)
+
+
+def is_shown() -> bool:
+    """Whether what this process says reaches a person: that of a further process is kept, and shown where it fails."""
+    return own_rank() == 0 or SPREAD_VARIABLE not in os.environ
 
 
 def rank_environment(rank: int, n: int, threads: int) -> dict[str, str]:

@@ -18,9 +18,11 @@ Only members that the file asks for are evaluated and reported, whatever else th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -306,19 +308,45 @@ def with_parts(experiment: Experiment, out: Path) -> list[tuple[Experiment, Plac
 
 def run(experiment: Experiment, out: Path) -> Path:
     """Do what is missing of an experiment and return the report's path. Raises PipelineError when a stage fails."""
-    every, results = with_parts(experiment, out), list[str]()
-    check(experiment, every)
+    every, results, took = with_parts(experiment, out), list[str](), Took()
+    with took("checking options"):
+        check(experiment, every)
     for one, places in every:
-        stages.run_stage("harvest", harvest_words(one, places), places.log("harvest"))
+        with took("harvest"):
+            stages.run_stage("harvest", harvest_words(one, places), places.log("harvest"))
         for site in one.trained:
-            members = train_site(places, site)
-            words = evaluate_words(one, places, site, members)
-            done = stages.ask_stage("evaluate", words, places.log("evaluate"))
+            with took("train"):
+                members = train_site(places, site)
+            with took("evaluate"):
+                words = evaluate_words(one, places, site, members)
+                done = stages.ask_stage("evaluate", words, places.log("evaluate"))
             results += [result["path"] for result in done["results"]]
     places = every[0][1]
     settings = {"out": places.report, "title": experiment.name, **experiment.report}
-    stages.run_stage("evaluate.report", [*results, *stages.options(settings)], places.log("report"))
+    with took("report"):
+        stages.run_stage("evaluate.report", [*results, *stages.options(settings)], places.log("report"))
+    say(took.said)
     return places.report
+
+
+class Took:
+    """Seconds of what an experiment did, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count what runs inside as `name`'s, beside what was counted before."""
+        began = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+    @property
+    def said(self) -> str:
+        """took 1 min 28 s: harvest 12 s, train 31 s, evaluate 38 s, report 7 s."""
+        parts = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in self.seconds.items())
+        return f"took {format_seconds(sum(self.seconds.values()))}: {parts}"
 
 
 def check(experiment: Experiment, every: Sequence[tuple[Experiment, Places]]) -> None:
