@@ -344,10 +344,10 @@ LEVEL_LR = 0.35
 """Two levels of .2 and 1 learn at 1.53 and .87 of the rate, five from a sixteenth on at 2.0 to .76 of it. Width 1536, 2000 steps,
 first level's and whole explained variance, dead latents, at 0, .35, .5: two levels at L0 16 .8024, .8783, .027; .8019, .8816,
 .014; .7987, .8820, .013; five at L0 32 .7397, .8967, .068; .7445, .9025, .014; .7415, .9030, .014."""
-THRESHOLD_PULL = 0.25
+THRESHOLD_PULL = 1.0
 """Nothing else revives a jumprelu latent; those of the outer level die while the penalty comes up. Width 1536, 2000 steps, L0 32,
-two levels; first level's and whole explained variance, dead latents, at 0, .2, .5, 1: .8496, .8820, .348; .8454, .8972, .009;
-.8467, .8978, .004; .7403, .8742, .001 (9 latents a row in the first level, 31 else)."""
+two levels; first level's and whole explained variance, dead latents: .8496, .8820, .348 at 0; .8498, .8994, .003 at 1, down to a
+quarter of the other thresholds (to half: .8471, .8976, .009; to the others: .8483, .8912, .158; no end: .7403, .8742, .001)."""
 NO_PENALTY: dict[str, Any] = PLAIN | {
     "penalty": "none",
     "lambda_shared": 0.0,

@@ -40,9 +40,6 @@ from train.step.weights import first_l0, initial_weights, mapped_weights
 
 PRODUCT_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
-LOWEST_THRESHOLD = 1e-12
-"""Of jumprelu, whose gradient divides by θ: it cuts nothing off."""
-
 
 @dataclass
 class Batch:
@@ -191,7 +188,7 @@ class Member:
         if self.config.layernorm != "none" and self.config.layernorm_rescale:
             z = z.div_(self.latents.ratio)
         found = self._nth_largest(z, round(first_l0(self.config) * len(z)))
-        log_threshold.fill_(math.log(max(float(found), LOWEST_THRESHOLD)))
+        log_threshold.fill_(math.log(max(float(found), 1e-12)))
 
     def _aim_decoder(self, batch: Batch) -> None:
         """A transcoder, before its first step: each latent makes what a linear map, fitted to this batch, makes of its encoder's
@@ -412,14 +409,19 @@ class Member:
         self._pull_thresholds()
 
     def _pull_thresholds(self) -> None:
-        """Lower jumprelu's thresholds of dead latents by `threshold_pull` of their learning rate, until they fire again: where no
-        row comes near θ, neither θ nor anything else of a latent has a gradient."""
+        """Lower jumprelu's thresholds of dead latents, by `threshold_pull` of their learning rate, until they fire again, but not
+        below a quarter of what those of living latents are (a geometric mean).
+
+        Where no row comes near θ, neither θ nor anything else of a latent has a gradient. Far below the others a latent fires on
+        nearly every row, and none of these is near θ, so that no penalty reaches it.
+        """
         if not self.config.threshold_pull or self.config.activation != "jumprelu":
             return
         log_threshold = self.weights["log_threshold"]
-        is_dead = (self.rows_since_fired >= self.config.dead_after_rows) & (log_threshold > math.log(LOWEST_THRESHOLD))
-        pull = self.schedule.lr * self.adam.rates["log_threshold"] * self.config.threshold_pull
-        log_threshold.sub_(pull * is_dead)
+        is_dead = self.rows_since_fired >= self.config.dead_after_rows
+        lowest = (log_threshold * ~is_dead).sum() / (~is_dead).sum().clamp(min=1) - math.log(4)
+        most = self.schedule.lr * self.adam.rates["log_threshold"] * self.config.threshold_pull
+        log_threshold.sub_(torch.minimum((log_threshold - lowest).clamp(min=0), most) * is_dead)
 
     def _adapt(self) -> None:
         """Move the end of the shared level when it is time (syncs then)."""
