@@ -237,10 +237,35 @@ def test_walking_drivers_are_listed_flat(monkeypatch: pytest.MonkeyPatch, finds:
             [{"path": f"{prefix}/{name}", "size": size} for name, size in page] for page in ([("a", 1)], [("b/c", 2)])
         ]
 
-    obstore = SimpleNamespace(list=pages, store=SimpleNamespace(from_url=lambda url: url))
+    obstore = SimpleNamespace(list=pages, store=SimpleNamespace(from_url=lambda url: url), __spec__=SimpleNamespace())
     monkeypatch.setitem(sys.modules, "obstore", obstore)
     driver = Finds() if finds else Walks()
     monkeypatch.setattr(objects, "open_url", lambda url: (driver, url.partition("://")[2]))
     found = RemoteFiles("s3://bucket/stores/s.zarr").listing()
     assert found == ({"c": 3} if finds else {"a": 1, "b/c": 2})
     assert asked == ([] if finds else [("s3://bucket", "stores/s.zarr", 1000)])
+
+
+def test_no_driver_keeps_listings() -> None:
+    """A driver that takes no option for it, and lists from what it kept, is made to forget: what is written meanwhile is seen."""
+    fsspec = pytest.importorskip("fsspec", reason="needs fsspec (pip install '.[remote]')")
+    there = ["a"]
+
+    class Strict(fsspec.AbstractFileSystem):  # type: ignore[misc]
+        protocol = "strict"
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        def ls(self, path: str, detail: bool = True, **_options: Any) -> list[dict[str, Any]]:
+            if path not in self.dircache:
+                found = [{"name": f"{path}/{name}", "size": 1, "type": "file"} for name in there]
+                self.dircache[path] = found
+                return found
+            return list(self.dircache[path])
+
+    fsspec.register_implementation("strict", Strict, clobber=True)
+    files = RemoteFiles("strict://s.zarr")
+    assert files.keys() == ["a"]
+    there.append("b")
+    assert files.keys() == ["a", "b"]

@@ -13,6 +13,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -30,6 +31,7 @@ OBSTORE = ("s3", "gs", "az", "abfs")
 def open_url(url: str) -> tuple[Any, str]:
     """The file system of a URL, without a cache of listings, and the path in its terms. Raises ImportError, ValueError."""
     import fsspec
+    from fsspec.dircache import DirCache
 
     protocol = url.split("://")[0]
     if protocol in ("file", "local"):
@@ -37,7 +39,7 @@ def open_url(url: str) -> tuple[Any, str]:
 
         return Disk(), str(Disk._strip_protocol(url))
     try:
-        driver = fsspec.get_filesystem_class(protocol)
+        fsspec.get_filesystem_class(protocol)
     except ImportError as error:
         if protocol not in OBSTORE:
             raise
@@ -46,9 +48,9 @@ def open_url(url: str) -> tuple[Any, str]:
         except ImportError:
             raise error from None
         obstore.fsspec.register(protocol)
-        driver = fsspec.get_filesystem_class(protocol)
-    keeps_listings = not driver.__module__.startswith("obstore")
-    fs, root = fsspec.core.url_to_fs(url, **({"use_listings_cache": False} if keeps_listings else {}))
+    fs, root = fsspec.core.url_to_fs(url)
+    if isinstance(listings := getattr(fs, "dircache", None), DirCache):
+        listings.use_listings_cache = False  # not every driver takes an option for it
     fs.invalidate_cache()  # the Hub's keeps listings all the same
     return fs, str(root)
 
@@ -146,7 +148,7 @@ class RemoteFiles:
         """Key → bytes, where the file system's listing says them, of everything below the URL."""
         base = self.path("")
         with contextlib.suppress(Gone):
-            if self.url.split("://")[0] in OBSTORE and not finds_flat(self.fs):
+            if self.url.split("://")[0] in OBSTORE and not finds_flat(self.fs) and find_spec("obstore"):
                 found = self.ask("", lambda: listed_flat(self.url))
             else:
                 found = {name: one.get("size") for name, one in self.ask("", self.find).items()}
