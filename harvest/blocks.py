@@ -1,10 +1,11 @@
 """Tokenised documents in blocks on disk, so that several processes tokenise, and one that was killed goes on.
 
-A block is BLOCK_DOCUMENTS documents of the seed's order, whoever makes it. Whoever packs rows takes the blocks in order, makes
-those that are not there, and stops in the middle of one when its rows are full. A block is a cache: it appears whole or not at
-all, is checked before it is used, and is made again where it is not what was written. The folder's name says what it is of.
+A block is some documents (`corpus.block_documents`) of a lane of the corpus, whoever makes it; lanes take turns, a block
+each, and a local corpus has one. Whoever packs rows takes the blocks in order, makes those that are not there, and stops in the
+middle of one when its rows are full. A block is a cache: it appears whole or not at all, is checked before it is used, and is
+made again where it is not what was written. The folder's name says what it is of.
 
-    block   =  MAGIC, pieces, END (uint32), whether the corpus ends here (uint8), crc32c of all before (uint32)
+    block   =  MAGIC, pieces, END (uint32), whether the lane ends here (uint8), crc32c of all before (uint32)
     piece   =  length (uint32), flags (uint8; 1: a document begins, 2: `kept` follows, 4: what is wrong with a record, as UTF-8),
                ids (int32), kept (uint8)
 """
@@ -17,7 +18,7 @@ import itertools
 import os
 import shutil
 import struct
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -30,8 +31,6 @@ from harvest.tokens import tokenized
 from pipeline.base.errors import CorpusError, DamagedError
 from pipeline.base.files import atomic, crc32c, regular
 
-BLOCK_DOCUMENTS = 1024
-"""Documents of a block; fewer in the last."""
 MAGIC = b"tokens 1"
 END = 0xFFFFFFFF
 HEAD = struct.Struct("<IB")
@@ -48,61 +47,85 @@ class Blocks:
     corpus: Corpus
     reader: Reader
 
-    def path(self, b: int) -> Path:
-        """The file of block b."""
-        return self.folder / f"{b:07d}"
+    def path(self, lane: int, k: int) -> Path:
+        """The file of a lane's k-th block."""
+        return self.folder / f"{k * self.corpus.n_lanes + lane:07d}"
 
     def pieces(self) -> Generator[Piece, None, None]:
         """All documents' tokens in order, as far as they are asked for. Raises CorpusError for more bad records than allowed, and
         where there is no text at all."""
-        bad, any_text, ended, n = Bad(self.corpus.source.skip_bad), False, False, 0
-        with contextlib.closing(Making(self)) as making:
-            while not ended:
-                with contextlib.closing(self.block(n, making)) as block:
+        bad, any_text = Bad(self.corpus.source.skip_bad), False
+        with self.lanes(range(self.corpus.n_lanes)) as lanes:
+            for block in in_turn(lanes, itertools.count()):
+                with contextlib.closing(block):
                     for piece in block:
-                        if piece is None:
-                            ended = True
-                        elif piece.bad is not None:
+                        if piece.bad is not None:
                             bad.skip(piece.bad)
                         else:
                             any_text = any_text or len(piece.ids) > 0
                             yield piece
-                n += 1
         if not any_text:
             raise CorpusError(f"{self.corpus.source.corpus}: there is no text in it; give a corpus with documents")
 
-    def block(self, b: int, making: Making) -> Generator[Piece | None, None, None]:
-        """Pieces of a block, from its file or made now; at last None where the corpus ends with it."""
-        try:
-            check_block(self.path(b))
-        except (FileNotFoundError, DamagedError):
-            yield from making.block(b)
-            return
-        with open(self.path(b), "rb", opener=regular) as file:
-            yield from read_block(file)
+    @contextlib.contextmanager
+    def lanes(self, which: Iterable[int]) -> Iterator[list[Lane]]:
+        """Some lanes, let go of at the end."""
+        with contextlib.ExitStack() as stack:
+            yield [stack.enter_context(contextlib.closing(Lane(self, lane))) for lane in which]
 
     def share(self, i: int, n: int, n_tokens: int) -> Iterator[int]:
         """Make the blocks of part i of n that are not there, until all parts together have about n_tokens; yields the tokens of
-        each block that is there now."""
-        done, total, b, ended = 0, 0, i, False
-        with contextlib.closing(Making(self)) as making:
-            while not ended and (done == 0 or b * total / done < n_tokens):
+        each block that is there now.
+
+        Parts take whole lanes, so that none reads another's files; where they are more than lanes, they share the blocks of one.
+        """
+        n_lanes, done, total = self.corpus.n_lanes, 0, 0
+        first, sharing = i // n_lanes, len(range(i % n_lanes, n, n_lanes))
+        with self.lanes(range(i % n_lanes, n_lanes, n)) as lanes:
+            for block in in_turn(lanes, itertools.count(first, sharing)):
                 n_ids = 0
-                with contextlib.closing(self.block(b, making)) as block:
+                with contextlib.closing(block):
+                    if done and block.number * total / done >= n_tokens:
+                        return
                     for piece in block:
-                        n_ids += 0 if piece is None or piece.bad is not None else len(piece.ids)
-                        ended = ended or piece is None
+                        n_ids += 0 if piece.bad is not None else len(piece.ids)
                         if n_ids > n_tokens + MUCH_MORE:
                             return  # a text that is more than all that is asked: who packs reads it as far as it is needed
-                done, total, b = done + 1, total + n_ids, b + n
+                done, total = done + 1, total + n_ids
                 yield n_ids
 
 
-class Making:
-    """Makes blocks from documents, going on where the last one ended as long as they are asked for in order."""
+def in_turn(lanes: Sequence[Lane], numbers: Iterable[int]) -> Iterator[Block]:
+    """Blocks of so many numbers of each lane, until all lanes have ended."""
+    for k in numbers:
+        for lane in lanes:
+            if not lane.ended:
+                yield Block(lane, k)
+        if all(lane.ended for lane in lanes):
+            return
 
-    def __init__(self, blocks: Blocks) -> None:
-        self.blocks = blocks
+
+class Block:
+    """The pieces of a lane's k-th block, from its file or made now. `number`: its place in the order, while no lane has ended."""
+
+    def __init__(self, lane: Lane, k: int) -> None:
+        self.number = k * lane.blocks.corpus.n_lanes + lane.lane
+        self.pieces = lane.block(k)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self.pieces
+
+    def close(self) -> None:
+        """Leave it; what was not made to its end is not kept."""
+        self.pieces.close()
+
+
+class Lane:
+    """Blocks of one lane, going on where the last one ended as long as they are asked for in order. `ended`: whether the last one
+    was the last."""
+
+    def __init__(self, blocks: Blocks, lane: int) -> None:
+        self.blocks, self.lane, self.ended = blocks, lane, False
         self.documents: Iterator[Document | CorpusError] = iter(())
         self.at = -1
 
@@ -111,29 +134,39 @@ class Making:
         if hasattr(self.documents, "close"):
             self.documents.close()
 
-    def block(self, b: int) -> Generator[Piece | None, None, None]:
-        """What `Blocks.block` gives; written when all of it was taken."""
-        first = b * BLOCK_DOCUMENTS
+    def block(self, k: int) -> Generator[Piece, None, None]:
+        """Pieces of block k, from its file or made now."""
+        path = self.blocks.path(self.lane, k)
+        try:
+            check_block(path)
+        except (FileNotFoundError, DamagedError):
+            yield from self._made(k, path)
+            return
+        with open(path, "rb", opener=regular) as file:
+            self.ended = yield from read_block(file)
+
+    def _made(self, k: int, path: Path) -> Generator[Piece, None, None]:
+        """The same of one that is not there; written when all of it was taken."""
+        size = self.blocks.corpus.block_documents
+        first = k * size
         if not 0 <= self.at <= first:
             self.close()
-            self.documents, self.at = self.blocks.corpus.documents(first), first
+            self.documents, self.at = self.blocks.corpus.documents(first, self.lane), first
         for _ in range(first - self.at):
             next(self.documents, None)
         self.at = -1  # until this one is whole
-        documents = Counted(itertools.islice(self.documents, BLOCK_DOCUMENTS))
-        with unfinished(self.blocks.folder), atomic(self.blocks.path(b)) as raw:
+        documents = Counted(itertools.islice(self.documents, size))
+        with unfinished(self.blocks.folder), atomic(path) as raw:
             file = Summed(raw)
             file.write(MAGIC)
             with contextlib.closing(tokenized(iter(documents), self.blocks.reader)) as pieces:
                 for piece in pieces:
                     file.write(as_bytes(piece))
                     yield piece
-            ends = documents.n < BLOCK_DOCUMENTS
+            ends = documents.n < size
             file.write(HEAD.pack(END, ends))
             raw.write(struct.pack("<I", file.crc))
-        self.at = first + documents.n
-        if ends:
-            yield None
+        self.at, self.ended = first + documents.n, ends
 
 
 class Counted:
@@ -191,15 +224,13 @@ def check_block(path: Path) -> None:
             raise DamagedError(f"{path}: not what was written")
 
 
-def read_block(file: IO[bytes]) -> Iterator[Piece | None]:
-    """Pieces of a block that was checked, and None where the corpus ends with it."""
+def read_block(file: IO[bytes]) -> Generator[Piece, None, bool]:
+    """Pieces of a block that was checked; returns whether the lane ends with it."""
     file.seek(len(MAGIC))
     while True:
         n, flags = HEAD.unpack(file.read(HEAD.size))
         if n == END:
-            if flags:
-                yield None
-            return
+            return bool(flags)
         if flags & 4:
             yield Piece(np.zeros(0, np.int32), bad=file.read(n).decode("utf-8", "surrogateescape"))
             continue

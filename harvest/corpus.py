@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.base.kept import kept_hash
 from pipeline.base.progress import say
 from pipeline.base.record_files import TEXT, expected, is_read, listed, record_files
 from pipeline.base.records import Found, Record, Unread, kind_of, read_records
-from pipeline.base.runtime import derive_seed, numpy_rng
+from pipeline.base.runtime import numpy_rng
 
 Message = Mapping[str, Any]
 Content = str | TextFile | list[int] | list[Message]
@@ -59,8 +60,13 @@ class Source:
 
 PERMUTED = "documents permuted by seed {seed}"
 WINDOWED = "files by seed {seed}, documents permuted within {buffer} of them by seed {seed}"
+STREAMED = "streamed, {lanes} files at a time, {block} documents of each in turn, permuted within {buffer} of all, by seed {seed}"
+SHUFFLED = "streamed, shuffled within {buffer} documents by seed {seed}"
+"""The order in which data sets of the Hub were read before, by the shuffle of `datasets`."""
 WINDOW_BYTES = 256 << 20
 """Text of a window of documents, at most, whatever their number."""
+LANES = 16
+"""Files of a data set of the Hub that are read at a time, where it has as many."""
 
 
 class LocalCorpus:
@@ -70,6 +76,9 @@ class LocalCorpus:
     (compressed, Parquet, Arrow, CSV, JSON arrays) files are read one after the other in a seeded order, and their documents
     permuted within windows of `buffer` documents or WINDOW_BYTES; a corpus that fits into one window is permuted whole.
     """
+
+    n_lanes, block_documents = 1, 1024
+    """Streams of documents that take turns, and documents of a turn: a block (blocks.py)."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -100,31 +109,20 @@ class LocalCorpus:
         """Whether it is a single text file, which holds a single document."""
         return len(self.files) == 1 and kind_of(self.files[0]) == TEXT
 
-    def documents(self, first: int = 0) -> Iterator[Document | CorpusError]:
-        """Each document once, from the first-th of the order on; for a record that holds none, what is wrong with it."""
+    def documents(self, first: int = 0, lane: int = 0) -> Iterator[Document | CorpusError]:
+        """Each document once, from the first-th of the order on; for a record that holds none, what is wrong with it. There is
+        one lane."""
         with disk_errors(self.root):
             if self.is_indexed:
                 index = Index(self.files, self.source.text_field)
                 order = numpy_rng("corpus", self.source.seed).permutation(len(index))
                 yield from (document_of(*index.record(int(i)), self.source.text_field) for i in order[first:])
             else:
-                yield from itertools.islice(self._windowed(), first, None)
+                found = windowed(self._in_files(), self.source.buffer, WINDOW_BYTES, ("corpus", self.source.seed))
+                yield from itertools.islice(found, first, None)
 
-    def _windowed(self) -> Iterator[Document | CorpusError]:
-        """Documents of all files, permuted within windows."""
-        seed, n_windows = self.source.seed, 0
-        held: list[tuple[int, int, Document | CorpusError]] = []
-        size = 0
-        for n, number, document in self._in_files():
-            held.append((n, number, document))
-            size += size_of(document)
-            if len(held) == self.source.buffer or size >= WINDOW_BYTES:
-                yield from permuted(held, ("corpus", seed, n_windows) if n_windows else ("corpus", seed))
-                held, size, n_windows = [], 0, n_windows + 1
-        yield from permuted(held, ("corpus", seed, n_windows) if n_windows else ("corpus", seed))
-
-    def _in_files(self) -> Iterator[tuple[int, int, Document | CorpusError]]:
-        """Documents with the numbers of their file and in it, file after file in the seed's order."""
+    def _in_files(self) -> Iterator[Placed]:
+        """Documents file after file in the seed's order."""
         field = self.source.text_field
         for n in numpy_rng("corpus files", self.source.seed).permutation(len(self.files)):
             path = self.files[n]
@@ -137,9 +135,25 @@ class LocalCorpus:
                 yield int(n), number, document_of(where, record, field)
 
 
-def permuted(
-    held: list[tuple[int, int, Document | CorpusError]], key: tuple[Any, ...]
+Placed = tuple[int, int, Document | CorpusError]
+"""A document, or what is wrong with a record, behind the numbers of its file and in it."""
+
+
+def windowed(
+    found: Iterable[Placed], buffer: int, most_bytes: int, key: tuple[Any, ...]
 ) -> Iterator[Document | CorpusError]:
+    """Documents permuted within windows of `buffer` of them, or of so many bytes, by a key."""
+    held, size, n_windows = list[Placed](), 0, 0
+    for one in found:
+        held.append(one)
+        size += size_of(one[2])
+        if len(held) == buffer or size >= most_bytes:
+            yield from permuted(held, (*key, n_windows) if n_windows else key)
+            held, size, n_windows = [], 0, n_windows + 1
+    yield from permuted(held, (*key, n_windows) if n_windows else key)
+
+
+def permuted(held: list[Placed], key: tuple[Any, ...]) -> Iterator[Document | CorpusError]:
     """Documents of a window in a seeded order, whatever the order of the files in it."""
     held.sort(key=lambda one: one[:2])
     yield from (held[i][2] for i in numpy_rng(*key).permutation(len(held)))
@@ -155,10 +169,15 @@ def size_of(document: Document | CorpusError) -> int:
 
 
 class StreamedCorpus:
-    """A Hub dataset at one commit, read as it downloads; shuffled within a buffer, and by whole files where it has several."""
+    """A Hub dataset at one commit, read as it downloads.
+
+    Its files, in a seeded order, are shared out to lanes, which take turns with a block of documents each; within a lane
+    documents are permuted in windows. So what a lane gives depends on its own files alone, and whoever reads it needs no other.
+    """
 
     is_one_text = False
     is_indexed = False
+    block_documents = 256
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -174,7 +193,9 @@ class StreamedCorpus:
             "split": self.source.split,
             **self.source.about,
             "revision": self.revision,
-            "order": f"streamed, shuffled within {self.source.buffer} documents by seed {self.source.seed}",
+            "order": STREAMED.format(
+                lanes=LANES, block=self.block_documents, seed=self.source.seed, buffer=self.source.buffer
+            ),
         }
 
     @property
@@ -182,15 +203,31 @@ class StreamedCorpus:
         """What of the Hub it is: id, commit, subset, split."""
         return self.source.corpus.lower(), self.revision, self.source.subset, self.source.split
 
-    def documents(self, first: int = 0) -> Iterator[Document | CorpusError]:
-        """From the first-th on. Downloads only as far as it is asked for, those before the first too."""
-        source = self.source
-        with hub_errors(source):
-            stream = network.retried(lambda: load_stream(source, self.revision), source.corpus)
-            stream = stream.shuffle(seed=derive_seed("corpus", source.seed) % 2**32, buffer_size=source.buffer)
-            for n, record in enumerate(stream):
-                if n >= first:
-                    yield document_of(f"{source.corpus}, document {n}", record, source.text_field)
+    @cached_property
+    def stream(self) -> Any:
+        """The data set; nothing is downloaded yet but its description. Raises CorpusError."""
+        with hub_errors(self.source):
+            return network.retried(lambda: load_stream(self.source, self.revision), self.source.corpus)
+
+    @property
+    def n_lanes(self) -> int:
+        """Streams of documents that take turns."""
+        return max(1, min(LANES, int(self.stream.num_shards)))
+
+    def documents(self, first: int = 0, lane: int = 0) -> Iterator[Document | CorpusError]:
+        """Those of a lane, from the first-th on. Downloads only as far as it is asked for, those before the first too."""
+        buffer, most_bytes = max(1, self.source.buffer // self.n_lanes), WINDOW_BYTES // self.n_lanes
+        found = windowed(self._in_files(lane), buffer, most_bytes, ("stream", self.source.seed, lane))
+        with hub_errors(self.source):
+            yield from itertools.islice(found, first, None)
+
+    def _in_files(self, lane: int) -> Iterator[Placed]:
+        """Documents of a lane's files, one after the other in the seed's order."""
+        n_files = int(self.stream.num_shards)
+        for n in numpy_rng("stream files", self.source.seed).permutation(n_files)[lane :: self.n_lanes]:
+            for number, record in enumerate(self.stream.shard(n_files, int(n))):
+                where = f"{self.source.corpus}, file {n}, document {number}"
+                yield int(n), number, document_of(where, record, self.source.text_field)
 
 
 Corpus = LocalCorpus | StreamedCorpus

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from harvest.config import HarvestConfig
-from harvest.corpus import Corpus, LocalCorpus, Source, open_corpus, require_other
+from harvest.corpus import SHUFFLED, Corpus, LocalCorpus, Source, open_corpus, require_other
 from harvest.texts import Reader
 from harvest.tokens import Packing
 from pipeline.base.errors import DamagedError, StoreError
@@ -64,11 +64,16 @@ class Corpora:
 def is_on_record(source: Source, held: Mapping[str, Any] | None) -> bool:
     """Whether the files that a store's config names are those of this source, as far as can be told: read as then, and with the
     same bytes or gone."""
-    if not held or "sha256" not in held or {n: held.get(n) for n in source.about} != source.about:
+    if not held or {n: held.get(n) for n in source.about} != source.about:
         return False
     if held.get("skip_bad", 0) != source.skip_bad:
         return False
-    if not Path(source.corpus).expanduser().exists():
+    local = Path(source.corpus).expanduser().exists()
+    if "sha256" not in held:  # of the Hub
+        before = SHUFFLED.format(buffer=source.buffer, seed=source.seed)
+        asked = (source.corpus, source.subset, source.split, before)
+        return not local and tuple(map(held.get, ("id", "subset", "split", "order"))) == asked
+    if not local:
         return bool(held["id"] == source.corpus)
     return bool(LocalCorpus(source).sha256 == held["sha256"])
 

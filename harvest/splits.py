@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from harvest.blocks import BLOCK_DOCUMENTS, Blocks
-from harvest.corpus import Corpus, LocalCorpus
+from harvest.blocks import Blocks
+from harvest.corpus import Corpus
 from harvest.long_text import GIANT
 from harvest.plan import Plan
+from harvest.steps import Note, Share, named_parts, read_notes
 from harvest.texts import Piece, Tokens
 from harvest.tokens import Pieces, pack, scratch_array, shuffle
 from pipeline.base.errors import CorpusError, DamagedError, StoreError
 from pipeline.base.files import hash_config, require_free
 from pipeline.base.progress import Progress, say
 from pipeline.model.specials import mark_special
+from pipeline.store.backend import LocalFiles
 from pipeline.store.prepare import SplitTokens
 from pipeline.store.reader import Split, Store
 from pipeline.store.split import Mask
@@ -35,6 +38,8 @@ def make_tokens(plan: Plan) -> Splits:
     training, other = plan.corpora.opened
     n_tokens = (plan.n_train + plan.n_eval) * plan.config.context
     require_free(plan.corpora.scratch, 4 * n_tokens, "the tokenised documents")
+    for corpus in (training,) if other is None else (training, other):
+        name_lost(blocks_of(plan, corpus))
     stream = blocks_of(plan, training).pieces()
     eval_stream = stream if other is None else blocks_of(plan, other).pieces()
     with contextlib.closing(stream), contextlib.closing(eval_stream):
@@ -57,27 +62,35 @@ def blocks_of(plan: Plan, corpus: Corpus) -> Blocks:
         "corpus": {name: value for name, value in corpus.identity.items() if name not in ("id", "skip_bad")},
         "tokenizer": next(iter(plan.configs.values()))["tokenizer_sha256"],
         "reader": [plan.info.vocab, plan.reader.parse_special, *plan.reader.roles, *plan.reader.first],
-        "cut": [BLOCK_DOCUMENTS, GIANT],
+        "cut": [corpus.block_documents, GIANT, corpus.n_lanes],
     }
     name = f"{plan.name}.tokens-{hash_config(about)[:16]}"
     return Blocks(plan.corpora.scratch / name, corpus, plan.reader)
 
 
 def tokenise_part(plan: Plan, i: int, n: int) -> None:
-    """Part i of n of the documents that the stores need, into blocks; of a corpus of the Hub, which is read from its beginning by
-    whoever reads it, part 0 takes all."""
+    """Part i of n of the documents that the stores need, into blocks."""
     training, other = plan.corpora.opened
     context = plan.config.context
     needed = [(training, (plan.n_train + (plan.n_eval if other is None else 0)) * context)]
     needed += [] if other is None else [(other, plan.n_eval * context)]
     for corpus, n_tokens in needed:
-        mine = (i, n) if isinstance(corpus, LocalCorpus) else (0, 1)
-        if mine == (0, 1) and i > 0:
-            continue
         require_free(plan.corpora.scratch, 4 * n_tokens // n, "the tokenised documents")
-        with Progress(-(-n_tokens // mine[1]), f"tokenise part {i} of {n}", "token") as bar:
-            for n_ids in blocks_of(plan, corpus).share(*mine, n_tokens):
+        with Progress(-(-n_tokens // n), f"tokenise part {i} of {n}", "token") as bar:
+            blocks, note = blocks_of(plan, corpus), Note.here(Share(i, n), 1, ())
+            note.write(LocalFiles(blocks.folder))
+            for n_ids in blocks.share(i, n, n_tokens):
                 bar.advance(n_ids)
+            dataclasses.replace(note, ended=True).write(LocalFiles(blocks.folder))
+
+
+def name_lost(blocks: Blocks) -> None:
+    """Say which parts did not tokenise their documents to the end, so that whoever packs them has more to do."""
+    notes = read_notes(LocalFiles(blocks.folder))
+    for n in sorted({note.share.n for note in notes}):
+        lost = named_parts(range(n), [note for note in notes if note.share.n == n], but_ended=True)
+        if lost:
+            say(f"note     tokenising --part {lost} did not come to its end; what is missing is tokenised here")
 
 
 class Seen:

@@ -161,8 +161,14 @@ def require_all(writer: StoreWriter, notes: Sequence[Note]) -> None:
     if len(sizes) != 1:
         raise StoreError(f"{head} (number {missing[0]} first); run the parts, or harvest without --finish-only")
     [(n, world)] = sizes
-    said = {note.share.i: f"on {note.host}, {'ended' if note.ended else 'not ended'}" for note in notes}
     lost = sorted({k % (n * world) // world for k in missing})
-    named = ", ".join(f"{i}/{n} ({said.get(i, 'not begun')})" for i in lost[:MOST_NAMED])
-    more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
-    raise StoreError(f"{head}, those of --part {named}{more}; run these parts again, then --finish-only")
+    raise StoreError(f"{head}, those of --part {named_parts(lost, notes)}; run these parts again, then --finish-only")
+
+
+def named_parts(parts: Iterable[int], notes: Sequence[Note], *, but_ended: bool = False) -> str:
+    """Parts of one division by number, with where each ran and whether it ended; `but_ended`: none that did."""
+    said = {note.share.i: f"on {note.host}, {'ended' if note.ended else 'not ended'}" for note in notes}
+    ended = {note.share.i for note in notes if note.ended and but_ended}
+    lost = [i for i in parts if i not in ended]
+    named = ", ".join(f"{i}/{notes[0].share.n} ({said.get(i, 'not begun')})" for i in lost[:MOST_NAMED])
+    return named + (f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else "")

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from harvest import blocks
 from harvest.blocks import Blocks
-from harvest.corpus import Source, open_corpus
+from harvest.corpus import LocalCorpus, Source, open_corpus
 from harvest.texts import Piece, Reader
 from pipeline.base.errors import CorpusError
 from support import tiny_models
@@ -20,7 +19,7 @@ from support import tiny_models
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of four documents."""
-    monkeypatch.setattr(blocks, "BLOCK_DOCUMENTS", 4)
+    monkeypatch.setattr(LocalCorpus, "block_documents", 4)
 
 
 def make_blocks(folder: Path, texts: list[Any], **options: Any) -> Blocks:
@@ -88,7 +87,7 @@ def test_damaged_blocks_are_made_again(tmp_path: Path, damage: str) -> None:
     """A block that is not what was written is made again."""
     made = make_blocks(tmp_path, TEXTS)
     expected = plain(list(made.pieces()))
-    path = made.path(2)
+    path = made.path(0, 2)
     whole = bytearray(path.read_bytes())
     changed = whole[:-9] if damage == "cut" else b"" if damage == "emptied" else whole
     if damage == "flipped":

@@ -7,18 +7,20 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import harvest.run
-from harvest import blocks
+from harvest import blocks, corpus
 from harvest.__main__ import command
 from harvest.config import HarvestConfig
+from harvest.corpus import LocalCorpus, StreamedCorpus
 from harvest.run import run
 from harvest.steps import Note, Share, Steps, read_notes
 from pipeline.base.errors import CorpusError, DamagedError, MismatchError, StoreError, UsageError
@@ -62,8 +64,7 @@ def configs(lm_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of seven documents."""
-    monkeypatch.setattr(blocks, "BLOCK_DOCUMENTS", 7)
-    monkeypatch.setattr("harvest.splits.BLOCK_DOCUMENTS", 7)
+    monkeypatch.setattr(LocalCorpus, "block_documents", 7)
 
 
 def files_of(config: HarvestConfig) -> dict[str, str]:
@@ -259,8 +260,7 @@ def in_process(config: HarvestConfig, steps: Steps, slowed: float = 0) -> None:
 
     os.fsync = lambda descriptor: None
     torch.set_num_threads(1)
-    blocks.BLOCK_DOCUMENTS = 7
-    harvest.splits.BLOCK_DOCUMENTS = 7  # type: ignore[attr-defined]
+    LocalCorpus.block_documents = 7
     if slowed:
         from pipeline.model.split_lm import SplitLM
 
@@ -370,3 +370,116 @@ def test_notes_say_who_and_where(configs: Configs) -> None:
     assert note.makers[0]["device"] == "cpu"
     data = json.loads((Path(config.store) / "parts" / "1-5.json").read_text())
     assert data["host"]
+
+
+Reads = list[tuple[int, int]]
+"""File and number of every document that was read of a data set of the Hub."""
+
+
+@pytest.fixture
+def hub(configs: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """A data set of the Hub in five files of very different length, played by `datasets` itself; what is read of it."""
+    import datasets
+
+    lines = Path(configs("x").corpus).read_text().splitlines(keepends=True)
+    files, at = [tmp_path / f"{n}.jsonl" for n in range(5)], 0
+    for path, n in zip(files, (20, 1, 7, 50, len(lines))):
+        path.write_text("".join(lines[at : at + n]))
+        at += n
+    read, plain = Reads(), corpus.document_of
+
+    def noted(where: str, record: Any, field: str) -> Any:
+        said = re.fullmatch(r"some/set, file (\d+), document (\d+)", where)
+        assert said is not None
+        read.append((int(said[1]), int(said[2])))
+        return plain(where, record, field)
+
+    def load(*_args: Any) -> Any:
+        return datasets.load_dataset("json", data_files=list(map(str, files)), split="train", streaming=True)
+
+    monkeypatch.setattr(corpus, "dataset_commit", lambda name: "abc123")
+    monkeypatch.setattr(corpus, "load_stream", load)
+    monkeypatch.setattr(corpus, "document_of", noted)
+    monkeypatch.setattr(StreamedCorpus, "block_documents", 3)
+    return read
+
+
+def hub_config(configs: Configs, name: str) -> HarvestConfig:
+    """A harvest of that data set."""
+    return configs(name).replace(corpus="some/set")
+
+
+def hub_bytes(configs: Configs) -> dict[str, str]:
+    """Files of its store, made by one process."""
+    run(config := hub_config(configs, "hub"), quiet=True)
+    return files_of(config)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 12])
+def test_hub_parts_give_equal_bytes(configs: Configs, hub: Reads, n: int) -> None:
+    """A data set of the Hub tokenised in parts is that of one process, byte for byte, and of as many parts as files none reads
+    another's file."""
+    expected = hub_bytes(configs)
+    config, files = hub_config(configs, f"hub-{n}"), dict[int, set[int]]()
+    for i in reversed(range(n)):
+        hub.clear()
+        run(config, quiet=True, steps=tokenise(i, n))
+        assert len(set(hub)) == len(hub)
+        files[i] = {file for file, _ in hub}
+    assert {file for part in files.values() for file in part} == set(range(5))
+    assert n > 5 or (all(files.values()) and sum(map(len, files.values())) == 5)
+    hub.clear()
+    run(config, quiet=True)
+    assert files_of(config) == expected
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("again", [False, True])
+def test_lost_hub_part_is_named(configs: Configs, capsys: pytest.CaptureFixture[str], again: bool) -> None:
+    """A part of a data set of the Hub that was stopped keeps its blocks when it is run again; one that was lost is named, and
+    what it lacks is tokenised by who packs."""
+    expected, config = hub_bytes(configs), hub_config(configs, f"hub-lost-{again}")
+    made, share = list[int](), blocks.Blocks.share
+
+    def stopped(self: blocks.Blocks, i: int, n: int, n_tokens: int) -> Iterator[int]:
+        for tokens in share(self, i, n, n_tokens):
+            made.append(tokens)
+            if len(made) == 3:
+                raise KeyboardInterrupt
+            yield tokens
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks.Blocks, "share", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, quiet=True, steps=tokenise(0, 3))
+    run(config, quiet=True, steps=tokenise(1, 3))
+    (folder,) = Path(config.store).parent.glob(f"hub-lost-{again}.zarr.tokens-*")
+    kept = {path: path.stat().st_ino for path in folder.iterdir() if path.is_file()}
+    if again:
+        for i in (0, 2):
+            run(config, quiet=True, steps=tokenise(i, 3))
+        assert kept.items() < {path: path.stat().st_ino for path in folder.iterdir() if path.is_file()}.items()
+    run(config, steps=PREPARE)
+    said = r"tokenising --part 0/3 \(on \S+, not ended\), 2/3 \(not begun\) did not come to its end"
+    assert bool(re.search(said, capsys.readouterr().err)) is not again
+    run(config, quiet=True)
+    assert files_of(config) == expected
+
+
+def test_hub_stores_of_an_older_order(configs: Configs, hub: Reads) -> None:
+    """A store of a data set of the Hub read in the order of before is opened and gone on with as it is; to be extended, it is
+    refused by name."""
+    config = hub_config(configs, "hub-older")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "STREAMED", corpus.SHUFFLED)
+        run(config, quiet=True, steps=PREPARE)
+    hub.clear()
+    run(config, quiet=True)
+    run(config, quiet=True)
+    assert hub == []
+    with pytest.raises(MismatchError, match=r"max_buffer|corpus\.order"):
+        run(config.replace(max_buffer=7), quiet=True)
+    with pytest.raises(
+        MismatchError, match=r"corpus\.order: there 'streamed, shuffled within 10000 documents by seed 0', asked"
+    ):
+        run(config.replace(tokens=2400), quiet=True)
