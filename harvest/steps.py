@@ -156,6 +156,11 @@ def require_all(writer: StoreWriter, notes: Sequence[Note]) -> None:
     if not missing:
         return
     total = offset + writer.split("eval").n_shards
+    if writer.store.complete:
+        raise DamagedError(
+            f"{writer.store.where}: finished, but the commit records of {len(missing):,} of {total:,} shards are damaged (number "
+            f"{missing[0]} first); run harvest --repair"
+        )
     head = f"{writer.store.where}: {len(missing):,} of {total:,} shards are not made"
     sizes = {(note.share.n, note.world) for note in notes}
     if len(sizes) != 1:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from evaluate.probing import datasets as module
 from evaluate.probing.datasets import HUB, AttributeData, Columns, Table, find_columns, load_attribute_data, oriented
 from evaluate.probing.tasks import SetSizes, balanced, cells, class_tasks, one_against_rest, scr_contrasts, scr_task
-from pipeline.base.errors import CorpusError, UsageError
+from pipeline.base.errors import CorpusError, PipelineError, UsageError
 
 
 def rows(n: int, seed: int = 0, **more: Any) -> list[dict[str, Any]]:
@@ -113,6 +115,16 @@ def test_missing_files_are_refused(tmp_path: Path) -> None:
         load_attribute_data(str(tmp_path / "nowhere"))
     with pytest.raises(CorpusError, match="no such file"):
         load_attribute_data("a.jsonl,b.jsonl")
+
+
+@pytest.mark.parametrize("name", ["train.jsonl.zst", "test.jsonl"])
+def test_pipe_among_texts_is_named(folder: Path, name: str) -> None:
+    """A pipe where texts of probing should be is refused by name, and not waited for."""
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    for source in (str(folder), f"{folder / 'train.jsonl.zst'},{folder / 'test.jsonl'}"):
+        with pytest.raises(PipelineError, match=rf"{re.escape(name)}: a pipe, expected a regular file"):
+            load_attribute_data(source)
 
 
 def test_blank_texts_are_counted(folder: Path) -> None:

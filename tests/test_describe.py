@@ -12,6 +12,7 @@ from pipeline.base.files import hash_config, hash_file, write_json
 from pipeline.experiment.describe import describe
 from pipeline.experiment.verify import verify
 from pipeline.sae.checkpoint import save_checkpoint
+from support.results_files import write_results
 from test_checkpoint import KINDS, random_sae
 
 
@@ -110,6 +111,18 @@ def test_foreign_path_is_told_so(tmp_path: Path, make: object) -> None:
     make(tmp_path / "thing")  # type: ignore[operator]
     with pytest.raises(PipelineError, match="expected a store"):
         describe(str(tmp_path / "thing"))
+
+
+def test_changed_results_are_not_described(tmp_path: Path) -> None:
+    """Results that say what they did not say when they were written, and JSON that is no results, are refused by name."""
+    path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]
+    assert describe(str(path))["kind"] == "results"
+    path.write_text(json.dumps(sealed(json.loads(path.read_text())) | {"git": "0123456"}))
+    with pytest.raises(PipelineError, match="what it says changed since it was written"):
+        describe(str(path))
+    path.write_text('{"a": 1}')
+    with pytest.raises(PipelineError, match="expected nested-sae-results"):
+        describe(str(path))
 
 
 def test_people_get_indented_lines(store: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from evaluate.results import working_in
 from evaluate.run import EvaluateConfig, Outcome, run
 from pipeline.base.errors import DiskError
-from pipeline.base.files import write_json
+from pipeline.base.files import hash_file, write_json
 from pipeline.sae.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.store.reader import Store
 from support import lm_stores
@@ -39,6 +39,16 @@ def runs(store: Store, tmp_path: Path) -> Path:
 
 def scored(store: Store, out: Path, *places: Path) -> Outcome:
     return run(EvaluateConfig(store=store.path, out=out, scores=("ev",)), places)
+
+
+def test_lost_metrics_are_said(store: Store, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished member whose metrics are gone is evaluated, and that its results lack its curve is said."""
+    member = sorted(runs.iterdir())[0]
+    complete = member / "complete.json"
+    write_json(complete, json.loads(complete.read_text()) | {"metrics_sha256": hash_file(member / "metrics.jsonl")})
+    (member / "metrics.jsonl").unlink()
+    assert len(scored(store, tmp_path / "out", runs).results) == 2
+    assert capsys.readouterr().err.count(f"{member / 'metrics.jsonl'}: gone, so results") == 1
 
 
 def with_provenance(runs: Path, **changes: Any) -> Path:

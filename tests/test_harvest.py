@@ -501,7 +501,7 @@ def test_shard_repair_needs_no_corpus(copy: HarvestConfig) -> None:
     assert store_bytes(Path(copy.store)) == before
 
 
-@pytest.mark.parametrize("kind", ["deleted", "truncated", "metadata", "root"])
+@pytest.mark.parametrize("kind", ["deleted", "truncated", "metadata", "root", "commit"])
 def test_damage_is_refused_without_repair(copy: HarvestConfig, kind: str) -> None:
     """Damage is refused without repair."""
     damage(kind, Path(copy.store))

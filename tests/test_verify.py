@@ -163,6 +163,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: replace(first(r, "results/*.latents/index.js"), r'"density":\[\d', '"density":[1'),
         "index.js: SHA-256",
     ),
+    "results that are gone, their pages left": (
+        lambda r: first(r, "results/*.json").unlink(),
+        "latent pages without their results",
+    ),
     "a latent page that is gone": (lambda r: first(r, "results/*.latents/page_0000.js").unlink(), "page_0000.js: gone"),
     "another dictionary's latent pages": (
         lambda r: swap(first(r, "results/*.latents"), first(r, "results/*.latents", 1)),

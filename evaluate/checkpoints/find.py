@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import read_bytes
+from pipeline.base.progress import say
 from pipeline.sae.folders import may_be_member
 from pipeline.sae.foreign.gemma_scope import BEFORE_GAIN, behind_gain
 from pipeline.sae.foreign.hooks import is_module
@@ -113,6 +114,10 @@ def require_own(checkpoint: Checkpoint) -> None:
         )
     if (completion := read_completion(folder)) is not None:
         require_recorded(folder, completion)
+        if completion.metrics_sha256 is not None and not (folder / "metrics.jsonl").exists():
+            say(
+                f"note     {folder / 'metrics.jsonl'}: gone, so results of this member are without its curve; put it back"
+            )
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -221,7 +221,7 @@ def local_paths(source: str) -> tuple[Path, Path]:
             f"{source}: not a folder with train.jsonl and test.jsonl, nor TRAIN,TEST, nor one of {', '.join(HUB)}"
         )
     for path in (train, test):
-        if not path.is_file():
+        if not path.exists():
             raise CorpusError(f"{path}: no such file")
     return train, test
 
@@ -279,6 +279,9 @@ def to_table(rows: Iterable[Mapping[str, Any]], columns: Columns, where: object)
             ) from error
         if not isinstance(text, str):
             raise CorpusError(f"{where}: row {number}: {columns.text!r} is {type(text).__name__}, not text")
+        for name, value in ((columns.first, first), (columns.second, second)):
+            if not isinstance(value, str | int | float | bool):
+                raise CorpusError(f"{where}: row {number}: {name!r} is {type(value).__name__}, not text or a number")
         if text.strip():
             kept.append((text, first, second))
         else:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.base.errors import PipelineError, explain
 from pipeline.base.files import is_url, read_json
+from pipeline.base.results import read_result
 from pipeline.sae.folders import is_member, may_be_member
 from pipeline.sae.foreign.reader import folder_of, is_foreign, names_for, read_sae, require_format
 from pipeline.sae.member import read_config
@@ -92,5 +93,5 @@ DESCRIBERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "foreign": describe_checkpoint,
     "member": describe_member,
     "training": describe_training,
-    "results": read_json,
+    "results": read_result,
 }
