@@ -268,6 +268,15 @@ def test_claimed_sizes_are_damage(tmp_path: Path, size: int, kind: type[Exceptio
         raise pyarrow.lib.ArrowMemoryError(f"malloc of size {size} failed")
 
 
+def test_fields_there_twice_are_refused(tmp_path: Path) -> None:
+    """An Arrow file with two fields of the name that is asked for does not say which is meant."""
+    batch = pyarrow.record_batch([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(CorpusError, match=r"a\.arrow: has 2 fields called 'text'; keep one of them"):
+        list(good(LocalCorpus(Source(str(tmp_path / "a.arrow"))).documents(), 0))
+
+
 def test_mutations_stay_apart() -> None:
     """One mutated input shares nothing with the next: what it nests or changes later is not in the list that all draw from."""
     before, rng = repr(BAD), random.Random(0)

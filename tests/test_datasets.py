@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from evaluate.probing import datasets as module
 from evaluate.probing.datasets import HUB, AttributeData, Columns, Table, find_columns, load_attribute_data, oriented
 from evaluate.probing.tasks import SetSizes, balanced, cells, class_tasks, one_against_rest, scr_contrasts, scr_task
 from pipeline.base.errors import CorpusError, PipelineError, UsageError
+from support.fuzzing import BAD, as_bytes, hurt, mutated, one_line_or_none
 
 
 def rows(n: int, seed: int = 0, **more: Any) -> list[dict[str, Any]]:
@@ -339,3 +342,33 @@ def test_unreachable_hub_set_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(CorpusError, match=r"^LabHC/bias_in_bios: .*the Hub cannot be reached"):
         load_attribute_data("LabHC/bias_in_bios")
+
+
+def fuzz_texts(folder: Path, n: int, seed: int) -> int:
+    """Read n data sets of which one row, or the bytes of one file, were changed; how many were refused."""
+    rng, refused = random.Random(seed), 0
+    whole = {name: rows(24, i, source="book") for i, name in enumerate(("train.jsonl", "test.jsonl"))}
+    for _ in range(n):
+        for name, data in whole.items():
+            at = rng.randrange(len(data))
+            lines = [json.dumps(row).encode() for row in data]
+            lines[at] = as_bytes(mutated(data[at], rng), rng)
+            raw = b"\n".join(lines) + b"\n"
+            (folder / name).write_bytes(hurt(raw, rng) if rng.random() < 0.2 else raw)
+        text = rng.choice([None, "text", str(rng.choice(BAD))])
+        attributes = rng.choice([None, ("author", "gender"), ("gender", "source")])
+        pairs = rng.choice([(), (("austen", "other"),)])
+        read = partial(load_attribute_data, str(folder), text, attributes, pairs)
+        refused += one_line_or_none(lambda read=read: read().sha256(), folder / "train.jsonl")  # type: ignore[misc]
+    return refused
+
+
+def test_hostile_texts_end_in_one_line(tmp_path: Path) -> None:
+    """Whatever a data set of probing holds, it is read or refused in one line that names it."""
+    assert 100 < fuzz_texts(tmp_path, 300, seed=1) < 300
+
+
+@pytest.mark.slow
+def test_hostile_texts_end_in_line(tmp_path: Path) -> None:
+    """Likewise, ten thousand."""
+    assert 3000 < fuzz_texts(tmp_path, 10_000, seed=2) < 10_000

@@ -7,6 +7,7 @@ or two files, `TRAIN,TEST`, in any format that `pipeline.base.records` reads.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -177,9 +178,10 @@ def named_pairs(
     return tuple((written[positive], written[negative]) for positive, negative in pairs)
 
 
-def listed(values: Sequence[Value]) -> str:
+def listed(values: Iterable[Value]) -> str:
     """The first few of some values, for a message."""
-    return ", ".join(map(str, values[:12])) + (", …" if len(values) > 12 else "")
+    held = list(values)
+    return ", ".join(str(value)[:80] for value in held[:12]) + (", …" if len(held) > 12 else "")
 
 
 def oriented(table: Table, first: Pair, second: Pair) -> Pair:
@@ -243,17 +245,15 @@ def find_columns(
     wanted = [name for name in (text, *(attributes or ())) if name is not None]
     absent = [name for name in wanted if name not in names]
     if absent:
-        raise UsageError(f"{path}: no column {absent[0]!r}; there are {', '.join(names)}")
+        raise UsageError(f"{path}: no column {absent[0][:80]!a}; there are {listed(names)}")
     few = {name: n for name in names if name != text and (n := n_values(rows, name))}
     found = [name for name, n in few.items() if n == 2] or list(few)
     if attributes is None and len(found) != 2:
-        raise UsageError(
-            f"{path}: {len(found)} columns may be the attributes ({', '.join(found)}); name the two to use"
-        )
+        raise UsageError(f"{path}: {len(found)} columns may be the attributes ({listed(found)}); name the two to use")
     first, second = attributes or (found[0], found[1])
     texts = [n for n in names if n not in (first, second) and isinstance(rows[0][n], str)]
     if text is None and "text" not in texts and len(texts) != 1:
-        raise UsageError(f"{path}: {len(texts)} columns look like text ({', '.join(texts)}); name the one to use")
+        raise UsageError(f"{path}: {len(texts)} columns look like text ({listed(texts)}); name the one to use")
     return Columns(text or ("text" if "text" in texts else texts[0]), first, second)
 
 
@@ -274,14 +274,15 @@ def to_table(rows: Iterable[Mapping[str, Any]], columns: Columns, where: object)
         try:
             text, first, second = row[columns.text], row[columns.first], row[columns.second]
         except KeyError as error:
-            raise CorpusError(
-                f"{where}: row {number} has no column {error}; it has {', '.join(map(str, row))}"
-            ) from error
+            raise CorpusError(f"{where}: row {number} has no column {str(error)[:80]}; it has {listed(row)}") from error
         if not isinstance(text, str):
-            raise CorpusError(f"{where}: row {number}: {columns.text!r} is {type(text).__name__}, not text")
+            raise CorpusError(f"{where}: row {number}: {columns.text[:80]!a} is {type(text).__name__}, not text")
         for name, value in ((columns.first, first), (columns.second, second)):
-            if not isinstance(value, str | int | float | bool):
-                raise CorpusError(f"{where}: row {number}: {name!r} is {type(value).__name__}, not text or a number")
+            if not isinstance(value, str | int | float | bool) or (
+                isinstance(value, float) and not math.isfinite(value)
+            ):
+                kind = f"{value}" if isinstance(value, float) else type(value).__name__
+                raise CorpusError(f"{where}: row {number}: {name[:80]!a} is {kind}, not text or a number")
         if text.strip():
             kept.append((text, first, second))
         else:

@@ -233,12 +233,15 @@ def read_arrow(path: Path, columns: Sequence[str] | None) -> Iterator[Found]:
         else:
             file.seek(0)
             batches = pyarrow.ipc.open_stream(file)
-        yield from rows_of(path, (narrowed(batch, columns) for batch in batches))
+        yield from rows_of(path, (narrowed(path, batch, columns) for batch in batches))
 
 
-def narrowed(batch: Any, columns: Sequence[str] | None) -> Any:
-    """A batch with the wanted columns only, or as it is where it has none of them."""
-    found = [name for name in columns or () if name in batch.schema.names]
+def narrowed(path: Path, batch: Any, columns: Sequence[str] | None) -> Any:
+    """A batch with the wanted columns only, or as it is where it has none. Raises CorpusError for one that is there twice."""
+    names = batch.schema.names
+    found = [name for name in columns or () if name in names]
+    if twice := [name for name in found if names.count(name) > 1]:
+        raise CorpusError(f"{path}: has {names.count(twice[0])} fields called {twice[0][:80]!a}; keep one of them")
     return batch.select(found) if found else batch
 
 
@@ -282,7 +285,10 @@ MOST_ALLOCATED = 1 << 40
 
 
 def claims_too_much(error: BaseException) -> bool:
-    """Whether memory lacked only because a file claims a size that none can have."""
+    """Whether memory lacked only because a file claims a size that none can have: Arrow names the size of what it asks for,
+    but not of its own lists."""
+    if isinstance(error, MemoryError) and not str(error):
+        return True
     size = re.search(r"size (\d+)", str(error))
     return size is not None and int(size[1]) > MOST_ALLOCATED
 
