@@ -35,6 +35,7 @@ from pipeline.base.errors import UsageError
 from pipeline.base.files import human_bytes
 from pipeline.base.runtime import product_rate
 from pipeline.sae.nested import SAEConfig
+from pipeline.store.beside import BesideRows
 
 if TYPE_CHECKING:
     from pipeline.model.split_lm import SplitLM
@@ -94,8 +95,9 @@ def kept(
 ) -> Sizes:
     """Bytes that the families truth, structure, absorption and first_letter keep beside what every score does.
 
-    truth: directions and what fired (8 bytes a firing, at most a tenth of the features a row), three matrices of cosines
-    while a dictionary is matched, a mask [row, feature] a batch, counts a level and feature. structure and absorption: the
+    truth: directions; blocks of what fired (at most a tenth of the features a row) and a hash each; three matrices of cosines
+    while a dictionary is matched; a mask [row, feature] and firings a batch; counts a level and feature.
+    structure and absorption: the
     firings of each SAE (16 and 20 bytes, and their sparse matrices), on rows up to their limits; structure counts pairs
     of N_PARTS latents with all, twice; absorption holds the labelled rows, and once more while probes are trained;
     first_letter likewise its words' rows, whose latents are held for one checkpoint at a time.
@@ -104,10 +106,10 @@ def kept(
     a_row = max(c.k or math.ceil(SHARE_FIRING * c.width) for c in configs)
     fixed = sequence = checkpoint = 0
     if "truth" in scores:
-        fixed += (
-            n_features * (d_model * 4 + 40) + n_rows * (8 + 8 * math.ceil(n_features / 10)) + 3 * width * n_features * 4
-        )
-        sequence += context * (n_features + width)
+        firings = math.ceil(n_features / 10)
+        blocks = BesideRows.n_bytes(8 * (n_rows + 1)) + BesideRows.n_bytes(4 * n_rows * firings)
+        fixed += n_features * (d_model * 4 + 40) + blocks + 3 * width * n_features * 4
+        sequence += context * (n_features + width + 16 + 20 * firings)
         checkpoint += levels * n_features * 20
     if "structure" in scores:
         firings = min(MAX_FIRINGS, n_rows * a_row)

@@ -338,8 +338,8 @@ def test_plan_counts_what_scores_keep() -> None:
     nothing = kept(("ev", "l0"), [sae], 24, 16, 1600, 0)
     assert nothing == Sizes(0, 0, 0, 0)
     truth = kept(("truth",), [sae], 24, 16, 1600, 50)
-    assert truth.fixed == 50 * (24 * 4 + 40) + 1600 * (8 + 8 * 5) + 3 * 1000 * 50 * 4
-    assert truth.sequence == 16 * (50 + 1000)
+    assert truth.fixed == 50 * (24 * 4 + 40) + 2 * (3 * 2**20 + 32) + 3 * 1000 * 50 * 4
+    assert truth.sequence == 16 * (50 + 1000 + 16 + 20 * 5)
     assert truth.checkpoint == 2 * 50 * 20
     assert kept(("structure",), [sae], 24, 16, 1600, 0).checkpoint == 16 * 1600 * 10
     assert kept(("absorption",), [sae], 24, 16, 100_000, 0).checkpoint == 20 * 40_000 * 10

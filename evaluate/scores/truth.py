@@ -6,10 +6,10 @@ silence of parents compare that latent's firing (z ≠ 0) with the feature's, ov
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -32,17 +32,26 @@ N_TREES, N_CHILDREN = 3, 3
 """Trees that are shown feature by feature, and children shown of each feature."""
 
 
+@runtime_checkable
+class Values(Protocol):
+    """Integers of one dimension, of which parts are taken: a tensor, or an array that is read as they are."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Truth:
     """The features of a store. directions [feature, d_model], unit rows; parent and depth int64, probability float64
-    [feature]; what fired on the evaluation split's rows: start int64 [row + 1], feature int64 [firing]."""
+    [feature]; what fired on the evaluation split's rows: start [row + 1], feature [firing], whole or read in parts."""
 
     directions: Float[Tensor, "feature d_model"]
     parent: Int[Tensor, " feature"]
     depth: Int[Tensor, " feature"]
     probability: Float[Tensor, " feature"]
-    start: Int[Tensor, " rows_and_one"]
-    feature: Int[Tensor, " firing"]
+    start: Values
+    feature: Values
 
     @staticmethod
     def read(store: Store, device: torch.device | str) -> Truth:
@@ -61,8 +70,8 @@ class Truth:
             parent=tensor("truth/parent").long(),
             depth=tensor("truth/depth").long(),
             probability=tensor("truth/probability"),
-            start=tensor("eval/truth/start").long(),
-            feature=tensor("eval/truth/feature").long(),
+            start=store.extra_in_parts("eval/truth/start"),
+            feature=store.extra_in_parts("eval/truth/feature"),
         )
         if problem := truth.problem():
             raise DamagedError(f"{store.where}: its truth contradicts itself ({problem}); make the store again")
@@ -73,9 +82,10 @@ class Truth:
         n, m = self.n_features, len(self.feature)
         if bool(((self.parent < -1) | (self.parent >= n)).any()) or bool((self.depth < 0).any()):
             return "a parent or a depth that no feature has"
-        if m and bool(((self.feature < 0) | (self.feature >= n)).any()):
+        if any(bool(((part < 0) | (part >= n)).any()) for part in in_parts(self.feature)):
             return "a firing of a feature that there is not"
-        if int(self.start[0]) != 0 or int(self.start[-1]) != m or bool((self.start.diff() < 0).any()):
+        ends = [int(integers(self.start[at : at + 1])[0]) for at in (0, len(self.start) - 1)]
+        if ends != [0, m] or any(bool((part.diff() < 0).any()) for part in in_parts(self.start)):
             return "firings that are not row after row"
         if not bool(self.directions.isfinite().all()):
             return "a direction that is not finite"
@@ -95,10 +105,25 @@ class Truth:
 
     def firings(self, first: int, stop: int) -> tuple[Int[Tensor, " firing"], Int[Tensor, " firing"]]:
         """(row − first, feature) of what fired on rows first … stop − 1, by row, then feature."""
-        start = self.start[first : stop + 1]
+        start, device = integers(self.start[first : stop + 1]), self.parent.device
         span = slice(int(start[0]), int(start[-1]))
         rows = torch.repeat_interleave(torch.arange(stop - first, device=start.device), start.diff())
-        return rows, self.feature[span]
+        return rows.to(device), integers(self.feature[span]).to(device)
+
+
+PART = 1 << 17
+"""Values that are looked at at a time."""
+
+
+def integers(values: Tensor | npt.NDArray[Any]) -> Int[Tensor, " n"]:
+    """As int64."""
+    return torch.as_tensor(values).long()
+
+
+def in_parts(values: Values) -> Iterator[Int[Tensor, " n"]]:
+    """All of them in order; a part begins with the last of the one before."""
+    for first in range(0, len(values), PART):
+        yield integers(values[max(first - 1, 0) : first + PART])
 
 
 class TruthScore:

@@ -26,6 +26,7 @@ from pipeline.base.errors import DamagedError, PipelineError, StoreError
 from pipeline.base.files import PARTIAL, sha256
 from pipeline.base.progress import Progress
 from pipeline.store.backend import Files, LocalFiles
+from pipeline.store.beside import BesideRows
 from pipeline.store.large import ADVICE, large_key, read_large
 from pipeline.store.layout import SPLITS, Layout, SplitLayout, extras_of
 from pipeline.store.moments import Statistics, mean_and_scale, median_of, norms_and_moments
@@ -202,8 +203,14 @@ class Store:
             for name in split.prepared.sha256:
                 split.require_whole(name)
 
+    def extra_in_parts(self, path: str) -> BesideRows:
+        """One of dimension one, to be read in parts. Raises as `extra`."""
+        if path not in self._extras:
+            raise StoreError(f"{self.where}: has no array {path}")
+        return BesideRows(self.files, self._extras[path])
+
     def _check_extra(self, path: str) -> None:
-        self.extra(path)
+        BesideRows(self.files, self._extras[path])
 
     def _check_mean(self) -> None:
         if sha256(self.mean64.tobytes()) != self.statistics.mean_sha256:
