@@ -64,7 +64,7 @@ class RemoteFiles:
         try:
             self.fs, self.root = open_url(url)
         except ImportError as error:
-            raise UsageError(f"{url}: needs a package that is not here ({error}); pip install '.[remote]'") from error
+            raise UsageError(f"{url}: needs a package that is not here ({error}); pip install it") from error
         except ValueError as error:
             raise UsageError(f"{url}: not a URL that fsspec knows ({error})") from error
         except Exception as error:  # whatever a file system's driver raises
