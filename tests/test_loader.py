@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import shutil
 import threading
+import tracemalloc
 import weakref
 from pathlib import Path
 
@@ -437,3 +438,17 @@ def test_cuda_batches_are_the_cpus(tiny_store: Path, how: str) -> None:
             found.append(batch.clone())
     for kept, batch in zip(found, expected, strict=True):
         assert torch.equal(kept.cpu().view(torch.int16), batch.view(torch.int16))
+
+
+@pytest.mark.parametrize("window_rows", [None, 65_536])
+def test_order_memory_is_as_stated(window_rows: int | None) -> None:
+    """One window is held while the next is made: no more than `Order.n_bytes`, in windows a bit a row beside them."""
+    n_rows = 1 << 20
+    kept = KeptRows(np.full((n_rows // 1024, 128), 0xFF, np.uint8), 1024)
+    tracemalloc.start()
+    order = Order(kept, 0, window_rows)
+    held = order.window(1, 0), order.window(2, 0)
+    peak = kept.bits.nbytes + tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(held[0].rows) == len(held[1].rows) == (window_rows or n_rows)
+    assert peak < 1.02 * Order.n_bytes(n_rows, 1024, window_rows) + 100_000

@@ -255,7 +255,8 @@ def stream_memory(rows: SplitLayout, task: Task) -> int:
         is_buffered = layout.codec != "none" or task.is_remote
         batches: int = task.config.batch_size * (row * (AHEAD + 1) + 2 * layout.d_model * 4)
         window_rows: int = min(task.order.get("window_rows", 0), part.n_rows) if is_buffered else 0
-        total += batches + 17 * part.n_rows + 2 * row * window_rows
+        order = Order.n_bytes(part.n_rows, layout.chunk_rows, task.order.get("window_rows"))
+        total += batches + order + 2 * row * window_rows
     return total
 
 

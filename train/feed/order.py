@@ -54,7 +54,7 @@ class Order:
     """The stream of kept rows. `window_rows` is the most rows a window may span, kept or not; None: exact. part: (k, n), the
     stream of every n-th chunk from the k-th on alone, in windows.
 
-    Memory: that of `kept`, 16 bytes a chunk, and 16 bytes a row of a window while it is made; an exact order's is all rows.
+    Memory: `n_bytes`.
     Raises StoreError when no row is kept.
     """
 
@@ -82,6 +82,13 @@ class Order:
         windows = np.array_split(permuted, self.n_windows)
         first = len(windows[0]) // 8
         return np.split(windows[0], [first]) + windows[1:] if epoch == 0 and first else windows
+
+    @staticmethod
+    def n_bytes(n_rows: int, chunk_rows: int, window_rows: int | None) -> int:
+        """Bytes that an order takes: a bit a row, 16 bytes a chunk, and for each row of a window 8 in the one that is delivered
+        and 24 in the next one while it is made; an exact order's window is all rows."""
+        window = n_rows if window_rows is None else min(window_rows, n_rows)
+        return -(-n_rows // 8) + 16 * -(-n_rows // chunk_rows) + 32 * window
 
     @property
     def most_chunks(self) -> int:
