@@ -22,7 +22,7 @@ from support.interpreter import DEVICE, put_right
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
-from pipeline.base.runtime import process_group
+from pipeline.base.runtime import has_triton, process_group
 from pipeline.sae.checkpoint import load_checkpoint
 from support.moved import count_step
 from test_graphs import Tape
@@ -32,7 +32,7 @@ from train.feed.resident import place_for
 from train.plan import RunConfig, make_order
 from train.run import run
 from train.step import traffic
-from train.step.fused import auxiliary, latents
+from train.step.fused import auxiliary, latents, thresholds
 from train.step.fused.batch import FusedBatches
 from train.step.fused.choice import fuses, make_normalise, member_kind, say_plain
 from train.step.fused.context import Step
@@ -504,11 +504,17 @@ class Touched:
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="addresses are seen in the interpreter only")
 @pytest.mark.parametrize(
-    "form", ["batchtopk", "paper", *(pytest.param(name, marks=pytest.mark.slow) for name in ("topk", "jumprelu"))]
+    ("form", "dtype"),
+    [
+        ("batchtopk", "bf16"),
+        ("batchtopk", "float32"),
+        ("paper", "bf16"),
+        *(pytest.param(name, "bf16", marks=pytest.mark.slow) for name in ("topk", "jumprelu")),
+    ],
 )
-def test_launches_move_what_they_say(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_move_what_they_say(form: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a launch says of its bytes is what it touches: no less, and hardly more."""
-    config = config_of("bf16", **RECIPE_FORMS[form] | LEVELS[2])
+    config = config_of(dtype, **RECIPE_FORMS[form] | LEVELS[2])
     member = fused(config)
     batches = FusedBatches(member.scratch)
     raw = raw_rows().bfloat16()
@@ -534,24 +540,36 @@ def test_launches_move_what_they_say(form: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="addresses are seen in the interpreter only")
-def test_right_guess_reads_latents_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the guess leaves nothing to take out, latents are read by the pass that makes them and by no other."""
-    member = fused(config_of("bf16", **RECIPE_FORMS["batchtopk"]))
+@pytest.mark.parametrize("dtype", ["bf16", "float32"])
+def test_right_guess_reads_latents_once(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the guess leaves nothing to take out, latents are read by the pass that makes them and by no other; in float32 those
+    of the threshold's bin again, in the rows that have any."""
+    member = fused(config_of(dtype, **RECIPE_FORMS["batchtopk"]))
     batch = batch_of(member, raw_rows())
     forward(Step(member, member.kept, batch))
     member.kept.search[0] = member.kept.search[1] * 0.9999
-    touched, moved = Touched(monkeypatch), list[int]()
+    touched, moved, again = Touched(monkeypatch), list[int](), list[int]()
 
     def observe(launch: Launch) -> None:
         if launch.kernel is latents.settle_kernel:
             moved.append(touched.run(launch) - launch.n_bytes + launch.gathered)
+        if launch.kernel is thresholds.histogram_kernel and launch.options["PASS"] == 2:
+            bins = launch.touched["bins"].clone()
+            again.append(touched.run(launch) - launch.n_bytes + launch.gathered)
+            launch.touched["bins"].copy_(bins)
 
     traffic.observers.append(observe)
+    step = Step(member, member.kept, batch)
     try:
-        forward(Step(member, member.kept, batch))
+        forward(step)
     finally:
         traffic.observers.clear()
     assert moved[0] <= 8
+    if dtype == "float32":
+        end = torch.tensor(((int(member.kept.search[1].view(torch.int32)) >> 16) + 1) << 16, dtype=torch.int32)
+        rows = ((step.z > 0) & (step.z < end.view(torch.float32).to(DEVICE))).any(1)
+        assert 0 < int(rows.sum()) < ROWS
+        assert again[0] <= int(rows.sum()) * WIDTH * 4 + 64
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="addresses are seen in the interpreter only")
@@ -614,6 +632,19 @@ def test_plain_step_where_triton_is_missing(
     say_plain.cache_clear()
     assert not any(fuses(config, cuda) for _ in range(3))
     assert capsys.readouterr().err.count("Triton is not installed") == 1
+
+
+def test_old_triton_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.2, which torch 2.6 brings, takes no bundles of arguments: steps are plain there, and do not end in a traceback."""
+    for version, expected in (
+        ("3.2.0", False),
+        ("2.3.1", False),
+        ("3.3.0", True),
+        ("3.10.1+git12ab", True),
+        ("4.0", True),
+    ):
+        monkeypatch.setattr("triton.__version__", version)
+        assert has_triton() is expected
 
 
 def compile_for(*arguments: str) -> dict[str, dict[str, dict[str, int]]]:

@@ -45,7 +45,7 @@ def test_norm_is_global_before_clipping() -> None:
     """The norm is over all gradients together and before clipping."""
     g = gradients(scale=30.0)
     expected = torch.cat([part.flatten() for part in g.values()]).norm()
-    adam = Adam(weights(), torch.float32, config())
+    adam = Adam(weights(), torch.float32, config(), torch.ones(20))
     assert float(adam.update(g, torch.tensor(1e-3))) == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -77,7 +77,7 @@ def test_clip_precedes_projection() -> None:
     g = {name: torch.zeros_like(part) for name, part in w.items()}
     g["W_dec"] = 100 * w["W_dec"].clone()  # all of it along the rows: nothing is left after the projection
     g["b_dec"][0] = 1.0
-    adam = Adam(w, torch.float32, config(eps=1.0))
+    adam = Adam(w, torch.float32, config(eps=1.0), torch.ones(20))
     adam.update(g, torch.tensor(1.0))
     shrunk = 1 / (100**2 * 20 + 1) ** 0.5  # the only number that moves, clipped by a norm the decoder dominates
     assert float(w["b_dec"][0]) == pytest.approx(-shrunk / (shrunk + 1), rel=1e-3)
@@ -85,14 +85,14 @@ def test_clip_precedes_projection() -> None:
 
 def test_decoder_rows_keep_unit_norm() -> None:
     """Decoder rows have unit norm after an update."""
-    adam = Adam(weights(), torch.float32, config())
+    adam = Adam(weights(), torch.float32, config(), torch.ones(20))
     adam.update(gradients(), torch.tensor(0.1))
     torch.testing.assert_close(adam.weights["W_dec"].norm(dim=1), torch.ones(20))
 
 
 def test_product_copy_follows_the_weights() -> None:
     """The copy that products read follows the weights."""
-    adam = Adam(weights(), torch.bfloat16, config())
+    adam = Adam(weights(), torch.bfloat16, config(), torch.ones(20))
     adam.update(gradients(), torch.tensor(0.1))
     for name, low in adam.low.items():
         assert torch.equal(low, adam.weights[name].bfloat16())
@@ -100,7 +100,7 @@ def test_product_copy_follows_the_weights() -> None:
 
 def test_equal_dtype_needs_no_copy() -> None:
     """Products in the dtype of the weights read the weights themselves."""
-    adam = Adam(weights(), torch.float32, config())
+    adam = Adam(weights(), torch.float32, config(), torch.ones(20))
     assert adam.low["W_enc"] is adam.weights["W_enc"]
 
 
@@ -109,7 +109,7 @@ def test_chunk_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for size in (16, 1 << 18):
         monkeypatch.setattr(optim, "CHUNK_NUMBERS", size)
-        adam = Adam(weights(), torch.float32, config(clip_norm=0.0))
+        adam = Adam(weights(), torch.float32, config(clip_norm=0.0), torch.ones(20))
         for _ in range(3):
             adam.update(gradients(), torch.tensor(0.01))
         results.append(adam.weights)

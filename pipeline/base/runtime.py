@@ -78,8 +78,13 @@ def tf32(device: torch.device) -> Iterator[None]:
 
 
 def has_triton() -> bool:
-    """Whether Triton is installed; CUDA builds of torch bring it, others do not."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is installed, as CUDA builds of torch bring it, from 3.3 on (torch 2.7): before it a kernel takes no bundles
+    of arguments."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 
 
 @cache

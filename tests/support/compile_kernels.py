@@ -106,17 +106,22 @@ def source_of(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     constants = {name: value for name, value in launch.options.items() if name in names}
     options = {name: value for name, value in launch.options.items() if name not in names} | {"enable_fp_fusion": True}
     signature, attributes = {}, {}
-    for index, (name, value) in enumerate(zip(names, launch.arguments)):
+
+    def type_of(value: Any, *path: int) -> Any:
+        """Of an argument, or of each in a bundle of them."""
+        if isinstance(value, tuple):
+            return type(value)(*(type_of(part, *path, index) for index, part in enumerate(value)))  # type: ignore[arg-type]
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, Tensor):
-            signature[name] = TYPES[value.dtype]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1:
+            return TYPES[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32"
+
+    for index, (name, value) in enumerate(zip(names, launch.arguments)):
+        if isinstance(value, int) and value == 1:
             signature[name], constants[name] = "constexpr", 1
         else:
-            signature[name] = "i32"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[index,] = [["tt.divisibility", 16]]
+            signature[name] = type_of(value, index)
     signature |= {name: "constexpr" for name in names if name in constants}
     return ASTSource(launch.kernel, signature, constants, attributes), options
 

@@ -147,8 +147,7 @@ class Member:
         self.weights = {name: weight.to(device, self.wide) for name, weight in drawn.items()}
         if is_sparse:
             self.weights["W_enc"] = sparse.by_latent(self.weights["W_enc"])
-        self.adam = Adam(self.weights, self.dtype, config)
-        self.adam.set_rates(schedules.level_rates(config, self.shape.levels))
+        self.adam = Adam(self.weights, self.dtype, config, schedules.level_rates(config, self.shape.levels))
         self.schedule = Schedule(config, device)
         self.recorded = Recorded(capture, self._changed)
         self.reducer = Reducer(group)

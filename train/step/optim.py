@@ -33,11 +33,17 @@ class Adam:
     `rates` are the parts of the learning rate at which a weight's latents learn, by name: `set_rates`.
     """
 
-    def __init__(self, weights: dict[str, Tensor], low_dtype: torch.dtype, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        low_dtype: torch.dtype,
+        config: TrainConfig,
+        rates: Float[Tensor, " latent"],
+    ) -> None:
         self.config = config
         self.weights = weights
         self.rates = {name: torch.ones_like(weights["b_dec" if name == "b_dec" else "b_enc"]) for name in weights}
-        self.set_rates(torch.ones(config.width))
+        self.set_rates(rates)
         self.first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self.second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self.n_updates = torch.zeros((), dtype=torch.float32, device=weights["W_dec"].device)

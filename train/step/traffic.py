@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -52,5 +53,5 @@ def launch(
     """Run a kernel over a grid; on meta tensors only its observers are told."""
     for observe in observers:
         observe(Launch(kernel, grid, arguments, options, reads, writes, touched or {}, gathered))
-    if not any(isinstance(argument, Tensor) and argument.is_meta for argument in arguments):
+    if not any(isinstance(argument, Tensor) and argument.is_meta for argument in tree_leaves(arguments)):
         kernel[grid](*arguments, **options, enable_fp_fusion=True)

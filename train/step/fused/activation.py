@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+class Made(NamedTuple):
+    """What latents before selection are made of, one argument of a kernel; one that its config does not have is `b_enc`."""
+
+    a: Tensor  # [row, latent] the encoder's product
+    b_enc: Tensor
+    gain: Tensor  # LayerNorm's
+    shift: Tensor
+    log_threshold: Tensor
+    moments: Tensor  # [2, level, row]
+    ratios: Tensor  # [row]
+    ends: Tensor  # [level]
+    n_rows: int
+    width: int
 
 
 @triton.jit
@@ -71,33 +87,31 @@ def columns(cols, width, b_enc, gain, shift, NORM: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def held(made, cols, N_LEVELS: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr):
+    """What a program holds of its latents: level, bias, LayerNorm's gain and shift, threshold."""
+    bias, gains, shifts = columns(cols, made.width, made.b_enc, made.gain, made.shift, NORM)
+    theta = bias
+    if KIND == 1:
+        theta = tl.exp(tl.load(made.log_threshold + cols, mask=cols < made.width, other=0.0))
+    return level_of(cols, made.ends, N_LEVELS), bias, gains, shifts, theta
+
+
+@triton.jit
+@no_type_check
 def before_selection(
-    a,
-    rows,
-    cols,
-    level,
-    n_rows,
-    width,
-    bias,
-    gains,
-    shifts,
-    theta,
-    moments,
-    ratios,
-    N_LEVELS: tl.constexpr,
-    KIND: tl.constexpr,
-    NORM: tl.constexpr,
-    RESCALE: tl.constexpr,
+    made, rows, cols, own, N_LEVELS: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr, RESCALE: tl.constexpr
 ):
-    """A tile of latents before selection, as stored (float32 of the products' dtype), from the products `a` in memory."""
-    row_mask = rows < n_rows
-    mask = row_mask[:, None] & (cols < width)[None, :]
-    tile = tl.load(a + rows.to(tl.int64)[:, None] * width + cols[None, :], mask=mask, other=0.0)
+    """A tile of latents before selection, as stored (float32 of the products' dtype), from the products in memory; own: what the
+    program holds of `cols`."""
+    level, bias, gains, shifts, theta = own
+    row_mask = rows < made.n_rows
+    mask = row_mask[:, None] & (cols < made.width)[None, :]
+    tile = tl.load(made.a + rows.to(tl.int64)[:, None] * made.width + cols[None, :], mask=mask, other=0.0)
     p = argument(tile, bias, NORM)
-    ratio = tl.load(ratios + rows, mask=row_mask, other=0.0)
+    ratio = tl.load(made.ratios + rows, mask=row_mask, other=0.0)
     if NORM != 0:
-        mean = by_level(moments, rows, row_mask, level, n_rows, N_LEVELS)
-        rstd = by_level(moments + N_LEVELS * n_rows, rows, row_mask, level, n_rows, N_LEVELS)
+        mean = by_level(made.moments, rows, row_mask, level, made.n_rows, N_LEVELS)
+        rstd = by_level(made.moments + N_LEVELS * made.n_rows, rows, row_mask, level, made.n_rows, N_LEVELS)
         p = (p - mean) * rstd * gains[None, :] + shifts[None, :]
     return activated(p, theta, ratio, KIND, NORM, RESCALE).to(tile.dtype).to(tl.float32)
 

@@ -18,7 +18,8 @@ from train.step.scratch import Scratch
 def say_plain() -> None:
     """Tell once that steps could be faster."""
     say(
-        "Triton is not installed: steps run as plain PyTorch, which moves more than twice the bytes; pip install triton"
+        "Triton is not installed, or older than 3.3: steps run as plain PyTorch, which moves more than twice the bytes; "
+        "pip install triton, or torch from 2.7 on, which brings it"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from train.step import objectives
 from train.step.fused import tiles
+from train.step.fused.activation import Made
 from train.step.fused.tiles import ceil_div
 from train.step.member import Batch, Member
 
@@ -146,5 +147,15 @@ class Step:
 
     def read(self, *tensors: Tensor) -> list[Tensor]:
         """What a pass over latents reads: the tensors, each once, the ends of levels and the slots of the pool."""
-        tensors = (*tensors, self.ends, self.slots)
-        return list({id(tensor): tensor for tensor in tensors}.values())
+        return unique((*tensors, self.ends, self.slots))
+
+    @property
+    def made(self) -> Made:
+        """What latents before selection are made of."""
+        vectors = self.columns("b_enc", "ln_gain", "ln_bias", "log_threshold")
+        return Made(self.a, *vectors, self.moments, self.ratios, self.ends, self.n_rows, self.width)
+
+
+def unique(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among some arguments, each once."""
+    return list({id(value): value for value in values if isinstance(value, Tensor)}.values())

@@ -8,7 +8,7 @@ noted that there are any. Where the guess was too high, which the device decides
 from __future__ import annotations
 
 import math
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -16,16 +16,23 @@ import triton.language as tl
 from torch import Tensor
 
 from train.step.fused import thresholds, tiles
-from train.step.fused.activation import before_selection, columns, level_of, moments_kernel
-from train.step.fused.context import Step
+from train.step.fused.activation import before_selection, held, moments_kernel
+from train.step.fused.context import Step, unique
+from train.step.fused.thresholds import kept_again
 from train.step.fused.tiles import ceil_div, next_power
 from train.step.traffic import launch
 
 SELECTIONS = {"batchtopk": 1, "topk": 2}
 
-DOUBTED = 0.04
-"""Rows of a column block that hold a latent between guess and threshold, a latent kept: of batches of 2048 rows, width 4096 and k
-32 or 64, .034 on average of steps 100 to 300, at most .06, and the guess was never too high."""
+
+class Noted(NamedTuple):
+    """What the pass over latents notes of those that it keeps, one argument of a kernel; where a guess selects, the last two in
+    place of `sizes`, for `settle_kernel`."""
+
+    counts: Tensor  # [part, latent] rows on which each is not 0
+    sizes: Tensor  # [2, part, column block] Σ|z| shared, specialised
+    least: Tensor  # [row, column block] the smallest kept, ∞ where there is none
+    row_sizes: Tensor  # [2, row, column block] Σ|z| shared, specialised
 
 
 @triton.jit
@@ -52,25 +59,13 @@ def sizes_of_rows(z, cols, n_shared):
 @triton.jit
 @no_type_check
 def select_kernel(
-    a,
+    made,
+    noted,
     z_out,
-    b_enc,
-    gain,
-    shift,
-    log_threshold,
-    moments,
-    ratios,
-    ends,
     thresholds,
     slots,
     pool_z,
-    counts,
-    sizes,
     bins,
-    least,
-    row_sizes,
-    n_rows,
-    width,
     n_shared,
     pool_size,
     SELECT: tl.constexpr,
@@ -85,47 +80,25 @@ def select_kernel(
 ):
     """Latents of products, with SELECT 1 those not below the guess at the batch's threshold, 2 those not below their row's.
 
-    counts [part, latent]: rows on which each is not 0. sizes [2, part, column block]: Σ|z| shared, specialised. POOL: latents
-    before selection whose slot is not −1 go to pool_z [row, pool_size]. SELECT 1, for `settle_kernel`, in place of sizes: bins,
-    how many above the guess have each upper half of a float32; least [row, column block], the smallest kept, ∞ where there is
-    none; row_sizes [2, row, column block], Σ|z| shared, specialised.
+    POOL: latents before selection whose slot is not −1 go to pool_z [row, pool_size]. SELECT 1: bins, how many above the guess
+    have each upper half of a float32.
     """
     n_blocks = tl.num_programs(1)
     cols = tl.program_id(1) * TILE_F + tl.arange(0, TILE_F)
-    col_mask = cols < width
-    level = level_of(cols, ends, N_LEVELS)
-    bias, gains, shifts = columns(cols, width, b_enc, gain, shift, NORM)
-    theta, slot = bias, cols
-    if KIND == 1:
-        theta = tl.exp(tl.load(log_threshold + cols, mask=col_mask, other=0.0))
+    col_mask = cols < made.width
+    own = held(made, cols, N_LEVELS, KIND, NORM)
+    slot = cols
     if POOL:
         slot = tl.load(slots + cols, mask=col_mask, other=-1)
     count = tl.zeros((TILE_F,), tl.int32)
     size = tl.zeros((TILE_F,), tl.float32)
     first = tl.program_id(0) * PART_ROWS
-    for start in range(first, min(first + PART_ROWS, n_rows), TILE_R):
+    for start in range(first, min(first + PART_ROWS, made.n_rows), TILE_R):
         rows = start + tl.arange(0, TILE_R)
-        row_mask = rows < n_rows
+        row_mask = rows < made.n_rows
         mask = row_mask[:, None] & col_mask[None, :]
-        at = rows.to(tl.int64)[:, None] * width + cols[None, :]
-        z = before_selection(
-            a,
-            rows,
-            cols,
-            level,
-            n_rows,
-            width,
-            bias,
-            gains,
-            shifts,
-            theta,
-            moments,
-            ratios,
-            N_LEVELS,
-            KIND,
-            NORM,
-            RESCALE,
-        )
+        at = rows.to(tl.int64)[:, None] * made.width + cols[None, :]
+        z = before_selection(made, rows, cols, own, N_LEVELS, KIND, NORM, RESCALE)
         if POOL:
             to = rows.to(tl.int64)[:, None] * pool_size + slot[None, :]
             tl.store(pool_z + to, z.to(pool_z.dtype.element_ty), mask=mask & (slot >= 0)[None, :])
@@ -141,38 +114,27 @@ def select_kernel(
         count += tl.sum((z != 0).to(tl.int32), 0)
         if SELECT == 1:
             to = rows.to(tl.int64) * n_blocks + tl.program_id(1)
-            tl.store(least + to, tl.min(tl.where(z == 0, float("inf"), z), 1), mask=row_mask)
+            tl.store(noted.least + to, tl.min(tl.where(z == 0, float("inf"), z), 1), mask=row_mask)
             shared, rest = sizes_of_rows(z, cols, n_shared)
-            tl.store(row_sizes + to, shared, mask=row_mask)
-            tl.store(row_sizes + tl.cast(n_rows, tl.int64) * n_blocks + to, rest, mask=row_mask)
+            tl.store(noted.row_sizes + to, shared, mask=row_mask)
+            tl.store(noted.row_sizes + tl.cast(made.n_rows, tl.int64) * n_blocks + to, rest, mask=row_mask)
         else:
             size += tl.sum(tl.abs(z), 0)
-    tl.store(counts + tl.program_id(0) * width + cols, count, mask=col_mask)
+    tl.store(noted.counts + tl.program_id(0) * made.width + cols, count, mask=col_mask)
     if SELECT != 1:
         part = tl.program_id(0) * n_blocks + tl.program_id(1)
         n_parts = tl.num_programs(0) * n_blocks
-        tl.store(sizes + part, tl.sum(tl.where(cols < n_shared, size, 0.0)))
-        tl.store(sizes + n_parts + part, tl.sum(tl.where(cols < n_shared, 0.0, size)))
+        tl.store(noted.sizes + part, tl.sum(tl.where(cols < n_shared, size, 0.0)))
+        tl.store(noted.sizes + n_parts + part, tl.sum(tl.where(cols < n_shared, 0.0, size)))
 
 
 @triton.jit
 @no_type_check
 def settle_kernel(
-    a,
+    made,
+    noted,
     z,
-    b_enc,
-    gain,
-    shift,
-    moments,
-    ratios,
-    ends,
     search,
-    least,
-    row_sizes,
-    counts,
-    sizes,
-    n_rows,
-    width,
     n_shared,
     N_LEVELS: tl.constexpr,
     NORM: tl.constexpr,
@@ -186,49 +148,27 @@ def settle_kernel(
     all latents are made from `a` again. search as of `histogram_kernel`."""
     n_blocks = tl.num_programs(1)
     cols = tl.program_id(1) * TILE_F + tl.arange(0, TILE_F)
-    col_mask = cols < width
+    col_mask = cols < made.width
     threshold = tl.load(search + 1)
     missed = tl.load(search + 2) > 0
-    at_counts = counts + tl.program_id(0) * width + cols
+    at_counts = noted.counts + tl.program_id(0) * made.width + cols
     count = tl.where(missed, 0, tl.load(at_counts, mask=col_mask, other=0))
     n_first = tl.zeros((TILE_R,), tl.float32)
     n_rest = tl.zeros((TILE_R,), tl.float32)
     first = tl.program_id(0) * PART_ROWS
-    for start in range(first, min(first + PART_ROWS, n_rows), TILE_R):
+    for start in range(first, min(first + PART_ROWS, made.n_rows), TILE_R):
         rows = start + tl.arange(0, TILE_R)
-        row_mask = rows < n_rows
+        row_mask = rows < made.n_rows
         of_row = rows.to(tl.int64) * n_blocks + tl.program_id(1)
-        at_rest = row_sizes + tl.cast(n_rows, tl.int64) * n_blocks + of_row
-        shared = tl.load(row_sizes + of_row, mask=row_mask, other=0.0)
+        at_rest = noted.row_sizes + tl.cast(made.n_rows, tl.int64) * n_blocks + of_row
+        shared = tl.load(noted.row_sizes + of_row, mask=row_mask, other=0.0)
         rest = tl.load(at_rest, mask=row_mask, other=0.0)
-        smallest = tl.load(least + of_row, mask=row_mask, other=float("inf"))
+        smallest = tl.load(noted.least + of_row, mask=row_mask, other=float("inf"))
         changes = row_mask & (tl.where(missed, -1.0, smallest) < threshold)
         if tl.max(changes.to(tl.int32), 0) > 0:
             mask = changes[:, None] & col_mask[None, :]
-            at = rows.to(tl.int64)[:, None] * width + cols[None, :]
-            if missed:
-                level = level_of(cols, ends, N_LEVELS)
-                bias, gains, shifts = columns(cols, width, b_enc, gain, shift, NORM)
-                before = before_selection(
-                    a,
-                    rows,
-                    cols,
-                    level,
-                    n_rows,
-                    width,
-                    bias,
-                    gains,
-                    shifts,
-                    bias,
-                    moments,
-                    ratios,
-                    N_LEVELS,
-                    0,
-                    NORM,
-                    RESCALE,
-                )
-            else:
-                before = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+            at = rows.to(tl.int64)[:, None] * made.width + cols[None, :]
+            before = kept_again(made, z, rows, cols, mask, missed, N_LEVELS, NORM, RESCALE)
             after = tl.where(mask, tl.where(before < threshold, 0.0, before), 0.0)
             tl.store(z + at, after.to(z.dtype.element_ty), mask=mask & (after != tl.where(missed, -1.0, before)))
             counted = tl.where(missed, 0, (before != 0).to(tl.int32))
@@ -240,8 +180,8 @@ def settle_kernel(
         n_rest += rest
     tl.store(at_counts, count, mask=col_mask)
     part = tl.program_id(0) * n_blocks + tl.program_id(1)
-    tl.store(sizes + part, tl.sum(n_first))
-    tl.store(sizes + tl.num_programs(0) * n_blocks + part, tl.sum(n_rest))
+    tl.store(noted.sizes + part, tl.sum(n_first))
+    tl.store(noted.sizes + tl.num_programs(0) * n_blocks + part, tl.sum(n_rest))
 
 
 def encode(step: Step) -> None:
@@ -283,25 +223,25 @@ def normalise(step: Step) -> None:
 
 def select(step: Step) -> None:
     """Latents of the encoder's products, those selected, and their counts and sums; those before selection of the pool."""
-    take, shape = step.member.scratch.take, (step.n_rows, step.tiles[1])
+    config, shape = step.config, (step.n_rows, step.tiles[1])
     step.z = step.take("z", step.n_rows, step.width)
-    step.counts = take("counts", (step.n_parts, step.width), torch.int32)
+    step.counts = step.member.scratch.take("counts", (step.n_parts, step.width), torch.int32)
     step.sizes = step.wide("sizes", 2, *step.tiles)
-    guesses = step.config.activation == "batchtopk"
-    least, row_sizes = (step.wide("least", *shape), step.wide("row_sizes", 2, *shape)) if guesses else [step.none] * 2
-    bins = step.kept.bins[0] if guesses else step.none
-    bounds = step.kept.search if guesses else thresholds.row_thresholds(step)
-    bias, gain, shift, log_threshold = step.columns("b_enc", "ln_gain", "ln_bias", "log_threshold")
-    pointers = [step.a, step.z, bias, gain, shift, log_threshold, step.moments, step.ratios, step.ends, bounds]
-    pointers += [step.slots, step.pool_z, step.counts, step.sizes, bins, least, row_sizes]
+    noted, bins, bounds = Noted(step.counts, step.sizes, step.none, step.none), step.none, step.none
+    guesses = config.activation == "batchtopk"
+    if guesses:
+        noted = noted._replace(least=step.wide("least", *shape), row_sizes=step.wide("row_sizes", 2, *shape))
+        bins, bounds = step.kept.bins[0], step.kept.search
+    if config.activation == "topk":
+        bounds = thresholds.row_thresholds(step)
     launch(
         select_kernel,
         step.tiles,
-        [*pointers, step.n_rows, step.width, step.member.shape.n_shared, step.pool_size],
-        reads=step.read(step.a, bias, gain, shift, log_threshold, step.moments, step.ratios, bounds),
-        writes=[step.z, step.counts, *([least, row_sizes] if guesses else [step.sizes])],
+        [step.made, noted, step.z, bounds, step.slots, step.pool_z, bins, step.member.shape.n_shared, step.pool_size],
+        reads=unique([*step.made, bounds, step.slots]),
+        writes=[step.z, step.counts, *(noted[2:] if guesses else [step.sizes])],
         touched={"pool": step.pool_z, "bins": bins},
-        SELECT=SELECTIONS.get(step.config.activation, 0),
+        SELECT=SELECTIONS.get(config.activation, 0),
         POOL=bool(step.pool_size),
         N_LEVELS=step.n_levels,
         KIND=step.kept.kind,
@@ -310,22 +250,21 @@ def select(step: Step) -> None:
         **step.tiling,
     )
     if guesses:
-        thresholds.find(step)
-        settle(step, least, row_sizes)
+        thresholds.find(step, noted.least)
+        settle(step, noted)
 
 
-def settle(step: Step, least: Tensor, row_sizes: Tensor) -> None:
+def settle(step: Step, noted: Noted) -> None:
     """Of latents not below the guess those not below batchtopk's threshold, their counts and sums."""
     search = step.kept.search
-    pointers = [step.a, step.z, *thresholds.pointers(step)[1:], search, least, row_sizes, step.counts, step.sizes]
     launch(
         settle_kernel,
         step.tiles,
-        [*pointers, step.n_rows, step.width, step.member.shape.n_shared],
-        reads=[search, least, row_sizes, step.counts],
-        writes=[step.counts, step.sizes],
+        [step.made, noted, step.z, search, step.member.shape.n_shared],
+        reads=[search, noted.least, noted.row_sizes, noted.counts],
+        writes=[noted.counts, noted.sizes],
         touched={"below the threshold": step.z},
-        gathered=int(DOUBTED * step.member._kept * step.n_rows) * tiles.LATENTS * step.z.element_size(),
+        gathered=thresholds.doubted_bytes(step),
         N_LEVELS=step.n_levels,
         **step.kept.flags,
         **step.tiling,
