@@ -152,8 +152,10 @@ class Step:
     @property
     def made(self) -> Made:
         """What latents before selection are made of."""
-        vectors = self.columns("b_enc", "ln_gain", "ln_bias", "log_threshold")
-        return Made(self.a, *vectors, self.moments, self.ratios, self.ends, self.n_rows, self.width)
+        b_enc, gain, shift, log_threshold = self.columns("b_enc", "ln_gain", "ln_bias", "log_threshold")
+        return Made(
+            self.a, b_enc, gain, shift, log_threshold, self.moments, self.ratios, self.ends, self.n_rows, self.width
+        )
 
 
 def unique(values: Iterable[Any]) -> list[Tensor]:
