@@ -19,6 +19,7 @@ from evaluate.run import run as evaluate
 from pipeline.base.digests import sealed, write_digests, write_vouched
 from pipeline.base.errors import DamagedError, PipelineError
 from pipeline.base.files import write_json
+from pipeline.experiment.describe import describe
 from pipeline.experiment.slurm import write_script
 from pipeline.experiment.stages import run_stage
 from pipeline.experiment.verify import verify
@@ -223,6 +224,18 @@ def test_damage_is_found_in_an_experiment(root: Path, kind: str) -> None:
     problems = verify(str(root)).problems
     assert any(re.search(says, problem) for problem in problems), problems
     assert all(str(root) in problem and "\n" not in problem for problem in problems)
+
+
+@pytest.mark.parametrize("kind", ["a field of complete.json", "a config sealed anew", "a changed loss of metrics"])
+def test_changed_members_are_not_described(root: Path, kind: str) -> None:
+    """What `describe` shows of a member is what completed it; a training's folder names the problem and shows the others."""
+    DAMAGE[kind][0](root)
+    member = first(root, "runs/*")
+    with pytest.raises(DamagedError, match=r"what it says changed|not the config|not the lines"):
+        describe(str(member))
+    assert [name for name, about in describe(str(root / "runs")).items() if name != "kind" and "problem" in about] == [
+        member.name
+    ]
 
 
 PLACES = {

@@ -12,7 +12,7 @@ from pipeline.base.files import is_url, read_json
 from pipeline.base.results import read_result
 from pipeline.sae.folders import is_member, may_be_member
 from pipeline.sae.foreign.reader import folder_of, is_foreign, names_for, read_sae, require_format
-from pipeline.sae.member import read_config
+from pipeline.sae.member import read_completion, read_config, require_recorded
 from pipeline.store.reader import Store, describe_store
 
 
@@ -63,6 +63,8 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 def describe_member(path: Path) -> dict[str, Any]:
     found = sorted(p.name for p in (path / "checkpoints").glob("*.safetensors"))
     complete = path / "complete.json"
+    if (completion := read_completion(path)) is not None:
+        require_recorded(path, completion)
     return {
         **read_config(path).data,
         "checkpoints": found,

@@ -161,12 +161,12 @@ def layout_of(root: Fields) -> Layout:
     for name in ("dtype", "codec", "model", "weights_sha256"):
         config.text(name)
     config.whole("seed")
-    if config.data.get("kind") is not None:
-        config.text("kind")
     if "group_shards" in config.data:
         config.whole("group_shards", least=1)
         if root.data["version"] < GROUPED:
             raise config.wrong("group_shards", f"in no version before {GROUPED}", config.data["group_shards"])
+    if "kind" in config.data:
+        config.text("kind")
     try:
         layout = Layout.from_config(config.data, root.data["version"])
     except UsageError as error:
