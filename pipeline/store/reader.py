@@ -95,7 +95,7 @@ class Store:
     @property
     def made_by(self) -> list[dict[str, str]]:
         """Who made its rows (makers.py), in the order in which they began; empty where nobody knows."""
-        return list(self.attributes.get("made_by", ()))
+        return list(self.attributes.get("made_by") or ())
 
     @property
     def splits(self) -> tuple[Split, Split]:
