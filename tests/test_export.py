@@ -3,16 +3,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.base.errors import DiskError, UsageError
+from pipeline.base.digests import sealed
+from pipeline.base.errors import CheckpointError, DiskError, UsageError
+from pipeline.base.files import write_json
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.export import FORMATS, Format, export
-from pipeline.sae.foreign.reader import load_foreign
+from pipeline.sae.foreign.reader import load_foreign, load_sae, read_sae
 from pipeline.sae.nested import NestedSAE, SAEConfig
 from test_sae import KINDS, random_sae
 
@@ -43,6 +46,22 @@ def saved(path: Path, kind: str) -> NestedSAE:
 
 def rows() -> torch.Tensor:
     return torch.randn(20, 16, generator=torch.Generator().manual_seed(3)) * 3 + 1
+
+
+@pytest.mark.parametrize("read", [load_sae, read_sae, lambda path: export(path, "saelens", path.parent / "out")])
+def test_checkpoint_in_another_folder_is_refused(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    """Whatever reads a single checkpoint refuses one that lies in the folder of another member, and reads one in its own."""
+    path = tmp_path / "seed1" / "checkpoints" / "step_000005.safetensors"
+    path.parent.mkdir(parents=True)
+    for seed, is_own in ((1, True), (0, False)):
+        save_checkpoint(path, random_sae(KINDS["relu"]), 5, PROVENANCE | {"member": "seed0", "train": {"seed": seed}})
+        config = {"format": "nested-sae-member", "version": 1, "config": {"seed": 1}, "store": {}, "order": {}}
+        write_json(tmp_path / "seed1" / "config.json", sealed(config))
+        if is_own:
+            read(path)
+        else:
+            with pytest.raises(CheckpointError, match="is of member 'seed0', lies in the folder of seed1"):
+                read(path)
 
 
 def test_export_follows_saelens_formula(tmp_path: Path) -> None:

@@ -168,6 +168,15 @@ def test_latent_pages_are_carried_and_linked(tmp_path: Path) -> None:
     assert not list((tmp_path / "report_files").rglob("*.js"))
 
 
+def test_pages_without_index_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Latent pages whose index is gone are left out of a report that says so."""
+    path = write_results(tmp_path, alphas=(0.0,), seeds=(0,), steps=(400,))[0]
+    folder = write_latent_pages(path, ["one", "two"])
+    (folder / "index.js").unlink()
+    assert "/latents/" not in report(tmp_path)
+    assert f"{folder}: latent pages without their index are left out" in capsys.readouterr().err
+
+
 def test_latent_pages_named_by_difference(tmp_path: Path) -> None:
     """Pages of two recipes of one sharing and seed have titles that a person tells apart, with the member behind."""
     for recipe in ("paper", "batchtopk"):

@@ -97,21 +97,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     fields.whole("step")
     fields.inner("provenance").text("member", "")
     fields.inner("provenance").inner("store")
-    require_own(found)
+    require_completed(path)
     return found
 
 
-def require_own(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for a checkpoint that lies in the folder of another member, as its config tells, and DamagedError
-    where a finished member's config or metrics, of which results take over parts, are not those that completed it."""
-    folder = checkpoint.path.parent.parent
-    if checkpoint.path.parent.name != "checkpoints" or not (folder / "config.json").exists():
+def require_completed(path: Path) -> None:
+    """Raise DamagedError where a finished member's config or metrics, of which results take over parts, are not those that
+    completed it."""
+    folder = path.parent.parent
+    if path.parent.name != "checkpoints" or not (folder / "config.json").exists():
         return
-    own, trained = read_config(folder).inner("config").data, checkpoint.provenance.get("train")
-    if trained is not None and dict(own) != trained:
-        raise CheckpointError(
-            f"{checkpoint.path}: is of member {checkpoint.member[:100]!a}, lies in the folder of {folder.name}; put it back"
-        )
     if (completion := read_completion(folder)) is not None:
         require_recorded(folder, completion)
         if completion.metrics_sha256 is not None and not (folder / "metrics.jsonl").exists():

@@ -88,6 +88,8 @@ def write_latents(folder: Path, results: Results) -> Latents:
             page = Path("latents", f"{run.path.stem}{f'-{twins + 1}' * bool(twins)}.html")
             write_bytes(folder / page, latents_page(run, latents).encode())
             found.append((run, latents.summary, f"{folder.name}/{page.as_posix()}"))
+        elif (pages := latents_folder(run.path)).is_dir():
+            say(f"note     {pages}: latent pages without their index are left out; evaluate again to make them")
     return found
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -55,6 +57,18 @@ def read_config(folder: Path) -> Fields:
         )
     is_sealed(path, data)
     return Fields(path, data)
+
+
+def require_own(path: Path, provenance: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a checkpoint that lies in the folder of another member, as its config tells; DamagedError as
+    `read_config`."""
+    folder = path.parent.parent
+    if path.parent.name != "checkpoints" or not (folder / "config.json").exists():
+        return
+    own, trained = read_config(folder).inner("config").data, provenance.get("train")
+    if trained is not None and dict(own) != trained:
+        member = str(provenance.get("member"))[:100]
+        raise CheckpointError(f"{path}: is of member {member!a}, lies in the folder of {folder.name}; put it back")
 
 
 @dataclass(frozen=True)

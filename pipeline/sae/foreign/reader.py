@@ -27,6 +27,7 @@ from pipeline.sae.foreign.matryoshka_sae import from_matryoshka_sae
 from pipeline.sae.foreign.openai import from_openai
 from pipeline.sae.foreign.saelens import from_saelens
 from pipeline.sae.foreign.sparsify import from_sparsify
+from pipeline.sae.member import require_own
 from pipeline.sae.nested import NestedSAE
 
 
@@ -119,6 +120,7 @@ def load_sae(path: Path, device: torch.device | str = "cpu") -> tuple[NestedSAE,
         sae, header = sae.to(device), Header(sae.config, 0, provenance)
     else:
         sae, header = load_checkpoint(path, device)
+        require_own(path, header.provenance)
     sae.made_for = header.provenance.get("store") or {}
     return sae, header
 
@@ -126,7 +128,10 @@ def load_sae(path: Path, device: torch.device | str = "cpu") -> tuple[NestedSAE,
 def read_sae(path: Path) -> Header:
     """What a checkpoint, or a folder made elsewhere, says about itself. Raises as `load_sae` does."""
     require_named(path)
-    return load_sae(path)[1] if path.is_dir() else read_header(path)
+    if path.is_dir():
+        return load_sae(path)[1]
+    require_own(path, (header := read_header(path)).provenance)
+    return header
 
 
 def load_foreign(folder: Path, place: Path | None = None) -> tuple[NestedSAE, dict[str, Any]]:
