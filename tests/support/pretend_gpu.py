@@ -233,9 +233,9 @@ def checked(call: Callable[..., Any]) -> Callable[..., Any]:
 
     def launched(self: Any, *arguments: Any, **options: Any) -> Any:
         for name, value in zip(self.arg_names, arguments):
-            if isinstance(value, Tensor) and not isinstance(value, OnGpu):
+            if any(isinstance(leaf, Tensor) and not isinstance(leaf, OnGpu) for leaf in tree_leaves(value)):
                 raise RuntimeError(f"{self.fn.__name__}: {name} is on the CPU")
-        return call(self, *map(unwrapped, arguments), **options)
+        return call(self, *tree_map(unwrapped, arguments), **options)
 
     return launched
 
