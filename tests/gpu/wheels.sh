@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 version=${1:-$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
-names="zarr numcodecs donfig crc32c zstandard beartype jaxtyping wadler_lindig click hypothesis sortedcontainers Jinja2 MarkupSafe tqdm"
+names="zarr numcodecs donfig google-crc32c crc32c zstandard beartype jaxtyping wadler_lindig click hypothesis sortedcontainers Jinja2 MarkupSafe tqdm"
 rm -rf wheels && mkdir wheels
 for name in $names; do
   line=$(grep -i "^$name==" ../../constraints.txt) || { echo "$name is not in constraints.txt" >&2; exit 1; }
