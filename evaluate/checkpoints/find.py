@@ -15,7 +15,7 @@ from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import read_bytes
 from pipeline.base.progress import say
-from pipeline.sae.folders import may_be_member
+from pipeline.sae.folders import may_be_member, member_folder
 from pipeline.sae.foreign.gemma_scope import BEFORE_GAIN, behind_gain
 from pipeline.sae.foreign.hooks import is_module
 from pipeline.sae.foreign.reader import folder_of, is_foreign, load_sae, read_sae, sha256_of
@@ -104,8 +104,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def require_completed(path: Path) -> None:
     """Raise DamagedError where a finished member's config or metrics, of which results take over parts, are not those that
     completed it."""
-    folder = path.parent.parent
-    if path.parent.name != "checkpoints" or not (folder / "config.json").exists():
+    if (folder := member_folder(path)) is None:
         return
     if (completion := read_completion(folder)) is not None:
         require_recorded(folder, completion)

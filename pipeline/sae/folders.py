@@ -18,3 +18,9 @@ def is_member(folder: Path) -> bool:
 def may_be_member(folder: Path) -> bool:
     """Whether a folder is a training member's, or has a config.json, which may be all that is left of one."""
     return os.path.lexists(folder / "config.json") or is_member(folder)
+
+
+def member_folder(checkpoint: Path) -> Path | None:
+    """The member's folder that a checkpoint lies in; None where it lies in none."""
+    folder = checkpoint.parent.parent
+    return folder if checkpoint.parent.name == "checkpoints" and (folder / "config.json").exists() else None

@@ -19,6 +19,7 @@ from pipeline.base.errors import CheckpointError, DamagedError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import hash_file, read_json, read_text
 from pipeline.sae.checkpoint import load_tensors
+from pipeline.sae.folders import member_folder
 
 FORMAT, VERSION = "nested-sae-member", 1
 STATE_FORMAT, STATE_VERSION = "nested-sae-training-state", 2
@@ -62,8 +63,7 @@ def read_config(folder: Path) -> Fields:
 def require_own(path: Path, provenance: Mapping[str, Any]) -> None:
     """Raise CheckpointError for a checkpoint that lies in the folder of another member, as its config tells; DamagedError as
     `read_config`."""
-    folder = path.parent.parent
-    if path.parent.name != "checkpoints" or not (folder / "config.json").exists():
+    if (folder := member_folder(path)) is None:
         return
     own, trained = read_config(folder).inner("config").data, provenance.get("train")
     if trained is not None and dict(own) != trained:
