@@ -36,13 +36,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import transformers
 
+from bench.options import placed
 from evaluate.job import Job
 from evaluate.run import EvaluateConfig, Outcome, score_all
 from evaluate.scores.behaviour import clean_pass
 from evaluate.scores.sample import Batch, Sample
 from evaluate.select import select
 from evaluate.work import plan
-from pipeline.base.runtime import DTYPES, resolve_device, resolve_dtype
+from pipeline.base.runtime import DTYPES
 from pipeline.model.split_lm import SplitLM
 from pipeline.sae.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.sae.nested import NestedSAE, SAEConfig
@@ -231,12 +232,10 @@ def our_seconds(folder: Path, store: Store, job_lm: SplitLM, paths: list[Path], 
 @click.option("--counts", default="1,10", help="Checkpoints a job; 50 take five times as long as 10.")
 @click.option("--rounds", default=3)
 @click.option("--scores", default="kl,ev,l0", help="What ours computes; the naive way computes KL alone.")
-@click.option("--dtype", default="auto", help="auto: bf16 where the hardware multiplies it, else float32.")
-@click.option("--device", default="auto")
+@placed("the model")
 def main(**o: Any) -> None:
     """Print a table and, last, one line of JSON."""
-    device = resolve_device(o["device"])
-    o |= {"device": str(device), "dtype": resolve_dtype(o["dtype"], device)}
+    o["device"] = str(o["device"])
     counts = sorted({1, *map(int, o["counts"].split(","))})
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import harvest.plan
 import harvest.run
+from bench.options import placed
 from harvest.config import HarvestConfig
 from harvest.forward import Block, ShardThreads, pending_shards
 from pipeline.base.cli import COUNT
-from pipeline.base.runtime import DTYPES, product_rate, resolve_device, resolve_dtype
+from pipeline.base.runtime import DTYPES, product_rate
 from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM, find_layers
 from pipeline.store.moments import measure_rows
@@ -130,8 +131,7 @@ def writer_figures(d_model: int, n_stores: int, n_rows: int, place: Path) -> dic
 @click.option("--tokens", type=COUNT, default=60_000, help="Training tokens of each harvest.")
 @click.option("--context", default=128)
 @click.option("--batch-size", type=int, help="Sequences a forward pass. [default: as harvest chooses]")
-@click.option("--dtype", default="auto", help="auto: bf16 where the hardware multiplies it, else float32.")
-@click.option("--device", default="auto")
+@placed("the model and its rows")
 @click.option("--compile", "compiles", is_flag=True, help="torch.compile the layers first.")
 @click.option("--rounds", default=3, help="How often each is measured, in turn; 0: the writer alone.")
 @click.option(
@@ -142,11 +142,10 @@ def writer_figures(d_model: int, n_stores: int, n_rows: int, place: Path) -> dic
     "--folder", type=click.Path(path_type=Path), help="Where stores are written. [default: the temporary folder]"
 )
 def main(
-    architecture: str, d_model: int, layers: int, tokens: int, context: int, batch_size: int | None, dtype: str, device: str,
-    compiles: bool, rounds: int, writer_rows: int, writer_d_model: int, folder: Path | None,
+    architecture: str, d_model: int, layers: int, tokens: int, context: int, batch_size: int | None, dtype: str,
+    device: torch.device,    compiles: bool, rounds: int, writer_rows: int, writer_d_model: int, folder: Path | None,
 ) -> None:  # fmt: skip
     """Measure harvest over the bare forward pass with a randomly initialised model."""
-    dtype = resolve_dtype(dtype, resolve_device(device))
     writer = {}
     if writer_rows:
         with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -163,12 +162,12 @@ def main(
         corpus = tiny_models.make_corpus(Path(place) / "corpus.jsonl", n_documents=2000 + tokens // 20)
         config = HarvestConfig(
             store="", model=str(model), corpus=str(corpus), layers=(layers - 1,), tokens=tokens, context=context,
-            batch_size=batch_size, dtype=dtype, device=device, shard_rows=512 * context, chunk_rows=8 * context,
+            batch_size=batch_size, dtype=dtype, device=str(device), shard_rows=512 * context, chunk_rows=8 * context,
         )  # fmt: skip
         lm = SplitLM.load(
             str(model),
             dtype=dtype,
-            device=resolve_device(device),
+            device=device,
             part="prefix",
             layers=[Point(layers - 1, "resid_post")],
         )

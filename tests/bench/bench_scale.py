@@ -5,8 +5,9 @@
 Shards are tiny (a few rows of a few dimensions), so that what is measured is what grows with their number and not with their
 bytes; 1000 is what harvest makes of a billion rows now, 15,000 what it made of them once. Each figure is a fresh process. With
 --delay-ms the store is opened, verified, staged and read from again at s3://, from a server on this machine (support/s3.py) that
-answers every request so much later, by the driver that is installed (s3fs, or obstore). The store at a path that is there may be
-of any version that is read. --fast writes no shard but the first of each split, which the others are links to.
+answers every request so much later, by the driver that is installed (s3fs, or obstore). The first batch is wanted on --device.
+The store at a path that is there may be of any version that is read. --fast writes no shard but the first of each split, which
+the others are links to.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from bench.options import placed
 from pipeline.base.files import sha256
+from pipeline.base.runtime import DTYPES
 from pipeline.store.layout import COMMITTED, PACKED
 from pipeline.store.reader import Store, measure
 from pipeline.store.record import commit_tags, read_record
@@ -90,14 +93,14 @@ def n_requests() -> int:
         return int(answer.read())
 
 
-def write_store(path: Path, n_shards: int, fast: bool) -> float | None:
+def write_store(path: Path, n_shards: int, fast: bool, dtype: str) -> float | None:
     """A store of so many training shards; seconds that `finish` took."""
-    config = store_config(d_model=D_MODEL, context=CONTEXT, shard_rows=ROWS, chunk_rows=ROWS // 2)
+    config = store_config(d_model=D_MODEL, context=CONTEXT, shard_rows=ROWS, chunk_rows=ROWS // 2, dtype=dtype)
     per_shard = ROWS // CONTEXT
     fsync, os.fsync = os.fsync, lambda descriptor: None  # nobody needs this store after a power cut
     try:
         writer = prepare_store(path, config, n_shards * per_shard, max(1, n_shards // 20) * per_shard)
-        rows = torch.randn(ROWS, D_MODEL, generator=torch.Generator().manual_seed(0)).bfloat16()
+        rows = torch.randn(ROWS, D_MODEL, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
         for split in ("train", "eval"):
             for k in writer.pending(split)[: 1 if fast else None]:
                 with writer.shard(split, k) as shard:
@@ -146,7 +149,7 @@ def write_group(split: Split, g: int) -> str:
     return sha256(packed)
 
 
-def measure_one(place: str, what: str) -> dict[str, float]:
+def measure_one(place: str, what: str, device: torch.device) -> dict[str, float]:
     """Seconds, MB, requests and mappings of one thing, in this process."""
     remote = place.startswith("s3://")
     before, started, cpu = peak_mb(), time.perf_counter(), time.process_time()
@@ -161,7 +164,7 @@ def measure_one(place: str, what: str) -> dict[str, float]:
         assert store.verify(quiet=True) == []
     if what == "batch":
         order = Order(store.train.kept_rows(), 0, 8192)
-        with Loader(store.train, order, BATCH) as loader:
+        with Loader(store.train, order, BATCH, device=device) as loader:
             loader.next()
             return figures(started, cpu, before, requests, remote)
     return figures(started, cpu, before, requests, remote)
@@ -185,16 +188,16 @@ def peak_mb() -> float:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1e3
 
 
-def in_process(place: str, what: str) -> dict[str, float]:
+def in_process(place: str, what: str, device: torch.device) -> dict[str, float]:
     """`measure_one` in a fresh process."""
-    command = [sys.executable, __file__, "--child", what, "--place", place]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    command = [sys.executable, __file__, "--child", what, "--place", place, "--device", str(device)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def report(
-    path: Path, n_shards: int, finish: float | None, delay_ms: float, without: tuple[str, ...]
+    path: Path, n_shards: int, finish: float | None, delay_ms: float, without: tuple[str, ...], device: torch.device
 ) -> dict[str, Any]:
     """Measure, print the table, and return what goes into the last line."""
     found: dict[str, Any] = {
@@ -205,11 +208,11 @@ def report(
     if finish is not None:
         found["finish_s"] = round(finish, 2)
     for what in (one for one in TASKS if one != "stage"):
-        found |= {f"{what}_{name}": round(value, 3) for name, value in in_process(str(path), what).items()}
+        found |= {f"{what}_{name}": round(value, 3) for name, value in in_process(str(path), what, device).items()}
     if delay_ms:
         with served(path.parents[1], delay_ms):
             for what in (one for one in TASKS if one not in without):
-                taken = in_process(f"s3://{path.parent.name}/{path.name}", what)
+                taken = in_process(f"s3://{path.parent.name}/{path.name}", what, device)
                 found |= {f"{what}_url_{name}": round(value, 3) for name, value in taken.items()}
     before = BEFORE if n_shards == 15_000 else {}
     print(f"{'':<24}{'before (version 3)':>20}{'now':>16}    url: {delay_ms:.0f} ms added to every request")
@@ -224,6 +227,7 @@ def report(
 @click.option("--store", type=click.Path(path_type=Path), help="Use, or write and keep, this store.")
 @click.option("--fast", is_flag=True, help="Write the first shard of each split, and the others as links to it.")
 @click.option("--without", multiple=True, type=click.Choice(TASKS), help="Leave this out at the URL.")
+@placed("the rows of the store that is written")
 @click.option("--child", hidden=True, help="Measure one thing in this process.")
 @click.option("--place", hidden=True, help="The child's store.")
 def main(
@@ -232,18 +236,20 @@ def main(
     store: Path | None,
     fast: bool,
     without: tuple[str, ...],
+    device: torch.device,
+    dtype: str,
     child: str | None,
     place: str,
 ) -> None:
     """Measure what grows with the number of a store's shards; the last line is JSON."""
     if child is not None:
-        print(json.dumps(measure_one(place, child)))
+        print(json.dumps(measure_one(place, child, device)))
         return
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR"))))
         path = (store or folder / "bucket" / "s.zarr").absolute()
-        finish = None if (path / "zarr.json").exists() else write_store(path, shards, fast)
-        print(json.dumps(report(path, Store.load(path).train.n_shards, finish, delay_ms, without)))
+        finish = None if (path / "zarr.json").exists() else write_store(path, shards, fast, dtype)
+        print(json.dumps(report(path, Store.load(path).train.n_shards, finish, delay_ms, without, device)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import click
 import torch
 
 from bench.bench_train import floor_step, random_batch, seconds
-from pipeline.base.runtime import resolve_device, resolve_dtype
+from bench.options import placed
 from train.config import RECIPES
 from train.step.fused.choice import member_kind
 from train.step.scratch import Scratch
@@ -54,11 +54,10 @@ def measure(
 @click.option("--k", "ks", type=int, multiple=True, default=(32, 64, 128), show_default=True)
 @click.option("--rows", default=2048, show_default=True)
 @click.option("--rounds", default=20, show_default=True, help="timed steps after two of warm-up")
-@click.option("--device", "device_name", default="auto", show_default=True)
-@click.option("--dtype", default="auto", show_default=True)
-def main(shapes: tuple[str, ...], ks: tuple[int, ...], rows: int, rounds: int, device_name: str, dtype: str) -> None:
-    device = resolve_device(device_name)
-    dtype = resolve_dtype(dtype, device)
+@placed("products")
+def main(
+    shapes: tuple[str, ...], ks: tuple[int, ...], rows: int, rounds: int, device: torch.device, dtype: str
+) -> None:
     results: dict[str, dict[str, Any]] = {}
     for shape in shapes:
         d_model, width = (int(number) for number in shape.split("x"))

@@ -1,10 +1,10 @@
 """Shuffled batches from a store: rows/s of both modes on one and two cores, against zarr's fancy indexing and memcpy.
 
-    python tests/bench/bench_store.py [--gb 4] [--store PATH] [--device cuda]
+    python tests/bench/bench_store.py [--gb 4] [--store PATH] [--device cuda] [--dtype bf16]
 
 The page cache is warm; each figure is a fresh process, so that the first epoch pays for its page faults. The store is
 written first (random rows, those of one sequence correlated as real residuals are) and kept with --store.
-With --device batches are delivered to it, and where it is a GPU also from rows that lie in its memory: all, and two windows.
+Batches are delivered to --device, and where it is a GPU also from rows that lie in its memory: all, and two windows.
 Shuffle quality: distinct sequences a batch, and the variance of batch means against an exact permutation's.
 """
 
@@ -26,7 +26,8 @@ import zarr
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipeline.base.runtime import resolve_device
+from bench.options import placed
+from pipeline.base.runtime import DTYPES
 from pipeline.store.reader import Store
 from support.stores import prepare_store, store_config
 from train.feed.bodies import BodyCheck
@@ -40,11 +41,11 @@ RHO = 0.063
 """Share of a row's variance that its sequence has in common: the median over dimensions of a real layer (STORAGE.md)."""
 
 
-def write_store(path: Path, gb: float, d_model: int) -> None:
+def write_store(path: Path, gb: float, d_model: int, dtype: str) -> None:
     """A store of about `gb` GB: 65,536-row shards of 1024-row chunks of 128-token sequences."""
     shard_rows, context = 65536, 128
-    n_shards = max(1, round(gb * 1e9 / (shard_rows * d_model * 2)))
-    config = store_config(d_model=d_model, context=context, shard_rows=shard_rows, chunk_rows=1024)
+    n_shards = max(1, round(gb * 1e9 / (shard_rows * d_model * DTYPES[dtype].itemsize)))
+    config = store_config(d_model=d_model, context=context, shard_rows=shard_rows, chunk_rows=1024, dtype=dtype)
     writer = prepare_store(path, config, n_shards * shard_rows // context, shard_rows // context)
     noise = torch.randn(shard_rows, d_model, generator=torch.Generator().manual_seed(0)).mul_((1 - RHO) ** 0.5)
     for split in ("train", "eval"):
@@ -56,7 +57,7 @@ def write_store(path: Path, gb: float, d_model: int) -> None:
             with writer.shard(split, k) as shard:
                 for a in range(0, shard_rows, 8192):
                     rows = noise[a : a + 8192].view(-1, context, d_model) + own[a // context : (a + 8192) // context]
-                    shard.write(rows.view(8192, d_model).to(torch.bfloat16))
+                    shard.write(rows.view(8192, d_model).to(DTYPES[dtype]))
     writer.finish()
 
 
@@ -148,7 +149,7 @@ def warm(path: Path) -> None:
 def report(path: Path, naive_batches: int, device: str) -> dict[str, float]:
     """Measure and print all."""
     store = Store.open(path)
-    gb = store.train.n_rows * store.d_model * 2 / 1e9
+    gb = store.train.n_rows * store.d_model * store.train.read(0, 1).itemsize / 1e9
     print(f"store: {store.train.n_rows:,} rows x {store.d_model}, {gb:.1f} GB; batches of {BATCH}; warm page cache")
     modes = ("global", "window", *(("resident", "resident window") if device.startswith("cuda") else ()))
     rates = {(mode, cores): in_process(path, mode, cores, device) for mode in modes for cores in (1, 2)}
@@ -172,22 +173,29 @@ def report(path: Path, naive_batches: int, device: str) -> dict[str, float]:
 @click.option("--d-model", default=2304, show_default=True, help="Numbers a row.")
 @click.option("--naive-batches", default=3, show_default=True, help="Batches of zarr's own indexing.")
 @click.option("--store", type=click.Path(path_type=Path), help="Use, or write and keep, this store.")
-@click.option("--device", default="cpu", show_default=True, help="Where batches are wanted.")
+@placed("the rows of the store that is written")
 @click.option("--child", hidden=True, help="MODE,CORES: measure one in this process.")
-def main(gb: float, d_model: int, naive_batches: int, store: Path | None, device: str, child: str | None) -> None:
+def main(
+    gb: float,
+    d_model: int,
+    naive_batches: int,
+    store: Path | None,
+    device: torch.device,
+    dtype: str,
+    child: str | None,
+) -> None:
     """Measure shuffled reading of an activation store; the last line is JSON."""
-    device = str(resolve_device(device))
     if child is not None:
         assert store is not None
         mode, cores = child.split(",")
-        print(json.dumps(measure(store, mode, int(cores), torch.device(device))))
+        print(json.dumps(measure(store, mode, int(cores), device)))
         return
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as folder:
         path = store or Path(folder) / "acts.zarr"
         if not (path / "zarr.json").exists():
-            write_store(path, gb, d_model)
+            write_store(path, gb, d_model, dtype)
         warm(path)
-        print(json.dumps(report(path, naive_batches, device)))
+        print(json.dumps(report(path, naive_batches, str(device))))
 
 
 if __name__ == "__main__":

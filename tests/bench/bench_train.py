@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import click
 import torch
 
-from pipeline.base.runtime import resolve_device, resolve_dtype
+from bench.options import placed
 from train.config import TrainConfig, batchtopk, jumprelu, paper, topk
 from train.step.fused.choice import fuses, member_kind
 from train.step.member import Batch, Member, normalise_batch
@@ -247,8 +247,7 @@ def print_table(title: str, medians: dict[str, float]) -> None:
 @click.option("--peer-python", default=None, help="interpreter of an environment with sae-lens and dictionary-learning")
 @click.option("--members", default="1,5,25", show_default=True, help="numbers of members on one batch; empty: none")
 @click.option("--member-shape", default="256x1024", show_default=True)
-@click.option("--device", "device_name", default="auto", show_default=True)
-@click.option("--dtype", default="auto", show_default=True, help="of our products, the floor's and the peers'")
+@placed("our products, the floor's and the peers'")
 @click.option(
     "--count-bytes", "counts_bytes", is_flag=True, help="count operations and bytes of a step on a GPU; no clock"
 )
@@ -259,15 +258,13 @@ def main(
     peer_python: str | None,
     members: str,
     member_shape: str,
-    device_name: str,
+    device: torch.device,
     dtype: str,
     counts_bytes: bool,
 ) -> None:
     if counts_bytes:
         print(json.dumps(count_bytes(shapes, rows), ensure_ascii=False))
         return
-    device = resolve_device(device_name)
-    dtype = resolve_dtype(dtype, device)
     results: dict[str, Any] = {}
     for shape in shapes:
         d_model, width = (int(number) for number in shape.split("x"))

@@ -19,14 +19,16 @@ import click
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from bench.options import placed
 from evaluate.scores.absorption import AbsorptionScore
 from evaluate.scores.labels import LABELS, MAX_ROWS, PER_TYPE, Labelled, Probes, labels_of, train_probes
 from evaluate.scores.matching import best_matching
 from evaluate.scores.truth import Truth, TruthScore
 from harvest.truth.run import TruthConfig, run_truth
-from pipeline.base.runtime import resolve_device
+from pipeline.base.runtime import DTYPES
 from pipeline.sae.nested import NestedSAE, SAEConfig
 
 D_MODEL, N_ROWS = 768, 400_000
@@ -37,16 +39,18 @@ AIMS_ROWS = 200_000
 
 
 def timed(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds on the clock and of processor."""
+    """Seconds on the clock and of processor, until a GPU is done too."""
     clock, processor = time.perf_counter(), time.process_time()
     run()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - processor}
 
 
-def written() -> dict[str, float]:
+def written(dtype: str) -> dict[str, float]:
     """`forest` into a store, disk included."""
     with tempfile.TemporaryDirectory() as folder:
-        config = TruthConfig("forest", str(Path(folder) / "s.zarr"), tokens=N_ROWS, eval_tokens=12_800)
+        config = TruthConfig("forest", str(Path(folder) / "s.zarr"), tokens=N_ROWS, eval_tokens=12_800, dtype=dtype)
         found = timed(lambda: run_truth(config, quiet=True))
     return found | {"rows_per_second": N_ROWS / found["seconds"], "rows_per_cpu_second": N_ROWS / found["cpu_seconds"]}
 
@@ -72,8 +76,9 @@ def scored(width: int, device: torch.device) -> dict[str, dict[str, float]]:
     return {"matching": timed(lambda: best_matching(cosine)), "truth": timed(whole)}
 
 
-def labelled() -> tuple[Labelled, torch.Tensor]:
-    """MAX_ROWS rows of made-up tokens with every label, and centred rows in which each label has a direction."""
+def labelled(dtype: str) -> tuple[Labelled, torch.Tensor]:
+    """MAX_ROWS rows of made-up tokens with every label, and centred rows, rounded as a store's are, in which each label has a
+    direction."""
     rng = np.random.default_rng(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     texts = [f" {letters[i % 26]}{i}" for i in range(1600)] + [f" {letters[i % 26].upper()}{i}" for i in range(400)]
@@ -85,12 +90,12 @@ def labelled() -> tuple[Labelled, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     directions = torch.randn(len(LABELS), D_MODEL, generator=g) / D_MODEL**0.5
     on = torch.from_numpy((rows.label == 1).astype(np.float32))
-    return rows, 6 * on @ directions + torch.randn(len(types), D_MODEL, generator=g) / 4
+    return rows, (6 * on @ directions + torch.randn(len(types), D_MODEL, generator=g) / 4).to(DTYPES[dtype]).float()
 
 
-def absorbed(width: int, device: torch.device) -> dict[str, dict[str, float]]:
+def absorbed(width: int, device: torch.device, dtype: str) -> dict[str, dict[str, float]]:
     """Probes, once a job; and the scores of one flat checkpoint."""
-    rows, x = labelled()
+    rows, x = labelled(dtype)
     found: list[Probes] = []
     probes = timed(lambda: found.append(train_probes(x.to(device), rows)))
     sae = NestedSAE(SAEConfig(d_model=D_MODEL, width=width, levels=(width,))).requires_grad_(False).to(device)
@@ -106,18 +111,21 @@ def absorbed(width: int, device: torch.device) -> dict[str, dict[str, float]]:
 
 @click.command()
 @click.option("--width", default=16_384, show_default=True, help="Latents, and features.")
-@click.option("--device", default="cpu", show_default=True)
-def main(width: int, device: str) -> None:
+@placed("the rows, in the store of `forest` and those that absorption reads")
+def main(width: int, device: torch.device, dtype: str) -> None:
     """Measure what the module's docstring lists; the last line is JSON."""
-    where = resolve_device(device)
-    results = {"forest": written(), **scored(width, where), **absorbed(width, where)}
+    results = {"forest": written(dtype), **scored(width, device), **absorbed(width, device, dtype)}
     print(f"{'width ' + str(width):24}{'seconds':>10}{'cpu':>10}{'aim':>10}")
     for name, row in results.items():
         aim = f"{AIMS[name]:10.2f}" if name in AIMS else ""
         print(f"{name:24}{row['seconds']:10.2f}{row['cpu_seconds']:10.2f}{aim}")
     rate, of_cpu = (results["forest"][f"rows_per_{name}"] for name in ("second", "cpu_second"))
     print(f"forest into a store: {rate:,.0f} rows/s, {of_cpu:,.0f} a second of processor (aim {AIMS_ROWS:,})")
-    print(json.dumps({"width": width, "threads": torch.get_num_threads(), "device": str(where), **results}))
+    print(
+        json.dumps(
+            {"width": width, "threads": torch.get_num_threads(), "device": str(device), "dtype": dtype, **results}
+        )
+    )
 
 
 if __name__ == "__main__":

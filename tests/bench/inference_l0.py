@@ -14,12 +14,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import click
 import matplotlib
 import torch
 
+from bench.options import placed
 from pipeline.sae.checkpoint import load_checkpoint
 from pipeline.store.reader import Store
 
@@ -54,7 +56,7 @@ def l0_by_step(store: Path, out: Path, words: list[str], x: torch.Tensor) -> dic
     folder = Path(json.loads(found.stdout)["members"][0]["folder"])
     l0: dict[int, float] = {}
     for path in sorted((folder / "checkpoints").glob("step_*.safetensors")):
-        sae = load_checkpoint(path)[0]
+        sae = load_checkpoint(path)[0].to(x.device)
         with torch.inference_mode():
             l0[int(path.stem.removeprefix("step_"))] = float((sae.encode(x) != 0).sum(1).float().mean())
     return l0
@@ -89,8 +91,7 @@ def draw(path: Path, lines: dict[str, dict[int, float]], wanted: int) -> None:
 @click.option("--every", default=25, show_default=True, help="steps between checkpoints")
 @click.option("--wanted", default=32, show_default=True, help="latents a row")
 @click.option("--paper-lr", default=1e-2, show_default=True, help="the paper's 3e-4 moves little in a short run")
-@click.option("--dtype", default="float32", show_default=True, help="auto, bf16 or float32")
-@click.option("--device", default="auto", show_default=True)
+@placed("products of training; rows are encoded in float32")
 @click.option("--figure", type=click.Path(path_type=Path), help="picture to write")
 def main(
     store: Path,
@@ -101,12 +102,12 @@ def main(
     wanted: int,
     paper_lr: float,
     dtype: str,
-    device: str,
+    device: torch.device,
     figure: Path | None,
 ) -> None:
     split = Store.open(store).eval
     n = min(split.n_rows, 8192)
-    x = split.read(0, n).float()[torch.from_numpy(split.kept()[:n])]
+    x = split.read(0, n).float()[torch.from_numpy(split.kept()[:n])].to(device)
     shared = [f"--width={width}", f"--steps={steps}", f"--batch-size={batch_size}", f"--checkpoint-every={every}"]
     shared.append(f"--device={device}")
     lines: dict[str, dict[int, float]] = {}
