@@ -454,6 +454,33 @@ def test_unusable_store_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_computed_order_is_resumed(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond so many rows a new member's global order is computed; it is recorded and gone on with, and a member that began in
+    one that is held goes on in that."""
+    steps = 2 * Store.open(tiny_store).train.n_rows // 512  # over the end of an epoch
+    config, stop = small(batch_size=512, steps=steps, checkpoint_every=steps, log_every=steps), steps - 2
+    (held,) = train(tiny_store, tmp_path / "held", config)
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_store, tmp_path / "old", config)
+    monkeypatch.setattr(plan, "MOST_HELD", 1000)
+    (old,) = train(tiny_store, tmp_path / "old", config, mode="global")
+    assert_same(old, held)
+    (whole,) = train(tiny_store, tmp_path / "whole", config, mode="global")
+    assert json.loads((whole.folder / "config.json").read_text())["order"] == {"mode": "computed"}
+    assert (whole.folder / "metrics.jsonl").read_bytes() != (held.folder / "metrics.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_store, tmp_path / "out", config)
+    monkeypatch.setattr(plan, "MOST_HELD", 1 << 24)
+    with pytest.raises(MismatchError, match="trained in order"):
+        train(tiny_store, tmp_path / "out", config, mode="window")
+    (outcome,) = train(tiny_store, tmp_path / "out", config, mode="global")
+    assert_same(outcome, whole)
+
+
 def test_window_order_is_resumed(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A window order is recorded and gone on with."""
     options = {"mode": "window", "window_rows": 512}

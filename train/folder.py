@@ -136,7 +136,7 @@ class Folder:
             return None
         fields = read_config(self.path)
         order = fields.inner("order")
-        order.one_of("mode", ("global", "window"))
+        order.one_of("mode", ("global", "computed", "window"))
         order.some_whole("window_rows")
         require_same(path, identity(fields), identity(Fields(path, self.description(order.data))), "this member")
         return dict(order.data)

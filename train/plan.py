@@ -22,7 +22,7 @@ from pipeline.store.layout import SplitLayout
 from train import held_out
 from train.config import TrainConfig
 from train.feed.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
-from train.feed.order import Order
+from train.feed.order import MOST_HELD, Order
 from train.feed.resident import Place, place_for
 from train.folder import Folder, Keep
 from train.step.fused.choice import make_normalise, member_kind
@@ -152,7 +152,8 @@ def make_order(stores: Stores, task: Task, process: int = 0) -> Order:
     """The order of rows of a member's stream; of one in `parts`, that of a process's own."""
     parts, window = task.order.get("parts", 1), task.order.get("window_rows")
     own = window if window is None else -(-window // parts)
-    return Order(stores.kept("train", task.config.max_norm), task.config.data_seed, own, (process % parts, parts))
+    kept, computed = stores.kept("train", task.config.max_norm), task.order["mode"] == "computed"
+    return Order(kept, task.config.data_seed, own, (process % parts, parts), computed)
 
 
 def make_tasks(
@@ -211,9 +212,9 @@ def from_data(
 
 
 def new_order(job: RunConfig, rows: SplitLayout) -> dict[str, Any]:
-    """The order of rows of a member that is new (`order.py`)."""
+    """The order of rows of a member that is new (`order.py`): FORMAT.md, "Training folder"."""
     mode = resolve_mode(job.mode, rows, is_remote=job.is_remote)
-    order: dict[str, Any] = {"mode": mode}
+    order: dict[str, Any] = {"mode": "computed" if mode == "global" and rows.n_rows > MOST_HELD else mode}
     if mode == "window":
         order["window_rows"] = job.window_rows or WINDOW_ROWS
         if job.is_remote and (parts := job.n_together) > 1:
@@ -225,7 +226,8 @@ def make_task(job: RunConfig, folder: Folder, new: Mapping[str, Any], target: Sp
     """One member: in its recorded order when it is there, else in the run's."""
     recorded = folder.recorded_order()
     order = new if recorded is None else recorded
-    if (job.mode != "auto" and order["mode"] != job.mode) or (
+    mode = "global" if order["mode"] == "computed" else order["mode"]
+    if (job.mode != "auto" and mode != job.mode) or (
         job.window_rows is not None and order.get("window_rows") != job.window_rows
     ):
         raise MismatchError(
@@ -237,7 +239,7 @@ def make_task(job: RunConfig, folder: Folder, new: Mapping[str, Any], target: Sp
             f"{folder.path}: trained by {parts} processes together, each on its own chunks of a store at a URL; start as many "
             "with torchrun and --data-parallel, or choose another --out"
         )
-    if order["mode"] == "global" and job.is_remote:
+    if mode == "global" and job.is_remote:
         raise MismatchError(
             f"{folder.path}: trained in global order, which needs a local store; copy it with python -m pipeline stage URL "
             "PATH, or choose another --out"
@@ -255,7 +257,8 @@ def stream_memory(rows: SplitLayout, task: Task) -> int:
         is_buffered = layout.codec != "none" or task.is_remote
         batches: int = task.config.batch_size * (row * (AHEAD + 1) + 2 * layout.d_model * 4)
         window_rows: int = min(task.order.get("window_rows", 0), part.n_rows) if is_buffered else 0
-        order = Order.n_bytes(part.n_rows, layout.chunk_rows, task.order.get("window_rows"))
+        computed = task.order["mode"] == "computed"
+        order = Order.n_bytes(part.n_rows, layout.chunk_rows, task.order.get("window_rows"), computed)
         total += batches + order + 2 * row * window_rows
     return total
 

@@ -3,7 +3,8 @@
 Rows are delivered in one endless stream. Position p of it is row p % n_kept of epoch p // n_kept, so that one integer
 says where a training stands. Every kept row comes exactly once an epoch.
 
-    exact       an epoch is one window: a permutation of all kept rows
+    exact       an epoch is one window: a permutation of all kept rows, held as it is in memory
+    computed    the same, of which any part is computed when it is asked for (`ComputedRows`): for stores too large to hold one
     windowed    chunks are permuted, dealt into windows of nearly equal size, and rows are permuted within a window;
                 var(batch mean) is then 1 + (deff − 1) · batch / window times that of an exact permutation (STORAGE.md).
                 The very first window comes in two, an eighth of its chunks and the rest, so that a training begins before
@@ -14,6 +15,7 @@ Processes that train together on a store at a URL have an order each, over every
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,13 +28,64 @@ from pipeline.store.kept import KeptRows
 
 Rows = npt.NDArray[np.int64]
 
+MOST_HELD = 1 << 24
+"""Rows of the largest store of which a new member's global order is held in memory, 8 bytes a row; of others it is computed."""
+ROUNDS = 8
+"""Of a computed permutation's network. Of 600 permutations of 1,000 to 20,000 rows each, with 5, 6 and 8 the counts of
+neighbours that stay neighbours and of rows of one chunk in a batch had the mean and the spread of true ones; with 4 half as many
+neighbours again stayed so, with 3 the spread was half too large."""
+
+
+class ComputedRows:
+    """`[first:stop]` of a random permutation of the kept rows, computed when it is asked for.
+
+    A Feistel network over numbers left · side + right below side², the square just above the number of rows: a round makes (left,
+    right) into (right, (left + table[right]) mod side), which can be undone whatever the table holds, so that the whole is a
+    permutation; its tables are random numbers. What comes out beyond the last row goes in again until it is one (Black and
+    Rogaway, Ciphers with arbitrary finite domains, 2002).
+
+    Memory: `n_bytes`.
+    """
+
+    def __init__(self, kept: KeptRows, n_kept: int, rng: np.random.Generator) -> None:
+        self.kept, self.n_kept, self.side = kept, n_kept, self.side_of(n_kept)
+        self.tables = rng.integers(0, self.side, (ROUNDS, self.side))
+
+    @staticmethod
+    def side_of(n_rows: int) -> int:
+        """The smallest number whose square is not below `n_rows`, at least 1."""
+        return math.isqrt(n_rows - 1) + 1
+
+    @staticmethod
+    def n_bytes(n_rows: int) -> int:
+        """Bytes of a permutation of so many rows."""
+        return 8 * ROUNDS * ComputedRows.side_of(n_rows)
+
+    def __len__(self) -> int:
+        return self.n_kept
+
+    def __getitem__(self, part: slice) -> Rows:
+        first, stop, _ = part.indices(self.n_kept)
+        ranks = self._mixed(np.arange(first, stop))
+        while (beyond := ranks >= self.n_kept).any():
+            ranks[beyond] = self._mixed(ranks[beyond])
+        return self.kept.nth(ranks)
+
+    def _mixed(self, numbers: Rows) -> Rows:
+        """Each number's image below side²."""
+        left, right = np.divmod(numbers, self.side)
+        for table in self.tables:
+            left, right = right, (left + table[right]) % self.side
+        mixed: Rows = left * self.side + right
+        return mixed
+
 
 @dataclass(frozen=True)
 class Window:
     """A part of an epoch: `rows` of the split in the order of delivery, all of them in `chunks`."""
 
     chunks: Rows
-    rows: Rows
+    rows: Rows | ComputedRows
 
 
 @dataclass(frozen=True)
@@ -51,15 +104,23 @@ class Piece:
 
 
 class Order:
-    """The stream of kept rows. `window_rows` is the most rows a window may span, kept or not; None: exact. part: (k, n), the
-    stream of every n-th chunk from the k-th on alone, in windows.
+    """The stream of kept rows. `window_rows` is the most rows a window may span, kept or not; None: exact, and `computed`
+    unless it is to be held. part: (k, n), the stream of every n-th chunk from the k-th on alone, in windows.
 
     Memory: `n_bytes`.
     Raises StoreError when no row is kept.
     """
 
-    def __init__(self, kept: KeptRows, seed: int, window_rows: int | None, part: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self,
+        kept: KeptRows,
+        seed: int,
+        window_rows: int | None,
+        part: tuple[int, int] = (0, 1),
+        computed: bool = False,
+    ) -> None:
         self.kept = kept
+        self.computed = computed
         self.seed = seed
         self.kept_in_chunk = kept.in_chunks()
         self.own: Rows = np.arange(part[0], kept.n_chunks, part[1])
@@ -84,11 +145,12 @@ class Order:
         return np.split(windows[0], [first]) + windows[1:] if epoch == 0 and first else windows
 
     @staticmethod
-    def n_bytes(n_rows: int, chunk_rows: int, window_rows: int | None) -> int:
-        """Bytes that an order takes: a bit a row, 16 bytes a chunk, and for each row of a window 8 in the one that is delivered
-        and 24 in the next one while it is made; an exact order's window is all rows."""
+    def n_bytes(n_rows: int, chunk_rows: int, window_rows: int | None, computed: bool = False) -> int:
+        """Bytes that an order takes: a bit a row, 24 bytes a chunk, and for two windows, the one that is delivered and the next,
+        8 a row, or of a computed order its tables; an exact order's window is all rows."""
         window = n_rows if window_rows is None else min(window_rows, n_rows)
-        return -(-n_rows // 8) + 16 * -(-n_rows // chunk_rows) + 32 * window
+        held = ComputedRows.n_bytes(n_rows) if computed else 8 * window
+        return -(-n_rows // 8) + 24 * -(-n_rows // chunk_rows) + 2 * held
 
     @property
     def most_chunks(self) -> int:
@@ -102,8 +164,11 @@ class Order:
     def window(self, epoch: int, index: int) -> Window:
         """One window with its rows in the order of delivery."""
         chunks = self.chunks(epoch)[index]
-        rng = numpy_rng("rows", self.seed, epoch, index, *self.names)
-        return Window(chunks, rng.permutation(self.kept.rows(chunks)))
+        if self.computed:
+            return Window(chunks, ComputedRows(self.kept, self.n_kept, numpy_rng("computed", self.seed, epoch)))
+        rows = self.kept.rows(chunks)
+        numpy_rng("rows", self.seed, epoch, index, *self.names).shuffle(rows)
+        return Window(chunks, rows)
 
     def pieces(self, position: int) -> Iterator[Piece]:
         """What is left of the stream from `position` on, window by window, without end."""
