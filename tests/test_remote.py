@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,6 +110,30 @@ def test_restaging_copies_only_damage(url: str, local: Path, tmp_path: Path) -> 
     staging.stage(url, path, quiet=True)
     assert tree(path) == tree(local)
     assert {p for p, inode in inodes.items() if p.stat().st_ino != inode} == {body}
+
+
+def test_small_files_take_one_request(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verifying and staging ask for a small shard once, whatever its number of chunks."""
+    make_store(url, **SIZES)
+    asked, ask = Counter[str](), RemoteFiles.ask
+
+    def counted(files: RemoteFiles, key: str, work: Callable[[], Any]) -> Any:
+        asked[key] += 1
+        return ask(files, key, work)
+
+    monkeypatch.setattr(RemoteFiles, "ask", counted)
+    store = Store.open(url, check=False)
+    again = (
+        store.train.massive(store.statistics.massive_multiple, store.statistics.median_norm) // store.train.shard_rows
+    )
+    shards = {split.arrays["resid"].key(k) for split in store.splits for k in range(split.n_shards)}
+    asked.clear()
+    assert store.verify(quiet=True) == []
+    twice = {store.train.arrays["resid"].key(k) for k in again.tolist()}  # its statistics need massive rows
+    assert {key: asked[key] for key in shards - twice} == dict.fromkeys(shards - twice, 1)
+    asked.clear()
+    staging.stage(url, tmp_path / "staged.zarr", quiet=True)
+    assert {key: asked[key] for key in shards} == dict.fromkeys(shards, 1)
 
 
 def test_stopped_staging_is_no_store(url: str, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

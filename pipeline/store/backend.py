@@ -16,20 +16,25 @@ from pipeline.base.files import atomic, disk_errors, regular, sync_folder
 
 
 @runtime_checkable
-class Files(Protocol):
-    """The few operations a store needs. Writes appear whole or not at all; all raise DiskError when they cannot."""
+class Readable(Protocol):
+    """What reading a part of a file takes."""
 
     def where(self, key: str) -> str:
         """The full path or URL of a key, for messages."""
-
-    def read(self, key: str, most: int) -> bytes:
-        """All bytes of a file. Raises DamagedError when it is not there, or larger than `most` (then it is not read)."""
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill the buffers, one after the other, from `offset` on. Raises DamagedError when bytes are missing."""
 
     def size(self, key: str) -> int | None:
         """Bytes of a file; None when it is not there."""
+
+
+@runtime_checkable
+class Files(Readable, Protocol):
+    """The few operations a store needs. Writes appear whole or not at all; all raise DiskError when they cannot."""
+
+    def read(self, key: str, most: int) -> bytes:
+        """All bytes of a file. Raises DamagedError when it is not there, or larger than `most` (then it is not read)."""
 
     def sizes(self, keys: Sequence[str]) -> dict[str, int | None]:
         """Key → bytes of many files, None where one is not there."""
@@ -135,6 +140,35 @@ class LocalFiles:
             return sorted(str(p.relative_to(self.root)) for p in self.root.rglob("*") if not p.is_dir())
 
 
+class HeldFile:
+    """One file of a known size, read whole by a single request."""
+
+    def __init__(self, files: Files, key: str, size: int) -> None:
+        """Raises DamagedError unless it has this size."""
+        self.files = files
+        try:
+            self.data = files.read(key, most=size)
+        except DamagedError:
+            require_size(files.where(key), files.size(key), size)  # the words of every other check
+            raise
+        require_size(files.where(key), len(self.data), size)
+
+    def where(self, key: str) -> str:
+        """As of the files behind."""
+        return self.files.where(key)
+
+    def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """From memory; a file is checked to hold what its index says before this is asked."""
+        for buffer in buffers:
+            part = buffer.cast("B")
+            part[:] = self.data[offset : offset + len(part)]
+            offset += len(part)
+
+    def size(self, key: str) -> int:
+        """Of the file."""
+        return len(self.data)
+
+
 @contextlib.contextmanager
 def missing_is_damage(where: str) -> Iterator[None]:
     """A file of ours that is not there is a damaged store, not a caller's mistake."""
@@ -142,6 +176,14 @@ def missing_is_damage(where: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DamagedError(f"{where}: the file is gone; run harvest --repair to make it again") from error
+
+
+def require_size(where: str, size: int | None, expected: int) -> None:
+    """Raise DamagedError unless a file is there and has its size."""
+    if size is None:
+        raise DamagedError(f"{where}: the file is gone; run harvest --repair to make it again")
+    if size != expected:
+        raise DamagedError(f"{where}: {size} bytes, expected {expected}; run harvest --repair")
 
 
 def require_small(where: str, size: int, most: int) -> None:

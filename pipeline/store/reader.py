@@ -32,7 +32,7 @@ from pipeline.store.layout import SPLITS, Layout, SplitLayout, extras_of
 from pipeline.store.moments import Statistics, mean_and_scale, median_of, norms_and_moments
 from pipeline.store.objects import REQUESTS, open_files
 from pipeline.store.root import MOST_BYTES, read_root
-from pipeline.store.split import Prepared, read_array, read_part, to_numpy
+from pipeline.store.split import Prepared, read_array, read_part, to_numpy, usable
 from pipeline.store.split import Split as Split
 
 Check = tuple[str, Callable[[], None]]
@@ -280,8 +280,8 @@ def moments_without(split: Split, massive: npt.NDArray[np.int64]) -> npt.NDArray
     Those that lie beside their shards (large.py) are taken from there; of others the chunks are read.
     """
     total = np.zeros(2 + split.shape.layout.d_model)
-    for k in range(split.n_shards):
-        total += split.shard_moments(k)
+    for (moments,) in split.in_order("moments"):
+        total += moments[0]
     left = []
     for k, rows in parts_of(massive, split.shard_rows):
         if (large := read_large(split.files, split.shape, k)) is not None:
@@ -317,13 +317,12 @@ def measure(store: Store, multiple: float) -> tuple[npt.NDArray[np.float64], Sta
     Reads one shard's norms and special mask at a time, so that memory does not grow with the store.
     """
     split = store.train
-    shards = range(split.n_shards)
-    n_usable = sum(np.count_nonzero(split.shard_usable(k)) for k in shards)
+    n_usable = sum(np.count_nonzero(usable(special)) for (special,) in split.in_order("special"))
     if not n_usable:
         raise StoreError(
             f"{store.where}: every training row is special, so nothing can be trained; check --context and --bos"
         )
-    median = median_of(lambda: (split.shard_norm(k)[split.shard_usable(k)] for k in shards))
+    median = median_of(lambda: (norm[usable(special)] for special, norm in split.in_order("special", "norm")))
     massive = split.massive(multiple, median)
     mean, scale, share = mean_and_scale(moments_without(split, massive), store.where)
     statistics = Statistics(

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from pipeline.base.errors import DamagedError
 from pipeline.base.files import crc32c
-from pipeline.store.backend import Files
+from pipeline.store.backend import Files, Readable
 
 CODECS = ("none", "lz4", "zstd")
 """lz4 is Blosc lz4 with bitshuffle (plain lz4 gains nothing on residuals); zstd is level 1. STORAGE.md has the costs."""
@@ -125,7 +125,7 @@ class ShardStream:
         return self.entries
 
 
-def check_bodies(files: Files, key: str, index: Index) -> list[bytes]:
+def check_bodies(files: Readable, key: str, index: Index) -> list[bytes]:
     """Read every chunk of a shard; returns the checksums as they stand behind them. Raises DamagedError where one is wrong."""
     buffer = np.empty(int(index[:, 1].max()), np.uint8)
     checksums = []
@@ -146,7 +146,7 @@ def require_crc(where: str, entry: tuple[int, int], data: Bytes, checksum: bytes
 
 
 def read_index(
-    files: Files, key: str, n_slots: int, n_chunks: int, entry: tuple[int, int], size: int | None = None
+    files: Readable, key: str, n_slots: int, n_chunks: int, entry: tuple[int, int], size: int | None = None
 ) -> Index:
     """A shard's (offset, nbytes) of each chunk it holds, uint64 [n_chunks, 2]; `entry`: the bounds of nbytes.
 

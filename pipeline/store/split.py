@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.base.errors import DamagedError, StoreError, UsageError
 from pipeline.base.files import sha256
-from pipeline.store.backend import Files, LocalFiles
+from pipeline.store.backend import Files, HeldFile, LocalFiles, Readable, require_size
 from pipeline.store.kept import KeptRows
 from pipeline.store.kept import Mask as Mask
 from pipeline.store.layout import COMMITTED, Array, SplitLayout
@@ -51,6 +51,8 @@ from pipeline.store.shards import (
 Rows = npt.NDArray[np.int32]
 PARTS_HELD = 4
 """Shards' and groups' tokens, masks and norms that a split keeps in memory, those last read."""
+SMALL = 1 << 20
+"""Bytes of a file up to which it is read whole where all of it is needed."""
 READ_AHEAD = 8
 """Groups of a store at a URL that are read side by side where all are needed."""
 
@@ -58,6 +60,12 @@ READ_AHEAD = 8
 def to_numpy(rows: Tensor) -> npt.NDArray[Any]:
     """The memory of bf16 or float32 rows as the store's dtype: uint16 bits, or float32. Not a copy."""
     return rows.view(torch.int16).numpy().view(np.uint16) if rows.dtype == torch.bfloat16 else rows.numpy()
+
+
+def usable(special: npt.NDArray[Any]) -> Mask:
+    """Rows that are not special, bool [row], of special positions as they are stored, [sequence, position]."""
+    found: Mask = ~special.reshape(-1).view(np.bool_)
+    return found
 
 
 def read_array(files: Files, array: Array) -> npt.NDArray[Any]:
@@ -76,14 +84,6 @@ def read_part(files: Files, array: Array, k: int, committed: int | None = None) 
     if committed is not None:
         require_digest(where, digest([stored[-4:]]), committed)
     return np.frombuffer(data, array.numpy_dtype).reshape(array.chunk)[: array.shape[0] - k * array.chunk[0]]
-
-
-def require_size(where: str, size: int | None, expected: int) -> None:
-    """Raise DamagedError unless a file is there and has its size."""
-    if size is None:
-        raise DamagedError(f"{where}: the file is gone; run harvest --repair to make it again")
-    if size != expected:
-        raise DamagedError(f"{where}: {size} bytes, expected {expected}; run harvest --repair")
 
 
 def require_sha256(where: str, found: str, expected: str) -> None:
@@ -179,19 +179,30 @@ class Split:
 
     def _kept_in_order(self, max_norm: float | Literal["store"] | None) -> Iterator[Mask]:
         """The same of one shard after the other."""
-        if not self.packed or isinstance(self.files, LocalFiles):
-            yield from (self.shard_kept(k, max_norm) for k in range(self.n_shards))
-            return
-        groups = range(self.shape.n_groups)
-        with ThreadPoolExecutor(READ_AHEAD, "norms") as pool:
-            for first in range(0, len(groups), READ_AHEAD):
-                for masks in pool.map(lambda g: self._kept_of_group(g, max_norm), groups[first : first + READ_AHEAD]):
-                    yield from masks
+        names = ("special",) if max_norm is None else ("special", "norm")
+        for parts in self.in_order(*names):
+            yield self._kept(max_norm, dict(zip(names, parts)).__getitem__)
 
-    def _kept_of_group(self, g: int, max_norm: float | Literal["store"] | None) -> list[Mask]:
-        """The same of each shard of group g."""
-        held = {name: self._read_group(name, g) for name in ("special", "norm")}
-        return [self._kept(max_norm, lambda name: self._cut(held[name], name, k)) for k in self.shape.shards_of(g)]  # noqa: B023
+    def in_order(self, *names: str) -> Iterator[list[npt.NDArray[Any]]]:
+        """Each shard's parts of some arrays, one shard after the other; at a URL READ_AHEAD files of each are asked for side by
+        side."""
+        if isinstance(self.files, LocalFiles):
+            yield from ([self._part(name, k) for name in names] for k in range(self.n_shards))
+            return
+        together = self.shape.group if self.packed else 1
+        starts = range(0, self.n_shards, together)
+        with ThreadPoolExecutor(READ_AHEAD, "in order") as pool:
+            for first in range(0, len(starts), READ_AHEAD):
+                shards = [range(a, min(a + together, self.n_shards)) for a in starts[first : first + READ_AHEAD]]
+                for parts in pool.map(lambda some: self._parts_together(names, some), shards):
+                    yield from parts
+
+    def _parts_together(self, names: Sequence[str], shards: range) -> list[list[npt.NDArray[Any]]]:
+        """The same of shards that lie together, each file read once."""
+        if not self.packed:
+            return [[self._read_part(name, k) for name in names] for k in shards]
+        held = {name: self._read_group(name, shards[0] // self.shape.group) for name in names}
+        return [[self._cut(held[name], name, k) for name in names] for k in shards]
 
     def kept_of(self, first: int, stop: int, max_norm: float | Literal["store"] | None = "store") -> Mask:
         """The same of the rows of sequences first … stop − 1, bool [row]."""
@@ -203,13 +214,13 @@ class Split:
 
     def _kept(self, max_norm: float | Literal["store"] | None, part: Callable[[str], npt.NDArray[Any]]) -> Mask:
         """The same of the shard whose special positions and norms these are."""
-        usable: Mask = ~part("special").reshape(-1).view(np.bool_)
+        counted = usable(part("special"))
         if max_norm is None:
-            return usable
+            return counted
         if self.statistics is None:
             raise StoreError(f"{self.files.where('')}: unfinished, so its median norm is not known; finish the harvest")
         multiple = self.statistics.massive_multiple if max_norm == "store" else max_norm
-        return usable & not_massive(part("norm"), multiple, self.statistics.median_norm)
+        return counted & not_massive(part("norm"), multiple, self.statistics.median_norm)
 
     def tokens_of(self, first: int, stop: int) -> Rows:
         """Token ids of sequences first … stop − 1, int32 [seq, context]. Raises StoreError for rows of no text."""
@@ -242,7 +253,7 @@ class Split:
 
     def shard_usable(self, k: int) -> Mask:
         """Rows of shard k that are not special, bool [row]."""
-        return ~self._part("special", k).reshape(-1).view(np.bool_)
+        return usable(self._part("special", k))
 
     def shard_norm(self, k: int) -> npt.NDArray[np.float32]:
         """‖x‖ of the rows of shard k, float32 [row]."""
@@ -330,8 +341,8 @@ class Split:
         if multiple is None:
             return np.empty(0, np.int64)
         found = []
-        for k in range(self.n_shards):
-            beyond = self.shard_usable(k) & ~not_massive(self.shard_norm(k), multiple, median)
+        for k, (special, norm) in enumerate(self.in_order("special", "norm")):
+            beyond = usable(special) & ~not_massive(norm, multiple, median)
             found.append(np.flatnonzero(beyond) + k * self.shard_rows)
         return np.concatenate(found)
 
@@ -434,19 +445,26 @@ class Split:
         From version 4 on the commit record says so too, and the index is the one that was committed.
         """
         if k not in self._index:
-            layout, key, n_chunks = self.shape.layout, self.arrays["resid"].key(k), self.shape.n_chunks(k)
-            entry = entry_bounds(layout.codec, layout.chunk_nbytes)
-            size = self.resid_nbytes(self.record(k).chunks[None])[0] if self.in_groups else None
-            index = read_index(self.files, key, layout.chunks_per_shard, n_chunks, entry, size)
-            if self.in_groups and not np.array_equal(index[:, 1], self.record(k).nbytes):
-                raise DamagedError(f"{self.files.where(key)}: another index than was committed; run harvest --repair")
-            self._index[k] = index
+            self._index[k] = self._read_index(k, self.files)
         return self._index[k]
+
+    def _read_index(self, k: int, files: Readable) -> Index:
+        """The same, read anew from these files."""
+        layout, key, n_chunks = self.shape.layout, self.arrays["resid"].key(k), self.shape.n_chunks(k)
+        entry = entry_bounds(layout.codec, layout.chunk_nbytes)
+        index = read_index(files, key, layout.chunks_per_shard, n_chunks, entry, self.shard_nbytes(k))
+        if self.in_groups and not np.array_equal(index[:, 1], self.record(k).nbytes):
+            raise DamagedError(f"{self.files.where(key)}: another index than was committed; run harvest --repair")
+        return index
 
     def resid_nbytes(self, chunks: npt.NDArray[np.uint64]) -> list[int]:
         """Bytes of shards' files of rows, of what their records say of their chunks, uint64 [shard, chunk]."""
         index = index_nbytes(self.shape.layout.chunks_per_shard)
         return [n + index for n in (chunks >> np.uint64(32)).sum(axis=1).tolist()]
+
+    def shard_nbytes(self, k: int) -> int | None:
+        """Bytes of shard k's file of rows, where its record says so (from version 4 on)."""
+        return self.resid_nbytes(self.record(k).chunks[None])[0] if self.in_groups else None
 
     def group_files(self, g: int) -> dict[str, int]:
         """Key → bytes of the small files of group g, its commit records excepted."""
@@ -479,15 +497,20 @@ class Split:
         """Raise DamagedError unless shard k is committed, its files have their sizes and its index is right.
 
         With `bodies`, every byte of its files is read and compared with the commit record; without, the sizes of its tokens and
-        special positions count too, which `check_whole` reads. Files of its group are not looked at (`check_group`).
+        special positions count too, which `check_whole` reads. Files of its group are not looked at (`check_group`). A file of
+        rows that is SMALL is read whole, by one request.
         """
         self.forget(k)
-        record = self.record(k)
+        record, files, resid = self.record(k), self.files, self.arrays["resid"].key(k)
+        source: Readable = files
         for key, expected in self._sizes_of(k, () if bodies else ("tokens", "special")).items():
-            require_size(self.files.where(key), self.files.size(key), expected)
-        index = self.index(k)
+            if bodies and key == resid and expected <= SMALL:
+                source = HeldFile(files, key, expected)
+            else:
+                require_size(files.where(key), files.size(key), expected)
+        index = self._read_index(k, source)
         if bodies:
-            self._check_bodies(k, index, record)
+            self._check_bodies(k, check_bodies(source, resid, index), index, record)
 
     def _sizes_of(self, k: int, also: Sequence[str]) -> dict[str, int]:
         """Key → bytes of shard k's files, where its record or the layout says them, and of its part of some arrays."""
@@ -500,8 +523,7 @@ class Split:
         prepared = {key: n for key, n in self.group_files(k // self.shape.group).items() if key.split("/")[1] in also}
         return found | {self.shape.record_key(k): sum(part_sizes(self.shape.layout).values())} | prepared
 
-    def _check_bodies(self, k: int, index: Index, record: Record) -> None:
-        checksums = check_bodies(self.files, self.arrays["resid"].key(k), index)
+    def _check_bodies(self, k: int, checksums: list[bytes], index: Index, record: Record) -> None:
         found = digest(checksums)
         if self.in_groups:
             entries = np.zeros(self.shape.layout.chunks_per_shard, np.uint64)

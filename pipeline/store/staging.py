@@ -12,19 +12,17 @@ from pathlib import Path
 from pipeline.base.errors import DamagedError, DiskError, MismatchError
 from pipeline.base.files import require_free
 from pipeline.base.progress import Progress
-from pipeline.store.backend import Files, LocalFiles
+from pipeline.store.backend import Files, HeldFile, LocalFiles
 from pipeline.store.cache import Cache, CachedFiles
 from pipeline.store.layout import COMMITTED, PACKED, estimate_bytes, extras_of
-from pipeline.store.objects import RemoteFiles
+from pipeline.store.objects import REQUESTS, RemoteFiles
 from pipeline.store.prepare import require_ours
 from pipeline.store.reader import Store
 from pipeline.store.root import ROOT_KEY, read_root, write_root
 from pipeline.store.split import Split
 
 PIECE = 8 << 20
-"""Bytes of one download request."""
-DOWNLOADS = 4
-"""Shards that `stage` copies at a time."""
+"""Bytes of one download request; REQUESTS of them are in memory at a time."""
 
 
 def open_cached(path: Path | str, cache: Cache | None) -> Store:
@@ -36,8 +34,11 @@ def open_cached(path: Path | str, cache: Cache | None) -> Store:
     return store
 
 
-def copy_file(source: Files, target: Files, key: str) -> None:
-    """Copy one file piece by piece."""
+def copy_file(source: Files, target: Files, key: str, size: int | None = None) -> None:
+    """Copy one file piece by piece; one of a known size that is no larger than a piece, by a single request."""
+    if size is not None and size <= PIECE:
+        target.write(key, HeldFile(source, key, size).data)
+        return
     size = source.size(key)
     if size is None:
         raise DamagedError(f"{source.where(key)}: the file is gone; run harvest --repair")
@@ -60,10 +61,10 @@ def stage(url: str, path: Path, *, quiet: bool = False) -> Store:
     begin(source, target)
     store = Store(target, path, source.attributes)
     shards = [(split, k) for split in store.splits for k in range(split.n_shards)]
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
-        for _ in pool.map(lambda key: copy_file(source.files, target, key), small_files(store)):
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        for _ in pool.map(lambda file: copy_file(source.files, target, *file), small_files(store).items()):
             pass
-    with Progress(len(shards), "stage", "shard", quiet=quiet) as bar, ThreadPoolExecutor(DOWNLOADS) as pool:
+    with Progress(len(shards), "stage", "shard", quiet=quiet) as bar, ThreadPoolExecutor(REQUESTS) as pool:
         for _ in pool.map(lambda shard: copy_shard(source.files, *shard), shards):
             bar.advance(1)
     for split in store.splits:
@@ -88,13 +89,14 @@ def begin(source: Store, target: LocalFiles) -> None:
     write_root(target, source.attributes | {"state": "preparing"})
 
 
-def small_files(store: Store) -> list[str]:
-    """Keys of everything but the root and the shards' own files."""
+def small_files(store: Store) -> dict[str, int | None]:
+    """Key → bytes, where the layout says them, of everything but the root and the shards' own files."""
     names = ("tokens", "special", *(PACKED if store.layout.in_groups else ()))
     arrays = [split.arrays[name] for split in store.splits for name in names if name in split.arrays]
     arrays += [store.layout.mean, *(extra.array for extra in extras_of(store.attributes).values())]
-    chunks = [array.key(k) for array in arrays for k in range(array.n_files)]
-    return [*store.attributes["files"], *chunks]
+    return dict.fromkeys(store.attributes["files"]) | {
+        array.key(k): array.file_nbytes for array in arrays for k in range(array.n_files)
+    }
 
 
 def copy_shard(source: Files, split: Split, k: int) -> None:
@@ -106,5 +108,6 @@ def copy_shard(source: Files, split: Split, k: int) -> None:
     if not split.packed:
         split.files.delete(split.arrays["commit"].key(k))
     for name in ("resid",) if split.packed else (*COMMITTED, "commit"):
-        copy_file(source, split.files, split.arrays[name].key(k))
+        array = split.arrays[name]
+        copy_file(source, split.files, array.key(k), split.shard_nbytes(k) if name == "resid" else array.file_nbytes)
     split.check_shard(k)
