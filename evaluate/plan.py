@@ -34,7 +34,7 @@ from evaluate.scores.structure import MAX_FIRINGS, N_PARTS
 from pipeline.base.errors import UsageError
 from pipeline.base.files import human_bytes
 from pipeline.base.runtime import product_rate
-from pipeline.sae.nested import SAEConfig
+from pipeline.sae.config import SAEConfig
 from pipeline.store.beside import BesideRows
 
 if TYPE_CHECKING:

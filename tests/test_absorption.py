@@ -31,7 +31,8 @@ from evaluate.scores.labels import (
     labels_of,
     train_probes,
 )
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 
 
 def said(text: str) -> dict[str, int]:

@@ -39,6 +39,12 @@ def test_pipeline_command_starts_without_torch() -> None:
     assert not modules_after("import pipeline.__main__") & {"torch", "transformers", "train", "evaluate", "harvest"}
 
 
+@pytest.mark.parametrize("stage", ["harvest", "train", "evaluate"])
+def test_stage_options_need_no_torch(stage: str) -> None:
+    """A stage reads its options, and says its help, without torch."""
+    assert not modules_after(f"import {stage}.__main__") & {"torch", "transformers", "zarr"}
+
+
 @pytest.mark.parametrize("package", ["pipeline", "harvest", "train", "evaluate"])
 def test_packages_are_of_this_checkout(package: str) -> None:
     """Our packages are those of this checkout."""

@@ -14,9 +14,10 @@ from pipeline.base.digests import sealed
 from pipeline.base.errors import CheckpointError, DiskError, UsageError
 from pipeline.base.files import write_json
 from pipeline.sae.checkpoint import save_checkpoint
+from pipeline.sae.config import SAEConfig
 from pipeline.sae.export import FORMATS, Format, export
 from pipeline.sae.foreign.reader import load_foreign, load_sae, read_sae
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.nested import NestedSAE
 from test_sae import KINDS, random_sae
 
 PROVENANCE = {"store": {"model": "google/gemma-2-2b", "layer": 19, "context": 128}}

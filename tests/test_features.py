@@ -15,7 +15,8 @@ from evaluate.scores.coding import SparseCoding
 from evaluate.scores.features import Correlation, density_features, geometry, nearest, utilisation
 from evaluate.scores.firing import Firing
 from evaluate.scores.sample import Batch, Survey, survey
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from support.reference import reference_firing, reference_sparse_coding
 
 CPU = torch.device("cpu")

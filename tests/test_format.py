@@ -16,7 +16,8 @@ import zarr
 from safetensors.torch import load_file
 
 from pipeline.sae.checkpoint import save_checkpoint
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from pipeline.store.moments import Statistics
 
 PAGE = (Path(__file__).parents[1] / "pipeline" / "FORMAT.md").read_text()

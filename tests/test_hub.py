@@ -20,9 +20,10 @@ from pipeline.base.files import hash_file, write_json
 from pipeline.experiment.verify import verify
 from pipeline.sae import hub
 from pipeline.sae.checkpoint import save_checkpoint
+from pipeline.sae.config import SAEConfig
 from pipeline.sae.export import export
 from pipeline.sae.foreign.reader import FORMATS, Format, load_foreign, read_sae, sha256_of
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.nested import NestedSAE
 from test_foreign import D, F, dictionary, linear_style, weights
 from test_sae import KINDS, random_sae
 

@@ -15,7 +15,8 @@ from pipeline.live import inspect
 from pipeline.live.inspect import Block, Token, as_lines, as_page, block_names, inspect_checkpoint
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.checkpoint import save_checkpoint
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from support.browser import browse, needs_chromium
 
 ROOT = Path(__file__).parents[1]

@@ -36,7 +36,8 @@ from pipeline.base.errors import DamagedError
 from pipeline.base.runtime import torch_rng
 from pipeline.base.token_text import TokenText, spelled, text_of_bytes, visible
 from pipeline.model.split_lm import load_tokenizer
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from pipeline.store.reader import Store
 
 WIDTH, N_SHARED = 300, 60

@@ -17,7 +17,8 @@ from pipeline.live.edits import ablate, clamp, steer
 from pipeline.model.points import canonical
 from pipeline.model.splicing import splice
 from pipeline.model.split_lm import SplitLM, find_layers
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from support import tiny_models
 
 LAYER = 1

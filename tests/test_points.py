@@ -20,8 +20,8 @@ from pipeline.base.errors import CheckpointError, ModelError, UsageError
 from pipeline.model.points import HOOKS, Point, canonical
 from pipeline.model.split_lm import SplitLM
 from pipeline.model.trial import try_split
+from pipeline.sae.config import SAEConfig
 from pipeline.sae.export import transformer_lens_name
-from pipeline.sae.nested import SAEConfig
 from pipeline.store.reader import Store
 from support import sweep_models, tiny_models
 from support.harvests import harvest_config

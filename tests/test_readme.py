@@ -21,7 +21,8 @@ from evaluate.explain.__main__ import cli as explain
 from harvest.__main__ import command as harvest
 from pipeline.__main__ import cli
 from pipeline.sae.checkpoint import save_checkpoint
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from support.saved_rows import saelens_folder, saev_folder
 from train.__main__ import command as train
 

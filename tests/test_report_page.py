@@ -15,7 +15,8 @@ from evaluate.latents.files import latents_folder
 from evaluate.report.write import write_report
 from pipeline.base.files import read_json, write_json
 from pipeline.base.runtime import torch_rng
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from support.browser import Browser, browse, needs_chromium
 from support.results_files import add_nesting, write_results
 

@@ -25,7 +25,8 @@ from evaluate.scores.sample import GROUP_SEQUENCES, Batch, GroupMeans, Survey
 from evaluate.scores.scorer import Batched
 from pipeline.base.token_text import TokenText
 from pipeline.sae.checkpoint import save_checkpoint
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from pipeline.store.reader import Store
 from pipeline.store.split import Split
 from support.stores import make_store

@@ -24,9 +24,10 @@ from pipeline.live.attach import attach
 from pipeline.live.edits import steer
 from pipeline.model.split_lm import find_layers
 from pipeline.sae.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.sae.config import SAEConfig
 from pipeline.sae.export import export
 from pipeline.sae.foreign.reader import load_foreign
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.nested import NestedSAE
 from support import lm_stores, tiny_models
 from train.step.weights import mapped_weights
 

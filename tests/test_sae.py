@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.base.errors import UsageError
-from pipeline.sae.nested import NestedSAE, SAEConfig, level_size, levels_for_alpha
+from pipeline.sae.config import SAEConfig, level_size, levels_for_alpha
+from pipeline.sae.nested import NestedSAE
 
 KINDS = {
     "relu": SAEConfig(16, 64, (16, 64)),

@@ -13,7 +13,8 @@ from evaluate.probing.probes import ProbedTexts
 from evaluate.probing.scr import one_seed, removed_share, reported, scr_scores
 from evaluate.probing.tasks import Contrast
 from evaluate.probing.texts import pool_latents, raw_decoder
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from support.probing_cases import bank_of, one_ablation, padded_texts, random_draw, random_probes, random_sae
 from support.reference import reference_pool_ablated, reference_scr
 

@@ -17,7 +17,7 @@ from evaluate.report.scored import AUTO
 from pipeline.base.errors import UsageError
 from pipeline.base.files import write_json
 from pipeline.sae.checkpoint import load_checkpoint
-from pipeline.sae.nested import level_size
+from pipeline.sae.config import level_size
 from support.results_files import write_results
 from support.stores import make_store
 from test_step import assert_same_state, batch_for, config_of, member_of, train

@@ -28,8 +28,9 @@ from pipeline.model.specials import First, first_ids
 from pipeline.model.splicing import splice
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.checkpoint import save_checkpoint
+from pipeline.sae.config import SAEConfig
 from pipeline.sae.foreign.reader import load_sae
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.nested import NestedSAE
 from pipeline.store.reader import Store
 from support import tiny_models
 from support.harvests import CONTEXT, harvest_config

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -259,6 +260,20 @@ def test_inference_threshold_keeps_about_k() -> None:
     with torch.no_grad():
         l0 = (member.sae().encode(raw_rows(1000, n=500)) > 0).sum(1).float().mean()
     assert 3.2 < float(l0) < 4.8
+
+
+def test_threshold_is_found_once_a_step() -> None:
+    """A line and a checkpoint of one step share the threshold; another step, or another state, has its own."""
+    member, other = (member_of(config_of("batchtopk", k=4, steps=40, seed=seed)) for seed in (0, 1))
+    for one in (member, other):
+        train(one, 0, 10)
+    first = member.sae().threshold
+    with patch.object(Member, "_calibrate", side_effect=AssertionError("found again")):
+        assert torch.equal(member.sae().threshold, first)
+    member.load_state({name: tensor.clone() for name, tensor in other.state().items()})
+    assert torch.equal(member.sae().threshold, other.sae().threshold)
+    train(member, 10, 11)
+    assert not torch.equal(member.sae().threshold, other.sae().threshold)
 
 
 def test_metrics_describe_their_rows() -> None:

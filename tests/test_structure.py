@@ -10,7 +10,7 @@ from torch import Tensor
 from evaluate.scores import structure
 from evaluate.scores.sample import Batch
 from evaluate.scores.structure import Hierarchy, adam, batch_top_k, meta_dictionary, meta_seconds, n_meta_steps
-from pipeline.sae.nested import SAEConfig
+from pipeline.sae.config import SAEConfig
 
 CONTEXT = 8
 

@@ -9,7 +9,8 @@ import torch
 from evaluate.probing.ablation import ranking
 from evaluate.probing.tasks import Contrast
 from evaluate.probing.tpp import one_seed, tpp_scores
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from support.probing_cases import bank_of, one_ablation, padded_texts, random_draw, random_probes, random_sae
 from support.reference import reference_pool_ablated, reference_tpp
 

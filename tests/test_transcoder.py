@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pipeline.base.errors import CheckpointError, DamagedError, MismatchError, UsageError
 from pipeline.sae.checkpoint import load_checkpoint, read_header, save_checkpoint
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from pipeline.store.kept import KeptRows
 from pipeline.store.reader import Store
 from support.reference import away_from_start, reference_objective, reference_update

@@ -18,7 +18,8 @@ from pipeline.live.edits import steer
 from pipeline.live.inspect import inspect_checkpoint
 from pipeline.model.split_lm import SplitLM, find_layers, load_tokenizer
 from pipeline.sae.checkpoint import save_checkpoint
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from support import tiny_models
 
 LAYER = 1

@@ -31,7 +31,8 @@ from pipeline.base.errors import CheckpointError, MismatchError
 from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.checkpoint import load_checkpoint
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from pipeline.store.reader import Store
 from support import tiny_models
 from support.harvests import harvest_config

@@ -20,7 +20,8 @@ from harvest.truth.run import TruthConfig, run_truth
 from pipeline.base import progress
 from pipeline.base.errors import UsageError
 from pipeline.sae.checkpoint import save_checkpoint
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from pipeline.store.reader import Store
 from support.stores import make_store
 

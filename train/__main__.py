@@ -7,34 +7,15 @@ if __name__ == "__main__":
 
     startup.begin()
 
-import itertools
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import click
-import torch
 
 from pipeline.base.cli import COUNT, COUNT_OR_AUTO, OUT_FOLDER, SIZE, SOURCE, STORE, Remembering, main, print_json
 from pipeline.base.errors import DivergedError, UsageError
-from pipeline.base.files import read_json
-from pipeline.base.runtime import rank, resolve_device
-from pipeline.base.spread import Others, cores_divided, environment, n_processes
-from pipeline.store.layout import Layout, SplitLayout
-from pipeline.store.reader import Store
-from train import plan
-from train.announce import announce, announce_planned, say_costs
-from train.feed.loader import Mode
-from train.folder import Folder, check_out
-from train.log import KINDS
+from train.config import LOGS, Mode, Sparse
 from train.options import field_options, make_grid, read_config_file
-from train.parallel import Processes
-from train.plan import RunConfig
-from train.run import own_members, run
-from train.step.sparse import Choice
-from train.stores import Stores
-from train.trainee import Outcome
 
 
 @click.command(cls=Remembering, context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,7 +49,7 @@ from train.trainee import Outcome
 @field_options
 @click.option(
     "--mode",
-    type=click.Choice(["auto", "global", "window"]),
+    type=click.Choice(get_args(Mode)),
     default="auto",
     show_default=True,
     help="Order of rows. global: an exact permutation over mapped shards; window: permuted chunks in windows, for "
@@ -99,7 +80,7 @@ from train.trainee import Outcome
 )
 @click.option(
     "--log",
-    type=click.Choice(KINDS),
+    type=click.Choice(LOGS),
     multiple=True,
     default=("jsonl",),
     help="Further places for metrics; repeat it. metrics.jsonl is always written. wandb is offline unless WANDB_MODE is set.",
@@ -124,7 +105,7 @@ from train.trainee import Outcome
 )
 @click.option(
     "--sparse",
-    type=click.Choice(get_args(Choice)),
+    type=click.Choice(get_args(Sparse)),
     default="auto",
     show_default=True,
     help="topk, batchtopk: matrix products over active latents alone, once k has stopped falling. auto: from width 65,536 on, "
@@ -166,7 +147,7 @@ def command(
     processes: int | str,
     data_parallel: bool,
     cuda_graphs: bool,
-    sparse: Choice,
+    sparse: Sparse,
     verify_first: bool,
     dry_run: bool,
     planned: Path | None,
@@ -187,6 +168,13 @@ def command(
     Example: three seeds of a flat and of a nested SAE
         python -m train --store acts.zarr --out sae --width 4096 --alpha 0 --alpha 0.2 --seed 0 --seed 1 --seed 2
     """
+    from pipeline.base.runtime import rank, resolve_device
+    from pipeline.base.spread import Others, n_processes
+    from train.dry_run import show_plan
+    from train.plan import RunConfig
+    from train.run import kept_rows, n_unfinished, run
+    from train.trainee import Outcome, in_order
+
     members = make_grid(given, None if planned is not None else lambda max_norm: kept_rows(store, target, max_norm))
     job = RunConfig(
         store,
@@ -224,91 +212,15 @@ def command(
     else:
         with Others("train", n, "members") as others:
             own = run(job)
-            outcomes = in_order([own, *([from_data(one) for one in part["members"]] for part in others.results())])
+            outcomes = in_order(
+                [own, *([Outcome.from_data(one) for one in part["members"]] for part in others.results())]
+            )
     if as_json and not (data_parallel and rank()):
-        print_json({"members": [as_data(outcome) for outcome in outcomes]} | ({"cost": cost} if dry_run else {}))
+        print_json({"members": [outcome.to_data() for outcome in outcomes]} | ({"cost": cost} if dry_run else {}))
     if failed := [outcome for outcome in outcomes if outcome.problem]:
         raise DivergedError(
             f"{len(failed)} of {len(outcomes)} members diverged: {', '.join(outcome.folder.name for outcome in failed)}"
         )
-
-
-def kept_rows(store: Path | str, target: Path | str | None, max_norm: float | None) -> int:
-    """Rows of one epoch of a store, or of the rows that two have in common."""
-    both = Stores(Store.open(store, check=False), None if target is None else Store.open(target, check=False))
-    return int(both.kept("train", max_norm).in_chunks().sum())
-
-
-def in_order(shares: Sequence[Sequence[Outcome]]) -> list[Outcome]:
-    """Outcomes in the order of the grid, of processes that each took every n-th member."""
-    turns = itertools.zip_longest(*shares)
-    return [outcome for turn in turns for outcome in turn if outcome is not None]
-
-
-def as_data(outcome: Outcome) -> dict[str, Any]:
-    """One member's outcome as JSON data."""
-    final = None if outcome.final is None else str(outcome.final)
-    return {"folder": str(outcome.folder), "step": outcome.step, "final": final, "problem": outcome.problem or None}
-
-
-def from_data(data: Mapping[str, Any]) -> Outcome:
-    """One member's outcome as another process printed it."""
-    final = None if data["final"] is None else Path(data["final"])
-    return Outcome(Path(data["folder"]), data["step"], final, data["problem"] or "")
-
-
-def planned_rows(path: Path | str, plan_file: Path) -> SplitLayout:
-    """Training rows of the store at `path`, as a plan of harvest says. Raises UsageError when the plan has none there."""
-    for one in read_json(plan_file)["stores"]:
-        if one["path"] == path or Path(one["path"]).absolute() == Path(path).absolute():
-            return SplitLayout("train", Layout.from_config(one["config"]), one["n_sequences"]["train"])
-    raise UsageError(f"{plan_file}: plans no store at {path}; give harvest and train the same --store")
-
-
-def n_unfinished(job: RunConfig, device: torch.device) -> int:
-    """Members of the grid that are not finished."""
-    members = own_members(job, Processes(0, 1, device, None))
-    return sum(Folder(job.out, config, {}).final() is None for config in members)
-
-
-def show_plan(
-    job: RunConfig, device: torch.device, n: int, planned: Path | None = None, *, elsewhere: bool = False
-) -> tuple[list[Outcome], dict[str, Any]]:
-    """Print what `run` would do in n processes; where members stand as outcomes, and what the rest costs (`plan.cost`) with
-    the `seconds` that were measured on `device_type`.
-
-    `elsewhere`: members that this machine has no memory for are planned too, in passes of their own; there are no seconds then.
-    """
-    check_out(job.out)
-    if planned is None:
-        stores = Stores.open(job.store, job.target)
-        rows = stores.train.shape
-    else:
-        rows = planned_rows(job.store, planned)
-        target = None if job.target is None else planned_rows(job.target, planned)
-    shares, costs, fits = [], [], True
-    with cores_divided(n), environment({"LOCAL_WORLD_SIZE": str(n)} if n > 1 else {}):
-        for rank_ in range(n):
-            members = own_members(job, Processes(rank_, n, device, None))
-            free = plan.free_memory(device)
-            tasks = (
-                plan.make_tasks(job, stores, members, device, sys.maxsize if elsewhere else free)
-                if planned is None
-                else plan.planned_tasks(job, rows, members, target)
-            )
-            if elsewhere and (largest := plan.largest_memory(rows, tasks, device)) > free:
-                free, fits = largest, False
-            passes = plan.make_passes(rows, tasks, device, free)
-            if planned is None:
-                announce(stores, tasks, passes, device)
-            else:
-                announce_planned(rows, tasks, passes, device)
-            shares.append(tasks)
-            costs.append(plan.cost(rows, passes, device))
-        seconds = say_costs(job, rows, [task for tasks in shares for task in tasks], device, n, measure=fits)
-    outcomes = [[Outcome(task.folder.path, task.step, task.folder.final()) for task in tasks] for tasks in shares]
-    total = {name: sum(cost[name] for cost in costs) for name in costs[0]}
-    return in_order(outcomes), total | {"seconds": seconds, "device_type": device.type}
 
 
 if __name__ == "__main__":

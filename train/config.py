@@ -13,11 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from pipeline.base.errors import UsageError
-from pipeline.sae.nested import Activation, LayerNorm, SAEConfig, level_size, levels_for_alpha
+from pipeline.sae.config import Activation, LayerNorm, SAEConfig, level_size, levels_for_alpha
 
 Objective = Literal["nested", "additive"]
 Penalty = Literal["l1", "l0", "none"]
 Dtype = Literal["auto", "bf16", "float32", "float64"]
+Mode = Literal["auto", "global", "window"]
+"""Orders of rows; of the run, not of a member, as what follows."""
+Sparse = Literal["auto", "on", "off"]
+"""Whether products are over active latents alone."""
+LOGS = ("jsonl", "tensorboard", "wandb")
+"""Where metrics go; the first always."""
 FIRST_ALPHA = 0.2
 """Where an adapting sharing ratio begins."""
 

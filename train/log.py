@@ -12,9 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 from pipeline.base.errors import UsageError
 from pipeline.base.files import read_text
 from pipeline.base.progress import say
+from train.config import LOGS
 from train.folder import Folder, plain
 
-KINDS = ("jsonl", "tensorboard", "wandb")
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 """What must be importable for a kind."""
 
@@ -112,8 +112,8 @@ def run_id(folder: Folder) -> str:
 
 def require_logs(kinds: tuple[str, ...]) -> None:
     """Raise UsageError for an unknown kind of log, and for one whose package is missing: before any folder is made."""
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise UsageError(f"--log {unknown[0]}: known are {', '.join(KINDS)}")
+    if unknown := [kind for kind in kinds if kind not in LOGS]:
+        raise UsageError(f"--log {unknown[0]}: known are {', '.join(LOGS)}")
     for kind in kinds:
         try:
             importlib.import_module(PACKAGES.get(kind, "json"))

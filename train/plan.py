@@ -20,8 +20,8 @@ from pipeline.base.memory import available_memory
 from pipeline.base.runtime import measured_seconds, world_size
 from pipeline.store.layout import SplitLayout
 from train import held_out
-from train.config import TrainConfig
-from train.feed.loader import AHEAD, WINDOW_ROWS, Mode, resolve_mode
+from train.config import Mode, Sparse, TrainConfig
+from train.feed.loader import AHEAD, WINDOW_ROWS, resolve_mode
 from train.feed.order import MOST_HELD, Order
 from train.feed.resident import Place, place_for
 from train.folder import Folder, Keep
@@ -29,7 +29,7 @@ from train.step.fused.choice import make_normalise, member_kind
 from train.step.member import Pairs, Target, product_dtype
 from train.step.sample import n_held
 from train.step.scratch import CACHE_NUMBERS, Scratch
-from train.step.sparse import Choice, is_sparse
+from train.step.sparse import is_sparse
 from train.step.weights import initial_shapes
 from train.stores import Stores
 
@@ -72,7 +72,7 @@ class RunConfig:
     verify_first: bool = False
     data_parallel: bool = False
     cuda_graphs: bool = False
-    sparse: Choice = "auto"
+    sparse: Sparse = "auto"
     extend: bool = False
     target: Path | str | None = None
     cache: Path | None = None
@@ -119,7 +119,7 @@ class Task:
     step: int
     finished: bool
     target: SplitLayout | None = None
-    sparse: Choice = "auto"
+    sparse: Sparse = "auto"
     is_remote: bool = False
 
     @property

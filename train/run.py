@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from pipeline.base.files import human_bytes, require_free
 from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import rank, resolve_device, resolve_dtype, tf32
 from pipeline.store.cache import open_cache
+from pipeline.store.reader import Store
 from train import plan
 from train.announce import announce, say_second_epoch, say_share
 from train.config import TrainConfig
@@ -28,7 +30,7 @@ from train.extend import extend
 from train.feed.bodies import BodyCheck
 from train.feed.loader import Feeds, Loader
 from train.feed.resident import DeviceRows
-from train.folder import Keep, check_out
+from train.folder import Folder, Keep, check_out
 from train.held_out import HeldOut
 from train.log import require_logs
 from train.parallel import Processes, join
@@ -112,6 +114,18 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     if config.init_from:
         changes["init_from"] = named_by_content(config.init_from)
     return TrainConfig.from_dict(config.to_dict() | changes)
+
+
+def n_unfinished(job: RunConfig, device: torch.device) -> int:
+    """Members of the grid that are not finished."""
+    members = own_members(job, Processes(0, 1, device, None))
+    return sum(Folder(job.out, config, {}).final() is None for config in members)
+
+
+def kept_rows(store: Path | str, target: Path | str | None, max_norm: float | None) -> int:
+    """Rows of one epoch of a store, or of the rows that two have in common."""
+    both = Stores(Store.open(store, check=False), None if target is None else Store.open(target, check=False))
+    return int(both.kept("train", max_norm).in_chunks().sum())
 
 
 class Pass:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,23 @@ class Outcome:
     step: int
     final: Path | None
     problem: str = ""
+
+    def to_data(self) -> dict[str, Any]:
+        """As JSON data."""
+        final = None if self.final is None else str(self.final)
+        return {"folder": str(self.folder), "step": self.step, "final": final, "problem": self.problem or None}
+
+    @staticmethod
+    def from_data(data: Mapping[str, Any]) -> Outcome:
+        """As another process printed it."""
+        final = None if data["final"] is None else Path(data["final"])
+        return Outcome(Path(data["folder"]), data["step"], final, data["problem"] or "")
+
+
+def in_order(shares: Sequence[Sequence[Outcome]]) -> list[Outcome]:
+    """Outcomes in the order of the grid, of processes that each took every n-th member."""
+    turns = itertools.zip_longest(*shares)
+    return [outcome for turn in turns for outcome in turn if outcome is not None]
 
 
 class Trainee:

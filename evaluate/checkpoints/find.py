@@ -15,12 +15,13 @@ from pipeline.base.errors import CheckpointError, DamagedError, PipelineError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import read_bytes
 from pipeline.base.progress import say
+from pipeline.sae.config import SAEConfig
 from pipeline.sae.folders import may_be_member, member_folder
 from pipeline.sae.foreign.gemma_scope import BEFORE_GAIN, behind_gain
 from pipeline.sae.foreign.hooks import is_module
 from pipeline.sae.foreign.reader import folder_of, is_foreign, load_sae, read_sae, sha256_of
 from pipeline.sae.member import final_checkpoint, read_completion, read_config, require_recorded
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.nested import NestedSAE
 
 if TYPE_CHECKING:
     from pipeline.store.reader import Store

@@ -18,7 +18,8 @@ from torch import Tensor
 from evaluate.scores.firing import Firing
 from evaluate.scores.sample import Batch
 from pipeline.base.runtime import numpy_rng
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 
 N_SAMPLED = 512
 MIN_FIRED = 10

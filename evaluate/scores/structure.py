@@ -19,7 +19,7 @@ from torch import Tensor
 
 from evaluate.scores.sample import Batch
 from pipeline.base.runtime import numpy_rng, torch_rng
-from pipeline.sae.nested import SAEConfig
+from pipeline.sae.config import SAEConfig
 
 META_SHARE, META_K, META_STEPS, META_BATCH, META_SEEDS = 4, 4, 300, 2048, 3
 """A meta-dictionary has a quarter as many latents as the dictionary, of which four a decoder row are kept on average."""

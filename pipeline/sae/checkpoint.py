@@ -22,7 +22,8 @@ from torch import Tensor
 from pipeline.base.errors import CheckpointError, DamagedError, UsageError
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import atomic, canonical_json, crc32c, regular
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 
 FORMAT, VERSION = "nested-sae-checkpoint", 1
 NAME = re.compile(r"step_(\d+)\.safetensors")

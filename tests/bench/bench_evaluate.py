@@ -46,7 +46,8 @@ from evaluate.work import plan
 from pipeline.base.runtime import DTYPES
 from pipeline.model.split_lm import SplitLM
 from pipeline.sae.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from pipeline.store.prepare import SplitTokens, prepare
 from pipeline.store.reader import Store
 from support.stores import store_config

@@ -29,7 +29,8 @@ from evaluate.scores.matching import best_matching
 from evaluate.scores.truth import Truth, TruthScore
 from harvest.truth.run import TruthConfig, run_truth
 from pipeline.base.runtime import DTYPES
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 
 D_MODEL, N_ROWS = 768, 400_000
 AIMS = {"truth": 30.0, "absorption_once": 20.0, "absorption_checkpoint": 2.0}

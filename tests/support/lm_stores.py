@@ -12,7 +12,8 @@ from pipeline.base.files import hash_file, write_json
 from pipeline.model.files import tokenizer_sha256
 from pipeline.model.split_lm import SplitLM
 from pipeline.sae.checkpoint import save_checkpoint
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 from pipeline.store.prepare import SplitTokens, prepare
 from pipeline.store.reader import Store
 from support import tiny_models

@@ -10,7 +10,8 @@ from evaluate.probing.ablation import Ablation, ablations
 from evaluate.probing.probes import ProbedTexts
 from evaluate.probing.tasks import Contrast, Draw
 from evaluate.probing.texts import TextBank, pool_latents, raw_decoder
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 
 D, CONTEXT = 12, 9
 

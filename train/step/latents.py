@@ -24,7 +24,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.sae.nested import SAEConfig
+from pipeline.sae.config import SAEConfig
 from train.config import TrainConfig
 from train.step.scratch import Scratch, row_chunks
 from train.step.selection import MARGIN, batch_threshold, global_threshold, row_thresholds

@@ -140,6 +140,9 @@ class Member:
         self.scale = scale
         self.device = device
         self.n_steps = 0
+        self.calibrated_at = (
+            0  # steps after which the threshold was found: a line and a checkpoint of one step share it
+        )
         self.n_rows = 0
         self.draws_thresholds = config.activation == "jumprelu"
         self.aims_decoder = target is not None
@@ -525,6 +528,7 @@ class Member:
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self.n_steps, self.n_rows = int(state["n_steps"]), int(state["n_rows"])
+        self.calibrated_at = 0
         if "n_shared" in state:
             self._share(int(state["n_shared"]))
         self.adam.refresh_low()
@@ -569,7 +573,9 @@ class Member:
 
     def _sae_tensors(self) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
         """What picks the tensors of the SAE as it stands from weights that are a member's."""
-        self._calibrate()
+        if self.calibrated_at != self.n_steps:
+            self._calibrate()
+            self.calibrated_at = self.n_steps
         names = [name for name in self.weights if name != "log_threshold"]
         known = {"center": self.center, "scale": torch.full((), self.scale, device=self.device)}
         if self.target is not None:

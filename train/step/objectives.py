@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline.base.runtime import numpy_rng
-from pipeline.sae.nested import ALIGNED_FROM, ALIGNMENT
+from pipeline.sae.config import ALIGNED_FROM, ALIGNMENT
 from train.config import TrainConfig, inner_weight
 from train.step.latents import PoolGradient
 from train.step.scratch import Scratch, row_chunks

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.sae.nested import level_size
+from pipeline.sae.config import level_size
 from train.config import TrainConfig
 
 FIRST_OVER_K = 8

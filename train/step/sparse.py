@@ -11,7 +11,6 @@ the kernels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline.base.errors import UsageError
-from train.config import TrainConfig, selects
-
-Choice = Literal["auto", "on", "off"]
+from train.config import Sparse, TrainConfig, selects
 
 LEAST_WIDTH = 65_536
 """`auto` considers dictionaries from this width on: below it four dense products take less than what a sparse step adds."""
@@ -47,7 +44,7 @@ def refusal(config: TrainConfig, is_transcoder: bool) -> str:
     return ""
 
 
-def is_sparse(choice: Choice, config: TrainConfig, device: torch.device, *, is_transcoder: bool = False) -> bool:
+def is_sparse(choice: Sparse, config: TrainConfig, device: torch.device, *, is_transcoder: bool = False) -> bool:
     """Whether a member steps with sparse products: where `on` asks for it, or where `auto` knows them to be faster.
 
     Raises UsageError when `on` is asked of a member that cannot.

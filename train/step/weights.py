@@ -12,8 +12,9 @@ from torch import Tensor
 from pipeline.base.errors import CheckpointError
 from pipeline.base.files import hash_file
 from pipeline.base.runtime import torch_rng
+from pipeline.sae.config import SAEConfig
 from pipeline.sae.foreign.reader import folder_of, is_foreign, sha256_of
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.nested import NestedSAE
 from train.config import TrainConfig, selects
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.sae.nested import NestedSAE, SAEConfig
+from pipeline.sae.config import SAEConfig
+from pipeline.sae.nested import NestedSAE
 
 Tensors = dict[str, Tensor]
 
