@@ -61,7 +61,12 @@ class Rows:
 
     def firings(self, split: str, first: int, stop: int) -> Firings:
         """What fires on rows first … stop − 1 of a split."""
-        return join([part for part, _ in self._blocks(split, first, stop)])
+        return join(list(self.firings_in_blocks(split, first, stop)))
+
+    def firings_in_blocks(self, split: str, first: int, stop: int) -> Iterator[Firings]:
+        """The same of each block of them."""
+        for part, _ in self._blocks(split, first, stop, with_noise=False):
+            yield part
 
     def rows(self, split: str, first: int, stop: int) -> Float[Tensor, "row d_model"]:
         """Rows first … stop − 1 of a split, float32: bias + Σ strength · direction + noise."""
@@ -79,13 +84,15 @@ class Rows:
         x += self.bias
         return x if noise is None else x.add_(torch.from_numpy(noise))
 
-    def _blocks(self, split: str, first: int, stop: int) -> Iterator[tuple[Firings, npt.NDArray[np.float32] | None]]:
+    def _blocks(
+        self, split: str, first: int, stop: int, with_noise: bool = True
+    ) -> Iterator[tuple[Firings, npt.NDArray[np.float32] | None]]:
         """The firings and the noise of each block, cut to the rows asked for."""
         for number in range(first // BLOCK, -(-stop // BLOCK)):
             rng = numpy_rng("truth rows", self.key, self.seed, split, number)
             part, noise = draw(self.forest, self.spec, rng), None
             a, b = max(first - number * BLOCK, 0), min(stop - number * BLOCK, BLOCK)
-            if self.spec.noise:
+            if self.spec.noise and with_noise:
                 noise = rng.standard_normal((BLOCK, self.spec.d_model), dtype=np.float32)[a:b]
                 noise *= np.float32(self.spec.noise)
             yield part.rows(a, b), noise

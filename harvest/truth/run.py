@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,12 +19,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harvest.announce import finished
+from harvest.plan import beside
 from harvest.run import workers
 from harvest.truth.forest import make_directions
-from harvest.truth.rows import BLOCK, Rows
+from harvest.truth.rows import BLOCK, Firings, Rows
 from harvest.truth.spec import Spec, load_spec
 from pipeline.base.errors import DamagedError, StoreError, UsageError
-from pipeline.base.files import hash_config, human_bytes
+from pipeline.base.files import disk_errors, hash_config, human_bytes
 from pipeline.base.progress import Progress, format_seconds, say, silenced
 from pipeline.base.runtime import maker, rank, versions, world_size
 from pipeline.store.layout import CHUNK_ROWS, EVAL_SHARE, estimate_bytes, shard_rows_for
@@ -181,7 +184,7 @@ def prepare_store(plan: TruthPlan, makers: Sequence[Maker], repair: bool) -> Non
     writer = None if repair else resume(path, plan.store_config, plan.n_train, plan.n_eval)
     if writer is None:
         train, evaluation = (
-            SplitTokens(None, np.zeros((n, plan.config.context), np.bool_)) for n in (plan.n_train, plan.n_eval)
+            SplitTokens(None, np.broadcast_to(np.False_, (n, plan.config.context))) for n in (plan.n_train, plan.n_eval)
         )
         writer = prepare(path, plan.store_config, train, evaluation, versions(), extras=truth_of(plan), repair=repair)
     writer.sweep()
@@ -192,8 +195,8 @@ def prepare_store(plan: TruthPlan, makers: Sequence[Maker], repair: bool) -> Non
 def truth_of(plan: TruthPlan) -> dict[str, npt.NDArray[Any]]:
     """The arrays that the store carries beside its rows: FORMAT.md, "Truth". Raises UsageError when nothing ever fires."""
     rows = Rows(plan.spec, make_directions(plan.spec), plan.config.seed)
-    fired, forest = rows.firings("eval", 0, plan.n_eval * plan.config.context), rows.forest
-    if not len(fired.feature):
+    fired, forest = spooled(rows, plan.n_eval * plan.config.context, beside(plan.config.store)), rows.forest
+    if fired is None:
         raise UsageError(f"--truth {plan.config.truth}: no feature fires on an evaluation row; raise its probabilities")
     return {
         "truth/directions": rows.directions.numpy(),
@@ -205,6 +208,27 @@ def truth_of(plan: TruthPlan) -> dict[str, npt.NDArray[Any]]:
         "eval/truth/feature": fired.feature,
         "eval/truth/strength": fired.strength,
     }
+
+
+def spooled(rows: Rows, n_rows: int, folder: Path) -> Firings | None:
+    """What fires on the first evaluation rows, block by block into unnamed files in `folder`, so that memory does not grow with
+    them; None where nothing does. Raises DiskError."""
+    n = 0
+    with disk_errors(folder), contextlib.ExitStack() as stack:
+        folder.mkdir(parents=True, exist_ok=True)
+        start, feature, strength = (stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(3))
+        start.write(np.zeros(1, np.int64).tobytes())
+        for part in rows.firings_in_blocks("eval", 0, n_rows):
+            start.write((part.start[1:] + n).tobytes())
+            feature.write(part.feature.tobytes())
+            strength.write(part.strength.tobytes())
+            n += len(part.feature)
+        for file in (start, feature, strength):
+            file.flush()
+        if not n:
+            return None
+        kinds = ((start, np.int64), (feature, np.int32), (strength, np.float32))
+        return Firings(*(np.memmap(file, kind, "r") for file, kind in kinds))
 
 
 def write_shards(writer: StoreWriter, plan: TruthPlan) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +13,8 @@ import numpy.typing as npt
 from pipeline.base.errors import DamagedError
 from pipeline.base.files import crc32c
 from pipeline.store.backend import Files
-from pipeline.store.layout import Extra
+from pipeline.store.layout import BLOCK, Extra, in_blocks
 
-BLOCK = 1 << 20
-"""Bytes that are read and checked at a time."""
 BLOCKS_HELD = 2
 """Of them, those last read."""
 
@@ -70,3 +69,24 @@ class BesideRows:
         data = np.empty(n, np.uint8)
         self.files.read_into(self.array.key(0), offset, [data.data])
         return data
+
+
+def write_beside(files: Files, extra: Extra, data: npt.NDArray[Any]) -> None:
+    """Write the array that `extra` describes, block by block, unless it is there."""
+    if is_beside(files, extra):
+        return
+    with files.create(extra.array.key(0)) as file:
+        crc = 0
+        for block in in_blocks(data):
+            crc = crc32c(block, crc)
+            file.write(block)
+        file.write(crc.to_bytes(4, "little"))
+
+
+def is_beside(files: Files, extra: Extra) -> bool:
+    """Whether the file of an array is the one that is described."""
+    try:
+        BesideRows(files, extra)
+    except DamagedError:
+        return False
+    return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.base.errors import DamagedError, UsageError
-from pipeline.base.files import hash_config, sha256
+from pipeline.base.files import hash_config, hash_parts
 from pipeline.store.shards import CODECS, chunk_bound, codec_json, index_nbytes
 
 VERSION, GROUPED = 4, 4
@@ -303,7 +303,7 @@ class Extra:
     @staticmethod
     def of(path: str, data: npt.NDArray[Any]) -> Extra:
         """What describes these data."""
-        return Extra(path, str(data.dtype), data.shape, sha256(little_endian(data).tobytes()))
+        return Extra(path, str(data.dtype), data.shape, hash_parts(in_blocks(data)))
 
     @property
     def array(self) -> Array:
@@ -338,9 +338,15 @@ def extras_of(attributes: Mapping[str, Any]) -> dict[str, Extra]:
     return {path: Extra(path, str(e["dtype"]), tuple(e["shape"]), str(e["sha256"])) for path, e in found.items()}
 
 
-def little_endian(data: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The same numbers as stored."""
-    return np.ascontiguousarray(data, data.dtype.newbyteorder("<"))
+BLOCK = 1 << 20
+"""Bytes of an extra array that are written, read and checked at a time."""
+
+
+def in_blocks(data: npt.NDArray[Any]) -> Iterator[bytes]:
+    """The numbers of an array as they are stored, block by block."""
+    flat, step = data.reshape(-1), BLOCK // data.dtype.itemsize
+    for first in range(0, len(flat), step):
+        yield flat[first : first + step].astype(data.dtype.newbyteorder("<")).tobytes()
 
 
 def metadata_files(

@@ -29,6 +29,7 @@ from pipeline.base.files import (
     sha256,
 )
 from pipeline.store.backend import Files, make_folder
+from pipeline.store.beside import is_beside, write_beside
 from pipeline.store.groups import delete_groups, unpack
 from pipeline.store.layout import (
     OUR_KEY,
@@ -37,7 +38,6 @@ from pipeline.store.layout import (
     Extra,
     Layout,
     SplitLayout,
-    little_endian,
     metadata_files,
     pad_rows,
 )
@@ -181,13 +181,14 @@ def prepare(
     Raises MismatchError (another config or other tokens; says which), DiskError (the folder holds something else, the
     disk is full), DamagedError (without `repair`).
     """
-    files, splits, extras = open_files(path), {"train": train, "eval": evaluation}, extras or {}
+    files, splits = open_files(path), {"train": train, "eval": evaluation}
+    described = {name: Extra.of(name, data) for name, data in sorted((extras or {}).items())}
     layout = Layout.from_config(config)
     require_context(layout, splits)
     require_ours(files)
     cumulative = extended(segments(path, repair=repair), train.n_sequences)
-    previous = read_previous(files, config, splits, extras, cumulative, repair)
-    attributes = new_attributes(config, splits, extras, versions, cumulative, previous)
+    previous = read_previous(files, config, splits, described, cumulative, repair)
+    attributes = new_attributes(config, splits, described, versions, cumulative, previous)
     if previous is not None and is_prepared(previous, attributes) and not repair:
         return StoreWriter.open(path)
     if previous is None or "committed" in previous:
@@ -197,9 +198,11 @@ def prepare(
     delete_groups(files)
     if previous is not None and (previous["state"] == "preparing" or previous["segments"] != attributes["segments"]):
         give_up_ragged(files, layout, attributes["segments"])
-    for key, data in prepared_files(config, layout, splits, cumulative, extras):
+    for key, data in prepared_files(config, layout, splits, cumulative, described):
         if not holds(files, key, data):
             files.write(key, data)
+    for name, extra in described.items():
+        write_beside(files, extra, (extras or {})[name])
     write_root(files, attributes)
     writer = StoreWriter.open(path)
     if repair:
@@ -211,7 +214,7 @@ def read_previous(
     files: Files,
     config: Mapping[str, Any],
     splits: Mapping[str, SplitTokens],
-    extras: Mapping[str, npt.NDArray[Any]],
+    described: Mapping[str, Extra],
     cumulative: Sequence[int],
     repair: bool,
 ) -> dict[str, Any] | None:
@@ -223,7 +226,7 @@ def read_previous(
     except (StoreError, DamagedError):
         if files.size(ROOT_KEY) is not None and not repair:
             raise
-        require_known(files, config, splits, extras, cumulative, repair)
+        require_known(files, config, splits, described, cumulative, repair)
         return None
     path = Path(files.where(""))
     if previous["state"] == "preparing" and not has_shards:
@@ -259,7 +262,7 @@ def require_known(
     files: Files,
     config: Mapping[str, Any],
     splits: Mapping[str, SplitTokens],
-    extras: Mapping[str, npt.NDArray[Any]],
+    described: Mapping[str, Extra],
     cumulative: Sequence[int],
     repair: bool,
 ) -> None:
@@ -275,9 +278,11 @@ def require_known(
         raise DamagedError(f"{files.where(ROOT_KEY)}: gone, though the rest of a store is there; run harvest --repair")
     there = {
         key: holds(files, key, data)
-        for key, data in prepared_files(config, Layout.from_config(config), splits, cumulative, extras)
-        if key in keys and (key in GROUPS or "/tokens/c/" in key or key == "truth/directions/c/0/0")
+        for key, data in prepared_files(config, Layout.from_config(config), splits, cumulative, described)
+        if key in keys and (key in GROUPS or "/tokens/c/" in key)
     }
+    if (directions := described.get("truth/directions")) and (key := directions.array.key(0)) in keys:
+        there[key] = is_beside(files, directions)
     groups = [there.pop(key) for key in GROUPS if key in there]
     others = [key for key, same in there.items() if not same and is_whole(files, key)]
     if others or not any(groups) or not any(there.values()):
@@ -332,7 +337,7 @@ def require_ours(files: Files) -> None:
 def new_attributes(
     config: Mapping[str, Any],
     splits: Mapping[str, SplitTokens],
-    extras: Mapping[str, npt.NDArray[Any]],
+    described: Mapping[str, Extra],
     versions: Mapping[str, str],
     cumulative: Sequence[int],
     previous: Mapping[str, Any] | None,
@@ -343,8 +348,7 @@ def new_attributes(
     tokens, special = (
         {split: found[name] for split, found in hashes.items() if name in found} for name in ("tokens", "special")
     )
-    described = {path: Extra.of(path, data) for path, data in sorted(extras.items())}
-    beside = {"extras": {path: extra.to_dict() for path, extra in described.items()}} if extras else {}
+    beside = {"extras": {path: extra.to_dict() for path, extra in described.items()}} if described else {}
     of_rows = {"tokens_sha256": tokens} if tokens else {"special_sha256": special, **beside}
     first = {"train": splits["train"].hashes(cumulative[0]), "eval": hashes["eval"]}
     shapes = (SplitLayout(name, Layout.from_config(config), n_sequences[name]) for name in SPLITS)
@@ -406,15 +410,12 @@ def prepared_files(
     layout: Layout,
     splits: Mapping[str, SplitTokens],
     cumulative: Sequence[int],
-    extras: Mapping[str, npt.NDArray[Any]],
+    described: Mapping[str, Extra],
 ) -> Iterator[tuple[str, bytes]]:
-    """Every file of a prepared store but the root: key, bytes."""
-    described = {path: Extra.of(path, data) for path, data in extras.items()}
+    """Every file of a prepared store but the root and the arrays beside its rows: key, bytes."""
     yield from metadata_files(
         config, {name: splits[name].n_sequences for name in SPLITS}, cumulative, described
     ).items()
-    for path, extra in described.items():
-        yield extra.array.key(0), with_crc(little_endian(extras[path]))
     for name in SPLITS:
         arrays = SplitLayout(name, layout, splits[name].n_sequences).arrays
         for data, array in ((data, arrays[kind]) for kind, data in splits[name].arrays.items()):
