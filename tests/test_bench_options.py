@@ -36,7 +36,8 @@ def test_benchmarks_take_device_and_dtype(
 @pytest.mark.parametrize("dtype", ["bf16", "float32"])
 def test_stores_of_benchmarks_have_the_dtype(dtype: str, tmp_path: Path) -> None:
     """A benchmark that writes its own store writes rows of --dtype."""
-    importlib.import_module("bench.bench_scale").write_store(tmp_path / "a.zarr", 2, False, dtype)
+    scale = importlib.import_module("bench.bench_scale")
+    scale.write_store(tmp_path / "a.zarr", scale.Size(0, 2), dtype)
     importlib.import_module("bench.bench_store").write_store(tmp_path / "b.zarr", 0.0, 1, dtype)
     wanted = {"bf16": torch.bfloat16, "float32": torch.float32}[dtype]
     assert {Store.open(tmp_path / name).train.read(0, 1).dtype for name in ("a.zarr", "b.zarr")} == {wanted}
