@@ -32,7 +32,7 @@ def describe(plan: Plan) -> str:
         f"store    {c.store}: {rows:,} rows × {n_stores} stores, {at_most}{human_bytes(plan.estimate)}{free}",
     ]
     if c.dtype == "bf16" and plan.device.type == "cpu" and not cpu_has_bf16():
-        lines.append("note     this CPU has no bf16 arithmetic: --dtype float32 is faster here")
+        lines.append("note     this CPU multiplies float32 faster than bf16: use --dtype float32")
     return "\n".join(lines)
 
 

@@ -331,6 +331,37 @@ def test_auto_sees_torch_held_back(monkeypatch: pytest.MonkeyPatch, capability: 
     assert runtime.cpu_has_bf16.__wrapped__() == fast
 
 
+@pytest.mark.parametrize(
+    ("flags", "most", "gain", "fast"),
+    [
+        ("amx_bf16 avx512_bf16", None, None, True),
+        ("amx_bf16 avx512_bf16", "AVX512_CORE_AMX", None, True),
+        ("amx_bf16 avx512_bf16", "AVX512_CORE_BF16", 0.6, False),
+        ("amx_bf16 avx512_bf16", "AVX2", None, False),
+        ("avx512_bf16", None, 2.0, True),
+        ("avx512_bf16", None, 0.6, False),
+        ("avx512f", None, None, False),
+    ],
+)
+def test_auto_measures_without_amx(
+    monkeypatch: pytest.MonkeyPatch, flags: str, most: str | None, gain: float | None, fast: bool
+) -> None:
+    """By AVX512-BF16 alone `auto` is bf16 where its product is the faster one; where flags decide nothing is measured."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if most is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"flags: fpu {flags}")
+
+    def rate(dtype: torch.dtype, *shape: object, rounds: int) -> float:
+        assert gain is not None, "measured"
+        return gain if dtype == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr(runtime, "product_rate", rate)
+    assert runtime.cpu_has_bf16.__wrapped__() == fast
+
+
 def test_moved_sources_continue_changed_do_not(copy: HarvestConfig, tmp_path: Path) -> None:
     """A model and a corpus that moved go on and changed ones do not."""
     moved = copy.replace(
