@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import queue
 import shutil
 import threading
 import tracemalloc
 import weakref
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,9 +25,9 @@ from pipeline.store.reader import Split, Store
 from support.stores import make_store
 from train.feed import loader
 from train.feed.bodies import BodyCheck
-from train.feed.loader import Feed, Loader, idle_seconds, resolve_mode
+from train.feed.loader import Feed, Loader, resolve_mode
 from train.feed.order import Order, share_of
-from train.feed.resident import DeviceRows, Place, place_for
+from train.feed.resident import DeviceRows, Place, idle_seconds, place_for
 
 
 @st.composite
@@ -446,37 +446,32 @@ def test_closed_device_rows_leave_no_thread(tiny_store: Path) -> None:
 
 
 class BusyDevice:
-    """Stands in for an event on a GPU that is busy for so many looks."""
+    """Stands in for an event on a GPU that is busy until the rows have come (at the third look), or until they are sent for."""
 
-    def __init__(self, looks: int) -> None:
-        self.looks = looks
+    def __init__(self, coming: Future[Any], outlasts: bool) -> None:
+        self.coming, self.outlasts, self.looks = coming, outlasts, 0
 
     def record(self, stream: object) -> None:
         """Nothing."""
 
     def query(self) -> bool:
-        self.looks -= 1
-        return self.looks < 0
+        self.looks += 1
+        if self.looks == 3 and self.outlasts:
+            self.coming.set_result("rows")
+        elif self.looks == 3:
+            threading.Timer(0.01, self.coming.set_result, ["rows"]).start()
+        return self.looks >= 3 and not self.outlasts
 
 
-@pytest.mark.parametrize(("looks", "idle"), [(1000, False), (2, True)])
-def test_wait_is_what_the_device_idles(looks: int, idle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("outlasts", [True, False])
+def test_wait_is_what_the_device_idles(outlasts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time in which a GPU still works is no waiting for data; what comes after that is."""
-    monkeypatch.setattr(torch.cuda, "Event", lambda: BusyDevice(looks))
+    coming: Future[Any] = Future()
+    monkeypatch.setattr(torch.cuda, "Event", lambda: BusyDevice(coming, outlasts))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    coming: queue.SimpleQueue[str] = queue.SimpleQueue()
-    timer = threading.Timer(0.05, coming.put, ("rows",))
-    timer.start()
-
-    def get(limit: float | None) -> str | None:
-        try:
-            return coming.get(timeout=limit)
-        except queue.Empty:
-            return None
-
-    found, seconds = idle_seconds(get, torch.device("cuda"))
-    assert found == "rows"
-    assert (seconds > 0) == idle
+    seconds = idle_seconds(coming, torch.device("cuda"))
+    assert coming.done()
+    assert (seconds == 0) == outlasts
 
 
 @pytest.mark.gpu

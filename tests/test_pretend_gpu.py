@@ -27,9 +27,11 @@ from pipeline.sae.checkpoint import load_checkpoint
 from pipeline.store.reader import Store
 from support import harvests, lm_stores, pretend_gpu, tiny_models
 from support.pretend_gpu import GPU, OnGpu, moved, pretended
+from support.stores import make_store
 from train import plan
 from train.config import RECIPES, TrainConfig
 from train.feed.loader import Loader
+from train.feed.order import Order
 from train.feed.resident import DeviceRows, Place, place_for
 from train.plan import RunConfig
 from train.run import run
@@ -126,10 +128,14 @@ def trained(store: Path, out: Path, device: str, members: tuple[TrainConfig, ...
 
 @pytest.mark.parametrize("where", ["all rows", "two windows", "host"])
 def test_run_waits_at_lines_alone(
-    where: str, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str,
+    tiny_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A whole run on a GPU, rows there or on the host, ends near where it does on a CPU; the host waits once a line, and for no
-    checkpoint between lines."""
+    """A whole run on a GPU, rows there or on the host, ends near where it does on a CPU; the host waits once a line, for each
+    batch that it has to copy, which is said once, and for no checkpoint between lines."""
     options: dict[str, Any] = {"mode": "window", "window_rows": 512} if where == "two windows" else {}
     feed = Loader if where == "host" else DeviceRows
     on_device = plan.place_on_device
@@ -166,10 +172,38 @@ def test_run_waits_at_lines_alone(
         found = trained(tiny_store, tmp_path / "gpu", "cuda", members, **options)
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert seen[f"{feed.__name__}.next"] == [0] * 4
+    assert seen[f"{feed.__name__}.next"] == [1 if where == "host" else 0] * 4
+    assert capsys.readouterr().err.count("which is slow; in a new --out, --mode window") == (where == "host")
     assert seen["Trainee.log"] == [1] * 4
     assert seen["Trainee.save"] == [0] * 4
     assert not any(seen["Member.step"][2:])
+
+
+@pytest.mark.parametrize(("codec", "window_rows"), [("none", None), ("none", 256), ("zstd", 256)])
+def test_copied_batches_are_the_cpus(
+    codec: str, window_rows: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches that come to a GPU from the host are bit for bit a CPU's, one copy and one wait each, into the same memory; what
+    the GPU still has to do before is no wait for rows."""
+    split = make_store(tmp_path / "s.zarr", codec=codec).train
+    order = Order(split.kept_rows(), 0, window_rows)
+
+    def taken(device: torch.device | str) -> tuple[list[Tensor], set[int]]:
+        with Loader(split, order, 90, position=30, share=(1, 2), device=device) as loader:
+            found = [(batch.cpu().clone(), batch.data_ptr()) for batch in (loader.next() for _ in range(40))]
+            assert (loader.n_delivered, loader.waited > 0) == (40, device == "cpu")
+        return [rows for rows, _ in found], {pointer for _, pointer in found}
+
+    expected, _ = taken("cpu")
+    clock = [0.0]
+    monkeypatch.setattr("train.feed.loader.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(pretend_gpu.Stream, "synchronize", lambda stream: clock.__setitem__(0, clock[0] + 1))
+    with pretended() as waits:
+        found, places = taken(GPU)
+        assert len([wait for wait in waits if " up " in wait]) == len(found)
+    assert len(places) == 1
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
 
 
 def test_pretended_gpu_is_strict() -> None:

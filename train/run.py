@@ -243,7 +243,12 @@ class Pass:
         splits = [store.train for store in self.stores.all]
         if self.place is None:
             if self.device.type == "cuda":
-                say(f"rows stay on the host: beside the members they do not fit into the memory of {self.device}")
+                smaller = "--mode window" if self.order.exact else "a smaller --window-rows"
+                say(
+                    f"rows stay on the host: beside the members they do not fit into the memory of {self.device}; every "
+                    f"step waits until its batch is copied, which is slow; in a new --out, {smaller} or fewer members would "
+                    "let them lie there"
+                )
             return Feeds([Loader(split, self.order, size, **options) for split in splits])
         part = "all rows" if self.place.whole else "two windows of rows"
         say(f"{part}, {human_bytes(self.place.n_bytes(*splits))}, lie in the memory of {self.device}")

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -163,21 +163,12 @@ def open_source(split: Split, order: Order, readers: ThreadPoolExecutor) -> Sour
     return MappedRows(split, None if order.exact else readers)
 
 
-@dataclass
-class Slot:
-    """Memory of one batch. On CUDA: pinned, its copy on the device, and events that say when each may be used again."""
-
-    host: Tensor
-    device: Tensor
-    copied: torch.cuda.Event | None = None
-    used: torch.cuda.Event | None = None
-
-
 class Loader:
     """Batches of exactly `batch_size` rows of the split in its own dtype, from stream position `position` on, no end.
 
     `with Loader(...) as loader: x = loader.next()`. `waited` counts the seconds in which the device had nothing to do for want
-    of rows, `n_delivered` the batches. share: (part, number of parts) of every batch that this process takes.
+    of rows, `n_delivered` the batches. share: (part, number of parts) of every batch that this process takes. On CUDA each batch
+    is copied when it is asked for, and waited for: `resident.py` is for rows that have room there.
     """
 
     def __init__(
@@ -199,52 +190,47 @@ class Loader:
         self.threads = threads
         self.waited = 0.0
         self.n_delivered = 0
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.readers = ThreadPoolExecutor(n_readers(split, threads), "read", one_torch_thread)
         self.gatherers = ThreadPoolExecutor(threads, "gather", one_torch_thread)
         self.ahead = ThreadPoolExecutor(1, "window", one_torch_thread)
         self.source = open_source(split, order, self.readers)
-        self.free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
-        self.ready: queue.SimpleQueue[Slot | BaseException] = queue.SimpleQueue()
-        self.in_use: Slot | None = None
+        self.free: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
+        self.ready: queue.SimpleQueue[Tensor | BaseException] = queue.SimpleQueue()
+        self.in_use: Tensor | None = None
+        layout, n_rows = split.shape.layout, batch_size // share[1]
         for _ in range(AHEAD + 1):
-            self.free.put(
-                self._new_slot(batch_size // share[1], split.shape.layout.d_model, split.shape.layout.torch_dtype)
-            )
+            self.free.put(torch.empty(n_rows, layout.d_model, dtype=layout.torch_dtype))
+        self.copy = None
+        if self.device.type == "cuda":
+            self.copy = torch.empty(n_rows, layout.d_model, dtype=layout.torch_dtype, device=self.device)
         torch.get_num_threads()  # fixes this thread's number before `one_torch_thread` sets that of new threads
         self.producer = threading.Thread(target=self._produce, name="batches", daemon=True)
         self.producer.start()
 
     def next(self) -> Shaped[Tensor, "row d_model"]:
         """The next batch on the device, contiguous; its memory is written again after the next call. Raises DamagedError."""
-        self._give_back()
-        found: tuple[Slot | BaseException, float] = idle_seconds(self._ready_within, self.device)
-        slot, seconds = found
-        self.waited += seconds
-        if isinstance(slot, BaseException):
-            raise slot
-        self.in_use = slot
+        used, self.in_use = self.in_use, None
+        if used is not None:
+            self.free.put(used)
+        if self.copy is not None:
+            torch.cuda.current_stream(self.device).synchronize()  # from here on the device has nothing to do
+        start = time.perf_counter()
+        batch = self.ready.get()
+        if isinstance(batch, BaseException):
+            raise batch
+        self.in_use = batch
+        if self.copy is not None:
+            batch = self.copy.copy_(batch)
+        self.waited += time.perf_counter() - start
         self.n_delivered += 1
-        if slot.copied is not None:
-            torch.cuda.current_stream(self.device).wait_event(slot.copied)
-        return slot.device
-
-    def _ready_within(self, limit: float | None) -> Slot | BaseException | None:
-        """A batch that is ready within some seconds, else None."""
-        try:
-            return self.ready.get(timeout=limit)
-        except queue.Empty:
-            return None
+        return batch
 
     def close(self) -> None:
-        """Stop the threads; what was gathered ahead is dropped. On CUDA until no copy is on its way into memory that others get
-        then."""
+        """Stop the threads; what was gathered ahead is dropped."""
         self.free.put(None)
         self.producer.join()
         for pool in (self.ahead, self.readers, self.gatherers):
             pool.shutdown(wait=True, cancel_futures=True)
-        if self.stream is not None:
-            self.stream.synchronize()
 
     def __enter__(self) -> Loader:
         return self
@@ -254,46 +240,21 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _new_slot(self, n_rows: int, d_model: int, dtype: torch.dtype) -> Slot:
-        if self.stream is None:
-            host = torch.empty(n_rows, d_model, dtype=dtype)
-            return Slot(host, host)
-        host = torch.empty(n_rows, d_model, dtype=dtype, pin_memory=True)
-        slot = Slot(host, torch.empty_like(host, device=self.device))
-        self._mark_used(slot)  # by whoever had this memory before
-        return slot
-
-    def _give_back(self) -> None:
-        slot, self.in_use = self.in_use, None
-        if slot is None:
-            return
-        if self.stream is not None:
-            self._mark_used(slot)
-        self.free.put(slot)
-
-    def _mark_used(self, slot: Slot) -> None:
-        """After what was asked of the device so far, a slot's memory there may be written."""
-        slot.used = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        slot.used.record(torch.cuda.current_stream(self.device))
-
     def _produce(self) -> None:
         try:
             one_torch_thread()
             windows, loaded = self._windows(), None
             for batch in self.order.batches(self.start, self.batch_size):
-                slot = self.free.get()
-                if slot is None:
+                memory = self.free.get()
+                if memory is None:
                     return
-                if slot.copied is not None:
-                    slot.copied.synchronize()
                 filled = 0
                 for piece in share_of(batch, *self.share):
                     while loaded is None or (loaded.epoch, loaded.index) != (piece.epoch, piece.window):
                         loaded = next(windows)
-                    self._gather(loaded, piece, slot.host[filled : filled + piece.n_rows])
+                    self._gather(loaded, piece, memory[filled : filled + piece.n_rows])
                     filled += piece.n_rows
-                self._send(slot)
-                self.ready.put(slot)
+                self.ready.put(memory)
         except BaseException as error:
             self.ready.put(error)
 
@@ -305,16 +266,6 @@ class Loader:
         loaded.gather(*parts[0])
         for job in jobs:
             job.result()
-
-    def _send(self, slot: Slot) -> None:
-        if self.stream is None:
-            return
-        if slot.used is not None:
-            self.stream.wait_event(slot.used)
-        with torch.cuda.stream(self.stream):
-            slot.device.copy_(slot.host, non_blocking=True)
-            slot.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            slot.copied.record(self.stream)
 
     def _windows(self) -> Iterator[Loaded]:
         """The stream's windows in turn; the next one is loaded while one is being delivered."""
@@ -338,29 +289,6 @@ class Loaded:
     index: int
     window: Window
     gather: Gather
-
-
-POLL = 5e-4
-"""Seconds between two looks at whether a device is still busy."""
-
-Item = TypeVar("Item")
-
-
-def idle_seconds(get: Callable[[float | None], Item | None], device: torch.device) -> tuple[Item, float]:
-    """Something that is waited for, and for how long the device had nothing to do meanwhile: a CPU all the time, a GPU from
-    when it had done what it was given. `get` takes the most seconds to wait (None: any); None is that it has not come."""
-    busy = None
-    if device.type == "cuda":
-        busy = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        busy.record(torch.cuda.current_stream(device))
-    while busy is not None and not busy.query():  # type: ignore[no-untyped-call]
-        found = get(POLL)
-        if found is not None:
-            return found, 0.0
-    start = time.perf_counter()
-    found = get(None)
-    assert found is not None
-    return found, time.perf_counter() - start
 
 
 @runtime_checkable

@@ -7,10 +7,9 @@ those of `Loader`; no slot, gathering thread or check beside the training is nee
 
 from __future__ import annotations
 
-import functools
 import queue
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from pipeline.base.runtime import sent
 from pipeline.store.reader import Split
-from train.feed.loader import idle_seconds, n_readers, one_torch_thread
+from train.feed.loader import n_readers, one_torch_thread
 from train.feed.order import Order, Piece, Rows, Window, share_of
 
 
@@ -125,9 +124,9 @@ class DeviceRows:
     def _window(self, piece: Piece) -> Held:
         """The window of a piece; when it begins, the next one is sent for."""
         while self.held is None or (self.held.epoch, self.held.index) != (piece.epoch, piece.window):
-            held, seconds = idle_seconds(functools.partial(result_within, self.coming), self.device)
-            self.held, self.needed = held, held.window.chunks
-            self.waited += seconds
+            self.waited += idle_seconds(self.coming, self.device)
+            self.held = held = self.coming.result()
+            self.needed = held.window.chunks
             if held.copied is not None:
                 torch.cuda.current_stream(self.device).wait_event(held.copied)
             self.coming = self._load_next(self._mark())
@@ -207,11 +206,19 @@ class Staging:
     sent: torch.cuda.Event | None = None
 
 
-def result_within(future: Future[Held], limit: float | None) -> Held | None:
-    """What a future brings within some seconds, else None."""
-    try:
-        return future.result(limit)
-    except NotYet:
-        if future.done():
-            raise
-        return None
+POLL = 5e-4
+"""Seconds between two looks at whether a device is still busy."""
+
+
+def idle_seconds(coming: Future[Held], device: torch.device) -> float:
+    """Wait for a window; for how long the device had nothing to do meanwhile: a CPU all the time, a GPU from when it had done
+    what it was given."""
+    if device.type == "cuda":
+        busy = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        busy.record(torch.cuda.current_stream(device))
+        while not busy.query():  # type: ignore[no-untyped-call]
+            if wait([coming], POLL).done:
+                return 0.0
+    start = time.perf_counter()
+    wait([coming])
+    return time.perf_counter() - start
