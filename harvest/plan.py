@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from harvest.texts import Reader
 from harvest.tokens import Packing
 from pipeline.base.errors import DamagedError, StoreError
 from pipeline.base.fields import Fields
-from pipeline.base.files import hash_config, is_url, read_json
+from pipeline.base.files import is_url, read_any_json, sha256
 from pipeline.base.runtime import resolve_device, resolve_dtype
 from pipeline.model.files import tokenizer_sha256
 from pipeline.model.points import Point
@@ -255,8 +256,12 @@ def architecture(info: ModelInfo, held: Mapping[str, Any]) -> dict[str, Any]:
     path = info.folder / "config.json"
     if (held and "architecture_sha256" not in held) or not path.is_file():
         return {}
-    known = Fields(path, read_json(path)).data
-    return {"architecture_sha256": hash_config({name: known[name] for name in known.keys() - NO_NUMBERS})}
+    known = Fields(path, read_any_json(path)).data
+    numbers = {name: known[name] for name in known.keys() - NO_NUMBERS}
+    text = json.dumps(
+        numbers, sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )  # with Infinity, which some have
+    return {"architecture_sha256": sha256(text.encode("utf-8", "surrogatepass"))}
 
 
 NO_NUMBERS = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}

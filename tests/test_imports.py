@@ -159,7 +159,7 @@ def test_bad_rows_are_refused_by_name(tmp_path: Path, spoil: Callable[[Path], No
         ("saev", lambda p: replace(p / "metadata.json", '"n_ex": 10', '"n_ex": 11'), "names 10 examples"),
         ("saev", lambda p: outside(p), "is no shard here"),
         ("saev", lambda p: replace(p / "metadata.json", '"d_model": 6', '"d_model": "6"'), "d_model"),
-        ("saelens", lambda p: next(p.glob("*.arrow")).write_bytes(b"no"), "not a whole data set"),
+        ("saelens", lambda p: next(p.glob("*.arrow")).write_bytes(b"no"), "cannot be read as Arrow"),
         ("dictionary-learning", lambda p: (p / "a.pt").write_bytes(b"PK"), "not a whole file of tensors alone"),
         ("dictionary-learning", lambda p: torch.save({"x": [1]}, p / "a.pt"), "--key is needed; it holds none"),
     ],

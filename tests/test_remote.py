@@ -237,6 +237,13 @@ def test_what_drivers_lack_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
 
 
+def test_unsaid_length_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that does not say how long a file is, as one that answers without end."""
+    monkeypatch.setattr(type(RemoteFiles(url).fs), "info", lambda *_args, **_more: {"size": None})
+    with pytest.raises(DiskError, match=r"zarr\.json: the server does not say how long it is"):
+        Store.open(url)
+
+
 def test_plain_path_is_local(tmp_path: Path) -> None:
     """A path without a scheme is a local folder."""
     assert isinstance(open_files(str(tmp_path)), LocalFiles)

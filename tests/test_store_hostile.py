@@ -251,6 +251,7 @@ def test_pipes_behind_a_url_are_refused(stores: dict[str, Path], tmp_path: Path,
         (lambda a: a["config"].update(x=json.loads("[" * 40 + "]" * 40)), "is nested deeper than 32"),
         (lambda a: a["config"].update(x=1e200), "'config.x' is no number that can be"),
         (lambda a: a.update(made_by=[{"torch": 2}]), "'made_by.0.torch' should be text"),
+        (lambda a: a.update(made_by={"torch": "2"}), "'made_by' should be a list"),
     ],
 )  # fmt: skip
 def test_fields_of_a_root_are_typed(
@@ -261,6 +262,15 @@ def test_fields_of_a_root_are_typed(
     change_root(tmp_path / "s.zarr", change)
     with pytest.raises(DamagedError, match=says):
         Store.load(tmp_path / "s.zarr")
+
+
+def test_null_makers_are_none(stores: dict[str, Path], tmp_path: Path) -> None:
+    """A root whose made_by is null names no maker."""
+    shutil.copytree(stores["none"], tmp_path / "s.zarr")
+    change_root(tmp_path / "s.zarr", lambda attributes: attributes.update(made_by=None))
+    store = Store.load(tmp_path / "s.zarr")
+    assert store.made_by == []
+    assert describe_store(store)["id"] == store.id
 
 
 def test_foreign_name_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:

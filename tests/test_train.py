@@ -880,6 +880,14 @@ def test_finished_member_drops_leftover_state(tiny_store: Path, tmp_path: Path) 
     assert not left.exists()
 
 
+def test_anothers_completion_is_refused(tiny_store: Path, tmp_path: Path) -> None:
+    """A finished member's complete.json that is its neighbour's: training the same again says so."""
+    mine, other = train(tiny_store, tmp_path / "out", small(steps=6), small(steps=6, seed=1))
+    (mine.folder / "complete.json").write_bytes((other.folder / "complete.json").read_bytes())
+    with pytest.raises(DamagedError, match=r"config\.json: not the config that was recorded"):
+        train(tiny_store, tmp_path / "out", small(steps=6))
+
+
 def test_kill_before_retention_leaves_no_extra(
     tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

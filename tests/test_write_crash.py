@@ -14,7 +14,11 @@ from pipeline.experiment.verify import verify
 from support import lm_stores, tiny_models
 from support.harvests import harvest_config
 from support.results_files import write_latent_pages, write_results
+from support.saved_rows import npy_folder
 from support.stores import lose_shards, make_store
+from support.train_crasher import small
+from train.plan import RunConfig
+from train.run import run as train
 
 ROOT = Path(__file__).parents[1]
 CRASHER = Path(__file__).parent / "support" / "write_crasher.py"
@@ -47,11 +51,36 @@ def begin_mixed(folder: Path) -> None:
     lose_shards(begun, ("train", 2), ("train", 6))
 
 
+def begin_pieces(folder: Path) -> None:
+    """A member, and a repository's files."""
+    store = lm_stores.make_lm_store(folder, eval_sequences=4)
+    sae = lm_stores.make_sae(store)
+    member = lm_stores.save_member(folder / "runs", store, sae)
+    (folder / "remote").mkdir()
+    shutil.copy(next(member.glob("checkpoints/*")), folder / "remote" / "sae.safetensors")
+    (folder / "remote" / "README.md").write_text("a card")
+
+
+def begin_copies(folder: Path) -> None:
+    """A store, and rows of others."""
+    make_store(folder / "tiny.zarr", codec="lz4", group_shards=2)
+    npy_folder(folder / "rows")
+
+
+def begin_extended(folder: Path) -> None:
+    """A store, and a training of it that kept its state."""
+    store = make_store(folder / "tiny.zarr")
+    train(RunConfig(Path(store.path), folder / "begun" / "runs", (small(),), "cpu", keep_state=True, threads=1))
+
+
 BEGIN = {
     "evaluation": begin_evaluation,
     "report": begin_report,
     "neuronpedia": begin_neuronpedia,
     "mixed": begin_mixed,
+    "pieces": begin_pieces,
+    "copies": begin_copies,
+    "extended": begin_extended,
 }
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
+from pipeline.base.digests import is_sealed
 from pipeline.base.errors import UsageError
+from pipeline.base.fields import Fields
 from pipeline.base.files import read_json
 from pipeline.base.spread import cores_divided, environment
-from pipeline.store.layout import Layout, SplitLayout
+from pipeline.store.layout import VERSION, SplitLayout
+from pipeline.store.root import layout_of
 from train import plan
 from train.announce import announce, announce_planned, say_costs
 from train.folder import check_out
@@ -63,8 +66,12 @@ def show_plan(
 
 
 def planned_rows(path: Path | str, plan_file: Path) -> SplitLayout:
-    """Training rows of the store at `path`, as a plan of harvest says. Raises UsageError when the plan has none there."""
-    for one in read_json(plan_file)["stores"]:
-        if one["path"] == path or Path(one["path"]).absolute() == Path(path).absolute():
-            return SplitLayout("train", Layout.from_config(one["config"]), one["n_sequences"]["train"])
+    """Training rows of the store at `path`, as a plan of harvest says. Raises UsageError when the plan has none there, and
+    DamagedError where it is none."""
+    about = Fields(plan_file, read_json(plan_file))
+    is_sealed(plan_file, about.data)
+    for one in about.objects("stores"):
+        if (there := one.text("path")) == path or Path(there).absolute() == Path(path).absolute():
+            n_sequences = one.inner("n_sequences").whole("train", least=1)
+            return SplitLayout("train", layout_of(Fields(plan_file, {**one.data, "version": VERSION})), n_sequences)
     raise UsageError(f"{plan_file}: plans no store at {path}; give harvest and train the same --store")

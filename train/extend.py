@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from pipeline.base.errors import DamagedError, UsageError
-from pipeline.base.files import canonical_json, read_json, read_text, sha256, write_bytes
+from pipeline.base.errors import DamagedError, PipelineError, UsageError
+from pipeline.base.files import canonical_json, read_text, sha256, write_bytes
 from pipeline.base.progress import say
-from pipeline.sae.member import line_step
+from pipeline.sae.member import line_step, read_config
 from train.config import TrainConfig
 from train.folder import Folder, plain
 from train.held_out import is_due
@@ -54,8 +54,8 @@ def siblings(folder: Folder) -> Iterator[Folder]:
     asked = plain(folder.config)
     for path in sorted(folder.out.glob("*/config.json")):
         try:
-            config = TrainConfig.from_dict(read_json(path)["config"])
-        except (DamagedError, UsageError, KeyError, TypeError):
+            config = TrainConfig.from_dict(dict(read_config(path.parent).inner("config").data))
+        except (PipelineError, TypeError, ValueError):  # none of these is one to go on with
             continue
         there = plain(config)
         differ = {name for name in asked | there if asked.get(name) != there.get(name)}

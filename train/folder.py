@@ -46,6 +46,7 @@ from pipeline.sae.member import (
     read_completion,
     read_config,
     read_state,
+    require_recorded,
 )
 from pipeline.sae.nested import NestedSAE
 from train.config import TrainConfig
@@ -160,8 +161,11 @@ class Folder:
         return lock
 
     def final(self) -> Path | None:
-        """The final checkpoint of a finished member, else None. Raises DamagedError when it is gone."""
+        """The final checkpoint of a finished member, else None. Raises DamagedError when it is gone, and where complete.json
+        speaks of another config or other metrics than are here."""
         completion = read_completion(self.path)
+        if completion is not None:
+            require_recorded(self.path, completion)
         if completion is not None and not completion.final.exists():
             path = self.path / "complete.json"
             raise DamagedError(

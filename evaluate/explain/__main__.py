@@ -16,9 +16,8 @@ from typing import Any
 import click
 
 from pipeline.base.cli import COUNT, NAMED_SOURCE, OUT_FILE, SOURCE, main
-from pipeline.base.digests import sealed, write_vouched
+from pipeline.base.digests import write_sealed, write_vouched
 from pipeline.base.errors import UsageError
-from pipeline.base.files import write_json
 from pipeline.base.progress import say
 
 FORMAT, VERSION = "nested-sae-explanations", 1
@@ -196,7 +195,7 @@ def report(asked: Asked, said: Mapping[str, str], prompts: Path | None, out: Pat
     if out is not None:
         head = {"format": FORMAT, "version": VERSION, "store": asked.store, "seed": asked.seed}
         about = {"checkpoint": {"path": str(asked.checkpoint), "sha256": asked.sha256}, "skipped": skipped}
-        write_json(out, sealed(head | about | {"latents": entries, "summary": summary(entries)}))
+        write_sealed(out, head | about | {"latents": entries, "summary": summary(entries)})
         say(f"{out}: {json.dumps(summary(entries))}")
     if pages is not None:
         from evaluate.latents.files import read_summary, write_labels

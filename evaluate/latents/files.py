@@ -13,14 +13,15 @@ character outside ASCII, and `<`, is escaped, and characters that reorder or hid
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.base.digests import DIGESTS, is_sealed, sealed, write_digests
+from pipeline.base.digests import DIGESTS, is_sealed, write_digests, write_sealed
 from pipeline.base.errors import DamagedError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import hash_file, read_bytes, read_json, sha256, write_bytes, write_json
+from pipeline.base.files import hash_file, read_bytes, read_json, sha256, write_bytes
 from pipeline.base.token_text import visible
 
 FORMAT, VERSION = "nested-sae-latents", 3
@@ -96,7 +97,7 @@ def write_index(folder: Path, summary: dict[str, Any], columns: dict[str, Iterab
 def write_labels(folder: Path, labels: Mapping[int, str]) -> None:
     """Write labels of latents beside their pages: what `evaluate.explain` read back, shown when a report is written."""
     data = {"format": LABELS_FORMAT, "version": 1, "labels": {str(latent): text for latent, text in labels.items()}}
-    write_json(folder / LABELS, sealed(data))
+    write_sealed(folder / LABELS, data)
 
 
 def read_labels(folder: Path) -> dict[int, str]:
@@ -104,14 +105,12 @@ def read_labels(folder: Path) -> dict[int, str]:
     path = folder / LABELS
     if not path.is_file():
         return {}
-    data = read_json(path)
-    require_plain(path, data)
-    fields = Fields(path, data)
+    fields = Fields(path, read_json(path))
     fields.one_of("format", (LABELS_FORMAT,))
     is_sealed(path, fields.data)
     texts = fields.texts("labels")
-    if wrong := next((name for name in texts if not name.isdecimal()), None):
-        raise fields.wrong("labels", "texts by the number of a latent", wrong)
+    if wrong := [name for name in texts if not re.fullmatch("[0-9]{1,18}", name)]:
+        raise fields.wrong("labels", "texts by the number of a latent", wrong[0])
     return {int(name): visible(text[:LONGEST_LABEL]) for name, text in texts.items()}
 
 

@@ -7,7 +7,6 @@ or two files, `TRAIN,TEST`, in any format that `pipeline.base.records` reads.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 from pipeline.base import network
 from pipeline.base.errors import CorpusError, UsageError
+from pipeline.base.fields import problems
 from pipeline.base.files import canonical_json, sha256
 from pipeline.base.record_files import regular_files
 from pipeline.base.records import READERS, kind_of, whole_records
@@ -278,11 +278,12 @@ def to_table(rows: Iterable[Mapping[str, Any]], columns: Columns, where: object)
         if not isinstance(text, str):
             raise CorpusError(f"{where}: row {number}: {columns.text[:80]!a} is {type(text).__name__}, not text")
         for name, value in ((columns.first, first), (columns.second, second)):
-            if not isinstance(value, str | int | float | bool) or (
-                isinstance(value, float) and not math.isfinite(value)
-            ):
-                kind = f"{value}" if isinstance(value, float) else type(value).__name__
-                raise CorpusError(f"{where}: row {number}: {name[:80]!a} is {kind}, not text or a number")
+            if not isinstance(value, str | int | float | bool):
+                raise CorpusError(
+                    f"{where}: row {number}: {name[:80]!a} is {type(value).__name__}, not text or a number"
+                )
+        if problem := next(problems({columns.text: text, columns.first: first, columns.second: second}), None):
+            raise CorpusError(f"{where}: row {number}: {problem}; put it right, or leave the row out")
         if text.strip():
             kept.append((text, first, second))
         else:

@@ -15,8 +15,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.base.errors import DamagedError, PipelineError
-from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import canonical_json, hash_file, read_bytes, read_json, sha256, write_bytes, write_json
+from pipeline.base.fields import Fields
+from pipeline.base.files import (
+    canonical_json,
+    hash_file,
+    json_bytes,
+    read_bytes,
+    read_json,
+    sha256,
+    write_alone,
+    write_json,
+)
 
 DIGESTS = "digests.json"
 FORMAT, VERSION = "nested-sae-digests", 1
@@ -35,6 +44,11 @@ def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**data, "seal": seal_of(data)}
 
 
+def write_sealed(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file, which no other process writes, with its seal."""
+    write_alone(path, json_bytes(sealed(data)))
+
+
 def is_sealed(path: Path, data: Mapping[str, Any]) -> bool:
     """Whether data of a file carry a seal; False for files of before there were any. Raises DamagedError when it is wrong."""
     if "seal" not in data:
@@ -51,9 +65,7 @@ def write_digests(place: Path, name: str, files: Mapping[str, str]) -> None:
 
 def read_digests(place: Path) -> Fields:
     """A file of digests: `name` and `files`. Raises DamagedError, also where a path leads elsewhere."""
-    data = read_json(place)
-    require_plain(place, data)
-    fields = Fields(place, data)
+    fields = Fields(place, read_json(place))
     if (fields.data.get("format"), fields.data.get("version")) != (FORMAT, VERSION) or not is_sealed(
         place, fields.data
     ):
@@ -98,13 +110,13 @@ def unvouch(path: Path) -> None:
 
 def vouch(path: Path) -> None:
     """Write the digest of a file beside it, once it is done. Raises DiskError."""
-    write_bytes(beside(path), os.fsencode(f"{hash_file(path)}  {path.name}\n"))
+    write_alone(beside(path), os.fsencode(f"{hash_file(path)}  {path.name}\n"))
 
 
 def write_vouched(path: Path, data: bytes) -> None:
-    """Write a whole file atomically, then its digest beside it; killed in between, it has none."""
+    """Write a whole file that no other process writes, then its digest beside it; killed in between, it has none."""
     unvouch(path)
-    write_bytes(path, data)
+    write_alone(path, data)
     vouch(path)
 
 

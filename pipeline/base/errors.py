@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import os
 
+from pipeline.base.token_text import visible
+
 
 class PipelineError(Exception):
     """Base of every error that is not our own bug."""
@@ -86,7 +88,7 @@ OUT_OF_MEMORY = (
 def explain(error: BaseException) -> str | None:
     """One line for a person about what a user, a disk or a machine caused; None for what is a bug of ours."""
     if isinstance(error, PipelineError):
-        return one_line(str(error))
+        return shown(str(error))
     said = str(error).lower()
     if isinstance(error, MemoryError) or (
         isinstance(error, OSError | RuntimeError | ImportError | SystemError)
@@ -101,7 +103,7 @@ def explain(error: BaseException) -> str | None:
     places = " and ".join(os.fsdecode(one) for one in (error.filename, error.filename2) if isinstance(one, str | bytes))
     reason = error.strerror or one_line(str(error))[:300] or type(error).__name__
     advice = ADVICE.get(error.errno or 0, "look at it, then run again")
-    return f"{places or 'a file or a connection'}: {one_line(reason)}; {advice}"
+    return shown(f"{places or 'a file or a connection'}: {reason}; {advice}")
 
 
 def lacks_memory(error: BaseException) -> bool:
@@ -110,6 +112,17 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         not isinstance(error, PipelineError) and any(part in said for part in OUT_OF_MEMORY)
     )
+
+
+HEAD, TAIL = 900, 300
+"""Characters of a message that are shown of its begin, and of its end, which says what to do."""
+
+
+def shown(text: str) -> str:
+    """A message for a terminal or a log, whatever names and values of others it holds: one line, of a length that is read, and
+    nothing in it that moves a cursor."""
+    line = one_line(text)
+    return visible(line if len(line) <= HEAD + TAIL else f"{line[:HEAD]} … {line[-TAIL:]}")
 
 
 def one_line(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ DEEPEST = 32
 """Levels of nesting that any file of ours stays under."""
 LARGEST, HUGE = 2**63, 1e100
 """Whole numbers from here on are no count of anything; other numbers from here on are no measurement, and overflow."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Halves of characters, which JSON can spell and no file of text holds."""
 
 
 def require_plain(path: Path, data: object) -> None:
@@ -27,7 +30,7 @@ def problems(data: object, name: str = "", depth: int = 0) -> Iterator[str]:
     if depth > DEEPEST:
         yield f"{where!r} is nested deeper than {DEEPEST}"
     elif isinstance(data, str):
-        if any("\ud800" <= c <= "\udfff" for c in data):
+        if SURROGATE.search(data):
             yield f"{where!r} is text that is not Unicode"
     elif isinstance(data, bool):
         return

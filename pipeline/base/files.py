@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ import crc32c as crc32c_package
 import numpy.typing as npt
 
 from pipeline.base.errors import DamagedError, DiskError, MismatchError
+from pipeline.base.fields import require_plain
 
 PARTIAL = ".partial"
 """Suffix of a file that is being written. One that is found was left by a killed process and may be deleted."""
@@ -222,7 +224,19 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write indented JSON with sorted keys atomically, for people to read."""
-    write_bytes(path, (json.dumps(data, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, json_bytes(data))
+
+
+def json_bytes(data: Any) -> bytes:
+    """Indented JSON with sorted keys, for people to read."""
+    return (json.dumps(data, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def write_alone(path: Path, data: bytes) -> None:
+    """Write a file atomically that no other process writes meanwhile: what killed ones left of it is deleted."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL}"):
+        left.unlink(missing_ok=True)
+    write_bytes(path, data)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> None:
@@ -235,7 +249,16 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises DamagedError when it is not JSON, FileNotFoundError when it is not there."""
+    """Read a JSON file as every format of ours is: plain data (`require_plain`). Raises DamagedError when it is not, and
+    FileNotFoundError when it is not there."""
+    data = read_any_json(path)
+    require_plain(path, data)
+    return data
+
+
+def read_any_json(path: Path) -> Any:
+    """Read a JSON file of others, which may hold numbers that are none (Infinity) and text that is not Unicode. Raises as
+    `read_json`."""
     try:
         return json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:

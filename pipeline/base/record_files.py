@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import CorpusError
-from pipeline.base.fields import Fields, require_plain
+from pipeline.base.fields import Fields
 from pipeline.base.files import read_json, regular, safe_name
 from pipeline.base.progress import say
 from pipeline.base.records import COMPRESSED, READERS, kind_of
@@ -88,18 +88,17 @@ def listed(names: Sequence[str]) -> str:
 
 def read_fields(path: Path) -> Fields:
     """A JSON object that `datasets` wrote. Raises DamagedError."""
-    require_plain(path, data := read_json(path))
-    return Fields(path, data)
+    return Fields(path, read_json(path))
 
 
-def saved_files(folder: Path, split: str) -> list[Path]:
-    """The Arrow files that `Dataset.save_to_disk` wrote, in its order."""
+def saved_files(folder: Path, split: str | None) -> list[Path]:
+    """The Arrow files that `Dataset.save_to_disk` wrote, in its order; `split`: which it should be, None for any."""
     if not (folder / "state.json").is_file():
         raise CorpusError(f"{folder}/state.json: gone; save the data set again")
     state = read_fields(folder / "state.json")
     held = state.some_text("_split")
-    if held is not None and held != split:
-        raise CorpusError(f"{folder}: holds the split {held[:80]!a}, not {split[:80]!r}; choose --split")
+    if None not in (held, split) and held != split:
+        raise CorpusError(f"{folder}: holds the split {str(held)[:80]!a}, not {str(split)[:80]!r}; choose --split")
     names = [file.text("filename") for file in state.objects("_data_files")]
     if not names:
         raise CorpusError(f"{folder}/state.json: does not list its files; save the data set again")

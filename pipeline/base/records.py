@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import zstandard
 
-from pipeline.base.errors import CorpusError, lacks_memory
+from pipeline.base.errors import CorpusError, PipelineError, lacks_memory
 from pipeline.base.files import regular
 from pipeline.base.json_array import array_items
 
@@ -236,6 +236,16 @@ def read_arrow(path: Path, columns: Sequence[str] | None) -> Iterator[Found]:
         yield from rows_of(path, (narrowed(path, batch, columns) for batch in batches))
 
 
+def require_batches(path: Path) -> None:
+    """Raise CorpusError for a stream of Arrow whose batches are not as long as they say, which would end the process that looks
+    into them; what they hold is not read."""
+    import pyarrow
+
+    with arrow_errors(path, "Arrow"), pyarrow.memory_map(str(path)) as file:
+        for batch in pyarrow.ipc.open_stream(file):
+            batch.validate()
+
+
 def narrowed(path: Path, batch: Any, columns: Sequence[str] | None) -> Any:
     """A batch with the wanted columns only, or as it is where it has none. Raises CorpusError for one that is there twice."""
     names = batch.schema.names
@@ -268,12 +278,12 @@ def as_rows(batch: Any) -> list[Record | Unread]:
 
 @contextlib.contextmanager
 def arrow_errors(path: Path, kind: str) -> Iterator[None]:
-    """What pyarrow and the disk say, as a CorpusError."""
-    import pyarrow
-
+    """What pyarrow, and readers of what a schema holds, and the disk say, as a CorpusError."""
     try:
         yield
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
+    except PipelineError:
+        raise
+    except Exception as error:  # a schema may hold JSON of others, whose readers raise whatever they do
         if lacks_memory(error) and not claims_too_much(error):
             raise
         first = next(iter(str(error).splitlines()), type(error).__name__)

@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.cli import read_toml
-from pipeline.base.digests import sealed
+from pipeline.base.digests import write_sealed
 from pipeline.base.errors import UsageError
-from pipeline.base.files import read_json, write_json
 from pipeline.base.progress import format_seconds, say
 from pipeline.experiment import stages
 from pipeline.model.points import HOOKS, site_name
@@ -400,7 +399,7 @@ Ask = Callable[[str, Sequence[str], Path], Any]
 def ask_harvest(experiment: Experiment, places: Places, ask: Ask = stages.ask_stage) -> Any:
     """What `harvest --dry-run` says, kept beside the log for `ask_train`. Raises PipelineError when it cannot be planned."""
     planned = ask("harvest", [*harvest_words(experiment, places), "--dry-run"], places.log("dry-run"))
-    write_json(places.harvest_plan, sealed(planned))
+    write_sealed(places.harvest_plan, planned)
     return planned
 
 
@@ -416,9 +415,11 @@ def ask_train(
 
 
 def is_complete(store: Path) -> bool:
-    """Whether a store is there and finished, by its own word."""
-    root = store / "zarr.json"
-    return root.exists() and read_json(root)["attributes"]["state"] == "complete"
+    """Whether a store is there and finished, by its own word. Raises DamagedError where that cannot be read."""
+    from pipeline.store.backend import LocalFiles  # with torch, which a plan alone does without
+    from pipeline.store.root import ROOT_KEY, read_root
+
+    return (store / ROOT_KEY).exists() and read_root(LocalFiles(store))["state"] == "complete"
 
 
 def evaluate_passes(n_members: int) -> int:

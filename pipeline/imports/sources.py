@@ -12,6 +12,7 @@ file's length and reads no body. Nothing is unpickled but torch files, and those
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,9 +27,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.base.errors import DamagedError, UsageError
-from pipeline.base.fields import Fields, require_plain
+from pipeline.base.fields import Fields
 from pipeline.base.files import hash_config, read_json, regular, sha256
-from pipeline.base.record_files import regular_files
+from pipeline.base.record_files import regular_files, saved_files
+from pipeline.base.records import require_batches
 
 BLOCK = 8192
 """Rows read at a time."""
@@ -185,8 +187,8 @@ def npy_array(path: Path) -> Shaped:
     """The array of a .npy file, mapped."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DamagedError(f"{path}: not a whole .npy file of numbers ({error}); make it again") from error
+    except Exception as error:  # its header is Python, of which numpy's reader raises whatever tokenize does
+        raise DamagedError(f"{path}: not a whole .npy file of numbers ({short(error)}); make it again") from error
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         raise UsageError(f"{path}: expected float16, float32 or float64, found {array.dtype}; save bf16 as safetensors")
     dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[array.dtype.itemsize]
@@ -212,7 +214,7 @@ def safetensors_array(path: Path, key: str | None) -> Shaped:
             entry = file.get_slice(name)
             shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
     except SafetensorError as error:
-        raise DamagedError(f"{path}: not a whole safetensors file ({error}); make it again") from error
+        raise DamagedError(f"{path}: not a whole safetensors file ({short(error)}); make it again") from error
     known = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
     if dtype not in known:
         raise UsageError(f"{path}: expected {name} as floats, found {dtype}")
@@ -246,6 +248,8 @@ def open_saelens(place: Path, asked: Asked) -> Source:
     if not (place / "state.json").is_file():
         raise UsageError(f"{place}: expected a folder that SAELens cached (with state.json), found none")
     files = files_of(place, [".arrow"])
+    for path in saved_files(place, None):
+        require_batches(path)
     try:
         data = load_from_disk(str(place))
     except Exception as error:
@@ -255,20 +259,18 @@ def open_saelens(place: Path, asked: Asked) -> Source:
     columns = {name: kind for name, kind in data.features.items() if isinstance(kind, Array2D)}
     name = chosen(place, sorted(columns), asked.key, "column")
     kind = columns[name]
-    if not kind.dtype.startswith("float"):
-        raise UsageError(f"{place}: expected {name} as floats, found {kind.dtype}")
-    context, d_model = (int(n) for n in kind.shape)
+    if kind.dtype not in ("float16", "float32", "float64"):
+        raise UsageError(f"{place}: expected {name} as floats, found {str(kind.dtype)[:40]}")
+    if [type(n) for n in kind.shape] != [int, int] or min(kind.shape) < 1:
+        raise DamagedError(f"{place}: {name} has the shape {str(kind.shape)[:40]}, expected two sizes; cache it again")
+    context, d_model = kind.shape
     if not len(data):
         raise UsageError(f"{place}: holds no sequence")
     rows = data.with_format("numpy", columns=[name], dtype=np.dtype(kind.dtype))
 
     def read(a: int, b: int) -> Tensor:
-        try:
+        with saved_errors(place, data, a, b):
             return torch.from_numpy(np.ascontiguousarray(rows[a:b][name])).view(b - a, context, d_model)
-        except Exception as error:
-            raise DamagedError(
-                f"{place}: sequences {a} to {b} cannot be read ({short(error)}); cache it again"
-            ) from error
 
     array = Shaped(
         place, (len(data), context, d_model), {"float16": torch.float16}.get(kind.dtype, torch.float32), read
@@ -276,6 +278,17 @@ def open_saelens(place: Path, asked: Asked) -> Source:
     special = special_rows(place, data, context, asked.special_ids)
     described = about("saelens", place, files, key=name, special_ids=list(asked.special_ids))
     return Source([array.part()], d_model, context, FLOATS[array.dtype], described, hook_of(name), special)
+
+
+@contextlib.contextmanager
+def saved_errors(place: Path, data: Any, a: int, b: int) -> Iterator[None]:
+    """What libraries say of sequences a … b − 1 as a DamagedError; first they are checked whole, since offsets that lead out of
+    their memory would end the process."""
+    try:
+        data.data.slice(a, b - a).table.validate(full=True)
+        yield
+    except Exception as error:
+        raise DamagedError(f"{place}: sequences {a} to {b} cannot be read ({short(error)}); cache it again") from error
 
 
 def hook_of(name: str) -> dict[str, Any]:
@@ -296,8 +309,11 @@ def special_rows(place: Path, data: Any, context: int, ids: Sequence[int]) -> np
     if "token_ids" not in data.column_names:
         raise UsageError(f"{place}: has no token_ids, so --special-ids says nothing; leave it out")
     columns = data.with_format("numpy", columns=["token_ids"])
-    blocks = (np.asarray(columns[a : a + BLOCK]["token_ids"]) for a in range(0, len(data), BLOCK))
-    special = np.concatenate([np.isin(block, ids) for block in blocks])
+    blocks = []
+    for a in range(0, len(data), BLOCK):
+        with saved_errors(place, data, a, min(a + BLOCK, len(data))):
+            blocks.append(np.isin(np.asarray(columns[a : a + BLOCK]["token_ids"]), ids))
+    special = np.concatenate(blocks) if len({block.shape[1:] for block in blocks}) == 1 else np.empty(0)
     if special.shape != (len(data), context):
         raise DamagedError(f"{place}: token_ids are {list(special.shape)}, expected {[len(data), context]}")
     return special
@@ -332,13 +348,12 @@ def open_saev(place: Path, asked: Asked) -> Source:
     """
     if not (place / "metadata.json").is_file():
         raise UsageError(f"{place}: expected saev's folder of shards (with metadata.json), found none")
-    metadata = read_json(place / "metadata.json")
-    require_plain(place / "metadata.json", metadata)
-    about_all = Fields(place / "metadata.json", metadata)
+    about_all = Fields(place / "metadata.json", read_json(place / "metadata.json"))
     protocol = about_all.text("protocol", "1")
     if protocol.partition(".")[0] not in ("1", "2") or about_all.text("dtype", "float32") != "float32":
         raise UsageError(
-            f"{place}: expected saev's protocol 1 or 2 in float32, found {protocol} {metadata.get('dtype')}"
+            f"{place}: expected saev's protocol 1 or 2 in float32, found {protocol[:40]!a} "
+            f"{about_all.text('dtype', 'float32')[:40]!a}"
         )
     layers = about_all.items("layers")
     if not layers or any(type(layer) is not int for layer in layers):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pipeline.base import network
 from pipeline.base.errors import ModelError
-from pipeline.base.files import hash_file, read_json, sha256
+from pipeline.base.fields import Fields
+from pipeline.base.files import hash_file, read_any_json, read_json, sha256
 from pipeline.base.kept import kept_hash
 
 WANTED = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
@@ -62,7 +63,7 @@ def require_plain(folder: Path) -> None:
     for name, what in UNAPPLIED.items():
         if (folder / name).exists():
             raise ModelError(f"{folder}: has {name}: {what}")
-    config = read_json(folder / "config.json")
+    config = read_any_json(folder / "config.json")
     parts = (
         [config, *(value for value in config.values() if isinstance(value, dict))] if isinstance(config, dict) else []
     )
@@ -73,7 +74,7 @@ def require_plain(folder: Path) -> None:
     if whole.exists() and index.exists():
         raise ModelError(f"{folder}: has both {whole.name} and {index.name}; which are the weights? Keep one")
     if index.exists():
-        named = set(read_json(index).get("weight_map", {}).values())
+        named = set(Fields(index, read_json(index)).texts("weight_map").values())
         there = {path.name for path in folder.glob("model*.safetensors")}
         if missing := sorted(named - there):
             raise ModelError(f"{folder}: {missing[0]} is missing, which {index.name} names; get it again")

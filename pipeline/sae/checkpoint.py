@@ -126,6 +126,7 @@ def read_contents(path: Path, format_name: str, version: int) -> Contents:
         found = ascii(header.data.get("version"))[:40]
         raise CheckpointError(f"{path}: version {found} is not known here, which reads {version}")
     require_plain(path, dict(header.data))
+    require_plain(path, dict(layout.data))
     return Contents(header, read_places(layout, 8 + length, size))
 
 

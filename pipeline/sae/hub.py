@@ -16,8 +16,8 @@ import torch
 from pipeline.base import network
 from pipeline.base.digests import DIGESTS, is_sealed, vouch
 from pipeline.base.errors import CheckpointError
-from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import PARTIAL, read_bytes, read_json, write_bytes
+from pipeline.base.fields import Fields
+from pipeline.base.files import read_bytes, read_json, write_alone
 from pipeline.sae.checkpoint import Header
 from pipeline.sae.foreign.reader import (
     FORMATS,
@@ -198,16 +198,12 @@ def sae_files(folder: Path) -> list[str]:
 
 def copy(source: Path, target: Path) -> None:
     """Copy a file atomically; what a killed copy left is swept."""
-    for left in target.parent.glob(f"{target.name}.*{PARTIAL}"):
-        left.unlink()
-    write_bytes(target, read_bytes(source))
+    write_alone(target, read_bytes(source))
 
 
 def read_results(path: Path) -> Fields:
     """A results file. Raises DamagedError."""
-    data = read_json(path)
-    require_plain(path, data)
-    fields = Fields(path, data)
+    fields = Fields(path, read_json(path))
     is_sealed(path, fields.data)
     return fields
 

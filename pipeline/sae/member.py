@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.base.digests import is_sealed
 from pipeline.base.errors import CheckpointError, DamagedError
-from pipeline.base.fields import Fields, require_plain
+from pipeline.base.fields import Fields
 from pipeline.base.files import hash_file, read_json, read_text
 from pipeline.sae.checkpoint import load_tensors
 from pipeline.sae.folders import member_folder
@@ -50,7 +50,6 @@ def read_config(folder: Path) -> Fields:
         data = read_json(path)
     except FileNotFoundError as error:
         raise DamagedError(f"{path}: gone; put it back, or move this member away and train it again") from error
-    require_plain(path, data)
     found = (data.get("format"), data.get("version")) if isinstance(data, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise CheckpointError(
@@ -88,8 +87,7 @@ def read_completion(folder: Path) -> Completion | None:
     path = folder / "complete.json"
     if not path.exists():
         return None
-    require_plain(path, data := read_json(path))
-    fields = Fields(path, data)
+    fields = Fields(path, read_json(path))
     final = folder / "checkpoints" / Path(fields.text("final")).name
     hashes = (fields.text("sha256"), fields.some_text("config_sha256"), fields.some_text("metrics_sha256"))
     return Completion(final, *hashes, is_sealed(path, fields.data))

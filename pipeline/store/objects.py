@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from pipeline.base.errors import DamagedError, UsageError
+from pipeline.base.errors import DamagedError, DiskError, UsageError
 from pipeline.base.files import disk_errors, is_url
 from pipeline.store.backend import Files, LocalFiles, require_small
 from pipeline.store.requests import Gone, Traffic, asked, first_line
@@ -83,16 +83,28 @@ class RemoteFiles:
 
     def read(self, key: str, most: int) -> bytes:
         """One GET, of one byte more than there can be."""
-        data: bytes = self.ask(key, lambda: self.fs.cat_file(self.path(key), start=0, end=most + 1))
+        data: bytes = self.ask(key, lambda: self.fetch(key, 0, most + 1))
         self.traffic.add(n_bytes=len(data))
         require_small(self.where(key), len(data), most)
+        return data
+
+    def fetch(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes start … stop − 1, fewer where the file ends. A web server may not know ranges, or never end: fsspec's `cat_file`
+        takes whatever it sends, its open files no more than was asked for."""
+        data: bytes
+        if not self.url.startswith(("http://", "https://")):
+            data = self.fs.cat_file(self.path(key), start=start, end=stop)
+            return data
+        with self.fs.open(self.path(key), "rb", size=stop, cache_type="none") as file:
+            file.seek(start)
+            data = file.read(stop - start)
         return data
 
     def read_into(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """One GET of a range. Called by several threads at once, as many GETs are under way."""
         wanted = [buffer.cast("B") for buffer in buffers]
         n = sum(map(len, wanted))
-        data = memoryview(self.ask(key, lambda: self.fs.cat_file(self.path(key), start=offset, end=offset + n)))
+        data = memoryview(self.ask(key, lambda: self.fetch(key, offset, offset + n)))
         self.traffic.add(n_bytes=len(data))
         if len(data) != n:
             raise DamagedError(f"{self.where(key)}: ends before byte {offset + n}; it was cut short")
@@ -100,11 +112,17 @@ class RemoteFiles:
             buffer[:], data = data[: len(buffer)], data[len(buffer) :]
 
     def size(self, key: str) -> int | None:
-        """One HEAD."""
+        """One HEAD. Raises DiskError where the server does not say."""
         try:
-            return int(self.ask(key, lambda: self.fs.info(self.path(key)))["size"])
+            said = self.ask(key, lambda: self.fs.info(self.path(key)))["size"]
         except Gone:
             return None
+        if type(said) is not int:
+            raise DiskError(
+                f"{self.where(key)}: the server does not say how long it is (Content-Length), so it cannot be checked; use one "
+                "that does, or copy the store to a disk"
+            )
+        return said
 
     def sizes(self, keys: Sequence[str]) -> dict[str, int | None]:
         """What a listing of everything below the URL says (a request for a thousand files); HEADs side by side for the rest."""

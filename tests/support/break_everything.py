@@ -28,13 +28,18 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
+from evaluate.explain.__main__ import cli as explain_cli
+from evaluate.explain.answers import read_answers
 from evaluate.latents.files import write_labels
 from evaluate.report.write import write_report
 from evaluate.run import EvaluateConfig
 from evaluate.run import run as evaluate
+from harvest.config import HarvestConfig
+from harvest.run import dry_run
 from harvest.run import run as harvest
+from pipeline.base.digests import sealed
 from pipeline.base.errors import PipelineError, explain
-from pipeline.base.files import canonical_json, read_json
+from pipeline.base.files import canonical_json, read_json, write_json
 from pipeline.experiment.describe import describe
 from pipeline.experiment.slurm import write_script
 from pipeline.experiment.stages import run_stage
@@ -43,10 +48,12 @@ from pipeline.sae.export import export
 from pipeline.sae.foreign.reader import load_sae
 from pipeline.store import layout
 from pipeline.store.staging import stage
+from pipeline.watch import table, watched, write_page
 from support import tiny_models
 from support.harvests import harvest_config
 from support.stores import lose_shards
 from support.train_crasher import child, small
+from train.dry_run import planned_rows
 from train.plan import RunConfig
 from train.run import run as train
 
@@ -74,20 +81,48 @@ class World:
         write_labels(first(self.root, "results/*.latents"), {3: "rivers"})
         write_report([self.root / "results"], self.root / "report.html")
         export(first(self.root, "runs/*/checkpoints/*.safetensors"), "saelens", self.root / "exported")
-        write_script(self.root / "jobs" / "train_0.sh", f"#!/usr/bin/env bash\npython -m train --seed {self.seed}\n")
-        run_stage("evaluate.report", ["--help"], self.root / "logs" / "report.log")
+        for name in ("train_0", "train_1"):
+            write_script(
+                self.root / "jobs" / f"{name}.sh", f"#!/usr/bin/env bash\n# {name}\npython -m train {self.seed}\n"
+            )
+        for name in ("harvest", "report"):
+            run_stage("evaluate.report", ["--help"], self.root / "logs" / f"{name}.log")
+        write_json(self.root / "logs" / "harvest-plan.json", sealed(dry_run(self.harvesting("acts.zarr"))))
+        self.explain()
+        self.watch()
 
-    def harvest(self, store: str) -> None:
-        """A store, made or gone on with."""
+    def harvesting(self, store: str) -> HarvestConfig:
+        """Of a store."""
         corpus = self.shared / f"corpus{self.seed}.jsonl"
         if not corpus.exists():
             tiny_models.make_corpus(corpus, seed=self.seed)
-        config = harvest_config(self.shared / "model", corpus, self.root / store, eval_tokens=640, seed=self.seed)
-        harvest(config, quiet=True)
+        return harvest_config(self.shared / "model", corpus, self.root / store, eval_tokens=640, seed=self.seed)
+
+    def harvest(self, store: str) -> None:
+        """A store, made or gone on with."""
+        harvest(self.harvesting(store), quiet=True)
+
+    def explain(self) -> None:
+        """Prompts, answers that say what a latent is, and what those are worth."""
+        words = [str(first(self.root, "runs/*/checkpoints/*23.safetensors")), "--store", str(self.root / "acts.zarr")]
+        words += ["--latents", "1,2,3", "--device", "cpu"]
+        prompts, answers = self.root / "prompts.jsonl", self.root / "answers.jsonl"
+        asked = [*words, "--prompts", str(prompts)]
+        explain_cli.main(asked, standalone_mode=False)
+        ids = [json.loads(line)["custom_id"] for line in prompts.read_text().splitlines()]
+        answers.write_text("".join(json.dumps({"custom_id": one, "content": f"about {one}"}) + "\n" for one in ids))
+        more = ["--answers", str(answers), "--out", str(self.root / "explained.json")]
+        explain_cli.main([*words, *more], standalone_mode=False)
+
+    def watch(self) -> object:
+        """The table and the page of those who watch a training; what they say of members that run."""
+        found = [one for folder in ("runs", "half") for one in watched(self.root / folder, 0.0)]
+        write_page(self.root / "watch.html", found, self.root / "runs", 1.0)
+        return table(found)
 
     def training(self, out: str, mode: str = "auto") -> RunConfig:
         """Two members; half a second."""
-        members = tuple(small(alpha=0.25, seed=2 * self.seed + i) for i in range(2))
+        members = tuple(small(alpha=0.25, seed=2 * self.seed + i, layernorm="none") for i in range(2))
         rows = 256 if mode == "window" else None
         chosen: Any = mode
         return RunConfig(
@@ -166,9 +201,33 @@ class World:
         """`describe` of every results file."""
         return [describe(str(path)) for path in sorted(self.root.glob("results/*.json"))]
 
+    def planned(self) -> object:
+        """What a training asks of a harvest's plan."""
+        path, plan = self.root / "acts.zarr", self.root / "logs" / "harvest-plan.json"
+        recorded = next(iter(re.findall(r'"path": "([^"]*)"', plan.read_text(errors="replace"))), str(path))
+        return repr(planned_rows(recorded, plan))
+
+    def explained(self) -> object:
+        """Answers read back."""
+        return read_answers(self.root / "answers.jsonl")
+
+    def evaluated_export(self) -> object:
+        """Scores of the export, in a new folder."""
+        self.evaluate("new", "exported")
+        return scores(self.root / "new")
+
+    def exported_again(self) -> object:
+        """The same command on an export that is there."""
+        source = first(self.root, "runs/*/checkpoints/step_000023.safetensors")
+        return written(self.root / "exported", lambda: export(source, "saelens", self.root / "exported"))
+
+    def reported_again(self) -> object:
+        """The same command on a report that is there."""
+        return written(self.root, lambda: write_report([self.root / "results"], self.root / "report.html"))
+
     def loaded(self) -> object:
         """The exported SAE."""
-        sae = load_sae(self.root / "exported")
+        sae, _ = load_sae(self.root / "exported")
         return {name: sha256(value.numpy().tobytes()).hexdigest() for name, value in sae.state_dict().items()}
 
     def exported(self) -> object:
@@ -198,14 +257,26 @@ MEMBER: dict[str, Callable[[World], object]] = {
     "export": World.exported,
     "verify": World.verified,
 }
-STATE: dict[str, Callable[[World], object]] = {"train goes on": World.gone_on, "verify": World.verified}
+STATE: dict[str, Callable[[World], object]] = {
+    "train goes on": World.gone_on,
+    "watch": World.watch,
+    "verify": World.verified,
+}
 RESULTS: dict[str, Callable[[World], object]] = {
     "describe": World.described_results,
     "evaluate again": World.evaluated_again,
     "report": World.reported,
     "verify": World.verified,
 }
-EXPORT: dict[str, Callable[[World], object]] = {"load": World.loaded, "verify": World.verified}
+EXPORT: dict[str, Callable[[World], object]] = {
+    "load": World.loaded,
+    "evaluate": World.evaluated_export,
+    "export again": World.exported_again,
+    "verify": World.verified,
+}
+REPORT: dict[str, Callable[[World], object]] = {"report again": World.reported_again, "verify": World.verified}
+PLAN: dict[str, Callable[[World], object]] = {"train plans": World.planned, "verify": World.verified}
+ANSWERS: dict[str, Callable[[World], object]] = {"explain": World.explained, "verify": World.verified}
 ALONE: dict[str, Callable[[World], object]] = {"verify": World.verified}
 
 GROUPS: dict[str, tuple[dict[str, Callable[[World], object]], dict[str, str]]] = {
@@ -278,16 +349,28 @@ GROUPS: dict[str, tuple[dict[str, Callable[[World], object]], dict[str, str]]] =
             "digests": "exported/digests.json",
         },
     ),
-    "A report, a job, a log": (
-        ALONE,
+    "A report": (
+        REPORT,
         {
             "page": "report.html",
             "figure": "report_files/*.svg",
             "table": "report_files/*.csv",
+            "latents' page": "report_files/latents/*.html",
             "digests": "report_files/digests.json",
-            "job": "jobs/train_0.sh",
-            "log": "logs/report.log",
-            "log's digest": "logs/report.log.sha256",
+        },
+    ),
+    "A plan": (PLAN, {"harvest-plan.json": "logs/harvest-plan.json"}),
+    "Answers of a chat model": (ANSWERS, {"answers": "answers.jsonl"}),
+    "A job, a log, explanations, a page of watch": (
+        ALONE,
+        {
+            "job": "jobs/*.sh",
+            "its digest": "jobs/*.sh.sha256",
+            "log": "logs/*.log",
+            "its digest ": "logs/*.log.sha256",
+            "prompts": "prompts.jsonl",
+            "explained.json": "explained.json",
+            "watch.html": "watch.html",
         },
     ),
 }
@@ -406,10 +489,13 @@ def lines_of(said: str, world: World) -> set[str]:
 
 
 def shortened(words: str, world: World) -> str:
-    """Words for a cell: paths from the experiment's folder on, members without their hash."""
+    """Words for a cell: without paths, hashes and numbers, and without what to do."""
     words = " ".join(words.replace(f"{world.root}/", "").replace("|", "/").split())
     words = re.sub(r"(alpha[\d.]+-\w+?-seed\d|alpha[\d.]+-seed\d)-[0-9a-f]{10}", "MEMBER", words)
-    return words if len(words) <= 110 else words[:107] + "…"
+    words = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{8,64}\b…?|\b\d[\d,.]*\b", "N", words.partition(";")[0])
+    words = re.sub(r"'?[\w./-]*/[\w./…-]*'?(, shard N)?: ", "", words, count=1)
+    words = re.sub(r" \((?!seal|SHA|crc32c)[^()]*(\(.*?\))?[^()]*\)", "", words)
+    return words if len(words) <= 70 else words[:67] + "…"
 
 
 def cell(work: Callable[[World], object], whole: Path, broken: Path, shared: Path, before: tuple[str, str, str]) -> str:
@@ -425,7 +511,8 @@ def cell(work: Callable[[World], object], whole: Path, broken: Path, shared: Pat
         if re.search("note|gone|lost|passed over|again|damage|failed|refus|differ|not |without", line)
     ]
     if told:
-        return f"{'says' if is_same(ended, before[0]) else 'goes on, says'}: {told[0]}"
+        said = shortened(told[0].removeprefix("note").strip(), world)
+        return f"{'says' if is_same(ended, before[0]) else 'goes on, says'}: {said}"
     return "passes" if is_same(ended, before[0]) else "**CHANGED**"
 
 
@@ -449,21 +536,25 @@ def rows(folder: Path, wanted: list[str]) -> Iterator[str]:
         for kind, pattern in kinds.items():
             if wanted and not any(one in f"{title}: {kind}" for one in wanted):
                 continue
+            found: dict[tuple[str, ...], list[str]] = {}
             for damage, harm in DAMAGE.items():
-                yield line(folder, mine, foreign, (title, kind, pattern, damage), harm, stages, before)
+                cells = cells_of(folder, mine, foreign, (title, kind, pattern), harm, stages, before)
+                found.setdefault(cells, []).append(damage)
+            for cells, damages in found.items():
+                yield f"| {kind} | {', '.join(damages)} | {' | '.join(cells)} |"
 
 
-def line(
+def cells_of(
     folder: Path,
     mine: World,
     foreign: World,
-    about: tuple[str, str, str, str],
+    about: tuple[str, str, str],
     harm: Callable[[Path, Path | None, Path], None],
     stages: dict[str, Callable[[World], object]],
     before: dict[str, tuple[str, str, str]],
-) -> str:
+) -> tuple[str, ...]:
     """One file broken in one way: what each stage makes of it."""
-    title, kind, pattern, damage = about
+    title, _, pattern = about
     cells, broken = [], folder / "at" / "mine"
     for name, work in stages.items():
         if f"{title}{name}" not in before:
@@ -478,13 +569,13 @@ def line(
             harm(found[0], its, other[0])
         except NoSuchDamage:
             shutil.rmtree(broken.parent)
-            return f"| {kind} | {damage} | {' | '.join(['–'] * len(stages))} |"
+            return ("–",) * len(stages)
         words = shortened(
             cell(work, mine.root, broken, mine.shared, before[f"{title}{name}"]), World(broken, mine.shared, 0)
         )
         shutil.rmtree(broken.parent)
         cells.append("same" if words in cells and words != "passes" else words)
-    return f"| {kind} | {damage} | {' | '.join(cells)} |"
+    return tuple(cells)
 
 
 def main() -> int:

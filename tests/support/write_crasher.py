@@ -19,16 +19,32 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 import harvest.run
+from evaluate.explain.__main__ import Asked
+from evaluate.explain.__main__ import report as explained
+from evaluate.explain.prompts import explain_id, questions
+from evaluate.latents.files import write_labels
 from evaluate.latents.neuronpedia import export_neuronpedia
 from evaluate.report.write import write_report
 from evaluate.run import EvaluateConfig
 from evaluate.run import run as run_evaluate
+from harvest.truth.run import TruthConfig, run_truth
+from pipeline.base.digests import write_sealed
 from pipeline.base.token_text import TokenText
+from pipeline.experiment.slurm import write_script
+from pipeline.imports.sources import Asked as AskedRows
+from pipeline.imports.write import Import, import_files
+from pipeline.sae import hub
+from pipeline.sae.export import FORMATS, export
 from pipeline.store.reader import Store
+from pipeline.store.staging import stage
+from pipeline.watch import watched, write_page
 from support.harvests import harvest_config
-from support.train_crasher import die_at_write
+from support.train_crasher import die_at_write, small
+from test_explain import SHA, made
 from test_latents import Words, make_sae
 from test_neuronpedia import SOURCE, sample_of
+from train.plan import RunConfig
+from train.run import run as run_training
 
 
 def evaluation(folder: Path, out: Path) -> None:
@@ -58,8 +74,38 @@ def mixed(folder: Path, out: Path) -> None:
     harvest.run.run(config, quiet=True)
 
 
+def pieces(folder: Path, out: Path) -> None:
+    """All that is written of one SAE: exports of every level in both formats, a copy as `pull` makes it, explanations and their
+    prompts, labels; and what an experiment writes beside its stages: job scripts, a harvest's plan, a page of watch."""
+    checkpoint = next(folder.glob("runs/*/checkpoints/*.safetensors"))
+    for kind in FORMATS:
+        export(checkpoint, kind, out / kind, level=-1)
+    hub.download = lambda *_: folder / "remote"
+    hub.pull("owner/name", out / "pulled")
+    text, found = TokenText(Words()), made()
+    asked = Asked(folder / "sae", SHA, SHA, 0, 8, (8,), [found], {3: list(questions(SHA, found, 0))}, text)
+    explained(asked, {explain_id(SHA, 3): "rivers"}, out / "prompts.jsonl", out / "explained.json", None)
+    write_labels(out / "labels", {3: "rivers"})
+    write_script(out / "jobs" / "train_0.sh", "#!/usr/bin/env bash\n")
+    write_sealed(out / "logs" / "harvest-plan.json", {"stores": []})
+    write_page(out / "watch.html", watched(folder / "runs", 0.0), Path("runs"), 1.0)
+
+
+def copies(folder: Path, out: Path) -> None:
+    """Stores that no model makes: one staged, one of rows of others, one of known features."""
+    stage(str(folder / "tiny.zarr"), out / "staged.zarr", quiet=True)
+    import_files("npy", folder / "rows", Import(str(out / "rows.zarr"), shard_rows=128, chunk_rows=64), AskedRows())
+    run_truth(TruthConfig("tree", str(out / "truth.zarr"), 640, 320, context=16, chunk_rows=64))
+
+
+def extended(folder: Path, out: Path) -> None:
+    """A finished training gone on with, for more steps than it had."""
+    longer = small(steps=40)
+    run_training(RunConfig(folder / "tiny.zarr", out / "runs", (longer,), "cpu", extend=True, threads=1))
+
+
 KINDS: dict[str, Callable[[Path, Path], None]] = {
-    work.__name__: work for work in (evaluation, report, neuronpedia, mixed)
+    work.__name__: work for work in (evaluation, report, neuronpedia, mixed, pieces, copies, extended)
 }
 
 

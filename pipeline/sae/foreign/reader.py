@@ -146,7 +146,6 @@ def load_foreign(folder: Path, place: Path | None = None) -> tuple[NestedSAE, di
     data: Mapping[str, Any] = {}
     if kind.config:
         data = Fields(folder / kind.config, read_json(folder / kind.config)).data
-        require_plain(folder / kind.config, data)
     tensors, settings = read_weights(folder / kind.weights)
     if settings and kind.config:
         raise DamagedError(f"{folder / kind.weights}: not a table of tensors; get it again")
@@ -207,6 +206,10 @@ def read_weights(path: Path) -> tuple[Tensors, About]:
         if not isinstance(state, dict):
             raise DamagedError(f"{path}: not a table of tensors; get it again")
         tensors = {str(name): one for name, one in state.items() if isinstance(one, Tensor)}
+        if odd := [name for name, one in tensors.items() if one.layout != torch.strided or one.is_quantized]:
+            raise DamagedError(
+                f"{path}: {odd[0][:80]!a} is sparse or quantised, expected plain numbers; save it as those"
+            )
         settings = {str(name): one for name, one in state.items() if not isinstance(one, Tensor)}
         require_plain(path, settings)
         return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, settings
