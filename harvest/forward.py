@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -48,17 +48,16 @@ class Block:
     ready: torch.cuda.Event | None = None
 
 
-def pending_shards(writers: Mapping[Point, StoreWriter], rank: int, world: int) -> list[Shard]:
-    """The shards that are not committed and that this process owns; who owns one depends on its number alone."""
-    shards = []
+def pending_shards(writers: Mapping[Point, StoreWriter]) -> dict[int, Shard]:
+    """The shards that are not committed, by their number: those of training first."""
+    shards = {}
     first = next(iter(writers.values()))
     for split, offset in (("train", 0), ("eval", first.split("train").n_shards)):
         pending = {point: set(writer.pending(split)) for point, writer in writers.items()}
         for k in range(first.split(split).n_shards):
-            points = tuple(point for point in writers if k in pending[point])
-            if points and (offset + k) % world == rank:
+            if points := tuple(point for point in writers if k in pending[point]):
                 start, stop = first.split(split).shard_rows_range(k)
-                shards.append(Shard(split, k, stop - start, points))
+                shards[offset + k] = Shard(split, k, stop - start, points)
     return shards
 
 
@@ -85,9 +84,10 @@ def batches(writer: StoreWriter, shard: Shard, batch_size: int) -> Iterator[Sequ
 
 
 def harvest_shards(
-    lm: SplitLM, writers: Mapping[Point, StoreWriter], shards: Sequence[Shard], batch_size: int, progress: Progress
+    lm: SplitLM, writers: Mapping[Point, StoreWriter], shards: Iterable[Shard], batch_size: int, progress: Progress
 ) -> None:
-    """Run the model's prefix over every shard's tokens and write the rows of each point, in the store's dtype."""
+    """Run the model's prefix over every shard's tokens and write the rows of each point, in the store's dtype. The next shard is
+    asked for when the forward passes of the one before are done."""
     first = next(iter(writers.values()))
     gigabyte = sum(rows_nbytes(writer) for writer in writers.values()) / len(writers) / 1e9
     written = 0.0

@@ -14,7 +14,7 @@ from typing import Any
 from harvest import announce
 from harvest.blocks import sweep_blocks
 from harvest.config import HarvestConfig
-from harvest.forward import fitting_batch, harvest_shards, pending_shards
+from harvest.forward import Shard, fitting_batch, harvest_shards, pending_shards
 from harvest.plan import Plan, make_plan
 from harvest.splits import Splits, make_tokens, stored_tokens, tokenise_part
 from harvest.steps import Note, Share, Steps, drop_notes, makers_of, read_notes, require_all
@@ -24,6 +24,7 @@ from pipeline.base.runtime import DTYPES, maker, process_group, rank, require_wo
 from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM
 from pipeline.model.trial import try_model
+from pipeline.store.layout import SPLITS
 from pipeline.store.makers import Maker, add_makers, record_makers, require_extender, require_makers
 from pipeline.store.prepare import holds_tokens, locked, prepare, require_space, resume
 from pipeline.store.writer import StoreWriter
@@ -41,8 +42,8 @@ def run(
 ) -> list[str]:
     """Harvest into one store a layer, or go on with a harvest that was stopped; returns the stores' paths.
 
-    Under torchrun every rank tokenises and makes its own shards, and rank 0 prepares and finishes. `steps`: only some of this,
-    for job arrays without torch.distributed. Raises any PipelineError.
+    Under torchrun every rank tokenises its own documents and makes the shards that it is handed, and rank 0 prepares and
+    finishes. `steps`: only some of this, for job arrays without torch.distributed. Raises any PipelineError.
     """
     with workers() as group, silenced(quiet):
         if steps.prepare and steps.part is not None:
@@ -120,7 +121,7 @@ def make_part(plan: Plan, lm: SplitLM | None, makers: Sequence[Maker], group: Gr
             note.write(writer.files)
             notes.append((writer, note))
     group.barrier()
-    make_shards(plan, lm, (steps.part or Share()).among(rank(), world_size()))
+    make_shards(plan, lm, steps.part or Share(), group)
     group.barrier()
     for writer, note in notes:
         dataclasses.replace(note, ended=True).write(writer.files)
@@ -165,6 +166,17 @@ class Group:
         said = [mine]
         dist.broadcast_object_list(said)
         return said[0]
+
+    def handed_out(self, n: int) -> Iterator[int]:
+        """The numbers below n, each to the process that asks next. Once a group."""
+        if world_size() == 1:
+            yield from range(n)
+            return
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        store = _get_default_store()
+        while (k := store.add("handed out", 1) - 1) < n:
+            yield k
 
 
 @contextlib.contextmanager
@@ -235,20 +247,35 @@ def gather_notes(path: str, mixed: bool) -> None:
         add_makers(writer.store, makers_of(notes), mixed=mixed)
 
 
-def make_shards(plan: Plan, lm: SplitLM | None = None, share: Share = Share()) -> None:  # noqa: B008 (frozen)
-    """Make this share's shards in batches of the size on record. Layers after the last one that still needs a shard are not
-    loaded; `lm`: a prefix of all layers that is loaded already."""
+def make_shards(plan: Plan, lm: SplitLM | None, share: Share, group: Group) -> None:
+    """Make the share's shards in batches of the size on record, each by the process of the group that asks next. Layers after the
+    last one that still needs a shard are not loaded; `lm`: a prefix of all layers that is loaded already."""
     writers = {point: StoreWriter.open(path) for point, path in plan.stores.items()}
     require_same_tokens(writers)
-    shards = pending_shards(writers, share.i, share.n)
-    if not shards:
+    first = next(iter(writers.values()))
+    n_shards = sum(first.split(name).n_shards for name in SPLITS)
+    ours = [k for k in range(n_shards) if share.part_of(k, world_size()) == share.i]
+    pending = pending_shards(writers)
+    left = [pending.get(k) for k in ours]
+    if not any(left):
         return
-    lm = lm or load_prefix(plan, sorted({point for shard in shards for point in shard.points}))
-    batch_size = int(next(iter(writers.values())).store.config["batch_size"])
-    n_rows = sum(shard.n_rows for shard in shards)
+    lm = lm or load_prefix(plan, sorted({point for shard in left if shard for point in shard.points}))
+    batch_size = int(first.store.config["batch_size"])
     label = "harvest" if share.n == 1 else f"harvest, part {share}"
-    with Progress(n_rows, label, "row") as bar:
-        harvest_shards(lm, writers, shards, batch_size, bar)
+    with Progress(sum(shard.n_rows for shard in left if shard), label, "row") as bar:
+        harvest_shards(lm, writers, taken(left, group, bar), batch_size, bar)
+
+
+def taken(shards: Sequence[Shard | None], group: Group, bar: Progress) -> Iterator[Shard]:
+    """Those of them that are left to do and handed to this process when it asks, so that a slow one holds nobody up. What others
+    were handed meanwhile counts as done in the bar."""
+    seen = 0
+    for i in group.handed_out(len(shards)):
+        bar.advance(sum(shard.n_rows for shard in shards[seen:i] if shard))
+        seen = i + 1
+        if (mine := shards[i]) is not None:
+            yield mine
+    bar.advance(sum(shard.n_rows for shard in shards[seen:] if shard))
 
 
 def load_prefix(plan: Plan, points: Sequence[Point]) -> SplitLM:

@@ -46,6 +46,10 @@ class Share:
         """The share of one of `world` processes that take this one together."""
         return Share(self.i * world + rank, self.n * world)
 
+    def part_of(self, k: int, world: int) -> int:
+        """The part of shard number k, where `world` processes take a part together: their shards stand side by side."""
+        return k % (self.n * world) // world
+
     def __str__(self) -> str:
         return f"{self.i}/{self.n}"
 
@@ -166,7 +170,7 @@ def require_all(writer: StoreWriter, notes: Sequence[Note]) -> None:
     if len(sizes) != 1:
         raise StoreError(f"{head} (number {missing[0]} first); run the parts, or harvest without --finish-only")
     [(n, world)] = sizes
-    lost = sorted({k % (n * world) // world for k in missing})
+    lost = sorted({Share(0, n).part_of(k, world) for k in missing})
     raise StoreError(f"{head}, those of --part {named_parts(lost, notes)}; run these parts again, then --finish-only")
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import multiprocessing.process
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from harvest.run import run
 from pipeline.base.errors import DamagedError, StoreError
 from pipeline.store.reader import Store
 from support import tiny_models
-from support.harvests import harvest_config, harvest_process, store_bytes
+from support.harvests import Slow, harvest_config, harvest_process, n_committed, noted, store_bytes
 
 Start = Callable[..., list[multiprocessing.process.BaseProcess]]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,14 +38,22 @@ def start() -> Iterator[Start]:
     context.set_forkserver_preload(["support.harvests", "harvest.run"])
     running: list[Any] = []
 
-    def start(config: HarvestConfig, n_workers: int = 1) -> list[multiprocessing.process.BaseProcess]:
+    def start(
+        config: HarvestConfig, n_workers: int = 1, slow: Sequence[Slow] = ()
+    ) -> list[multiprocessing.process.BaseProcess]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         shared = {"WORLD_SIZE": str(n_workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         workers: list[Any] = [
             context.Process(
-                target=harvest_process, args=(config, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                target=harvest_process,
+                args=(
+                    config,
+                    shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    False,
+                    dict(enumerate(slow)).get(rank),
+                ),
             )
             for rank in range(n_workers)
         ]
@@ -61,7 +71,7 @@ def start() -> Iterator[Start]:
 def finish(workers: list[multiprocessing.process.BaseProcess]) -> list[int | None]:
     """Exit codes of processes that are left alone."""
     for worker in workers:
-        worker.join(120)
+        worker.join(300)
     return [worker.exitcode for worker in workers]
 
 
@@ -78,6 +88,14 @@ def configs(
 
     run(config("expected"), quiet=True)
     return config
+
+
+def wait(until: Callable[[], bool]) -> None:
+    """For a state, which must come."""
+    deadline = time.monotonic() + 120
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def kill_rounds(start: Start, config: HarvestConfig, n_rounds: int, n_workers: int, seed: int) -> set[str]:
@@ -182,6 +200,27 @@ def test_two_workers_make_equal_bytes(start: Start, configs: Callable[[str], Har
     """Two workers make the bytes of one."""
     config = configs("two")
     assert finish(start(config, 2)) == [0, 0]
+    assert store_bytes(Path(config.store)) == store_bytes(Path(configs("expected").store))
+
+
+@pytest.mark.parametrize("n_workers", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_slow_worker_holds_nobody_up(start: Start, configs: Callable[[str], HarvestConfig], n_workers: int) -> None:
+    """Of two and four workers one makes a shard while each other makes three, and all are killed and started again, as torchrun
+    does when one is lost: shards go to who asks next, each is begun once, and the bytes are those of one worker."""
+    config, most = configs(f"slow-{n_workers}"), 3 * (n_workers - 1)
+    slow = [Slow(str(rank), n_workers - 1, most * (rank == 1)) for rank in range(n_workers)]
+    workers = start(config, n_workers, [dataclasses.replace(one, others=n_workers, last=2) for one in slow])
+    wait(lambda: n_committed(config) >= 2)
+    for worker in workers:  # the first is lost, and torchrun ends the others
+        worker.kill()
+    finish(workers)
+    there = n_committed(config)
+    shutil.rmtree(f"{config.store}.noted")
+    assert finish(start(config, n_workers, slow)) == [0] * n_workers
+    begun = [noted(config, path.name) for path in Path(f"{config.store}.noted").glob("*-*")]
+    assert len(begun) == 9 - there
+    assert all(len(who) == 1 for who in begun)
+    assert sum(who == ["1"] for who in begun) <= 1 + (len(begun) - 1) // (most + 1)
     assert store_bytes(Path(config.store)) == store_bytes(Path(configs("expected").store))
 
 

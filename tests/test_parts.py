@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ from pipeline.store.backend import LocalFiles
 from pipeline.store.objects import open_files
 from pipeline.store.reader import Store
 from support import tiny_models
-from support.harvests import harvest_config, store_bytes
+from support.harvests import Slow, harvest_config, store_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -254,23 +255,15 @@ def test_senseless_steps_are_refused(options: list[str], said: str) -> None:
         command.main([*options, "--store", "x.zarr"], standalone_mode=False)
 
 
-def in_process(config: HarvestConfig, steps: Steps, slowed: float = 0) -> None:
-    """Some steps in a process of its own, without fsync; `slowed`: seconds that every batch takes longer."""
+def in_process(config: HarvestConfig, steps: Steps, slow: Slow | None = None) -> None:
+    """Some steps in a process of its own, without fsync."""
     import torch
 
     os.fsync = lambda descriptor: None
     torch.set_num_threads(1)
     LocalCorpus.block_documents = 7
-    if slowed:
-        from pipeline.model.split_lm import SplitLM
-
-        prefix = SplitLM.prefix
-
-        def slow(self: Any, tokens: Any) -> Any:
-            time.sleep(slowed)
-            return prefix(self, tokens)
-
-        SplitLM.prefix = slow  # type: ignore[method-assign]
+    if slow is not None:
+        slow.begin(config)
     run(config, quiet=True, steps=steps)
 
 
@@ -287,33 +280,38 @@ def n_files(config: HarvestConfig) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("n_workers", [2, 4])
 def test_slow_and_killed_workers(configs: Configs, n_workers: int) -> None:
-    """Two and four processes take eight parts as they come; one is killed in the middle and its part taken again, one is slowed
-    down: the bytes are those of one process."""
+    """Two and four processes take eight parts as they come; one is killed in the middle and its part taken again, one makes a
+    shard while each other makes three: the bytes are those of one process, and the slow one holds nobody up."""
     config = configs(f"workers-{n_workers}")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.harvests", "harvest.run"])
     run(config, quiet=True, steps=PREPARE)
     waiting, running, killed = list(range(8)), dict[Any, int](), False
-    begun = 0
+    slow_one, slow_parts = None, list[int]()
     while waiting or running:
         while waiting and len(running) < n_workers:
             i = waiting.pop(0)
-            process = context.Process(
-                target=in_process, args=(config, part(i, 8), 0.2 if begun % n_workers == 1 else 0)
-            )
+            is_slow = slow_one is None and bool(running)
+            slow = Slow(str(i), 7, 3 * (n_workers - 1) * is_slow)
+            process = context.Process(target=in_process, args=(config, part(i, 8), slow))
             process.start()
-            running[process], begun = i, begun + 1
+            running[process] = i
+            if is_slow:
+                slow_one = process
+                slow_parts.append(i)
         if not killed and (Path(config.store) / "parts" / "0-8.json").exists():
             victim = next(process for process, i in running.items() if i == 0)
             victim.kill()
             killed = True
         for process in [process for process in running if process.exitcode is not None]:
             i = running.pop(process)
+            slow_one = None if process is slow_one else slow_one
             assert process.exitcode == 0 or (i == 0 and killed)
             waiting += [i] if process.exitcode else []
         time.sleep(0.005)
     run(config, quiet=True, steps=FINISH)
     assert killed
+    assert len(slow_parts) <= 3
     assert files_of(config) == files_of(configs("expected"))
 
 
@@ -346,7 +344,7 @@ def test_killed_parts_go_on(configs: Configs, monkeypatch: pytest.MonkeyPatch) -
         patch.setattr(
             harvest.run,
             "harvest_shards",
-            lambda lm, writers, shards, *rest: [make(lm, writers, shards[:1], *rest), 1 / 0],
+            lambda lm, writers, shards, *rest: [make(lm, writers, itertools.islice(shards, 1), *rest), 1 / 0],
         )
         with pytest.raises(ZeroDivisionError):
             run(config, quiet=True, steps=part(0, 2))

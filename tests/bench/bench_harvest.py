@@ -108,7 +108,7 @@ def writer_figures(d_model: int, n_stores: int, n_rows: int, place: Path) -> dic
     measured = measure_rows(rows, torch.zeros(len(rows), dtype=torch.bool))
     start, before = time.perf_counter(), os.times()
     with ShardThreads(writers) as threads:
-        for shard in pending_shards(writers, 0, 1):
+        for shard in pending_shards(writers).values():
             left = shard.n_rows
             while left:
                 n = min(left, len(rows))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +62,66 @@ def store_bytes(path: Path) -> dict[str, str]:
     }
 
 
-def harvest_process(config: HarvestConfig, environment: dict[str, str], repair: bool = False) -> None:
+def harvest_process(
+    config: HarvestConfig, environment: dict[str, str], repair: bool = False, slow: Slow | None = None
+) -> None:
     """A harvest in a process of its own, as a worker of the given environment. Without fsync: nobody cuts the power."""
     os.environ |= environment
     os.fsync = lambda descriptor: None
     torch.set_num_threads(1)
     from harvest.run import run
 
+    if slow is not None:
+        slow.begin(config)
     run(config, quiet=True, repair=repair)
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A process that notes beside the store which shards it began, and while it makes one waits until `n` others were committed,
+    or all of its `others` have nothing more to make; once `last` are committed it makes none and waits to be killed. It waits for
+    states, so that no outcome hangs on a machine's speed."""
+
+    name: str
+    others: int
+    n: int = 0
+    last: int = 1 << 30
+
+    def begin(self, config: HarvestConfig) -> None:
+        """From now on, in this process."""
+        import harvest.forward
+        import harvest.run
+
+        make, batches = harvest.forward.harvest_shards, harvest.forward.batches
+
+        def noting(*args: Any) -> None:
+            make(*args)
+            note(config, "end", self.name)
+
+        def waiting(writer: Any, shard: Any, batch_size: int) -> Any:
+            note(config, f"{shard.split}-{shard.k}", self.name)
+            wanted = n_committed(config) + self.n
+            while n_committed(config) < wanted and len(noted(config, "end")) < self.others:
+                time.sleep(0.002)
+            while n_committed(config) >= self.last:
+                time.sleep(0.002)
+            return batches(writer, shard, batch_size)
+
+        harvest.run.harvest_shards, harvest.forward.batches = noting, waiting
+
+
+def note(config: HarvestConfig, what: str, who: str) -> None:
+    """For `noted`."""
+    place = Path(f"{config.store}.noted") / what
+    place.mkdir(parents=True, exist_ok=True)
+    (place / who).touch()
+
+
+def noted(config: HarvestConfig, what: str) -> list[str]:
+    """Who noted a shard, as train-0, or its end."""
+    return sorted(path.name for path in (Path(f"{config.store}.noted")).glob(f"{what}/*"))
+
+
+def n_committed(config: HarvestConfig) -> int:
+    """Shards of an unfinished store with a record."""
+    return sum(path.name.isdigit() for path in Path(config.store).glob("*/resid/record/*"))
