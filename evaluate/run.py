@@ -122,7 +122,7 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
         _ = job.models.tokenizer  # it is that of the store, or this ends here
     if selection.todo:
         job.models.require_room()
-    with nullcontext() if dry_run else working_in(config.out):
+    with job.source.steady(), job.store.steady(), nullcontext() if dry_run else working_in(config.out):
         for families, todo in selection.todo.items():
             part = job.only(families)
             texts = read_texts(part.config.probing) if part.config.probing is not None else ()

@@ -59,6 +59,7 @@ def run(job: RunConfig) -> list[Outcome]:
         job.store, job.target, open_cache(job.cache, job.cache_size) if job.cache is not None else None
     )
     with (
+        stores.steady(),
         join(job.data_parallel, resolve_device(job.device)) as processes,
         tf32(processes.device),
         BodyCheck(*(store.train for store in stores.all)) as check,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,14 @@ class Stores:
         if found.target is not None:
             require_same_rows(found.read, found.target)
         return found
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """`Store.steady` of them all."""
+        with contextlib.ExitStack() as stack:
+            for store in self.all:
+                stack.enter_context(store.steady())
+            yield
 
     @property
     def traffic(self) -> Traffic | None:

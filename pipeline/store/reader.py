@@ -9,6 +9,7 @@ Nothing that is missing or changed is ever read as data: it raises DamagedError.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -79,11 +80,35 @@ class Store:
         DamagedError for the first thing that is not as it was written.
         """
         store = Store.load(path)
-        if complete and not store.complete:
-            raise StoreError(f"{path}: {store.progress()}; run the same harvest command again to finish it")
-        if check:
-            store.check()
+        with store.steady():
+            if complete and not store.complete:
+                raise StoreError(f"{path}: {store.progress()}; run the same harvest command again to finish it")
+            if check:
+                store.check()
         return store
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """What is read in the block is of the store as it was opened. Damage is said to be another process's work where one has
+        begun to extend, repair or finish the store since: raises StoreError for it, DamagedError for other damage."""
+        try:
+            yield
+        except DamagedError as error:
+            if (why := self.changed()) is None:
+                raise
+            raise StoreError(f"{self.where}: {why}") from error
+
+    def changed(self) -> str | None:
+        """What another process has done to the store since it was opened, and what to do; None where its root is as it was."""
+        try:
+            now = read_root(self.files)
+        except (DamagedError, StoreError):
+            return None
+        if now == self.attributes:
+            return None
+        if now["state"] == "complete":
+            return "another process extended, repaired or finished it while it was read; run the same command again"
+        return "another process extends or repairs it; run the same command again when that is done"
 
     @property
     def statistics(self) -> Statistics:
@@ -243,6 +268,8 @@ class Store:
             for name, _ in last if not problems else ():  # of what is damaged nothing can be measured
                 problems += problem_of(last[0])
                 bar.advance(1, name)
+        if problems and (why := self.changed()) is not None:
+            return [f"{self.where}: {why}"]
         return list(dict.fromkeys(problems))  # what is wrong with a group is so for each of its shards
 
 

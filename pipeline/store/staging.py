@@ -61,17 +61,18 @@ def stage(url: str, path: Path, *, quiet: bool = False) -> Store:
     begin(source, target)
     store = Store(target, path, source.attributes)
     shards = [(split, k) for split in store.splits for k in range(split.n_shards)]
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        for _ in pool.map(lambda file: copy_file(source.files, target, *file), small_files(store).items()):
-            pass
-    with Progress(len(shards), "stage", "shard", quiet=quiet) as bar, ThreadPoolExecutor(REQUESTS) as pool:
-        for _ in pool.map(lambda shard: copy_shard(source.files, *shard), shards):
-            bar.advance(1)
-    for split in store.splits:
-        for g in range(split.shape.n_groups) if split.packed else ():
-            split.check_norms(g)
-    store.check_metadata()
-    store.check_tokens()
+    with source.steady():
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            for _ in pool.map(lambda file: copy_file(source.files, target, *file), small_files(store).items()):
+                pass
+        with Progress(len(shards), "stage", "shard", quiet=quiet) as bar, ThreadPoolExecutor(REQUESTS) as pool:
+            for _ in pool.map(lambda shard: copy_shard(source.files, *shard), shards):
+                bar.advance(1)
+        for split in store.splits:
+            for g in range(split.shape.n_groups) if split.packed else ():
+                split.check_norms(g)
+        store.check_metadata()
+        store.check_tokens()
     write_root(target, source.attributes)
     return Store.open(path)
 

@@ -96,18 +96,26 @@ class StoreWriter:
         """Write shard k inside a with-block; leaving it commits the shard, an exception leaves nothing behind.
 
         Raises UsageError when too few or too many rows were written, DiskError when the disk is full, StoreError when
-        the shard is committed already.
+        the shard is committed already. One that another process committed meanwhile (a part that was thought lost, and taken
+        again) stays as that one wrote it.
         """
         split = self.split(name)
-        if is_committed(split, k) or self._finished_meanwhile():
+        if self._is_committed(split, k):
             raise StoreError(
                 f"{self.store.where}: shard {k} of {name} is committed; harvest --repair gives up damaged ones"
             )
-        with self.files.create(split.arrays["resid"].key(k)) as file:
-            writer = ShardWriter(file, split, k)
-            yield writer
-            chunks = writer.end()
-        commit(self.files, split, k, chunks, writer)
+        with contextlib.suppress(Overtaken):
+            with self.files.create(split.arrays["resid"].key(k)) as file:
+                writer = ShardWriter(file, split, k)
+                yield writer
+                chunks = writer.end()
+                if self._is_committed(split, k):
+                    raise Overtaken
+            commit(self.files, split, k, chunks, writer)
+
+    def _is_committed(self, split: Split, k: int) -> bool:
+        """Whether a shard is committed by now, by whomever."""
+        return is_committed(split, k) or self._finished_meanwhile()
 
     def give_up(self, name: str, k: int) -> None:
         """Take a shard's commit record away, then its files: it is pending again. Raises StoreError for a finished store, whose
@@ -135,8 +143,17 @@ class StoreWriter:
         Nothing changes when it is complete.
 
         Raises StoreError when a shard is not committed, or when no training row is left to make statistics of, and
-        DamagedError when tokens, or a committed shard, are not as they were (bodies are not read).
+        DamagedError when tokens, or a committed shard, are not as they were (bodies are not read). Where another process finished
+        it meanwhile, that is enough.
         """
+        try:
+            return self._finish()
+        except DamagedError:
+            if not self._finished_meanwhile():
+                raise
+            return Store.open(self.store.where)
+
+    def _finish(self) -> Store:
         left = {split.name: n for split in self.store.splits if (n := len(self.pending(split.name)))}
         if left:
             raise StoreError(f"{self.store.where}: shards are not committed ({left}); run harvest again")
@@ -153,6 +170,10 @@ class StoreWriter:
             write_root(self.files, attributes | {"state": "complete", "statistics": statistics.to_dict()})
         sweep(self.files, finished=True)
         return Store.open(self.store.where)
+
+
+class Overtaken(Exception):
+    """Another process committed the shard that is being written."""
 
 
 class ShardWriter:
