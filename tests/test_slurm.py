@@ -1,5 +1,6 @@
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,6 +186,23 @@ def test_training_asks_for_measured_time(tmp_path: Path, experiment: Path) -> No
     assert Cluster().training(trained(1e30)["cost"], is_on_cpu=True).seconds == 6000
     unmeasured = trained(0.3 * GPU_FLOPS["a100"] * 9700, device="cuda")["cost"] | {"seconds": None}
     assert Cluster().training(unmeasured, is_on_cpu=False).seconds == pytest.approx(10_000)
+
+
+def test_words_with_spaces_stay_whole(tmp_path: Path, experiment: Path) -> None:
+    """Options of sbatch with their values behind them, values and folders with spaces: each script names them as sbatch reads
+    them, in quotes; and a job whose needs failed does not wait for ever."""
+    cluster = Cluster("-p gpu --account 'my lab' --mail-user=me --qos=\"a b\"")
+    submit = write_jobs(Experiment.read(experiment), experiment, tmp_path / "my out", cluster, small)
+    for script in submit.parent.glob("*.sh"):
+        subprocess.run(["bash", "-n", script], check=True)
+    lines = [line for line in (submit.parent / "harvest.sh").read_text().splitlines() if line.startswith("#SBATCH")]
+    asked = [shlex.split(line)[1:] for line in lines]
+    assert asked[1] == [f"--output={tmp_path}/my out/jobs/harvest.log"]
+    assert asked[-4:] == [["-p", "gpu"], ["--account", "my lab"], ["--mail-user=me"], ["--qos=a b"]]
+    assert all(words[0].startswith("-") for words in asked)
+    assert all(
+        "--kill-on-invalid-dep=yes" in line for line in submit.read_text().splitlines() if "--dependency" in line
+    )
 
 
 def test_finish_asks_for_all_scoring(tmp_path: Path, experiment: Path) -> None:

@@ -28,13 +28,15 @@ from pipeline.experiment import stages
 
 HEAD = """#!/usr/bin/env bash
 #SBATCH --job-name={name}
-#SBATCH --output={log}
+#SBATCH {log}
 #SBATCH --open-mode=append
 #SBATCH --requeue
 {extra}{why}
 set -euo pipefail
 cd {root}
 """
+GIVE_UP = "--kill-on-invalid-dep=yes"
+"""A job whose needs failed goes, where it would wait for ever."""
 GPU_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "l40s": 362e12, "a6000": 155e12}
 """Products of dense bf16 matrices a second, as their maker names them."""
 USED = 0.3
@@ -89,12 +91,13 @@ class Cluster:
     at_once: int | None = None
 
     def directives(self, *ours: str) -> str:
-        """#SBATCH lines: ours, but for those that the user's words have, then the user's."""
+        """#SBATCH lines: ours, but for those that the user's words have, then the user's; sbatch reads quotes as a shell does."""
         theirs = shlex.split(self.sbatch)
         named = {word.partition("=")[0] for word in theirs}
-        return "".join(
-            f"#SBATCH {word}\n" for word in (*(w for w in ours if w.partition("=")[0] not in named), *theirs)
-        )
+        lines = "".join(f"#SBATCH {shlex.quote(word)}\n" for word in ours if word.partition("=")[0] not in named)
+        for word in theirs:
+            lines += ("#SBATCH " if word.startswith("-") else " ") + shlex.quote(word) + "\n"
+        return lines.replace("\n ", " ")  # the value of an option is on its line
 
     def seconds(self, plan: Plan) -> float:
         """Of all of a harvest's rows on one GPU: as measured where the plan was made on one, else from its operations."""
@@ -228,10 +231,12 @@ class Jobs:
             at_once = f"%{self.cluster.at_once}" if self.cluster.at_once else ""
             array, command = [f"--array=0-{n - 1}{at_once}"], f'{command} --part "$SLURM_ARRAY_TASK_ID/{n}"'
         extra = self.cluster.directives(*asked, *array)
-        head = HEAD.format(name=name, log=log, extra=extra, why=why, root=shlex.quote(str(ROOT)))
+        head = HEAD.format(
+            name=name, log=shlex.quote(f"--output={log}"), extra=extra, why=why, root=shlex.quote(str(ROOT))
+        )
         write_script(self.folder / f"{name}.sh", head + command + "\n")
         kind = "afterany" if whatever else "afterok"
-        needs = f"--dependency={kind}:{':'.join(f'${one}' for one in after)} " if after else ""
+        needs = f"--dependency={kind}:{':'.join(f'${one}' for one in after)} {GIVE_UP} " if after else ""
         script = f"{shlex.quote(str(self.folder))}/{name}.sh"
         self.submitted.append(f"{name}=$(sbatch --parsable {needs}{script})")
 
