@@ -170,10 +170,11 @@ def write_store(path: Path, size: Size, dtype: str, *, write: bool = False) -> N
             link_shards(writer)
 
 
-def made_rows(n_rows: int, dtype: str) -> torch.Tensor:
-    """A shard's rows, of which every chunk has a massive one."""
+def made_rows(n_rows: int, dtype: str, *, massive: bool = False) -> torch.Tensor:
+    """A shard's rows; every chunk has a massive one, which statistics take out of their sums, or none has."""
     rows = torch.randn(n_rows, D_MODEL, generator=torch.Generator().manual_seed(0))
-    rows[1::CONTEXT] *= 30.0
+    rows /= rows.norm(dim=1, keepdim=True)
+    rows[1::CONTEXT] *= 30.0 if massive else 1.0
     return rows.to(DTYPES[dtype])
 
 
@@ -296,7 +297,7 @@ def finish_one(folder: Path, size: Size, dtype: str) -> Figures:
     path = folder / "finish.zarr"
     with no_fsync():
         writer = prepare_store(path, size.config(dtype), *size.n_sequences)
-        write_rows(writer, made_rows(writer.layout.shard_rows, dtype), every=True)
+        write_rows(writer, made_rows(writer.layout.shard_rows, dtype, massive=True), every=True)
         started = time.perf_counter()
         with counted_reads() as read:
             store = StoreWriter.open(path).finish()
