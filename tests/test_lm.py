@@ -8,11 +8,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import errors as hub
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import Tensor, nn
@@ -566,17 +568,67 @@ def test_part_too_large_is_refused(part: Any, lm_folder: Folder, monkeypatch: py
 
 
 def test_weights_go_straight_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With accelerate a model comes to a GPU from its file, a suffix where all of it fits there before it is cut; what is larger,
-    and all on a CPU, by the host; a map without accelerate is an error."""
+    """With accelerate a model comes to a GPU from its file, without it by the host; a map without accelerate is an error."""
     cuda, cpu = torch.device("cuda:1"), torch.device("cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
-    assert placement(cuda, "prefix", None, 5000) == {"": cuda}
-    assert placement(cuda, "suffix", None, 900) == {"": cuda}
-    assert placement(cuda, "suffix", None, 901) is None
-    assert placement(cpu, "suffix", None, 900) is None
-    assert placement(cuda, "whole", "balanced", 5000) == "balanced"
+    assert placement(cuda, None) == {"": cuda}
+    assert placement(cpu, None) is None
+    assert placement(cuda, "balanced") == "balanced"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert placement(cuda, "prefix", None, 5000) is None
+    assert placement(cuda, None) is None
     with pytest.raises(UsageError, match="pip install accelerate"):
-        placement(cuda, "prefix", "auto", 5000)
+        placement(cuda, "auto")
+
+
+class Watched:
+    """A safetensors file of which is noted what tensors are read."""
+
+    read: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.file = safe_open(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def get_slice(self, name: str) -> Any:
+        """A slice that notes when it is read."""
+        watched, held = self, self.file.get_slice(name)
+
+        class Slice:
+            def __getattr__(self, other: str) -> Any:
+                return getattr(held, other)
+
+            def __getitem__(self, index: Any) -> Tensor:
+                tensor: Tensor = held[index]
+                watched.read[name] = tensor.nbytes
+                return tensor
+
+        return Slice()
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "llama"])
+@pytest.mark.parametrize("part", ["prefix", "suffix"])
+def test_part_reads_its_own_weights(part: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model in several files the weights of a part are read and no others, tensor by tensor; it computes what it computes
+    where all are read."""
+    folder = tiny_models.make_model(tmp_path, kind)
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(
+        tmp_path / "shards", max_shard_size="100KB"
+    )
+    for path in folder.glob("*token*"):
+        shutil.copy(path, tmp_path / "shards")
+    folder = tmp_path / "shards"
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    whole, tokens = SplitLM.load(str(folder), dtype="float32", layers=[1]), torch.arange(3, 35).view(2, 16)
+    monkeypatch.setattr(transformers.modeling_utils, "safe_open", Watched)
+    monkeypatch.setattr(Watched, "read", {})
+    lm = SplitLM.load(str(folder), dtype="float32", part=part, layers=[1])
+    held = {id(p): p.nbytes for p in lm.model.parameters() if not p.is_meta}
+    assert (len(Watched.read), sum(Watched.read.values())) == (len(held), sum(held.values()))
+    assert sum(held.values()) < 0.9 * sum(p.nbytes for p in whole.model.parameters())
+    rows = whole.prefix(tokens)[1]
+    if part == "prefix":
+        assert torch.equal(lm.prefix(tokens)[1], rows)
+    else:
+        assert torch.equal(lm.unembed(lm.suffix(rows, tokens)), whole.unembed(whole.suffix(rows, tokens)))

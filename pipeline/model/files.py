@@ -82,11 +82,6 @@ def require_plain(folder: Path) -> None:
             raise ModelError(f"{folder}: {left[0]} is not among the files that {index.name} names; take it away")
 
 
-def weights_nbytes(folder: Path) -> int:
-    """Bytes of the safetensors files of a model's folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
 def weights_sha256(folder: Path) -> str:
     """Hash over the names and contents of the safetensors files in a model folder; reads them all, once (`kept.py`)."""
     files = sorted(folder.glob("model*.safetensors"))

@@ -29,7 +29,7 @@ from pipeline.base.errors import ModelError, UsageError
 from pipeline.base.files import human_bytes
 from pipeline.base.runtime import DTYPES, resolve_device, resolve_dtype
 from pipeline.model.anatomy import Anatomy, Reached, forward, logits_of, own_parameters, residual_of
-from pipeline.model.files import hub_errors, model_folder, weights_nbytes, weights_sha256
+from pipeline.model.files import hub_errors, model_folder, weights_sha256
 from pipeline.model.patching import overridden, removed
 from pipeline.model.places import find_place, first_of, module_name, stream_of, with_stream
 from pipeline.model.points import Point
@@ -160,28 +160,32 @@ class SplitLM:
 
         device_map: `auto`, `balanced` or `sequential` spreads the layers over all GPUs, as transformers and accelerate do it.
         Where accelerate is installed, a model for a GPU comes there from its file tensor by tensor, without a copy in host
-        memory; a suffix, which is cut when it is whole, where all of it fits there at first.
+        memory.
 
-        `prefix`: layers after the last of `layers` are neither loaded nor run. `suffix`: only the layers after layers[0] and
-        the head are kept, for a point inside a layer all of them; `whole`: everything, cut at layers[0]. Raises ModelError
+        `prefix`: layers after the last of `layers`, and the head, are neither read nor run. `suffix`: only the layers after
+        layers[0] and the head are, for a point inside a layer all of them, and with a device map all are read and those before
+        dropped; `whole`: everything, cut at layers[0]. Raises ModelError
         when the model is missing, gated, of a code that needs trust_remote_code, incomplete, or has no such layer or point, and
         UsageError for a device map without accelerate. Without one, a part that is larger than what is free on a GPU is a
         ModelError before any weight is read.
         """
         info = ModelInfo.read(model, revision, trust_remote_code=trust_remote_code)
-        last = max(as_point(layer).layer for layer in layers)
         info.require_layers([as_point(layer).layer for layer in layers])
         device = resolve_device(str(device))
         auto: Any = transformers.AutoModelForCausalLM
         kind_of_numbers = DTYPES[resolve_dtype(dtype, device)]
-        n_bytes = weights_nbytes(info.folder) * kind_of_numbers.itemsize // 2
-        mapped = placement(device, part, device_map, n_bytes)
+        mapped = placement(device, device_map)
+
+        def unused(model: Any) -> list[nn.Module]:
+            return unused_modules(model, list(find_layers(model, info.n_layers)), part, layers)
+
         if device_map is None:
             require_room(info, part, layers, kind_of_numbers, device, trust_remote_code=trust_remote_code)
         with hub_errors(model), quiet(), contextlib.ExitStack() as stack:
-            if part == "prefix":
-                kind = type(without_weights(info, trust_remote_code))
-                stack.enter_context(without_layers(kind, info.n_layers, last + 1))
+            unread = None
+            if part == "prefix" or (part == "suffix" and device_map is None):
+                unread = Unread(type(without_weights(info, trust_remote_code)), unused)
+                stack.enter_context(unread())
             loaded, report = auto.from_pretrained(
                 info.folder,
                 config=info.config,
@@ -192,7 +196,10 @@ class SplitLM:
                 output_loading_info=True,
                 **({} if mapped is None else {"device_map": mapped}),
             )
-        require_complete(model, report, layers_after(loaded, info.n_layers, last) if part == "prefix" else ())
+        names = {module: name for name, module in loaded.named_modules()}
+        require_complete(model, report, tuple(f"{names[module]}." for module in unused(loaded)))
+        if unread is not None and part == "suffix":
+            unread.stand_in(next(tensor.device for tensor in loaded.parameters() if not tensor.is_meta))
         split = SplitLM(loaded.eval().requires_grad_(False), info, part, layers)
         split._drop_unused()
         for tensor in (*loaded.parameters(), *loaded.buffers()):
@@ -457,23 +464,14 @@ class SplitLM:
         return overridden({block: self._anatomy.returning(n, residual) for n, block in enumerate(blocks)})
 
 
-FREE_SHARE = 0.9
-"""Of a device's free memory, what a model may take there before it is cut to its suffix."""
-
-
-def placement(
-    device: torch.device, part: Part, device_map: str | None, n_bytes: int
-) -> str | dict[str, torch.device] | None:
-    """Where transformers is to put weights, `n_bytes` in all, as it reads them; None: on the host first. Raises UsageError."""
+def placement(device: torch.device, device_map: str | None) -> str | dict[str, torch.device] | None:
+    """Where transformers is to put weights as it reads them; None: on the host first. Raises UsageError."""
     has_accelerate = importlib.util.find_spec("accelerate") is not None
     if device_map is not None and not has_accelerate:
         raise UsageError(f"--device-map {device_map}: needs accelerate; pip install accelerate")
     if device_map is not None:
         return device_map
-    if not has_accelerate or device.type != "cuda":
-        return None
-    fits = part != "suffix" or n_bytes <= FREE_SHARE * torch.cuda.mem_get_info(device)[0]
-    return {"": device} if fits else None
+    return {"": device} if has_accelerate and device.type == "cuda" else None
 
 
 def without_weights(info: ModelInfo, trust_remote_code: bool) -> Any:
@@ -526,35 +524,72 @@ def as_point(at: int | Point) -> Point:
     return at if isinstance(at, Point) else Point(at)
 
 
-@contextlib.contextmanager
-def without_layers(kind: type, n_layers: int, n_kept: int) -> Iterator[None]:
-    """For a while, models of this class are made whole from their config, then lose the weights after their first layers.
+class Unread:
+    """Parameters that a part of a model never runs, for a while taken out of models of a class as soon as they are made, whole,
+    from their config: what is not there is read from no file.
 
     Unlike a config with fewer layers, this leaves what a model derives from their number as it is.
     """
-    before: Any = kind.__init__  # type: ignore[misc]
-    own = "__init__" in vars(kind)
 
-    @functools.wraps(before)
-    def make(self: Any, *args: Any, **kwargs: Any) -> None:
-        before(self, *args, **kwargs)
-        blocks = find_layers(self, n_layers)
-        for module in (inner for block in blocks[n_kept:] for inner in block.modules()):
-            module._parameters.update(dict.fromkeys(module._parameters))
+    def __init__(self, kind: type, choose: Callable[[Any], list[nn.Module]]) -> None:
+        self.kind, self.choose = kind, choose
+        self.taken: list[tuple[nn.Module, str, nn.Parameter]] = []  # their shapes; on the meta device
+
+    def take(self, model: Any) -> None:
+        """Leave a model without them; what others hold too (tied weights) stays."""
+        unused = self.choose(model)
+        own = set(own_parameters(model, unused))
+        modules = dict(model.named_modules(remove_duplicate=False))
+        chosen = {
+            f"{path}.{name}" for path, module in modules.items() for name in module._parameters if (module, name) in own
+        }
+        tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+        for source in set(tied.values()):  # some are tied by name alone so far, as in Zamba
+            group = {source} | {target for target in tied if tied[target] == source}
+            if group <= chosen:
+                for target in group & set(tied):
+                    del tied[target]
+            else:
+                chosen -= group
+        for path in sorted(chosen):
+            parent, _, name = path.rpartition(".")
+            parameter = modules[parent]._parameters[name]
+            if parameter is not None:  # of a module with two names
+                self.taken.append((modules[parent], name, nn.Parameter(parameter.to("meta"), requires_grad=False)))
+                modules[parent]._parameters[name] = None
+        around = [module for module in modules.values() if set(unused) & set(module.children())]
+        for module in (*around, *(inner for outer in unused for inner in outer.modules())):
             vars(module)["_is_hf_initialized"] = True  # nothing is left of it that transformers could initialise
-        left_out = layers_after(self, n_layers, n_kept - 1)
-        tied: dict[str, str] = getattr(self, "all_tied_weights_keys", {})  # of layers that are there alone, as in Zamba
-        for name in [name for name in tied if name.startswith(left_out)]:
-            del tied[name]
 
-    kind.__init__ = make  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        if own:
-            kind.__init__ = before  # type: ignore[misc]
-        else:
-            del kind.__init__  # type: ignore[misc]
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """For a while."""
+        before: Any = self.kind.__init__  # type: ignore[misc]
+        own = "__init__" in vars(self.kind)
+
+        @functools.wraps(before)
+        def make(model: Any, *args: Any, **kwargs: Any) -> None:
+            before(model, *args, **kwargs)
+            self.take(model)
+
+        self.kind.__init__ = make  # type: ignore[misc]
+        try:
+            yield
+        finally:
+            if own:
+                self.kind.__init__ = before  # type: ignore[misc]
+            else:
+                del self.kind.__init__  # type: ignore[misc]
+
+    def stand_in(self, device: torch.device) -> None:
+        """Zeros instead, all in one memory of the largest: layers that run on them make what is of the right form."""
+        sizes: dict[torch.dtype, int] = {}
+        for _, _, parameter in self.taken:
+            sizes[parameter.dtype] = max(sizes.get(parameter.dtype, 0), parameter.numel())
+        zeros = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+        for module, name, parameter in self.taken:
+            zero = zeros[parameter.dtype][: parameter.numel()].view(parameter.shape)
+            module._parameters[name] = nn.Parameter(zero, requires_grad=False)
 
 
 def find_layers(model: Any, n_layers: int) -> nn.ModuleList:
@@ -577,12 +612,6 @@ def truncated(config: Any, n_layers: int) -> Any:
             setattr(text, name, value[:n_layers])
     text.num_hidden_layers = n_layers
     return config
-
-
-def layers_after(model: nn.Module, n_layers: int, last: int) -> tuple[str, ...]:
-    """What the names of the parameters of the layers after `last` begin with."""
-    after = set(find_layers(model, n_layers)[last + 1 :])
-    return tuple(f"{name}." for name, module in model.named_modules() if module in after)
 
 
 def require_complete(model: str, report: dict[str, Any], left_out: tuple[str, ...] = ()) -> None:
