@@ -13,6 +13,7 @@ import torch
 import zarr
 
 from pipeline.base.errors import DamagedError, DiskError, MismatchError, StoreError, UsageError
+from pipeline.experiment.verify import verify
 from pipeline.store import objects, staging
 from pipeline.store.backend import LocalFiles
 from pipeline.store.objects import RemoteFiles, open_files
@@ -242,6 +243,30 @@ def test_unsaid_length_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(type(RemoteFiles(url).fs), "info", lambda *_args, **_more: {"size": None})
     with pytest.raises(DiskError, match=r"zarr\.json: the server does not say how long it is"):
         Store.open(url)
+
+
+def test_unreachable_web_server_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which fsspec says that there is no such file; a file that the server does not have is gone."""
+    pytest.importorskip("fsspec", reason="needs fsspec (pip install '.[remote]')")
+    files, status = RemoteFiles("memory://broken.zarr"), 403
+
+    class Refused(Exception):
+        """As aiohttp has it."""
+
+        __module__ = "aiohttp.client_exceptions"
+
+    def info(path: str) -> dict[str, Any]:
+        cause = Refused("refused here")
+        cause.status = status  # type: ignore[attr-defined]
+        raise FileNotFoundError(path) from cause
+
+    monkeypatch.setattr(files.fs, "info", info)
+    with pytest.raises(DiskError, match=r"zarr\.json: refused here; check the URL and the connection"):
+        files.size("zarr.json")
+    with pytest.raises(DiskError, match="refused here"):
+        verify("memory://broken.zarr")
+    status = 404
+    assert files.size("zarr.json") is None
 
 
 def test_plain_path_is_local(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.base.digests import BESIDE, DIGESTS, beside, beside_problem, digest_problems, is_sealed, read_digests
-from pipeline.base.errors import DamagedError, PipelineError, UsageError, explain
+from pipeline.base.errors import DamagedError, DiskError, PipelineError, UsageError, explain
 from pipeline.base.fields import Fields
 from pipeline.base.files import KINDS, PARTIAL, hash_config, hash_file, is_url, read_json
 from pipeline.base.results import FORMAT as RESULTS
@@ -208,7 +208,7 @@ def store_problems(place: str | Path) -> list[str]:
     """Every problem of a store, a damaged root included."""
     try:
         return Store.open(place, complete=False, check=False).verify(quiet=False)
-    except UsageError:
+    except (UsageError, DiskError):
         raise  # nothing is known of the store
     except PipelineError as error:
         return [str(error)]

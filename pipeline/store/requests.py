@@ -81,6 +81,13 @@ def is_of_network(error: Exception) -> bool:
     return isinstance(error, OSError | TimeoutError) or type(error).__module__.partition(".")[0] in CLIENTS
 
 
+def behind(error: Exception) -> Exception:
+    """The error itself, or what kept fsspec's web driver from looking, of which it says that there is no such file."""
+    cause = error.__cause__
+    is_web = isinstance(error, FileNotFoundError) and type(cause).__module__.partition(".")[0] == "aiohttp"
+    return cause if is_web and isinstance(cause, Exception) and getattr(cause, "status", 0) not in (404, 410) else error
+
+
 def asked(work: Callable[[], T], where: str, traffic: Traffic) -> T:
     """The result of one request, tried again with growing waits. Raises Gone, or DiskError for the rest, one line each."""
     waits = WAITS if traffic.n_answered else WAITS[:FIRST]
@@ -88,13 +95,14 @@ def asked(work: Callable[[], T], where: str, traffic: Traffic) -> T:
         traffic.add(requests=1)
         try:
             found = work()
-        except FileNotFoundError as error:
-            traffic.add(answered=1)
-            raise Gone(f"{where}: the file is gone; run harvest --repair to make it again") from error
-        except PermissionError as error:
-            said = first_line(error)
-            raise DiskError(f"{where}: no permission ({said}); check the credentials and the bucket") from error
-        except Exception as error:
+        except Exception as raised:
+            error = behind(raised)
+            if isinstance(error, FileNotFoundError):
+                traffic.add(answered=1)
+                raise Gone(f"{where}: the file is gone; run harvest --repair to make it again") from error
+            if isinstance(error, PermissionError):
+                said = first_line(error)
+                raise DiskError(f"{where}: no permission ({said}); check the credentials and the bucket") from error
             is_network = is_of_network(error)
             if isinstance(error, PipelineError) or not (is_network or isinstance(error, REFUSALS)):
                 raise
