@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx2 as httpx
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub
 
 from evaluate.probing.datasets import hub_rows
@@ -70,6 +72,28 @@ def test_refusal_is_one_line(error: Exception, says: str) -> None:
         raise error
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [b"<html>log in first</html>", b'{"id": 3, "siblings": 7}'])
+def test_answer_of_another_is_said(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
+    """A network's login page, which answers for the Hub, is no traceback within the Hub's client."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_args: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        api = HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token=False)
+        said = pytest.raises(ModelError, match="a/b: what answers for the Hub is not the Hub")
+        with said, network.hub_errors("a/b", ModelError, PAGE):
+            api.list_repo_files("a/b")
+        server.shutdown()
 
 
 def test_other_errors_pass() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import sys
 import time
+import traceback
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -48,7 +49,15 @@ def problem(name: str, error: BaseException, page: str) -> str | None:
         return f"{name}: not a path here nor in the Hub's cache, and the Hub cannot be reached; check the network, or give a path"
     if isinstance(found := first_of(error, hub.HfHubHTTPError), hub.HfHubHTTPError):
         return f"{name}: the Hub says: {first_line(found.server_message or str(found))}"
+    if isinstance(error, ValueError | KeyError | TypeError | AttributeError) and is_of_client(error):
+        return f"{name}: what answers for the Hub is not the Hub, as a network's login page; open {page} in a browser"
     return None
+
+
+def is_of_client(error: BaseException) -> bool:
+    """Whether an error came up within the Hub's client, which trips over an answer that is not what it expects."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(str(frame.f_globals.get("__name__")).partition(".")[0] == "huggingface_hub" for frame in frames)
 
 
 @contextlib.contextmanager
