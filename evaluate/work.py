@@ -21,9 +21,11 @@ from evaluate.scores.labels import Letters
 from evaluate.scores.sample import GroupMeans, Sample, Survey
 from evaluate.scores.scorer import Scorer, shared_work
 from pipeline.base.errors import PipelineError
+from pipeline.base.files import is_url
 from pipeline.base.memory import available_memory
 from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import DTYPES, memory_limit
+from pipeline.store.split import open_bytes
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def plan(job: Job, todo: Sequence[Checkpoint], held: int, n_texts: int = 0) -> p
     """Batch, chunk and group that hold the memory limit; `held`: bytes of the host that the residuals of so many texts take.
     Raises UsageError when nothing fits."""
     store, config, lm = job.store, job.config, job.lm
-    held_here = held if job.device.type == "cpu" else 0
+    stores = {one.where: open_bytes(one.eval.shape, at_url=is_url(one.where)) for one in (store, job.source)}
+    held_here = held + sum(stores.values()) if job.device.type == "cpu" else 0
     saes, n_rows = [c.sae for c in todo], job.n_sequences * store.context
     n_features = len(store.extra("truth/parent")) if "truth" in config.scores else 0
     n_words = len(job.words.text) if job.words is not None else 0

@@ -11,6 +11,7 @@ from pipeline.base.progress import format_seconds
 from pipeline.base.runtime import DTYPES, cpu_has_bf16
 from pipeline.model.cost import measure_forward
 from pipeline.store.reader import Store
+from pipeline.store.writer import writing_bytes
 
 HARVEST_OVER_FORWARD = 1.05
 """A harvest's time over that of its forward passes, for the estimate (tests/bench/bench_harvest.py)."""
@@ -40,7 +41,7 @@ def describe_cost(c: Mapping[str, float]) -> str:
     """Time and memory, roughly: a batch measured now, the layers that run, and what harvest adds."""
     return (
         f"time     about {format_seconds(c['seconds'])} ({c['flop']:.2g} FLOP, a batch of a few layers measured now)\n"
-        f"memory   about {human_bytes(c['memory'])}: weights of the layers that run, a batch, two chunks of rows"
+        f"memory   about {human_bytes(c['memory'])}: weights of the layers that run, a batch, a shard of each store, what is open"
     )
 
 
@@ -54,12 +55,14 @@ def cost(plan: Plan) -> dict[str, float]:
     )
     flop, seconds = measured.prefix(max(point.layer for point in plan.stores))
     suffix_flop, suffix_seconds = measured.suffix(max(point.layer for point in plan.stores))
-    rows = (c.batch_size * c.context * 12 + 2 * int(c.chunk_rows or 0)) * info.d_model
+    rows = c.batch_size * c.context * 12 * info.d_model
+    stores = sum(writing_bytes(config, plan.n_train, plan.n_eval) for config in plan.configs.values())
+    tokens = 10 * int(c.shard_rows or 0)  # of the shard whose rows are computed, and their masks
     embedding = info.vocab * info.d_model
     return {
         "flop": flop * n_tokens,
         "seconds": HARVEST_OVER_FORWARD * seconds * n_tokens,
-        "memory": dtype.itemsize * (flop / 2 + embedding + rows),
+        "memory": dtype.itemsize * (flop / 2 + embedding + rows) + tokens + stores,
         "suffix_flop": suffix_flop,
         "suffix_seconds": suffix_seconds,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,15 +24,19 @@ from evaluate.scores.labels import read_probes
 from evaluate.scores.reconstruction import Reconstruction
 from evaluate.scores.sample import GROUP_SEQUENCES, Batch, GroupMeans, Survey
 from evaluate.scores.scorer import Batched
+from harvest.truth.run import TruthConfig, make_plan, prepare_store
 from pipeline.base.token_text import TokenText
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.config import SAEConfig
 from pipeline.sae.nested import NestedSAE
-from pipeline.store.reader import Store
+from pipeline.store.reader import Store, describe_store
 from pipeline.store.split import Split
-from support.stores import make_store
+from support.stores import lose_shards, make_store
 from test_latents import Words
 from test_neuronpedia import SOURCE
+from train.config import batchtopk
+from train.plan import RunConfig
+from train.run import run as train_run
 
 ROWS, CONTEXT, SAMPLE = (65_536, 196_608), 64, 4096
 """Of the stores' evaluation splits, in groups of 8,192 rows; of which so many are looked at, or all."""
@@ -173,3 +178,95 @@ def test_scores_hold_numbers_of_groups(stores: list[Path], tmp_path: Path, held:
     expected += 2 * (Reconstruction.n_bytes(second) - Reconstruction.n_bytes(first))
     assert held[2] - held[1] == expected
     assert 8 * (peaks[2] - peaks[1]) < BOOKKEEPING * (sizes[1] - sizes[0])
+
+
+TRAINING_ROWS = (32_768, 98_304)
+
+
+@pytest.fixture(scope="module")
+def training_stores(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same with the rows in the training split, of half the sizes."""
+    made = []
+    for n in TRAINING_ROWS:
+        made.append(tmp_path_factory.mktemp("training rows") / f"{n}.zarr")
+        kind = {"d_model": 4, "context": 256, "shard_rows": 8192, "chunk_rows": 1024, "group_shards": 1}
+        make_store(made[-1], n_sequences=n // 256, eval_sequences=16, **kind)
+    return made
+
+
+def trained(path: Path, out: Path, **order: Any) -> None:
+    """Two members trained side by side on a few batches."""
+    changes = {"width": 8, "k": 2, "aux_k": 2, "steps": 4, "batch_size": 256, "dtype": "float32", "eval_every": 2}
+    members = tuple(batchtopk(**changes, seed=seed) for seed in range(2))
+    outcomes = train_run(RunConfig(path, out, members, device="cpu", **order))
+    assert all(outcome.final is not None for outcome in outcomes)
+
+
+def train_computed(path: Path, out: Path) -> None:
+    trained(path, out, mode="global")
+
+
+def train_windows(path: Path, out: Path) -> None:
+    trained(path, out, mode="window", window_rows=8192)
+
+
+def other_norm(path: Path, out: Path) -> None:
+    Store.open(path).mean_and_scale(1.0)  # half of all rows are massive
+
+
+def finish(path: Path, out: Path) -> None:
+    shutil.copytree(path, out)
+    assert lose_shards(out).finish().complete
+
+
+def verify(path: Path, out: Path) -> None:
+    assert Store.open(path).verify(quiet=True) == []
+
+
+def describe(path: Path, out: Path) -> None:
+    describe_store(Store.open(path))
+
+
+TRAINING_BITS: Mapping[Callable[[Path, Path], None], float] = {
+    train_computed: 8,
+    train_windows: 8,
+    other_norm: 7,
+    finish: 7,
+    verify: 7,
+    describe: 10,  # a kilobyte a file, of which there are six a shard here and a hundredth of that in a real store
+}
+"""Bits a row by which each may grow, half of them shards', which are smaller here than any real store's; an array of a byte a row
+is eight more."""
+
+
+@pytest.mark.parametrize("work", TRAINING_BITS, ids=lambda work: work.__name__)
+def test_training_memory_grows_by_bits(
+    training_stores: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[Path, Path], None]
+) -> None:
+    """Three times the rows to train on take no more memory than `plan` counts bits: no array of them is held in bytes."""
+    monkeypatch.setattr("train.plan.MOST_HELD", 1000)
+    peaks = []
+    for path in (training_stores[0], *training_stores):
+        gc.collect()
+        tracemalloc.start()
+        work(path, tmp_path / f"{len(peaks)}")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert 8 * (peaks[2] - peaks[1]) < TRAINING_BITS[work] * (TRAINING_ROWS[1] - TRAINING_ROWS[0])
+
+
+def test_truth_is_prepared_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times the rows of known features take no more memory while their store is prepared: neither masks nor what fires."""
+    monkeypatch.setattr("pipeline.store.layout.GROUP_SHARDS", 1)
+    for module in ("layout", "beside"):
+        monkeypatch.setattr(f"pipeline.store.{module}.BLOCK", 1 << 16)
+    peaks = []
+    for n in (TRAINING_ROWS[0], *TRAINING_ROWS):
+        sizes = {"tokens": n, "eval_tokens": n, "context": CONTEXT, "chunk_rows": 1024, "shard_rows": 8192}
+        plan = make_plan(TruthConfig("tree", str(tmp_path / f"{len(peaks)}"), **sizes))
+        gc.collect()
+        tracemalloc.start()
+        prepare_store(plan, [{}], repair=False)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert 8 * (peaks[2] - peaks[1]) < BOOKKEEPING * 2 * (TRAINING_ROWS[1] - TRAINING_ROWS[0])

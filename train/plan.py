@@ -19,6 +19,7 @@ from pipeline.base.files import human_bytes, is_url
 from pipeline.base.memory import available_memory
 from pipeline.base.runtime import measured_seconds, world_size
 from pipeline.store.layout import SplitLayout
+from pipeline.store.split import open_bytes
 from train import held_out
 from train.config import Mode, Sparse, TrainConfig
 from train.feed.loader import AHEAD, WINDOW_ROWS, resolve_mode
@@ -248,8 +249,8 @@ def make_task(job: RunConfig, folder: Folder, new: Mapping[str, Any], target: Sp
 
 
 def stream_memory(rows: SplitLayout, task: Task) -> int:
-    """Bytes that feeding takes on the host: batches ahead, the normalised batch, the bookkeeping, and of a compressed
-    store or one at a URL two windows; of a transcoder twice."""
+    """Bytes that feeding takes on the host: batches ahead, the normalised batch, the order and the open split, and of a
+    compressed store or one at a URL two windows; of a transcoder twice."""
     total = 0
     for part in (rows, *([] if task.target is None else [task.target])):
         layout = part.layout
@@ -259,7 +260,7 @@ def stream_memory(rows: SplitLayout, task: Task) -> int:
         window_rows: int = min(task.order.get("window_rows", 0), part.n_rows) if is_buffered else 0
         computed = task.order["mode"] == "computed"
         order = Order.n_bytes(part.n_rows, layout.chunk_rows, task.order.get("window_rows"), computed)
-        total += batches + order + 2 * row * window_rows
+        total += batches + order + 2 * row * window_rows + open_bytes(part, at_url=task.is_remote)
     return total
 
 

@@ -32,10 +32,12 @@ from pipeline.store.layout import CHUNK_ROWS, EVAL_SHARE, estimate_bytes, shard_
 from pipeline.store.makers import Maker, record_makers, require_extender
 from pipeline.store.prepare import SplitTokens, locked, prepare, require_space, resume
 from pipeline.store.reader import Store
-from pipeline.store.writer import StoreWriter
+from pipeline.store.writer import StoreWriter, writing_bytes
 
 COMPUTE = ("torch", "numpy")
 """The packages that compute rows."""
+AHEAD = 4
+"""Blocks of rows that are made ahead of the one that is written."""
 ROWS_PER_SECOND = 200_000
 """What one core makes of `forest`, less what disks take: for estimates of time."""
 
@@ -122,7 +124,9 @@ def planned_truth(config: TruthConfig) -> dict[str, Any]:
     say(f"{describe(plan)}\ntime     about {format_seconds(seconds)}")
     n_sequences = {"train": plan.n_train, "eval": plan.n_eval}
     store = {"layer": 0, "path": config.store, "config": plan.store_config, "n_sequences": n_sequences}
-    memory = 2.0 * plan.store_config["shard_rows"]
+    spec, held = plan.spec, writing_bytes(plan.store_config, plan.n_train, plan.n_eval)
+    block = BLOCK * (12 * spec.d_model + 9 * sum(trees.count for trees in spec.trees))
+    memory = float(held + (AHEAD + 1) * block + 16 * spec.n_features * spec.d_model)
     cost = {"flop": 0.0, "seconds": seconds, "memory": memory, "suffix_flop": 0.0, "suffix_seconds": 0.0}
     return {"stores": [store], "bytes": plan.estimate, "cost": cost}
 
@@ -252,7 +256,7 @@ def in_order(
     for number in range(first // BLOCK, -(-stop // BLOCK)):
         a, b = max(first, number * BLOCK), min(stop, (number + 1) * BLOCK)
         ahead.append(pool.submit(rows.rows, split, a, b))
-        if len(ahead) > 4:
+        if len(ahead) > AHEAD:
             yield ahead.popleft().result()
     while ahead:
         yield ahead.popleft().result()

@@ -24,6 +24,11 @@ AT_ONCE = 4
 """Groups that are written or read side by side."""
 
 
+def pack_bytes(shape: SplitLayout) -> int:
+    """Most bytes that `pack` and `unpack` hold: the norms of AT_ONCE groups, and as much again as files have them."""
+    return AT_ONCE * 2 * 4 * shape.group * shape.layout.shard_rows
+
+
 def pack(split: Split) -> list[str]:
     """Write the arrays of PACKED from the records of all shards; returns the SHA-256 of each file of `commit`.
 

@@ -20,11 +20,18 @@ BLOCK_ROWS, BLOCK_BYTES = 1 << 16, 1 << 19
 class KeptRows:
     """`bits` uint8 [chunk, ⌈chunk_rows / 8⌉], packed chunk by chunk, so that a chunk's rows are found without the others.
 
-    Rows beyond the split's last are not kept. Memory: a bit a row, and 7 bits a chunk at most.
+    Rows beyond the split's last are not kept. Memory: `n_bytes`.
     """
 
     bits: npt.NDArray[np.uint8]
     chunk_rows: int
+
+    @staticmethod
+    def n_bytes(n_rows: int, chunk_rows: int) -> int:
+        """Most bytes that the rows of a split take: a bit each, whole bytes a chunk, twice while they are read; and 8 bytes
+        a chunk where they are counted."""
+        n_chunks = -(-n_rows // chunk_rows)
+        return n_chunks * (2 * -(-chunk_rows // 8) + 8)
 
     @staticmethod
     def of(masks: Iterator[Mask], chunk_rows: int) -> KeptRows:

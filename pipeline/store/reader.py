@@ -33,7 +33,7 @@ from pipeline.store.layout import SPLITS, Layout, SplitLayout, extras_of
 from pipeline.store.moments import Statistics, mean_and_scale, median_of, norms_and_moments
 from pipeline.store.objects import REQUESTS, open_files
 from pipeline.store.root import MOST_BYTES, read_root
-from pipeline.store.split import Prepared, read_array, read_part, to_numpy, usable
+from pipeline.store.split import MassiveRows, Prepared, read_array, read_part, to_numpy, usable
 from pipeline.store.split import Split as Split
 
 Check = tuple[str, Callable[[], None]]
@@ -165,7 +165,7 @@ class Store:
         if max_norm == self.statistics.massive_multiple:
             return self.mean, self.scale
         massive = self.train.massive(max_norm, self.statistics.median_norm)
-        mean, scale, _ = mean_and_scale(moments_without(self.train, massive), self.where)
+        mean, scale, _ = mean_and_scale(moments_without(self.train, massive)[0], self.where)
         return torch.from_numpy(mean.astype(np.float32)), scale
 
     def progress(self) -> str:
@@ -301,28 +301,37 @@ def check_hash(files: Files, key: str, digest: str) -> None:
         raise DamagedError(f"{files.where(key)}: bytes changed since it was written (SHA-256); run harvest --repair")
 
 
-def moments_without(split: Split, massive: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Moments [2 + d_model] of a split's non-special rows less those of its `massive` rows, which are in order.
+def moments_without(split: Split, massive: Iterator[MassiveRows]) -> tuple[npt.NDArray[np.float64], int]:
+    """Moments [2 + d_model] of a split's non-special rows less those of its massive rows, which come shard by shard; and the
+    number of these.
 
     Those that lie beside their shards (large.py) are taken from there; of others the chunks are read.
     """
-    total = np.zeros(2 + split.shape.layout.d_model)
+    total, n_massive, left = np.zeros(2 + split.shape.layout.d_model), 0, []
     for (moments,) in split.in_order("moments"):
         total += moments[0]
-    left = []
-    for k, rows in parts_of(massive, split.shard_rows):
-        if (large := read_large(split.files, split.shape, k)) is not None:
-            at = large.find(rows - k * split.shard_rows)
-            norm, moments = norms_and_moments(large.data[at[at >= 0]], np.zeros(np.count_nonzero(at >= 0), np.bool_))
-            require_rows(split, k, rows[at >= 0], norm)
-            total -= moments
-            rows = rows[at < 0]
-        left.append(rows)
-    for chunk, rows in parts_of(np.concatenate([np.empty(0, np.int64), *left]), split.chunk_rows):
+    for k, rows in massive:
+        n_massive += len(rows)
+        if (large := read_large(split.files, split.shape, k) if len(rows) else None) is None:
+            total = without_rows(split, total, rows)
+            continue
+        at = large.find(rows - k * split.shard_rows)
+        norm, moments = norms_and_moments(large.data[at[at >= 0]], np.zeros(np.count_nonzero(at >= 0), np.bool_))
+        require_rows(split, k, rows[at >= 0], norm)
+        total -= moments
+        left.append(rows[at < 0])
+    return without_rows(split, total, np.concatenate([np.empty(0, np.int64), *left])), n_massive
+
+
+def without_rows(
+    split: Split, moments: npt.NDArray[np.float64], rows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Moments less those of some rows, which are in order: their chunks are read one by one."""
+    for chunk, own in parts_of(rows, split.chunk_rows):
         start, stop = split.chunk_rows_range(chunk)
-        held = to_numpy(split.read(start, stop))[rows - start]
-        total -= norms_and_moments(held, np.zeros(len(rows), np.bool_))[1]
-    return total
+        held = to_numpy(split.read(start, stop))[own - start]
+        moments = moments - norms_and_moments(held, np.zeros(len(own), np.bool_))[1]
+    return moments
 
 
 def parts_of(rows: npt.NDArray[np.int64], size: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
@@ -350,13 +359,13 @@ def measure(store: Store, multiple: float) -> tuple[npt.NDArray[np.float64], Sta
             f"{store.where}: every training row is special, so nothing can be trained; check --context and --bos"
         )
     median = median_of(lambda: (norm[usable(special)] for special, norm in split.in_order("special", "norm")))
-    massive = split.massive(multiple, median)
-    mean, scale, share = mean_and_scale(moments_without(split, massive), store.where)
+    moments, n_massive = moments_without(split, split.massive(multiple, median))
+    mean, scale, share = mean_and_scale(moments, store.where)
     statistics = Statistics(
         n_rows=split.n_rows,
         n_special=split.n_rows - int(n_usable),
-        n_massive=len(massive),
-        n_kept=int(n_usable) - len(massive),
+        n_massive=n_massive,
+        n_kept=int(n_usable) - n_massive,
         massive_multiple=multiple,
         median_norm=median,
         mean_sha256=sha256(mean.tobytes()),

@@ -49,12 +49,23 @@ from pipeline.store.shards import (
 )
 
 Rows = npt.NDArray[np.int32]
+MassiveRows = tuple[int, npt.NDArray[np.int64]]
+"""A shard, and its rows that are massive, counted through the split."""
 PARTS_HELD = 4
 """Shards' and groups' tokens, masks and norms that a split keeps in memory, those last read."""
 SMALL = 1 << 20
 """Bytes of a file up to which it is read whole where all of it is needed."""
 READ_AHEAD = 8
 """Groups of a store at a URL that are read side by side where all are needed."""
+
+
+def open_bytes(shape: SplitLayout, *, at_url: bool = False) -> int:
+    """Most bytes that an open split holds of its rows: where each chunk stands and its checksum, 24 bytes; 1.5 kB a shard; and
+    of the PARTS_HELD groups that were last read 4 bytes a row, or of READ_AHEAD at a URL norms and masks."""
+    chunks, group = -(-shape.n_rows // shape.layout.chunk_rows), shape.group * shape.layout.shard_rows
+    return (
+        24 * chunks + 1536 * shape.n_shards + (5 * READ_AHEAD if at_url else 4 * PARTS_HELD) * min(group, shape.n_rows)
+    )
 
 
 def to_numpy(rows: Tensor) -> npt.NDArray[Any]:
@@ -333,18 +344,14 @@ class Split:
         if name == "tokens" and vocab is not None and not 0 <= part.min() <= part.max() < vocab:
             raise DamagedError(f"{where}: token ids beyond the model's {vocab}; harvest again")
 
-    def massive(self, multiple: float | None, median: float) -> npt.NDArray[np.int64]:
-        """Rows, in order, that are not special and whose norm is beyond `multiple` medians; none when it is None.
-
-        Reads one shard's norms at a time.
-        """
+    def massive(self, multiple: float | None, median: float) -> Iterator[MassiveRows]:
+        """Of each shard: the rows, in order, that are not special and whose norm is beyond `multiple` medians; nothing when it
+        is None."""
         if multiple is None:
-            return np.empty(0, np.int64)
-        found = []
+            return
         for k, (special, norm) in enumerate(self.in_order("special", "norm")):
             beyond = usable(special) & ~not_massive(norm, multiple, median)
-            found.append(np.flatnonzero(beyond) + k * self.shard_rows)
-        return np.concatenate(found)
+            yield k, np.flatnonzero(beyond) + k * self.shard_rows
 
     def shard_rows_range(self, k: int) -> tuple[int, int]:
         """First row of shard k, and one past its last."""

@@ -14,7 +14,7 @@ Killed anywhere, the same steps go on, and the bytes that result are those of a 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,15 +26,15 @@ from torch import Tensor
 from pipeline.base.errors import DamagedError, ModelError, StoreError, UsageError
 from pipeline.base.files import PARTIAL
 from pipeline.store.backend import Files
-from pipeline.store.groups import pack
-from pipeline.store.large import LargeRows, large_bytes, large_key, large_rows
-from pipeline.store.layout import SplitLayout, pad_rows
+from pipeline.store.groups import pack, pack_bytes
+from pipeline.store.large import SHARE, LargeRows, large_bytes, large_key, large_rows
+from pipeline.store.layout import Layout, SplitLayout, pad_rows
 from pipeline.store.moments import MASSIVE_MULTIPLE, Measured, merge, norms_and_moments
 from pipeline.store.reader import Store, checkers, measure
 from pipeline.store.record import chunks_digest, commit_tags, part_digest, record_bytes
 from pipeline.store.root import write_root
 from pipeline.store.shards import ShardStream, with_crc
-from pipeline.store.split import Split, to_numpy
+from pipeline.store.split import Split, open_bytes, to_numpy
 
 
 class StoreWriter:
@@ -177,10 +177,15 @@ class Overtaken(Exception):
 
 
 class ShardWriter:
-    """Takes one shard's rows: chunks go to disk as they fill, norms, moments and rows of large norm are kept.
+    """Takes one shard's rows: chunks go to disk as they fill, norms, moments, rows of large norm are kept. Memory: `n_bytes`."""
 
-    Holds one chunk at most, and of the rows written one in 64, usually one in a thousand.
-    """
+    @staticmethod
+    def n_bytes(layout: Layout) -> int:
+        """Most bytes of a shard that is written: a chunk; a norm twice (once more as the record has it) and a mask a row; and of
+        the rows one in 64, usually one in a thousand, three times while their file is made."""
+        row = layout.chunk_nbytes // layout.chunk_rows
+        large = min(layout.shard_rows, layout.chunks_per_shard * -(-layout.chunk_rows // SHARE))
+        return layout.chunk_nbytes + 9 * layout.shard_rows + 3 * large * (row + 8)
 
     def __init__(self, file: BinaryIO, split: Split, k: int) -> None:
         start, stop = split.shard_rows_range(k)
@@ -257,6 +262,14 @@ class ShardWriter:
         if self.n_written != self.n_rows:
             raise UsageError(f"{self.name}: a shard of {self.n_rows} rows, only {self.n_written} were written")
         return self.stream.close()
+
+
+def writing_bytes(config: Mapping[str, Any], n_train: int, n_eval: int) -> int:
+    """Most bytes that making a store of so many sequences holds of its rows: the open splits, and the shard that is written, or
+    what finishing packs."""
+    layout = Layout.from_config(config)
+    shapes = [SplitLayout("train", layout, n_train), SplitLayout("eval", layout, n_eval)]
+    return sum(map(open_bytes, shapes)) + max(ShardWriter.n_bytes(layout), *map(pack_bytes, shapes))
 
 
 def commit(files: Files, split: Split, k: int, chunks: npt.NDArray[np.uint64], written: ShardWriter) -> None:

@@ -146,11 +146,11 @@ class Order:
 
     @staticmethod
     def n_bytes(n_rows: int, chunk_rows: int, window_rows: int | None, computed: bool = False) -> int:
-        """Bytes that an order takes: a bit a row, 24 bytes a chunk, and for two windows, the one that is delivered and the next,
-        8 a row, or of a computed order its tables; an exact order's window is all rows."""
+        """Most bytes that an order takes: which rows are kept (`KeptRows.n_bytes`), 32 a chunk, and for two windows, the one that
+        is delivered and the next, 8 a row, or of a computed order its tables; an exact order's window is all rows."""
         window = n_rows if window_rows is None else min(window_rows, n_rows)
         held = ComputedRows.n_bytes(n_rows) if computed else 8 * window
-        return -(-n_rows // 8) + 24 * -(-n_rows // chunk_rows) + 2 * held
+        return KeptRows.n_bytes(n_rows, chunk_rows) + 32 * -(-n_rows // chunk_rows) + 2 * held
 
     @property
     def most_chunks(self) -> int:
