@@ -184,14 +184,15 @@ def test_labels_are_the_last_line(answer: str, label: str) -> None:
 
 
 def test_answers_of_common_forms_read(tmp_path: Path) -> None:
-    """Plain, a conversation, and a batch service's."""
+    """Plain, a conversation, and a batch service's; what ends a line to Python alone stands in a text."""
     lines: list[dict[str, Any]] = [
-        {"custom_id": "a", "content": "1"},
+        {"custom_id": "a", "content": "1\u2028\x85"},
         {"custom_id": "b", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "2"}]},
         {"custom_id": "c", "response": {"body": {"choices": [{"message": {"content": "3"}}]}}},
     ]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    assert read_answers(tmp_path / "a.jsonl") == {"a": "1", "b": "2", "c": "3"}
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "a.jsonl").write_text(text + "\n\n", newline="")
+    assert read_answers(tmp_path / "a.jsonl") == {"a": "1\u2028\x85", "b": "2", "c": "3"}
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from pipeline.base.errors import (
     UsageError,
 )
 from pipeline.base.runtime import resolve_device, tf32
+from pipeline.experiment.verify import verify
 from pipeline.sae.checkpoint import load_checkpoint, read_header
 from pipeline.store.reader import Store
 from support.stores import make_store
@@ -567,20 +568,23 @@ def test_state_of_another_member_is_refused(tiny_store: Path, tmp_path: Path, mo
         train(tiny_store, tmp_path / "out", other)
 
 
-@pytest.mark.parametrize("change", ["lose", "alter", "delete"])
+@pytest.mark.parametrize("change", ["lose", "alter", "delete", "\x0b", "\r", "\u2028"])
 def test_lost_metrics_are_noticed(
     tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """Lines of metrics that were lost or changed are noticed when training goes on."""
+    """Lines of metrics that were lost or changed are noticed when training goes on, and by verify: other ends of lines too."""
     path = stopped(tiny_store, tmp_path / "out", monkeypatch, GRID[0]) / "metrics.jsonl"
     text = path.read_text()
     changed = text.replace('"loss":', '"loss":1', 1)
-    path.write_text(text.split("\n", 1)[1] if change == "lose" else changed)
-    assert path.read_text() != text
+    if len(change) == 1:
+        changed = text.replace("\n", change, 1)
+    path.write_text(text.split("\n", 1)[1] if change == "lose" else changed, newline="")
+    assert path.read_bytes() != text.encode()
     if change == "delete":
         path.unlink()
     with pytest.raises(DamagedError, match="lost or changed"):
         train(tiny_store, tmp_path / "out", GRID[0])
+    assert any("metrics.jsonl" in problem for problem in verify(str(path.parent)).problems)
 
 
 def test_checkpoint_of_another_step_is_refused(tmp_path: Path, alone: list[Outcome]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.base.errors import DamagedError, PipelineError, UsageError
-from pipeline.base.files import canonical_json, read_text, sha256, write_bytes
+from pipeline.base.files import canonical_json, read_lines, sha256, write_bytes
 from pipeline.base.progress import say
 from pipeline.sae.member import line_step, read_config
 from train.config import TrainConfig
@@ -126,7 +126,7 @@ def hand_on(one: Folder, longer: Folder) -> None:
 
 def lines_up_to(path: Path, step: int) -> list[str]:
     """The lines of a file of metrics or timings up to a step."""
-    lines = read_text(path, "replace").splitlines() if path.exists() else []
+    lines = read_lines(path, "replace") if path.exists() else []
     return [line + "\n" for line in lines if line_step(line) <= step]
 
 

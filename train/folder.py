@@ -27,7 +27,7 @@ from pipeline.base.files import (
     hash_file,
     lock_folder,
     read_bytes,
-    read_text,
+    read_lines,
     regular,
     require_same,
     sweep_partials,
@@ -258,7 +258,7 @@ class Folder:
         unvouch(self.path / "timings.jsonl")
         for name in ("metrics.jsonl", "timings.jsonl"):
             path = self.path / name
-            lines = read_text(path, "replace").splitlines() if path.exists() else []
+            lines = read_lines(path, "replace") if path.exists() else []
             kept = [line for line in lines if line_step(line) <= step]
             if not path.exists() or len(kept) < len(lines):
                 write_bytes(path, "".join(line + "\n" for line in kept).encode())

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 from pipeline.base.errors import UsageError
-from pipeline.base.files import read_text
+from pipeline.base.files import read_lines
 from pipeline.base.progress import say
 from train.config import LOGS
 from train.folder import Folder, plain
@@ -139,6 +139,6 @@ def open_logs(kinds: tuple[str, ...], folder: Folder, step: int) -> list[Log]:
             continue
         logs.append(log)
         if step and not log.begun:
-            for line in read_text(folder.path / "metrics.jsonl").splitlines():
+            for line in read_lines(folder.path / "metrics.jsonl"):
                 log.write(json.loads(line))
     return logs

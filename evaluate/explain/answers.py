@@ -12,7 +12,7 @@ from typing import Any
 from evaluate.explain.prompts import KINDS, Question
 from pipeline.base.errors import DamagedError, UsageError
 from pipeline.base.fields import Fields, require_plain
-from pipeline.base.files import read_text
+from pipeline.base.files import read_lines
 
 LONGEST_LABEL = 300
 Z = 1.959963984540054
@@ -23,7 +23,7 @@ def read_answers(path: Path) -> dict[str, str]:
     """custom_id → text. A line is {"custom_id", "content"}, or holds `messages` whose last is the assistant's, or what batch
     services write: `response.body.choices[0].message.content`. Raises UsageError or DamagedError, naming the line."""
     try:
-        lines = read_text(path).splitlines()
+        lines = read_lines(path)
     except OSError as error:
         raise UsageError(f"--answers {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -129,6 +129,13 @@ def read_text(path: Path, errors: str = "strict") -> str:
         return file.read()
 
 
+def read_lines(path: Path, errors: str = "strict") -> list[str]:
+    """The lines of a file as UTF-8, which end at \\n alone: what else ends a line to Python may stand inside a JSON string, and a
+    hash of lines must see it. Raises as `read_text`."""
+    lines = read_bytes(path).decode("utf-8", errors).split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def hash_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces. Raises as `regular` does."""
     with open(path, "rb", opener=regular) as file:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.base.digests import is_sealed
 from pipeline.base.errors import CheckpointError, DamagedError
 from pipeline.base.fields import Fields
-from pipeline.base.files import hash_file, read_json, read_text
+from pipeline.base.files import hash_file, read_json, read_lines
 from pipeline.sae.checkpoint import load_tensors
 from pipeline.sae.folders import member_folder
 
@@ -117,7 +117,7 @@ def final_checkpoint(folder: Path, completion: Completion) -> Path:
 
 def lines_until(path: Path, step: float) -> list[str]:
     """The lines of a metrics.jsonl up to a step, in order, without a torn one; none where there is no file."""
-    lines = read_text(path, "replace").splitlines() if path.exists() else []
+    lines = read_lines(path, "replace") if path.exists() else []
     return [line for line in lines if line_step(line) <= step]
 
 
