@@ -132,7 +132,8 @@ def test_nothing_reads_whole_splits(
 
 def tensor_bytes() -> int:
     """Bytes of all tensors that are held now; a storage counts once."""
-    storages = [o.untyped_storage() for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [o.untyped_storage() for o in tensors if o.layout == torch.strided]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

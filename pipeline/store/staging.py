@@ -16,10 +16,11 @@ from pipeline.store.backend import Files, HeldFile, LocalFiles
 from pipeline.store.cache import Cache, CachedFiles
 from pipeline.store.layout import COMMITTED, PACKED, estimate_bytes, extras_of
 from pipeline.store.objects import REQUESTS, RemoteFiles
-from pipeline.store.prepare import require_ours
+from pipeline.store.prepare import locked, require_ours
 from pipeline.store.reader import Store
 from pipeline.store.root import ROOT_KEY, read_root, write_root
 from pipeline.store.split import Split
+from pipeline.store.writer import sweep
 
 PIECE = 8 << 20
 """Bytes of one download request; REQUESTS of them are in memory at a time."""
@@ -56,25 +57,31 @@ def stage(url: str, path: Path, *, quiet: bool = False) -> Store:
     Stopped anywhere, the same call goes on: shards that are there and whole are not copied again. Raises StoreError
     (no finished store at the URL), MismatchError (another store in the folder), DiskError, DamagedError.
     """
-    source, target = Store.open(url), LocalFiles(path)
+    source = Store.open(url)
+    with locked([str(path)]), source.steady():
+        copy_store(source, LocalFiles(path), path, quiet=quiet)
+    return Store.open(path)
+
+
+def copy_store(source: Store, target: LocalFiles, path: Path, *, quiet: bool) -> None:
+    """The same, while nobody else writes there."""
     require_ours(target)
+    sweep(target)
     begin(source, target)
     store = Store(target, path, source.attributes)
     shards = [(split, k) for split in store.splits for k in range(split.n_shards)]
-    with source.steady():
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            for _ in pool.map(lambda file: copy_file(source.files, target, *file), small_files(store).items()):
-                pass
-        with Progress(len(shards), "stage", "shard", quiet=quiet) as bar, ThreadPoolExecutor(REQUESTS) as pool:
-            for _ in pool.map(lambda shard: copy_shard(source.files, *shard), shards):
-                bar.advance(1)
-        for split in store.splits:
-            for g in range(split.shape.n_groups) if split.packed else ():
-                split.check_norms(g)
-        store.check_metadata()
-        store.check_tokens()
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        for _ in pool.map(lambda file: copy_file(source.files, target, *file), small_files(store).items()):
+            pass
+    with Progress(len(shards), "stage", "shard", quiet=quiet) as bar, ThreadPoolExecutor(REQUESTS) as pool:
+        for _ in pool.map(lambda shard: copy_shard(source.files, *shard), shards):
+            bar.advance(1)
+    for split in store.splits:
+        for g in range(split.shape.n_groups) if split.packed else ():
+            split.check_norms(g)
+    store.check_metadata()
+    store.check_tokens()
     write_root(target, source.attributes)
-    return Store.open(path)
 
 
 def begin(source: Store, target: LocalFiles) -> None:

@@ -94,7 +94,9 @@ def pieces(folder: Path, out: Path) -> None:
 def copies(folder: Path, out: Path) -> None:
     """Stores that no model makes: one staged, one of rows of others, one of known features."""
     stage(str(folder / "tiny.zarr"), out / "staged.zarr", quiet=True)
-    import_files("npy", folder / "rows", Import(str(out / "rows.zarr"), shard_rows=128, chunk_rows=64), AskedRows())
+    import_files(
+        "npy", folder / "rows", Import(str(out / "rows.zarr"), context=16, shard_rows=128, chunk_rows=64), AskedRows()
+    )
     run_truth(TruthConfig("tree", str(out / "truth.zarr"), 640, 320, context=16, chunk_rows=64))
 
 
