@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.base.errors import DamagedError, PipelineError, UsageError
-from pipeline.base.files import canonical_json, read_lines, sha256, write_bytes
+from pipeline.base.files import canonical_json, write_bytes
 from pipeline.base.progress import say
-from pipeline.sae.member import line_step, read_config
+from pipeline.sae.member import hash_lines, lines_bytes, lines_until, read_config
 from train.config import TrainConfig
 from train.folder import Folder, plain
 from train.held_out import is_due
@@ -109,33 +108,22 @@ def hand_on(one: Folder, longer: Folder) -> None:
     assert order is not None, "it is there"
     lock = longer.prepare(order)
     try:
-        metrics, timings = (lines_up_to(one.path / name, state.step) for name in ("metrics.jsonl", "timings.jsonl"))
+        metrics, timings = (lines_until(one.path / name, state.step) for name in ("metrics.jsonl", "timings.jsonl"))
         if hash_lines(metrics) != state.metrics_sha256:
             raise DamagedError(
                 f"{one.path / 'metrics.jsonl'}: lines were lost or changed; train {longer.name} from the start"
             )
         if not is_due(longer.config, state.step):
             metrics = [*metrics[:-1], *map(without_held_out, metrics[-1:])]
-        write_bytes(longer.path / "metrics.jsonl", "".join(metrics).encode())
-        write_bytes(longer.path / "timings.jsonl", "".join(timings).encode())
+        write_bytes(longer.path / "metrics.jsonl", lines_bytes(metrics))
+        write_bytes(longer.path / "timings.jsonl", lines_bytes(timings))
         longer.write_state(state.tensors, state.step, hash_lines(metrics))
     finally:
         os.close(lock)
     say(f"{longer.name} goes on from step {state.step} of {one.name}")
 
 
-def lines_up_to(path: Path, step: int) -> list[str]:
-    """The lines of a file of metrics or timings up to a step."""
-    lines = read_lines(path, "replace") if path.exists() else []
-    return [line + "\n" for line in lines if line_step(line) <= step]
-
-
-def hash_lines(lines: Sequence[str]) -> str:
-    """As a training state has it of its metrics."""
-    return sha256("".join(lines))
-
-
 def without_held_out(line: str) -> str:
     """A line of metrics without the scores that only the last line of a training has at its step."""
     data = {name: value for name, value in json.loads(line).items() if not name.startswith("eval_")}
-    return canonical_json(data) + "\n"
+    return canonical_json(data)

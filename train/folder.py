@@ -43,6 +43,7 @@ from pipeline.sae.member import (
     VERSION,
     State,
     line_step,
+    lines_bytes,
     read_completion,
     read_config,
     read_state,
@@ -261,7 +262,7 @@ class Folder:
             lines = read_lines(path, "replace") if path.exists() else []
             kept = [line for line in lines if line_step(line) <= step]
             if not path.exists() or len(kept) < len(lines):
-                write_bytes(path, "".join(line + "\n" for line in kept).encode())
+                write_bytes(path, lines_bytes(kept))
 
 
 def sync_file(path: Path) -> None:

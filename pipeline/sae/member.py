@@ -116,7 +116,7 @@ def final_checkpoint(folder: Path, completion: Completion) -> Path:
 
 
 def lines_until(path: Path, step: float) -> list[str]:
-    """The lines of a metrics.jsonl up to a step, in order, without a torn one; none where there is no file."""
+    """The lines of a metrics.jsonl, or timings.jsonl, up to a step, in order, without a torn one; none where there is no file."""
     lines = read_lines(path, "replace") if path.exists() else []
     return [line for line in lines if line_step(line) <= step]
 
@@ -131,4 +131,9 @@ def line_step(line: str) -> float:
 
 def hash_lines(lines: list[str]) -> str:
     """SHA-256 of lines as the file holds them."""
-    return hashlib.sha256("".join(line + "\n" for line in lines).encode()).hexdigest()
+    return hashlib.sha256(lines_bytes(lines)).hexdigest()
+
+
+def lines_bytes(lines: list[str]) -> bytes:
+    """Lines as the file holds them."""
+    return "".join(line + "\n" for line in lines).encode()
