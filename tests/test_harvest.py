@@ -18,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from torch._dynamo.exc import TorchDynamoException
 
 import harvest.forward
 import harvest.plan
@@ -590,6 +591,42 @@ def test_stray_ranks_are_named(
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=says):
         run(config, quiet=True)
+
+
+def test_compiled_layers_are_recorded(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--compile compiles every layer that runs, and the store says so: its rows are no plain model's, so a harvest without
+    --compile does not go on with it."""
+    compiled: list[Any] = []
+
+    def compile_to_twice(forward: Any) -> Any:
+        compiled.append(forward)
+        return lambda *args, **kwargs: forward(*args, **kwargs) * 2
+
+    monkeypatch.setattr(torch, "compile", compile_to_twice)
+    run(config.replace(compile=True), quiet=True)
+    store = Store.open(config.store)
+    assert len(compiled) >= 2, "layers 0 and 1"
+    assert store.config["compile"] is True
+    rows, plain = store.train.read(0, 1000), plain_rows(Path(config.model), store, "train", layer=1)
+    assert not torch.equal(rows, plain[:1000]), "what ran is what torch.compile gave"
+    with pytest.raises(MismatchError, match="compile"):
+        run(config.replace(tokens=config.tokens * 2), quiet=True)
+
+
+def test_failed_compilation_is_one_line(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch.compile finds no compiler, a harvest says so and what to leave out."""
+
+    def compile_to_nothing(_forward: Any) -> Any:
+        def fails(*_args: Any, **_kwargs: Any) -> Any:
+            raise TorchDynamoException("no working C++ compiler")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compile_to_nothing)
+    with pytest.raises(
+        ModelError, match=r"torch.compile cannot compile .*no working C\+\+ compiler.*leave out --compile"
+    ):
+        run(config.replace(compile=True), quiet=True)
 
 
 def test_small_disk_is_refused_before_work(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pipeline.base.errors import ModelError, UsageError
 from pipeline.base.files import human_bytes
 from pipeline.base.runtime import DTYPES, resolve_device, resolve_dtype
-from pipeline.model.anatomy import Anatomy, Reached, forward, logits_of, own_parameters, residual_of
+from pipeline.model.anatomy import Anatomy, Reached, forward, logits_of, one_line, own_parameters, residual_of
 from pipeline.model.files import hub_errors, model_folder, weights_sha256
 from pipeline.model.patching import overridden, removed
 from pipeline.model.places import find_place, first_of, module_name, stream_of, with_stream
@@ -270,9 +270,28 @@ class SplitLM:
         return folded - folded.mean(1, keepdim=True) if centres else folded
 
     def compile(self) -> None:
-        """torch.compile every layer. Faster on some devices, and no longer bit for bit what the plain model computes."""
+        """torch.compile every layer. Faster on some devices, and no longer bit for bit what the plain model computes.
+
+        Layers are compiled when they first run, which raises ModelError where that fails.
+        """
         for block in self._blocks:
-            block.forward = torch.compile(block.forward)
+            block.forward = self._compiled(block.forward)
+
+    def _compiled(self, layer: Callable[..., Any]) -> Callable[..., Any]:
+        from torch._dynamo.exc import TorchDynamoException  # slow to import
+
+        compiled = torch.compile(layer)
+
+        @functools.wraps(layer)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return compiled(*args, **kwargs)
+            except TorchDynamoException as error:
+                raise ModelError(
+                    f"{self.info.name}: torch.compile cannot compile its layers here ({one_line(error)}); leave out --compile"
+                ) from error
+
+        return run
 
     @torch.no_grad()
     def prefix(self, tokens: Int[Tensor, "seq pos"]) -> dict[Any, Float[Tensor, "seq pos d_model"]]:
