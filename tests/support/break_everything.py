@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from evaluate.explain.__main__ import cli as explain_cli
-from evaluate.explain.answers import read_answers
 from evaluate.latents.files import write_labels
 from evaluate.report.write import write_report
 from evaluate.run import EvaluateConfig
@@ -104,15 +103,21 @@ class World:
 
     def explain(self) -> None:
         """Prompts, answers that say what a latent is, and what those are worth."""
-        words = [str(first(self.root, "runs/*/checkpoints/*23.safetensors")), "--store", str(self.root / "acts.zarr")]
-        words += ["--latents", "1,2,3", "--device", "cpu"]
         prompts, answers = self.root / "prompts.jsonl", self.root / "answers.jsonl"
-        asked = [*words, "--prompts", str(prompts)]
-        explain_cli.main(asked, standalone_mode=False)
+        self.explain_command("--prompts", str(prompts))
         ids = [json.loads(line)["custom_id"] for line in prompts.read_text().splitlines()]
         answers.write_text("".join(json.dumps({"custom_id": one, "content": f"about {one}"}) + "\n" for one in ids))
-        more = ["--answers", str(answers), "--out", str(self.root / "explained.json")]
-        explain_cli.main([*words, *more], standalone_mode=False)
+        self.judge("explained.json")
+
+    def judge(self, out: str) -> Path:
+        """What the answers are worth."""
+        self.explain_command("--answers", str(self.root / "answers.jsonl"), "--out", str(self.root / out))
+        return self.root / out
+
+    def explain_command(self, *more: str) -> None:
+        """`python -m evaluate.explain` of three latents of the first member."""
+        words = [str(first(self.root, "runs/*/checkpoints/*23.safetensors")), "--store", str(self.root / "acts.zarr")]
+        explain_cli.main([*words, "--latents", "1,2,3", "--device", "cpu", *more], standalone_mode=False)
 
     def watch(self) -> object:
         """The table and the page of those who watch a training; what they say of members that run."""
@@ -143,7 +148,8 @@ class World:
         problems = [one for one in found.problems if "not finished" not in one and "unfinished" not in one]
         if problems:
             raise PipelineError(problems[0])
-        if listed := [one for one in found.unvouched if "/half/" not in one]:
+        others = ("/half/", "answers.jsonl")  # what is not finished, and what a chat model wrote, which has no digest
+        if listed := [one for one in found.unvouched if not any(name in one for name in others)]:
             raise PipelineError(f"listed: {listed[0]}")
         return "whole"
 
@@ -208,8 +214,8 @@ class World:
         return repr(planned_rows(recorded, plan))
 
     def explained(self) -> object:
-        """Answers read back."""
-        return read_answers(self.root / "answers.jsonl")
+        """What the answers are worth, once more."""
+        return {name: one for name, one in read_json(self.judge("again.json")).items() if name not in ("seal", "made")}
 
     def evaluated_export(self) -> object:
         """Scores of the export, in a new folder."""
@@ -276,7 +282,7 @@ EXPORT: dict[str, Callable[[World], object]] = {
 }
 REPORT: dict[str, Callable[[World], object]] = {"report again": World.reported_again, "verify": World.verified}
 PLAN: dict[str, Callable[[World], object]] = {"train plans": World.planned, "verify": World.verified}
-ANSWERS: dict[str, Callable[[World], object]] = {"explain": World.explained, "verify": World.verified}
+ANSWERS: dict[str, Callable[[World], object]] = {"explain": World.explained}
 ALONE: dict[str, Callable[[World], object]] = {"verify": World.verified}
 
 GROUPS: dict[str, tuple[dict[str, Callable[[World], object]], dict[str, str]]] = {
