@@ -14,6 +14,10 @@ from pipeline.experiment.stages import options
 from support import lm_stores
 
 
+class PanicException(BaseException):
+    """As what libraries written in Rust end with."""
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [("10_000_000", 10_000_000), ("10M", 10_000_000), ("1.5k", 1500), ("7", 7), ("2,000", 2000), ("1B", 10**9)],
@@ -81,10 +85,11 @@ def test_exit_codes_tell_disk_from_typo(
             "error: not enough memory",
         ),
         (CorpusError("two\nlines"), "error: two lines"),
+        (PanicException("range end index 10"), "error: a library gave up (range end index 10)"),
     ],
 )
 def test_system_errors_are_one_line(
-    error: Exception, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: BaseException, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever an operating system or a memory refuses is one line that names the path and what to do."""
 

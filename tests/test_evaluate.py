@@ -228,6 +228,15 @@ def test_long_curve_keeps_its_ends(place: Path, tmp_path: Path) -> None:
     assert (curve["step"][0], curve["step"][-1]) == (0, 20)
 
 
+@pytest.mark.parametrize("step", ["null", "-1", "1.5", "true"])
+def test_metrics_without_step_are_damaged(place: Path, tmp_path: Path, step: str) -> None:
+    """A line of metrics whose step is no whole number is damage, and no traceback."""
+    folder = copied_member(place, tmp_path)
+    (folder / "metrics.jsonl").write_text(f'{{"step": 1}}\n{{"step": {step}}}\n')
+    with pytest.raises(DamagedError, match=r"line 2: 'step' should be a whole number"):
+        loss_curve(open_checkpoint(next((folder / "checkpoints").iterdir())))
+
+
 def test_broken_metrics_line_is_an_error(place: Path, tmp_path: Path) -> None:
     """A broken line of metrics is an error."""
     folder = copied_member(place, tmp_path)

@@ -240,6 +240,18 @@ def test_model_without_weights_is_refused(copy: Path) -> None:
         SplitLM.load(str(copy), layers=[0])
 
 
+def test_panicking_tokenizer_is_one_line(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer.json at which the tokenizers' Rust panics, which is no Exception, is refused as others are."""
+    panic = type("PanicException", (BaseException,), {})
+
+    def read(*_args: object, **_kwargs: object) -> None:
+        raise panic("range end index 10 out of range")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", read)
+    with pytest.raises(ModelError, match=r"cannot be loaded \(range end index 10 out of range\)"):
+        load_tokenizer(str(copy))
+
+
 def test_truncated_weight_file_is_refused(copy: Path) -> None:
     """A truncated weight file is refused."""
     data = (copy / "model.safetensors").read_bytes()

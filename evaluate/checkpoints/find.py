@@ -318,7 +318,7 @@ def loss_curve(checkpoint: Checkpoint) -> dict[str, list[Any]]:
     lines = [
         read_line(path, i, line) for i, line in enumerate(text[:-1]) if line
     ]  # what follows the last \n is unfinished
-    lines = [line for line in lines if line.get("step", 0) <= checkpoint.step]
+    lines = [line for line in lines if line["step"] <= checkpoint.step]
     if len(lines) > MAX_CURVE:
         lines = [lines[round(i * (len(lines) - 1) / (MAX_CURVE - 1))] for i in range(MAX_CURVE)]
     names = dict.fromkeys(name for line in lines for name in line)
@@ -335,5 +335,5 @@ def read_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
         ) from error
     where = path.with_name(f"{path.name}: line {number + 1}")
     require_plain(where, data)
-    Fields(where, data).whole("step", 0)
+    Fields(where, data).whole("step")
     return data

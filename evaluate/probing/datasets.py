@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base import network
-from pipeline.base.errors import CorpusError, UsageError
+from pipeline.base.errors import CorpusError, UsageError, first_line
 from pipeline.base.fields import problems
 from pipeline.base.files import canonical_json, sha256
 from pipeline.base.record_files import regular_files
@@ -208,7 +208,7 @@ def hub_rows(source: str, split: str) -> Iterable[Mapping[str, Any]]:
         raise
     except (OSError, ValueError) as error:
         raise CorpusError(
-            f"{source}: split {split!r} cannot be loaded ({network.first_line(str(error))}); give a local folder instead"
+            f"{source}: split {split!r} cannot be loaded ({first_line(error)}); give a local folder instead"
         ) from error
 
 

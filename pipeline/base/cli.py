@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from pipeline import INTERRUPTED, say_stopped
-from pipeline.base.errors import ADVICE, DiskError, PipelineError, UsageError, explain, one_line
+from pipeline.base.errors import ADVICE, DiskError, PipelineError, UsageError, explain, one_line, panicked
 from pipeline.base.files import is_url, read_text, require_ordinary, require_replaceable
 from pipeline.base.processes import is_launched
 from pipeline.base.progress import log_line, say
@@ -248,7 +248,9 @@ def main(command: click.Command, program: str, resume: str = "run the same comma
             command.main(prog_name=f"python -m {program}", standalone_mode=False)
         except click.exceptions.Exit as stop:
             sys.exit(stop.exit_code)
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException as error:
+            if not isinstance(error, Exception | KeyboardInterrupt) and not panicked(error):
+                raise
             sys.exit(failed(error, resume, interrupted=interrupts.came))
     sys.exit(0)
 

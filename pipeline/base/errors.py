@@ -89,6 +89,8 @@ def explain(error: BaseException) -> str | None:
     """One line for a person about what a user, a disk or a machine caused; None for what is a bug of ours."""
     if isinstance(error, PipelineError):
         return shown(str(error))
+    if panicked(error):
+        return f"a library gave up ({first_line(error)}); a file that it read is damaged, or its version has a bug"
     said = str(error).lower()
     if isinstance(error, MemoryError) or (
         isinstance(error, OSError | RuntimeError | ImportError | SystemError)
@@ -114,6 +116,11 @@ def lacks_memory(error: BaseException) -> bool:
     )
 
 
+def panicked(error: BaseException) -> bool:
+    """Whether it is what a library written in Rust ends with where it met what its authors never did: no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
 HEAD, TAIL = 900, 300
 """Characters of a message that are shown of its begin, and of its end, which says what to do."""
 
@@ -128,3 +135,14 @@ def shown(text: str) -> str:
 def one_line(text: str) -> str:
     """Text of several lines as one."""
     return " ".join(text.split())
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of others says, in a line that is not long; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "")[:300] or type(error).__name__
+
+
+def kind_and_line(error: BaseException) -> str:
+    """An error's kind and what it says, where that alone may say little."""
+    kind, said = type(error).__name__, first_line(error)
+    return kind if said == kind else f"{kind}: {said}"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from pipeline.base.errors import PipelineError
+from pipeline.base.errors import PipelineError, first_line, one_line
 from pipeline.base.progress import say
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def problem(name: str, error: BaseException, page: str) -> str | None:
     if first_of(error, hub.LocalEntryNotFoundError, *lost()) is not None:
         return f"{name}: not a path here nor in the Hub's cache, and the Hub cannot be reached; check the network, or give a path"
     if isinstance(found := first_of(error, hub.HfHubHTTPError), hub.HfHubHTTPError):
-        return f"{name}: the Hub says: {first_line(found.server_message or str(found))}"
+        return f"{name}: the Hub says: {one_line(found.server_message or str(found))[:300]}"
     if isinstance(error, ValueError | KeyError | TypeError | AttributeError) and is_of_client(error):
         return f"{name}: what answers for the Hub is not the Hub, as a network's login page; open {page} in a browser"
     return None
@@ -88,7 +88,7 @@ def retried(work: Callable[[], T], name: str) -> T:
         except Exception as error:
             if not may_pass(error):
                 raise
-            say(f"{name}: {first_line(str(error)) or type(error).__name__}; trying again in {wait:g} s")
+            say(f"{name}: {first_line(error)}; trying again in {wait:g} s")
             time.sleep(wait)
     return work()
 
@@ -190,8 +190,3 @@ def first_of(error: BaseException | None, *kinds: type[BaseException]) -> BaseEx
             return error
         error = error.__cause__ or error.__context__
     return None
-
-
-def first_line(text: str) -> str:
-    """The first line of a text."""
-    return next(iter(text.strip().splitlines()), "")

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from pipeline.base.errors import ModelError
+from pipeline.base.errors import ModelError, kind_and_line
 from pipeline.model.patching import removed
 
 
@@ -69,7 +69,7 @@ class Anatomy:
                 raise
             except Exception as error:  # whatever an architecture's own code raises
                 raise ModelError(
-                    f"{name}: cannot be cut, its forward pass on tokens alone fails ({one_line(error)})"
+                    f"{name}: cannot be cut, its forward pass on tokens alone fails ({kind_and_line(error)})"
                 ) from error
         if order != list(range(len(blocks))):
             raise ModelError(f"{name}: cannot be cut, its {len(blocks)} layers do not run once each in their order")
@@ -111,12 +111,6 @@ def residual_of(output: Any, shape: tuple[int, ...], name: str) -> Tensor:
             f"{name}: cannot be cut, a layer returns {found} where a residual stream {list(shape)} is expected"
         )
     return residual
-
-
-def one_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its text."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
 
 
 def own_parameters(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import transformers
 
-from pipeline.base.errors import ModelError
+from pipeline.base.errors import ModelError, kind_and_line
 from pipeline.base.runtime import DTYPES, measured_seconds, product_rate
-from pipeline.model.anatomy import forward, one_line
+from pipeline.model.anatomy import forward
 from pipeline.model.files import hub_errors
 from pipeline.model.split_lm import ModelInfo, SplitLM, find_layers, quiet, truncated
 
@@ -68,7 +68,7 @@ def measure_forward(
             seconds = measured_seconds(lambda: forward(model, tokens), device)
     except Exception as error:  # whatever an architecture's own code raises
         raise ModelError(
-            f"{info.name}: its time cannot be measured, {n_measured} of its layers fail ({one_line(error)})"
+            f"{info.name}: its time cannot be measured, {n_measured} of its layers fail ({kind_and_line(error)})"
         ) from error
     head_flop = 2.0 * info.vocab * info.d_model
     rate = product_rate(DTYPES[dtype], device, min(batch_size * context, 512), info.d_model, min(info.vocab, 16384))

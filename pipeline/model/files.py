@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.base import network
-from pipeline.base.errors import ModelError
+from pipeline.base.errors import ModelError, first_line, panicked
 from pipeline.base.fields import Fields
 from pipeline.base.files import hash_file, read_any_json, read_json, sha256
 from pipeline.base.kept import kept_hash
@@ -117,7 +117,8 @@ def hub_errors(model: str) -> Iterator[None]:
         raise
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever an architecture's own code raises
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except BaseException as error:  # whatever an architecture's own code raises
+        if not isinstance(error, Exception) and not panicked(error):
+            raise
         hint = "; pass --trust-remote-code to run the model's own code" if "trust_remote_code" in str(error) else ""
-        raise ModelError(f"{model}: cannot be loaded ({first}){hint}") from error
+        raise ModelError(f"{model}: cannot be loaded ({first_line(error)}){hint}") from error

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.base.errors import ModelError
-from pipeline.model.anatomy import Reached, forward, one_line, residual_of
+from pipeline.base.errors import ModelError, kind_and_line
+from pipeline.model.anatomy import Reached, forward, residual_of
 from pipeline.model.patching import removed
 from pipeline.model.points import Point
 from pipeline.model.specials import plain_token
@@ -161,7 +161,7 @@ def find_places(model: Any, name: str, block: nn.Module, tokens: Tensor, d_model
     except ModelError:
         raise
     except Exception as error:  # whatever an architecture's own code raises
-        raise ModelError(f"{name}: nothing inside its layers can be hooked ({one_line(error)})") from error
+        raise ModelError(f"{name}: nothing inside its layers can be hooked ({kind_and_line(error)})") from error
     found = find_parts(x, y, calls)
     if found is None or len(others) != len(calls):
         return {}

@@ -25,10 +25,10 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pipeline.base.errors import ModelError, UsageError
+from pipeline.base.errors import ModelError, UsageError, kind_and_line
 from pipeline.base.files import human_bytes
 from pipeline.base.runtime import DTYPES, resolve_device, resolve_dtype
-from pipeline.model.anatomy import Anatomy, Reached, forward, logits_of, one_line, own_parameters, residual_of
+from pipeline.model.anatomy import Anatomy, Reached, forward, logits_of, own_parameters, residual_of
 from pipeline.model.files import hub_errors, model_folder, weights_sha256
 from pipeline.model.patching import overridden, removed
 from pipeline.model.places import find_place, first_of, module_name, stream_of, with_stream
@@ -288,7 +288,7 @@ class SplitLM:
                 return compiled(*args, **kwargs)
             except TorchDynamoException as error:
                 raise ModelError(
-                    f"{self.info.name}: torch.compile cannot compile its layers here ({one_line(error)}); leave out --compile"
+                    f"{self.info.name}: torch.compile cannot compile its layers ({kind_and_line(error)}); leave out --compile"
                 ) from error
 
         return run

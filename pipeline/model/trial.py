@@ -11,10 +11,10 @@ import transformers
 from jaxtyping import Int
 from torch import Tensor
 
-from pipeline.base.errors import ModelError
+from pipeline.base.errors import ModelError, kind_and_line
 from pipeline.base.memory import available_memory
 from pipeline.base.runtime import DTYPES
-from pipeline.model.anatomy import forward, logits_of, one_line
+from pipeline.model.anatomy import forward, logits_of
 from pipeline.model.files import hub_errors
 from pipeline.model.points import Point
 from pipeline.model.specials import named_tokens, plain_token
@@ -54,7 +54,7 @@ def try_split(lm: SplitLM, layers: Sequence[int | Point]) -> None:
         except (ModelError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:  # whatever an architecture's own code raises
-            raise ModelError(f"{name}: cannot be cut at {point} ({one_line(error)})") from error
+            raise ModelError(f"{name}: cannot be cut at {point} ({kind_and_line(error)})") from error
         if whole.shape[-1] != lm.vocab:
             raise ModelError(
                 f"{name}: makes {whole.shape[-1]} logits, its config says {lm.vocab} tokens; it cannot be scored"
@@ -91,7 +91,9 @@ def try_prefix(
     except (ModelError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # whatever an architecture's own code raises
-        raise ModelError(f"{info.name}: its first layers do not run without the others ({one_line(error)})") from error
+        raise ModelError(
+            f"{info.name}: its first layers do not run without the others ({kind_and_line(error)})"
+        ) from error
     if other := [str(as_point(at)) for at in layers if not close(found[at], rows[at])]:
         raise ModelError(
             f"{info.name}: without its later layers it has other rows at {other[0]}; it cannot be cut there"

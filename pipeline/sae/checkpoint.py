@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.base.errors import CheckpointError, DamagedError, UsageError
+from pipeline.base.errors import CheckpointError, DamagedError, UsageError, first_line
 from pipeline.base.fields import Fields, require_plain
 from pipeline.base.files import atomic, canonical_json, crc32c, regular
 from pipeline.sae.config import SAEConfig
@@ -153,11 +153,6 @@ def read_places(layout: Fields, start: int, size: int) -> dict[str, Place]:
             f"{layout.path}: its tensors end at byte {end}, the file at {size}; use an earlier checkpoint"
         )
     return places
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one short line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def load_tensors(path: Path, format_name: str, version: int) -> tuple[dict[str, Tensor], Fields]:

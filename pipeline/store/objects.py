@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from pipeline.base.errors import DamagedError, DiskError, UsageError
+from pipeline.base.errors import DamagedError, DiskError, UsageError, kind_and_line
 from pipeline.base.files import disk_errors, is_url
 from pipeline.store.backend import Files, LocalFiles, require_small
-from pipeline.store.requests import Gone, Traffic, asked, first_line
+from pipeline.store.requests import Gone, Traffic, asked
 
 REQUESTS = 32
 """Requests that are under way at a time where many files are asked for."""
@@ -68,7 +68,7 @@ class RemoteFiles:
         except ValueError as error:
             raise UsageError(f"{url}: not a URL that fsspec knows ({error})") from error
         except Exception as error:  # whatever a file system's driver raises
-            said = f"{type(error).__name__}: {first_line(error)}"
+            said = kind_and_line(error)
             raise UsageError(f"{url}: cannot be opened ({said}); check the URL, or copy the store to a disk") from error
         self.url = url.rstrip("/")
         self.traffic = Traffic()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from pipeline.base.errors import DamagedError, DiskError, PipelineError
+from pipeline.base.errors import DamagedError, DiskError, PipelineError, kind_and_line
 from pipeline.base.files import human_bytes
 from pipeline.base.progress import say
 
@@ -101,23 +101,18 @@ def asked(work: Callable[[], T], where: str, traffic: Traffic) -> T:
                 traffic.add(answered=1)
                 raise Gone(f"{where}: the file is gone; run harvest --repair to make it again") from error
             if isinstance(error, PermissionError):
-                said = first_line(error)
+                said = kind_and_line(error)
                 raise DiskError(f"{where}: no permission ({said}); check the credentials and the bucket") from error
             is_network = is_of_network(error)
             if isinstance(error, PipelineError) or not (is_network or isinstance(error, REFUSALS)):
                 raise
             if wait is None or not is_network or not may_pass(error):
-                said = first_line(error)
+                said = kind_and_line(error)
                 raise DiskError(f"{where}: {said}; check the URL and the connection, then run again") from error
-            say(f"{where}: {first_line(error)}; trying again in {wait:g} s")
+            say(f"{where}: {kind_and_line(error)}; trying again in {wait:g} s")
             traffic.add(retries=1)
             time.sleep(wait)
         else:
             traffic.add(answered=1)
             return found
     raise AssertionError("unreachable")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line that is not long."""
-    return next(iter(str(error).strip().splitlines()), "")[:300] or type(error).__name__

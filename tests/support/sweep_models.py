@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pipeline.base.errors import ModelError
-from pipeline.model.anatomy import forward, one_line
+from pipeline.base.errors import ModelError, kind_and_line
+from pipeline.model.anatomy import forward
 from pipeline.model.split_lm import SplitLM
 from pipeline.model.trial import trial_tokens, try_model
 
@@ -341,7 +341,7 @@ def verdict(folder: Path) -> tuple[str, str]:
     except ModelError as error:
         return ("refused" if "\n" not in str(error) else "crashed"), str(error).replace(str(folder), "MODEL")
     except Exception as error:
-        return "crashed", one_line(error)
+        return "crashed", kind_and_line(error)
     try:
         tokens = trial_tokens(lm)
         with torch.no_grad():
@@ -352,7 +352,7 @@ def verdict(folder: Path) -> tuple[str, str]:
             if not torch.equal(suffix.unembed(suffix.suffix(residual, tokens)), whole):
                 return "crashed", f"parts loaded by themselves differ after layer {layer}"
     except Exception as error:
-        return "crashed", f"parts: {one_line(error)}"
+        return "crashed", f"parts: {kind_and_line(error)}"
     return (
         "equal",
         "logits by the head" if lm._anatomy is not None and lm._anatomy.head is not None else "no head found",
@@ -368,7 +368,7 @@ def unmade(kind: str, folder: Path, why: str) -> tuple[str, str]:
         said = str(error).replace(str(folder), "MODEL")
         return "refused" if "\n" not in said else "crashed", f"{said} [no model of it could be made: {why}]"
     except Exception as error:
-        return "crashed", f"{one_line(error)} [no model of it could be made: {why}]"
+        return "crashed", f"{kind_and_line(error)} [no model of it could be made: {why}]"
     return "crashed", "it was loaded without weights"
 
 
@@ -382,7 +382,7 @@ def sweep(kinds: list[str]) -> list[tuple[str, str, str]]:
                 build(kind, Path(place))
                 found.append((kind, *verdict(Path(place))))
             except Exception as error:
-                found.append((kind, *unmade(kind, Path(place), one_line(error))))
+                found.append((kind, *unmade(kind, Path(place), kind_and_line(error))))
         print("| " + " | ".join(found[-1]) + " |", flush=True)
     return found
 
