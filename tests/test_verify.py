@@ -186,6 +186,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: replace(first(r, "results/*.latents/labels.json"), "rivers", "lakes"),
         "labels.json: what it says changed",
     ),
+    "labels that are no JSON": (
+        lambda r: replace(first(r, "results/*.latents/labels.json"), '": "', '" "'),
+        "labels.json: not readable as JSON",
+    ),
     "an explanation": (lambda r: replace(r / "explained.json", '"latent": 3', '"latent": 4'), "what it says changed"),
     "a page of watch": (lambda r: replace(r / "watch.html", "step", "steq"), r"watch\.html: SHA-256"),
     "a number of inspect": (lambda r: replace(r / "inspect.html", r"0\.5", "0.7"), r"inspect\.html: SHA-256"),

@@ -269,8 +269,8 @@ def check_other(path: Path, found: Findings) -> None:
         found.unseal(path, "left by a killed process; the next run sweeps it")
     elif beside(path).is_file():
         check_beside(path, found)
-    elif path.suffix == ".json" and file_format(path) == SEALED:
-        check_sealed(path, found)
+    elif path.suffix == ".json" and (kind := file_format(path)):
+        (check_results if kind == RESULTS else check_sealed)(path, found)
     elif not path.name.endswith(BESIDE):
         found.unseal(path)
 
