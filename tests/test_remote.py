@@ -260,12 +260,27 @@ def test_unreachable_web_server_is_said(monkeypatch: pytest.MonkeyPatch) -> None
         raise FileNotFoundError(path) from cause
 
     monkeypatch.setattr(files.fs, "info", info)
-    with pytest.raises(DiskError, match=r"zarr\.json: refused here; check the URL and the connection"):
+    with pytest.raises(DiskError, match=r"zarr\.json: Refused: refused here; check the URL and the connection"):
         files.size("zarr.json")
     with pytest.raises(DiskError, match="refused here"):
         verify("memory://broken.zarr")
     status = 404
     assert files.size("zarr.json") is None
+
+
+def test_endless_redirects_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, since they end no sooner when asked again; the library itself says "0, message=''"."""
+    pytest.importorskip("fsspec", reason="needs fsspec (pip install '.[remote]')")
+    files = RemoteFiles("memory://broken.zarr")
+    redirects = type("TooManyRedirects", (Exception,), {"__module__": "aiohttp.client_exceptions"})
+
+    def info(path: str) -> dict[str, Any]:
+        raise FileNotFoundError(path) from redirects("0, message=''")
+
+    monkeypatch.setattr(files.fs, "info", info)
+    with pytest.raises(DiskError, match=r"zarr\.json: the server redirects without end; check the URL"):
+        files.size("zarr.json")
+    assert files.traffic.n_requests == 1
 
 
 def test_plain_path_is_local(tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ def asked(work: Callable[[], T], where: str, traffic: Traffic) -> T:
             if isinstance(error, PermissionError):
                 said = kind_and_line(error)
                 raise DiskError(f"{where}: no permission ({said}); check the credentials and the bucket") from error
+            if type(error).__name__ == "TooManyRedirects":
+                raise DiskError(f"{where}: the server redirects without end; check the URL") from error
             is_network = is_of_network(error)
             if isinstance(error, PipelineError) or not (is_network or isinstance(error, REFUSALS)):
                 raise
