@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluate.probing.probes import (
+    FORMAT,
+    VERSION,
     ProbeConfig,
     ProbeData,
     Probes,
@@ -24,6 +26,7 @@ from evaluate.probing.probes import (
 )
 from evaluate.probing.tasks import Contrast, Task
 from pipeline.base.errors import DamagedError
+from pipeline.sae.checkpoint import save_tensors
 from support.reference import reference_train_probe
 
 RECIPE = ProbeConfig(epochs=4, lr=1e-2)
@@ -128,6 +131,10 @@ def test_kept_probes_serve_their_question_only(tmp_path: Path) -> None:
     load_or_train(x, task, (1, 3), RECIPE, {"model": "m"}, tmp_path)
     load_or_train(x, task, (1, 2), ProbeConfig(epochs=2), {"model": "m"}, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
+    save_tensors(path, {"weight": first.weight}, {"format": FORMAT, "version": VERSION})
+    with pytest.raises(DamagedError, match=r"expected the tensors .* delete it"):
+        load_or_train(x, task, (1, 2), RECIPE, {"model": "m"}, tmp_path)
+    save_tensors(path, vars(first), {"format": FORMAT, "version": VERSION})
     whole = bytearray(path.read_bytes())
     whole[-1] ^= 1
     path.write_bytes(whole)

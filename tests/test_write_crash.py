@@ -67,6 +67,11 @@ def begin_copies(folder: Path) -> None:
     npy_folder(folder / "rows")
 
 
+def begin_kept(folder: Path) -> None:
+    """A store."""
+    make_store(folder / "tiny.zarr")
+
+
 def begin_extended(folder: Path) -> None:
     """A store, and a training of it that kept its state."""
     store = make_store(folder / "tiny.zarr")
@@ -81,6 +86,7 @@ BEGIN = {
     "pieces": begin_pieces,
     "copies": begin_copies,
     "extended": begin_extended,
+    "kept": begin_kept,
 }
 
 

@@ -25,9 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from evaluate.probing.probes import require_shapes
 from evaluate.probing.texts import TextModel, clipped, padded
 from evaluate.scores.labels import LABELS, LETTERS, MAX_ROWS, MIN_F1, Labelled, Letters, Probes, train_probes
-from pipeline.base.errors import DamagedError, UsageError
+from pipeline.base.errors import UsageError
 from pipeline.base.files import hash_config, read_text, sha256
 from pipeline.base.progress import Progress
 from pipeline.base.runtime import numpy_rng
@@ -191,8 +192,8 @@ def kept_probes(x: Float[Tensor, "word d_model"], rows: Labelled, path: Path | N
     if path is not None and path.is_file():
         tensors, header = load_tensors(path, FORMAT, VERSION)
         names, left_out = header.list_of_texts("names"), header.inner("left_out")
-        if {name: tuple(t.shape) for name, t in tensors.items()} != shapes(len(names), x.shape[1]):
-            raise DamagedError(f"{path}: holds {len(names)} names and other tensors than go with them; delete it")
+        n = len(names)
+        require_shapes(path, tensors, {"weight": (n, x.shape[1]), "bias": (n,), "f1": (n,)})
         weight, bias = tensors["weight"].to(x), tensors["bias"].to(x)
         return Probes(tuple(names), weight, bias, tuple(tensors["f1"].tolist()), dict(left_out.data), rows, x)
     probes = train_probes(x, rows)
@@ -202,8 +203,3 @@ def kept_probes(x: Float[Tensor, "word d_model"], rows: Labelled, path: Path | N
         said = {"format": FORMAT, "version": VERSION, "names": list(probes.names), "left_out": probes.left_out}
         save_tensors(path, tensors, said)
     return probes
-
-
-def shapes(n: int, d_model: int) -> dict[str, tuple[int, ...]]:
-    """What the tensors of n kept probes are."""
-    return {"weight": (n, d_model), "bias": (n,), "f1": (n,)}

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from evaluate.probing.tasks import Contrast, Draw, Task
+from pipeline.base.errors import DamagedError
 from pipeline.base.files import hash_config
 from pipeline.base.runtime import torch_rng
 from pipeline.sae.checkpoint import load_tensors, save_tensors
@@ -189,15 +190,23 @@ def load_or_train(
         "recipe": asdict(config),
     }
     path = folder / f"probes-{hash_config(key)[:16]}.safetensors" if folder else None
+    names = [f"{task.name}/{seed}/{name}" for seed in seeds for name in task.probes]
     if path is not None and path.is_file():
         tensors, _ = load_tensors(path, FORMAT, VERSION)
+        n = len(names)
+        require_shapes(path, tensors, {"weight": (n, x.shape[1]), "bias": (n,), "accuracy": (n,)})
         return Probes(**tensors)
-    names = [f"{task.name}/{seed}/{name}" for seed in seeds for name in task.probes]
     start = draw_start(names, x.shape[1], data.train_rows.shape[1], config.epochs)
     probes = train_probes(x, data, start, config)
     if path is not None:
         save_tensors(path, vars(probes), {"format": FORMAT, "version": VERSION, "task": task.name, "probes": names})
     return probes
+
+
+def require_shapes(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise DamagedError unless a file of kept probes holds these tensors and no others."""
+    if (found := {name: tuple(t.shape) for name, t in tensors.items()}) != expected:
+        raise DamagedError(f"{path}: expected the tensors {expected}, found {found}; delete it, and it is made again")
 
 
 def contrast_rows(contrast: Contrast) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:

@@ -24,25 +24,30 @@ from evaluate.explain.__main__ import report as explained
 from evaluate.explain.prompts import explain_id, questions
 from evaluate.latents.files import write_labels
 from evaluate.latents.neuronpedia import export_neuronpedia
+from evaluate.probing.probes import load_or_train
 from evaluate.report.write import write_report
 from evaluate.run import EvaluateConfig
 from evaluate.run import run as run_evaluate
 from harvest.truth.run import TruthConfig, run_truth
+from pipeline.base import kept as base_kept
 from pipeline.base.digests import write_sealed
+from pipeline.base.files import sha256
 from pipeline.base.token_text import TokenText
 from pipeline.experiment.slurm import write_script
 from pipeline.imports.sources import Asked as AskedRows
 from pipeline.imports.write import Import, import_files
 from pipeline.sae import hub
 from pipeline.sae.export import FORMATS, export
+from pipeline.store.cache import open_cache
 from pipeline.store.reader import Store
-from pipeline.store.staging import stage
+from pipeline.store.staging import open_cached, stage
 from pipeline.watch import watched, write_page
 from support.harvests import harvest_config
 from support.train_crasher import die_at_write, small
 from test_explain import SHA, made
 from test_latents import Words, make_sae
 from test_neuronpedia import SOURCE, sample_of
+from test_probes import RECIPE, small_task
 from train.plan import RunConfig
 from train.run import run as run_training
 
@@ -106,8 +111,24 @@ def extended(folder: Path, out: Path) -> None:
     run_training(RunConfig(folder / "tiny.zarr", out / "runs", (longer,), "cpu", extend=True, threads=1))
 
 
+def kept(folder: Path, out: Path) -> None:
+    """What is read through what is kept beside the work: ranges of a store at a URL, in a cache that must make room, hashes of
+    files, probes."""
+    base_kept.LARGE, base_kept.SETTLED_S = 0, -1.0
+    place = out.with_name(f"{out.name}.kept")
+    os.environ["XDG_CACHE_HOME"] = str(place / "home")
+    store = open_cached(f"file://{folder / 'tiny.zarr'}", open_cache(place / "cache", 150_000))
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
+    probes = load_or_train(x, small_task(), (1, 2), RECIPE, {}, place / "probes")
+    rows = store.train.read(0, store.train.n_rows)
+    found = {"rows": sha256(rows.float().numpy().tobytes()), "probes": sha256(probes.weight.numpy().tobytes())}
+    for path in sorted((folder / "tiny.zarr").glob("train/*/zarr.json")):
+        found[path.parent.name] = base_kept.kept_hash(path)
+    write_sealed(out / "read.json", found)
+
+
 KINDS: dict[str, Callable[[Path, Path], None]] = {
-    work.__name__: work for work in (evaluation, report, neuronpedia, mixed, pieces, copies, extended)
+    work.__name__: work for work in (evaluation, report, neuronpedia, mixed, pieces, copies, extended, kept)
 }
 
 
