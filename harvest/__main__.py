@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from harvest.config import HarvestConfig
-from pipeline.base.cli import COUNT, NAMED_SOURCE, OUT_STORE, main, print_json
+from pipeline.base.cli import COUNT, NAMED_SOURCE, OUT_STORE, WHOLE, main, print_json
 from pipeline.base.errors import UsageError
 from pipeline.model.points import HOOKS
 
@@ -44,7 +44,7 @@ class Names(click.ParamType[tuple[str, ...]]):
 @click.option(
     "--layer",
     "layers",
-    type=int,
+    type=WHOLE,
     multiple=True,
     default=DEFAULTS["layers"],
     help="Decoder layer model.layers[LAYER], from 0. Give it several times for several layers in one pass.",
@@ -102,7 +102,7 @@ class Names(click.ParamType[tuple[str, ...]]):
     help="Training tokens, BOS included: 10000000, 10_000_000 or 10M. More than the store has extends it.",
 )
 @click.option("--eval-tokens", type=COUNT, help="Evaluation tokens, on top. [default: a twentieth of --tokens]")
-@click.option("--context", type=int, default=DEFAULTS["context"], help="Tokens of a sequence, BOS included.")
+@click.option("--context", type=WHOLE, default=DEFAULTS["context"], help="Tokens of a sequence, BOS included.")
 @click.option(
     "--store",
     type=OUT_STORE,
@@ -125,10 +125,10 @@ class Names(click.ParamType[tuple[str, ...]]):
 @click.option("--device", default=DEFAULTS["device"], help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--batch-size",
-    type=int,
+    type=WHOLE,
     help="Sequences of a forward pass. [default: for the device, halved on a GPU until it fits; recorded]",
 )
-@click.option("--seed", type=int, default=DEFAULTS["seed"], help="Order of documents, then of sequences.")
+@click.option("--seed", type=WHOLE, default=DEFAULTS["seed"], help="Order of documents, then of sequences.")
 @click.option(
     "--bos",
     default=DEFAULTS["bos"],

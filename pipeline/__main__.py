@@ -23,6 +23,7 @@ from pipeline.base.cli import (
     PLACE,
     REPOSITORY,
     SOURCE,
+    WHOLE,
     main,
     print_json,
 )
@@ -45,7 +46,7 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--out", type=OUT_FOLDER, default=Path("demo"), show_default=True, help="Folder that everything goes to.")
-@click.option("--seed", type=int, multiple=True, help="Seeds of the SAEs instead of 0, 1, 2; repeat the option.")
+@click.option("--seed", type=WHOLE, multiple=True, help="Seeds of the SAEs instead of 0, 1, 2; repeat the option.")
 def demo(out: Path, seed: tuple[int, ...]) -> None:
     """Harvest a small real Gemma-2 over real text, train 22 flat and nested SAEs, score them, write the report.
 
@@ -194,7 +195,7 @@ def watch(runs: Path, page: Path | None, every: float, once: bool) -> None:
 @click.option("--context", type=COUNT, help="Rows called a sequence, where the source has none.  [default: 128]")
 @click.option("--key", help="Tensor or column, where there are several.")
 @click.option(
-    "--layer", type=int, help="Layer they were taken at; of a saev folder: the one to take.  [default: what it says]"
+    "--layer", type=WHOLE, help="Layer they were taken at; of a saev folder: the one to take.  [default: what it says]"
 )
 @click.option("--hook", help="Where in the layer: resid_post, mlp_out, …  [default: what it says]")
 @click.option(

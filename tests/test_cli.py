@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 import pytest
 
-from pipeline.base.cli import COUNT, OUT_STORE, SIZE, Output, main
+from pipeline.base.cli import COUNT, OUT_STORE, SIZE, WHOLE, Output, main
 from pipeline.base.errors import CorpusError, DiskError, UsageError
 from pipeline.base.progress import Progress, say, silenced
 from pipeline.experiment.experiment import Experiment
@@ -20,18 +20,34 @@ class PanicException(BaseException):
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("10_000_000", 10_000_000), ("10M", 10_000_000), ("1.5k", 1500), ("7", 7), ("2,000", 2000), ("1B", 10**9)],
+    [
+        ("10_000_000", 10_000_000),
+        ("10M", 10_000_000),
+        ("1.5k", 1500),
+        ("7", 7),
+        ("2,000", 2000),
+        ("1B", 10**9),
+        (str(2**53 + 1), 2**53 + 1),
+    ],
 )
 def test_counts_read_as_people_write(text: str, number: int) -> None:
     """Counts are read as people write them."""
     assert COUNT.convert(text, None, None) == number
 
 
-@pytest.mark.parametrize("text", ["", "ten", "1.5", "-3", "1e6", "3MM"])
+@pytest.mark.parametrize("text", ["", "ten", "1.5", "-3", "1e6", "3MM", "9" * 19, "1" + "0" * 5000])
 def test_what_is_no_count_is_refused(text: str) -> None:
     """What is not a count is refused."""
     with pytest.raises(click.BadParameter):
         COUNT.convert(text, None, None)
+
+
+def test_numbers_beyond_files_are_refused() -> None:
+    """What no reader of ours takes from a file is not written there: 2⁶³ and more, on either side of zero."""
+    assert WHOLE.convert("-9", None, None) == -9
+    for number in (2**63, -(2**63)):
+        with pytest.raises(click.BadParameter, match="more than can be counted"):
+            WHOLE.convert(str(number), None, None)
 
 
 @pytest.mark.parametrize(("text", "number"), [("2GB", 2 * 10**9), ("500M", 500 * 10**6), ("12", 12), ("1GiB", 10**9)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from evaluate import plan as planning
 from evaluate.checkpoints.find import find_checkpoints, loss_curve, open_checkpoint, require_fit, resolve_levels
 from evaluate.config import source_identity
 from evaluate.run import EvaluateConfig, run
-from pipeline.base.errors import CheckpointError, DamagedError, ModelError, StoreError, UsageError
+from pipeline.base.errors import CheckpointError, DamagedError, ModelError, PipelineError, StoreError, UsageError
 from pipeline.base.results import read_result
 from pipeline.base.runtime import tf32
 from pipeline.model.split_lm import SplitLM
@@ -242,6 +243,15 @@ def test_broken_metrics_line_is_an_error(place: Path, tmp_path: Path) -> None:
     folder = copied_member(place, tmp_path)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(DamagedError, match=r"metrics\.jsonl: line 2 is not JSON"):
+        loss_curve(open_checkpoint(next((folder / "checkpoints").iterdir())))
+
+
+def test_metrics_in_pipe_are_refused(place: Path, tmp_path: Path) -> None:
+    """A pipe or a device in the place of a member's metrics is not called a member without them."""
+    folder = copied_member(place, tmp_path)
+    (folder / "metrics.jsonl").unlink()
+    os.mkfifo(folder / "metrics.jsonl")
+    with pytest.raises(PipelineError, match=r"metrics\.jsonl: cannot be read \(a pipe, expected a regular file\)"):
         loss_curve(open_checkpoint(next((folder / "checkpoints").iterdir())))
 
 

@@ -42,6 +42,16 @@ def test_full_disk_error_names_path(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_limit_of_a_file_names_it(tmp_path: Path) -> None:
+    """What a disk says of a descriptor alone (ulimit -f) names the file and what to do."""
+    with (
+        pytest.raises(DiskError, match=r"a\.bin: File too large; raise the limit \(ulimit -f\)"),
+        files.atomic(tmp_path / "a.bin"),
+    ):
+        raise OSError(errno.EFBIG, "File too large")
+    assert not list(tmp_path.iterdir())
+
+
 def test_readonly_folder_error_names_path(tmp_path: Path) -> None:
     """A read-only folder is one error that names the path."""
     with pytest.raises(DiskError, match="choose another folder"), files.atomic(tmp_path / "a"):

@@ -667,6 +667,14 @@ def test_retention_keeps_last_and_multiples(steps: set[int], last: int, every: i
     assert len(kept) <= last + sum(1 for step in steps if every and step % every == 0)
 
 
+@given(st.integers(1, 9), st.integers(1, 60), st.integers(1, 5), st.integers(0, 20))
+def test_retained_checkpoints_are_counted(every: int, steps: int, last: int, kept_every: int) -> None:
+    """Without a list of a training's checkpoints, which may have more steps than a memory holds."""
+    keep = Keep(last, kept_every)
+    assert keep.n_kept(every, steps) == len(keep.kept({*range(every, steps, every), steps}))
+    assert keep.n_kept(1, 10**30) > 0
+
+
 @pytest.mark.parametrize(
     ("text", "keep"),
     [("last:3,every:1000", Keep(3, 1000)), ("every:50", Keep(1, 50)), ("last:2", Keep(2, 0)), ("all", Keep(1, 1))],

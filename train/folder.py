@@ -7,6 +7,7 @@ command goes on from there to the same bytes.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -99,6 +100,13 @@ class Keep:
         """Those of the steps at which checkpoints exist that stay."""
         there = sorted(steps)
         return {step for step in there if self.every and step % self.every == 0} | set(there[-self.last :])
+
+    def n_kept(self, every: int, steps: int) -> int:
+        """How many stay of those of a whole training, which are at multiples of `every` before `steps`, and at `steps`."""
+        before = (steps - 1) // every
+        old = max(before + 1 - self.last, 0)
+        of_old = old // (self.every // math.gcd(self.every, every)) if self.every else 0
+        return of_old + before - old + 1
 
 
 @dataclass(frozen=True)

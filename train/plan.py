@@ -273,7 +273,7 @@ def memory_bytes(
     low = product_dtype(config.dtype).itemsize
     wide = max(low, 4)
     n_rows, width, shape = config.batch_size, config.width, config.sae_config(d_model, d_out)
-    sizes = {name: torch.Size(size).numel() for name, size in initial_shapes(config, d_model, d_out).items()}
+    sizes = {name: math.prod(size) for name, size in initial_shapes(config, d_model, d_out).items()}
     n_weights, made = sum(sizes.values()), shape.d_made
     matrices = sizes["W_enc"] + sizes["W_dec"] + sizes.get("W_skip", 0)
     n_latent_arrays = 2 + (shape.layernorm != "none" or shape.activation == "jumprelu")
@@ -396,8 +396,7 @@ def disk_bytes(rows: SplitLayout, tasks: Sequence[Task], keep: Keep) -> int:
             4 * (d_model + (d_out or d_model) + 4) * config.width + 4 * d_model * (d_out or 0) * config.skip,
             parts["optimiser"] * 3 // 2 + parts["counters"],
         )
-        steps = {*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps}
-        total += (len(keep.kept(steps)) + 1) * weights + state
+        total += (keep.n_kept(config.checkpoint_every, config.steps) + 1) * weights + state
     largest = max(
         (
             4 * 3 * (rows.layout.d_model + (task.d_out or rows.layout.d_model)) * task.config.width
@@ -431,7 +430,7 @@ def cost(rows: SplitLayout, passes: Sequence[Sequence[Task]], device: torch.devi
         found["read"] += row * max((n_rows for _, n_rows in left), default=0)
         for task, n_rows in left:
             shapes = initial_shapes(task.config, rows.layout.d_model, task.d_out)
-            n_weights = sum(torch.Size(shapes[name]).numel() for name in ("W_enc", "W_dec"))
+            n_weights = sum(math.prod(shapes[name]) for name in ("W_enc", "W_dec"))
             found["steps"] += task.config.steps - task.step
             found["flop"] += STEP_OVER_WEIGHTS * n_weights * n_rows
     return found

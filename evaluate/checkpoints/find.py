@@ -309,7 +309,7 @@ def loss_curve(checkpoint: Checkpoint) -> dict[str, list[Any]]:
     short by a running training is left out. Raises DamagedError for a broken line elsewhere, or a file that cannot be read.
     """
     path = checkpoint.path.parent.parent / "metrics.jsonl"
-    if not path.is_file() or is_foreign(checkpoint.path):
+    if not path.exists() or is_foreign(checkpoint.path):
         return {}
     try:
         text = read_bytes(path).split(b"\n")

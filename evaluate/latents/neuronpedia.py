@@ -45,7 +45,7 @@ from torch import Tensor
 from evaluate.checkpoints.find import open_checkpoint, require_fit
 from evaluate.checkpoints.place import info_of, placed
 from evaluate.latents.collect import choose_chunks, stream
-from pipeline.base.cli import COUNT, NAMED_SOURCE, OUT_FOLDER, SOURCE, main
+from pipeline.base.cli import COUNT, NAMED_SOURCE, OUT_FOLDER, SOURCE, WHOLE, main
 from pipeline.base.digests import DIGESTS, write_digests
 from pipeline.base.errors import DiskError, ModelError, UsageError
 from pipeline.base.files import PARTIAL, hash_file, lock_folder, safe_name, sweep_partials, write_bytes
@@ -582,7 +582,7 @@ def load_readout(info: ModelInfo) -> tuple[Tensor, TokenText, int]:
 @click.option("--rows", type=COUNT, default=131_072, show_default=True, help="Rows to read, in whole chunks.")
 @click.option("--split", type=click.Choice(["eval", "train"]), default="eval", show_default=True, help="Whose rows.")
 @click.option("--level", type=COUNT, help="A level of the dictionary, 0 the innermost.  [default: the whole]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of which rows and which random examples.")
+@click.option("--seed", type=WHOLE, default=0, show_default=True, help="Of which rows and which random examples.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto.")
 def command(
     checkpoint: str,

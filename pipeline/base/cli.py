@@ -11,6 +11,7 @@ import sys
 import time
 import tomllib
 import traceback
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ import click
 
 from pipeline import INTERRUPTED, say_stopped
 from pipeline.base.errors import ADVICE, DiskError, PipelineError, UsageError, explain, one_line, panicked
+from pipeline.base.fields import LARGEST
 from pipeline.base.files import is_url, read_text, require_ordinary, require_replaceable
 from pipeline.base.processes import is_launched
 from pipeline.base.progress import log_line, say
@@ -26,21 +28,38 @@ from pipeline.base.startup import heard
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 
+MOST_DIGITS = 40
+"""Of a number on a command line; more is read no further."""
+
+
 class Count(click.ParamType[int]):
     """A whole number of things: 10000000, 10_000_000, 10M, 1.5k."""
 
     name = "count"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
         match = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kKmMgGbBtT]?)", str(value).strip())
         if match is None:
             self.fail(f"{value!r} is not a count; write 10000000, 10_000_000 or 10M", param, ctx)
-        number = float(match[1].replace("_", "").replace(",", "")) * SUFFIXES[match[2].lower()]
-        if number != int(number):
+        digits = match[1].replace("_", "").replace(",", "")
+        number = Fraction(digits[:MOST_DIGITS]) * SUFFIXES[match[2].lower()]  # exact: a seed is one of these
+        if len(digits) > MOST_DIGITS or number >= LARGEST:
+            self.fail(f"{str(value)[:MOST_DIGITS]!r} is more than can be counted", param, ctx)
+        if number.denominator != 1:
             self.fail(f"{value!r} is not a whole number", param, ctx)
         return int(number)
+
+
+class Whole(click.ParamType[int]):
+    """A whole number as the files that name it may hold it, below zero too."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number: int = click.INT.convert(value, param, ctx)
+        if abs(number) >= LARGEST:
+            self.fail(f"{str(value)[:MOST_DIGITS]!r} is more than can be counted", param, ctx)
+        return number
 
 
 class Size(Count):
@@ -61,7 +80,7 @@ class CountOrAuto(click.ParamType[int | str]):
         return "auto" if value == "auto" else COUNT.convert(value, param, ctx)
 
 
-COUNT, COUNT_OR_AUTO, SIZE = Count(), CountOrAuto(), Size()
+COUNT, COUNT_OR_AUTO, SIZE, WHOLE = Count(), CountOrAuto(), Size(), Whole()
 
 
 class Source(click.ParamType[Any]):

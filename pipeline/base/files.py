@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import crc32c as crc32c_package
 import numpy.typing as npt
 
-from pipeline.base.errors import DamagedError, DiskError, MismatchError
+from pipeline.base.errors import ADVICE, DamagedError, DiskError, MismatchError
 from pipeline.base.fields import require_plain
 
 PARTIAL = ".partial"
@@ -287,6 +287,8 @@ def disk_errors(path: Path | str) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise DiskError(f"{path}: cannot write here ({error.strerror}); choose another folder") from error
+        if error.filename is None and error.errno in ADVICE:  # of a descriptor, which knows no path
+            raise DiskError(f"{path}: {error.strerror}; {ADVICE[error.errno]}") from error
         raise
 
 

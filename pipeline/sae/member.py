@@ -98,7 +98,7 @@ def require_recorded(folder: Path, completion: Completion) -> None:
     complete.json recorded."""
     recorded = {"config.json": completion.config_sha256, "metrics.jsonl": completion.metrics_sha256}
     for name, digest in recorded.items():
-        if digest is not None and (folder / name).is_file() and hash_file(folder / name) != digest:
+        if digest is not None and (folder / name).exists() and hash_file(folder / name) != digest:
             what = "lines that were" if name == "metrics.jsonl" else "config that was"
             raise DamagedError(f"{folder / name}: not the {what} recorded; restore it, or train this member again")
 

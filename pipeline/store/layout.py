@@ -405,7 +405,8 @@ def estimate_bytes(config: Mapping[str, Any], n_train: int, n_eval: int, n_extra
     total = n_extra + len(root) + ROOT_REST + sum(map(len, metadata.values())) + layout.mean.file_nbytes
     for name, n_sequences in (("train", n_train), ("eval", n_eval)):
         split = SplitLayout(name, layout, n_sequences)
-        n_chunks = sum(split.n_chunks(k) for k in range(split.n_shards))
+        n_chunks = max(split.n_shards - 1, 0) * layout.chunks_per_shard
+        n_chunks += split.n_chunks(split.n_shards - 1) if split.n_shards else 0
         total += n_chunks * (chunk_bound(layout.codec, layout.chunk_nbytes) + 4)
         total += split.n_shards * index_nbytes(layout.chunks_per_shard) + split.n_groups * GROUP_HASHES
         total += sum(a.n_files * a.file_nbytes for name, a in split.arrays.items() if name != "resid")
