@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -10,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +32,7 @@ from pipeline.store.objects import open_files
 from pipeline.store.reader import Store
 from support import tiny_models
 from support.harvests import Slow, harvest_config, store_bytes
+from support.train_crasher import die_at_write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -462,6 +465,31 @@ def test_lost_hub_part_is_named(configs: Configs, capsys: pytest.CaptureFixture[
     assert bool(re.search(said, capsys.readouterr().err)) is not again
     run(config, quiet=True)
     assert files_of(config) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hub")
+def test_hub_parts_killed_at_every_write(configs: Configs) -> None:
+    """Each part of a data set of the Hub killed at each write of blocks and notes in turn: the same bytes, nothing left over."""
+    expected, config = hub_bytes(configs), hub_config(configs, "hub-killed")
+    n_killed = 0
+    for steps in (tokenise(0, 3), tokenise(1, 3), tokenise(2, 3), PREPARE):
+        for n in itertools.count(1):
+            if (child := os.fork()) == 0:
+                die_at_write(n)
+                with contextlib.suppress(BaseException):
+                    run(config, quiet=True, steps=steps)
+                    os._exit(0)
+                os._exit(1)
+            ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert ended in (0, -signal.SIGKILL)
+            if ended == 0:
+                break
+            n_killed += 1
+    run(config, quiet=True)
+    assert n_killed > 20
+    assert files_of(config) == expected
+    assert [path.name for path in Path(config.store).parent.glob("hub-killed*")] == ["hub-killed.zarr"]
 
 
 def test_hub_stores_of_an_older_order(configs: Configs, hub: Reads) -> None:
