@@ -171,7 +171,7 @@ class Store:
     def progress(self) -> str:
         """How far an unfinished harvest has come, in words."""
         if self.attributes["state"] == "preparing":
-            return "its harvest was stopped before the first shard"
+            return "not prepared to its end: a harvest is at it, or was stopped there"
         done = sum(split.commit(k) is not None for split in self.splits for k in range(split.n_shards))
         return f"unfinished, {done} of {sum(split.n_shards for split in self.splits)} shards are committed"
 
