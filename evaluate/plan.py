@@ -33,7 +33,7 @@ from evaluate.scores.sample import GROUP_SEQUENCES, Survey
 from evaluate.scores.structure import MAX_FIRINGS, N_PARTS
 from pipeline.base.errors import UsageError
 from pipeline.base.files import human_bytes
-from pipeline.base.runtime import product_rate
+from pipeline.base.runtime import measured_seconds
 from pipeline.sae.config import SAEConfig
 from pipeline.store.beside import BesideRows
 
@@ -193,15 +193,23 @@ def sae_flop(config: SAEConfig) -> float:
     return 2.0 * (config.d_model + config.d_made) * config.width + skip
 
 
-SAE_TIME_OVER_PRODUCTS = 2.0
-"""Of encoding and decoding with all that is measured of the latents, for estimates."""
+MEASURED_ROWS = 512
+SCORED_OVER_PASSED = 2.0
+"""Time of a batch through an SAE with all that is counted of its latents, over that of a bare pass, for estimates."""
 
 
 def sae_cost(saes: Sequence[SAEConfig], d_model: int, device: torch.device) -> tuple[float, float]:
-    """FLOP, and a rough time in seconds from a product measured now, that each token takes in all SAEs."""
-    flop = sum(map(sae_flop, saes))
-    rate = product_rate(torch.float32, device, 512, d_model, max(sae.width for sae in saes))
-    return flop, SAE_TIME_OVER_PRODUCTS * flop / rate
+    """FLOP, and a rough time in seconds by a batch through the widest measured now, that each token takes in all SAEs."""
+    flop, width = sum(map(sae_flop, saes)), max(sae.width for sae in saes)
+    x, w = (torch.zeros(shape, device=device) for shape in ((MEASURED_ROWS, d_model), (d_model, width)))
+
+    def passed() -> None:
+        z = torch.relu(x @ w)
+        z = torch.where(z < 1, 0.0, z)
+        z.sum(0), (z != 0).sum(0), z @ w.T
+
+    each = measured_seconds(passed, device) / MEASURED_ROWS / (4.0 * d_model * width)
+    return flop, SCORED_OVER_PASSED * flop * each
 
 
 def settle_freed_memory(plan: Plan) -> None:

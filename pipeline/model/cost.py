@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from pipeline.base.errors import ModelError, kind_and_line
-from pipeline.base.runtime import DTYPES, measured_seconds, product_rate
+from pipeline.base.runtime import DTYPES, measured_seconds
 from pipeline.model.anatomy import forward
 from pipeline.model.files import hub_errors
 from pipeline.model.split_lm import ModelInfo, SplitLM, find_layers, quiet, truncated
@@ -21,8 +21,8 @@ from pipeline.model.split_lm import ModelInfo, SplitLM, find_layers, quiet, trun
 N_LAYERS = 2
 """Layers that are measured: two, since some models alternate two kinds."""
 
-HEAD_OVER_PRODUCT = 1.5
-"""Time of the unembedding with what follows it over the logits (soft cap, log-softmax), over that of its product."""
+HEAD_ROWS, HEAD_VOCAB = 512, 16384
+"""Rows, and words of a vocabulary that may be larger, by which the unembedding is measured."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,29 @@ def measure_forward(
             f"{info.name}: its time cannot be measured, {n_measured} of its layers fail ({kind_and_line(error)})"
         ) from error
     head_flop = 2.0 * info.vocab * info.d_model
-    rate = product_rate(DTYPES[dtype], device, min(batch_size * context, 512), info.d_model, min(info.vocab, 16384))
     each = seconds / n_measured / (batch_size * context)
-    return ForwardCost(info.n_layers, 2.0 * n_weights, head_flop, each, HEAD_OVER_PRODUCT * head_flop / rate)
+    head = measure_head(info, DTYPES[dtype], device, min(batch_size * context, HEAD_ROWS))
+    return ForwardCost(info.n_layers, 2.0 * n_weights, head_flop, each, head)
+
+
+def measure_head(info: ModelInfo, dtype: torch.dtype, device: torch.device, n_rows: int) -> float:
+    """Seconds a token takes in the unembedding and in what is asked of its logits, which where products are fast takes longer:
+    soft cap, float32 log-softmax, a product with probabilities, the largest."""
+    width = min(info.vocab, HEAD_VOCAB)
+    cap = getattr(info.text, "final_logit_softcapping", None)
+    hidden, weight = (torch.zeros(n, info.d_model, dtype=dtype, device=device) for n in (n_rows, width))
+    p = torch.zeros(n_rows, width, device=device)
+
+    def head() -> None:
+        logits = hidden @ weight.T
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        log_q = torch.log_softmax(logits, -1, dtype=torch.float32)
+        torch.linalg.vecdot(p, log_q)
+        log_q.amax(1)
+
+    with torch.inference_mode():
+        return measured_seconds(head, device) / n_rows * info.vocab / width
 
 
 def small_model(info: ModelInfo, n_layers: int, attention: str, *, trust_remote_code: bool) -> Any:
