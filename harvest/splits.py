@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+from array import array
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from harvest.blocks import Blocks
 from harvest.corpus import Corpus
@@ -94,24 +97,38 @@ def name_lost(blocks: Blocks) -> None:
 
 
 class Seen:
-    """Which documents both splits have, by their tokens: 8 bytes of hash for each that evaluation has."""
+    """Which documents both splits have, by their tokens. Of a document of evaluation it holds a hash of 8 bytes and a bool; up to
+    26 bytes while the hashes are sorted, once all of evaluation is there."""
 
     def __init__(self) -> None:
-        self.evaluation: set[bytes] = set()
-        self.both: set[bytes] = set()
+        self.noted = array("Q")
+        self.both = np.zeros(0, np.bool_)
+
+    @cached_property
+    def evaluation(self) -> npt.NDArray[np.uint64]:
+        """Hashes of evaluation's documents, each once, in order: after the last was noted."""
+        hashes = np.array(self.noted, np.uint64)
+        self.noted = array("Q")
+        hashes.sort()
+        first = np.append(np.ones(min(1, len(hashes)), np.bool_), hashes[1:] != hashes[:-1])
+        once: npt.NDArray[np.uint64] = hashes[first]
+        self.both = np.zeros(len(once), np.bool_)
+        return once
 
     def evaluated(self, piece: Piece) -> None:
-        """Note a document of evaluation, by its first piece."""
-        self.evaluation.add(hashed(piece))
+        """Note a document of evaluation, by its first piece; none after the first one of training."""
+        self.noted.append(hashed(piece))
 
     def trained(self, piece: Piece) -> None:
         """Note a document of training."""
-        if (found := hashed(piece)) in self.evaluation:
-            self.both.add(found)
+        found = np.uint64(hashed(piece))
+        at = int(np.searchsorted(self.evaluation, found))
+        if at < len(self.evaluation) and self.evaluation[at] == found:
+            self.both[at] = True
 
     def require_apart(self, *, separate: bool) -> None:
         """Say how many documents both have. Raises CorpusError when a `separate` evaluation corpus is mostly in training."""
-        n, shared = len(self.evaluation), len(self.both)
+        n, shared = len(self.evaluation), int(self.both.sum())
         if separate and 2 * shared > n:
             raise CorpusError(
                 f"--eval-corpus: {shared:,} of its {n:,} documents are in the training corpus too, so scores would be those of "
@@ -121,9 +138,9 @@ class Seen:
             say(f"note     {shared:,} of {n:,} evaluation documents are in training too, with the same text")
 
 
-def hashed(piece: Piece) -> bytes:
-    """What tells documents apart."""
-    return hashlib.blake2b(piece.ids.tobytes(), digest_size=8).digest()
+def hashed(piece: Piece) -> int:
+    """What tells documents apart, of 64 bits."""
+    return int.from_bytes(hashlib.blake2b(piece.ids.tobytes(), digest_size=8).digest(), "little")
 
 
 def pack_split(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,8 +25,14 @@ from evaluate.scores.labels import read_probes
 from evaluate.scores.reconstruction import Reconstruction
 from evaluate.scores.sample import GROUP_SEQUENCES, Batch, GroupMeans, Survey
 from evaluate.scores.scorer import Batched
+from harvest.splits import Seen
+from harvest.texts import Piece
 from harvest.truth.run import TruthConfig, make_plan, prepare_store
+from pipeline.base.errors import CorpusError
 from pipeline.base.token_text import TokenText
+from pipeline.imports.sources import Source
+from pipeline.imports.write import Import
+from pipeline.imports.write import make_plan as import_plan
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.config import SAEConfig
 from pipeline.sae.nested import NestedSAE
@@ -271,3 +278,48 @@ def test_truth_is_prepared_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert 8 * (peaks[2] - peaks[1]) < BOOKKEEPING * 2 * (TRAINING_ROWS[1] - TRAINING_ROWS[0])
+
+
+def test_imports_hold_no_masks() -> None:
+    """A source of 64 M rows that marks no special tokens is planned with a few bytes a sequence, not one or two a row."""
+    n_rows, about = 1 << 26, {"format": "iterator", "name": "python", "files": 0}
+    tracemalloc.start()
+    try:
+        plan = import_plan(Import("acts.zarr"), Source([], 4, None, "float32", about), n_rows)
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert plan.special.shape == (n_rows // 128, 128)
+    assert not plan.special[:3].any()
+    assert held < n_rows // 100
+    assert most < n_rows // 2
+
+
+def test_shared_documents_are_few_bytes() -> None:
+    """Documents of both splits are counted once each, from 9 bytes a document of evaluation."""
+    seen, n = Seen(), 5_000
+    documents = [*range(n), 3, 3]
+    tracemalloc.start()
+    try:
+        for i in documents:
+            seen.evaluated(Piece(np.array([i, 7], np.int32)))
+        for i in (5, 5, n + 1, n - 1, 0):
+            seen.trained(Piece(np.array([i, 7], np.int32)))
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (len(seen.evaluation), int(seen.both.sum())) == (n, 3)
+    assert held < 10 * n + 5_000
+    assert most < 27 * n + 5_000
+    seen.require_apart(separate=True)
+    for i in range(n):
+        seen.trained(Piece(np.array([i, 7], np.int32)))
+    with pytest.raises(CorpusError, match=f"{n:,} of its {n:,} documents"):
+        seen.require_apart(separate=True)
+
+
+def test_nothing_is_shared_with_nothing() -> None:
+    """Without a document of evaluation, none is in both."""
+    seen = Seen()
+    seen.trained(Piece(np.array([1], np.int32)))
+    seen.require_apart(separate=True)

@@ -64,7 +64,8 @@ class Import:
 
 @dataclass(frozen=True)
 class Plan:
-    """An import with nothing left open. special: bool [sequence, context] over both splits; held_out: bool [sequence]."""
+    """An import with nothing left open. special: bool [sequence, context] over both splits, one byte that stands for all where
+    the source marks none; held_out: bool [sequence]."""
 
     store: str
     config: dict[str, Any]
@@ -124,8 +125,13 @@ def make_plan(job: Import, source: Source, n_rows: int) -> Plan:
         "chunk_rows": chunk,
         "codec": job.codec,
     }
-    special = np.zeros((n, context), np.bool_) if source.special is None else source.special[:n]
+    special = no_rows(n, context) if source.special is None else source.special[:n]
     return Plan(job.store, config, special, held_out)
+
+
+def no_rows(n: int, context: int) -> npt.NDArray[np.bool_]:
+    """A mask [n, context] of no row, of one byte."""
+    return np.broadcast_to(np.False_, (n, context))
 
 
 def describe(plan: Plan, n_rows: int, after: str = "") -> str:
@@ -277,7 +283,11 @@ def prepared(plan: Plan) -> StoreWriter:
     """The writer of the store: there already, or made."""
     if (writer := resume(plan.store, plan.config, plan.n_train, plan.n_eval)) is not None:
         return writer
-    train, evaluation = (SplitTokens(None, plan.special[part]) for part in (~plan.held_out, plan.held_out))
+    context, marked = plan.config["context"], plan.special.any()
+    train, evaluation = (
+        SplitTokens(None, plan.special[part] if marked else no_rows(int(part.sum()), context))
+        for part in (~plan.held_out, plan.held_out)
+    )
     return prepare(plan.store, plan.config, train, evaluation, versions())
 
 
