@@ -14,6 +14,7 @@ import hypothesis
 import jaxtyping
 import pytest
 
+import support.interpreter  # before anything imports Triton, as torch._dynamo does
 import support.typechecks  # noqa: F401 (the hook looks it up as an attribute)
 
 jaxtyping.install_import_hook(["pipeline", "harvest", "train", "evaluate"], "support.typechecks.check")

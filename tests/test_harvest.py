@@ -18,7 +18,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from torch._dynamo.exc import TorchDynamoException
 
 import harvest.forward
 import harvest.plan
@@ -615,6 +614,8 @@ def test_compiled_layers_are_recorded(config: HarvestConfig, monkeypatch: pytest
 
 def test_failed_compilation_is_one_line(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch.compile finds no compiler, a harvest says so and what to leave out."""
+
+    from torch._dynamo.exc import TorchDynamoException  # slow to import
 
     def compile_to_nothing(_forward: Any) -> Any:
         def fails(*_args: Any, **_kwargs: Any) -> Any:
