@@ -16,6 +16,7 @@ chunk, then holds fewer checkpoints (down to MIN_GROUP), then halves the batch, 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from evaluate.checkpoints.find import Checkpoint, resolve_levels
 from evaluate.scores.absorption import CHUNK_ELEMENTS
@@ -201,15 +203,22 @@ SCORED_OVER_PASSED = 2.0
 def sae_cost(saes: Sequence[SAEConfig], d_model: int, device: torch.device) -> tuple[float, float]:
     """FLOP, and a rough time in seconds by a batch through the widest measured now, that each token takes in all SAEs."""
     flop, width = sum(map(sae_flop, saes)), max(sae.width for sae in saes)
+    return flop, SCORED_OVER_PASSED * flop * pass_seconds(d_model, width, device) / (4.0 * d_model * width)
+
+
+@functools.cache
+def pass_seconds(d_model: int, width: int, device: torch.device) -> float:
+    """Seconds a row takes through a dictionary of this width, there and back, with a look at its latents: measured once a job."""
     x, w = (torch.zeros(shape, device=device) for shape in ((MEASURED_ROWS, d_model), (d_model, width)))
 
-    def passed() -> None:
+    def there_and_back() -> Tensor:
         z = torch.relu(x @ w)
         z = torch.where(z < 1, 0.0, z)
-        z.sum(0), (z != 0).sum(0), z @ w.T
+        z.sum(0)
+        (z != 0).sum(0)
+        return z @ w.T
 
-    each = measured_seconds(passed, device) / MEASURED_ROWS / (4.0 * d_model * width)
-    return flop, SCORED_OVER_PASSED * flop * each
+    return measured_seconds(there_and_back, device) / MEASURED_ROWS
 
 
 def settle_freed_memory(plan: Plan) -> None:
