@@ -295,7 +295,13 @@ def test_unfinished_state_is_checked(root: Path) -> None:
     assert any("the state of 'x', not of" in problem for problem in verify(str(member)).problems)
 
 
-@pytest.mark.parametrize("place", ["exported", "report_files", "results/*.latents", "runs/*", "stores", "logs"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("exported", "report_files", "results/*.latents", "runs/*", "runs/*/checkpoints", "stores", "logs"),
+        *("stores/acts.zarr", "stores/acts.zarr/train/resid"),
+    ],
+)
 def test_strangers_are_listed(root: Path, place: str) -> None:
     """A file that nobody wrote for us, in any folder of ours, is no damage and is listed; in a log's place it is too."""
     stranger = first(root, place) / "numbers.csv"

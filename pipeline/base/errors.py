@@ -54,7 +54,7 @@ class DivergedError(PipelineError, ArithmeticError):
 
 
 ADVICE = {
-    errno.ENOENT: "check the path; a link there may lead to nothing",
+    errno.ENOENT: "check the path; a link there may lead to nothing, or what is mounted there takes no new files",
     errno.ENOTDIR: "a file stands where a folder should; choose another path",
     errno.EISDIR: "a folder stands where a file should; choose another path",
     errno.EEXIST: "something else is there; choose another path",

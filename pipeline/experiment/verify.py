@@ -11,6 +11,7 @@ a hash kept elsewhere (a store's id, a checkpoint's SHA-256 in a paper) says mor
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from pipeline.sae.checkpoint import FORMAT, NAME, VERSION, read_header, verify_t
 from pipeline.sae.folders import is_member
 from pipeline.sae.foreign.reader import folder_of, is_foreign, load_sae
 from pipeline.store.reader import Store
+from pipeline.store.staging import keys_of
 
 TENSORS = {
     member.STATE_FORMAT: member.STATE_VERSION,
@@ -56,8 +58,9 @@ class Findings:
     named: dict[Path, str] = field(default_factory=dict)
 
     def unseal(self, path: Path, what: str = "carries no digest") -> None:
-        """Note what cannot be vouched for, and why."""
-        self.unvouched.append(f"{path}: {what}")
+        """Note what cannot be vouched for, and why; of a temporary file it is always the same."""
+        why = "left by a killed process; the next run sweeps it" if path.name.endswith(PARTIAL) else what
+        self.unvouched.append(f"{path}: {why}")
 
 
 def verify(place: str) -> Findings:
@@ -178,7 +181,7 @@ def check_folder(path: Path, found: Findings) -> None:
         if child.name in IGNORED:
             continue
         if child.name.endswith(PARTIAL):
-            found.unseal(child, "left by a killed process; the next run sweeps it")
+            found.unseal(child)
         elif child.name.endswith(BESIDE) and not child.is_dir():
             if not child.with_name(child.name.removesuffix(BESIDE)).is_file():
                 found.problems.append(f"{child}: the digest of a file that is gone; make it again")
@@ -200,8 +203,13 @@ def check_sealed(path: Path, found: Findings) -> None:
 
 
 def check_store(path: Path, found: Findings) -> None:
-    """A store: every byte."""
+    """A store: every byte, and what lies in its folder that is none of its files."""
     found.problems += store_problems(path)
+    with contextlib.suppress(PipelineError):  # said above
+        known = keys_of(Store.open(path))
+        for file in sorted(one for one in path.rglob("*") if not one.is_dir()):
+            if file.relative_to(path).as_posix() not in known:
+                found.unseal(file, "no file of this store: nothing reads it")
 
 
 def store_problems(place: str | Path) -> list[str]:
@@ -265,9 +273,7 @@ def check_others(path: Path, root: Path, found: Findings) -> None:
 
 def check_other(path: Path, found: Findings) -> None:
     """A file in a folder with digests that they do not name."""
-    if path.name.endswith(PARTIAL):
-        found.unseal(path, "left by a killed process; the next run sweeps it")
-    elif beside(path).is_file():
+    if beside(path).is_file():
         check_beside(path, found)
     elif path.suffix == ".json" and (kind := file_format(path)):
         (check_results if kind == RESULTS else check_sealed)(path, found)
@@ -278,10 +284,10 @@ def check_other(path: Path, found: Findings) -> None:
 def check_member(path: Path, found: Findings) -> None:
     """A member: config, every checkpoint, state, metrics, and what complete.json recorded."""
     for checkpoint in sorted((path / "checkpoints").iterdir()):
-        if checkpoint.name.endswith(PARTIAL):
-            found.unseal(checkpoint, "left by a killed process; the next run sweeps it")
-        else:
+        if checkpoint.suffix == ".safetensors":
             careful(check_tensors, checkpoint, found)
+        else:
+            found.unseal(checkpoint)
     careful(check_config, path, found)
     careful(check_completion, path, found)
     careful(check_timings, path / "timings.jsonl", found)

@@ -107,6 +107,19 @@ def small_files(store: Store) -> dict[str, int | None]:
     }
 
 
+def keys_of(store: Store) -> set[str]:
+    """Key of every file that a finished store consists of."""
+    shards = {
+        split.arrays[name].key(k) for split in store.splits for k in range(split.n_shards) for name in own_names(split)
+    }
+    return {ROOT_KEY} | small_files(store).keys() | shards
+
+
+def own_names(split: Split) -> tuple[str, ...]:
+    """Names of the arrays of which a shard has a file of its own, its commit record last."""
+    return ("resid",) if split.packed else (*COMMITTED, "commit")
+
+
 def copy_shard(source: Files, split: Split, k: int) -> None:
     """Copy one shard, a commit record of its own last, unless it is there and whole. Raises DamagedError when it arrives
     broken."""
@@ -115,7 +128,7 @@ def copy_shard(source: Files, split: Split, k: int) -> None:
         return
     if not split.packed:
         split.files.delete(split.arrays["commit"].key(k))
-    for name in ("resid",) if split.packed else (*COMMITTED, "commit"):
+    for name in own_names(split):
         array = split.arrays[name]
         copy_file(source, split.files, array.key(k), split.shard_nbytes(k) if name == "resid" else array.file_nbytes)
     split.check_shard(k)
