@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from evaluate.checkpoints.find import Checkpoint, resolve_levels
+from evaluate.latents.files import PAGE_ROWS
 from evaluate.scores.absorption import CHUNK_ELEMENTS
 from evaluate.scores.features import N_SAMPLED
 from evaluate.scores.labels import LABELS, MAX_ROWS
@@ -196,14 +197,29 @@ def sae_flop(config: SAEConfig) -> float:
 
 
 MEASURED_ROWS = 512
-SCORED_OVER_PASSED = 2.0
-"""Time of a batch through an SAE with all that is counted of its latents, over that of a bare pass, for estimates."""
+SCORED, ENCODED, PAGED = 2.0, 0.5, 5.0
+"""Time of a batch through an SAE over that of a bare pass, for estimates: with all that is counted of its latents; one way;
+with all that pages of latents keep."""
+PAGE_SECONDS = 4e-4
+"""To write one latent of a page, on one core of a Xeon."""
 
 
-def sae_cost(saes: Sequence[SAEConfig], d_model: int, device: torch.device) -> tuple[float, float]:
-    """FLOP, and a rough time in seconds by a batch through the widest measured now, that each token takes in all SAEs."""
+def sae_cost(
+    saes: Sequence[SAEConfig], d_model: int, device: torch.device, over: float = SCORED
+) -> tuple[float, float]:
+    """FLOP, and a rough time in seconds by a batch through the widest measured now, that each token takes in all SAEs.
+
+    `over`: how often the time of a bare pass.
+    """
     flop, width = sum(map(sae_flop, saes)), max(sae.width for sae in saes)
-    return flop, SCORED_OVER_PASSED * flop * pass_seconds(d_model, width, device) / (4.0 * d_model * width)
+    return flop, over * flop * pass_seconds(d_model, width, device) / (4.0 * d_model * width)
+
+
+def pages_seconds(sae: SAEConfig, d_model: int, lens_flop: float, n_rows: int, device: torch.device) -> float:
+    """A rough time that the pages of a dictionary's latents take; lens_flop: of the logits of one latent."""
+    rows, bare = min(n_rows, PAGE_ROWS), pass_seconds(d_model, sae.width, device)
+    flop = rows * 2.0 * sae.n_shared * (sae.width - sae.n_shared) + sae.width * lens_flop
+    return rows * PAGED * bare + flop * bare / (4.0 * d_model * sae.width) + sae.width * PAGE_SECONDS
 
 
 @functools.cache

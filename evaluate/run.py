@@ -25,9 +25,12 @@ from evaluate.checkpoints.find import Checkpoint, Failure, find_checkpoints
 from evaluate.config import EvaluateConfig
 from evaluate.job import Job
 from evaluate.probing.job import Texts, read_texts
+from evaluate.probing.texts import PooledLatents
 from evaluate.results import tabulate, working_in
+from evaluate.scores.scorer import Scorer
 from evaluate.select import only_fitting_scores, select
 from evaluate.work import (
+    Work,
     fit_meta_dictionaries,
     groups,
     plan,
@@ -43,7 +46,7 @@ from pipeline.base.files import require_writable
 from pipeline.base.processes import is_launched
 from pipeline.base.progress import Progress, say
 from pipeline.base.runtime import rank, require_world, world_size
-from pipeline.base.spread import is_shown, n_processes
+from pipeline.base.spread import n_processes
 from pipeline.store.cache import open_cache
 from pipeline.store.pair import require_same_rows
 from pipeline.store.staging import open_cached
@@ -126,9 +129,8 @@ def run(config: EvaluateConfig, places: Sequence[Path], *, all_steps: bool = Fal
         for families, todo in selection.todo.items():
             part = job.only(families)
             texts = read_texts(part.config.probing) if part.config.probing is not None else ()
-            if is_shown():
-                announce_texts(part, todo, texts)
-                announce_words(part, todo)
+            announce_texts(part, todo, texts)
+            announce_words(part, todo)
             if dry_run:
                 n_texts = sum(len(one.texts) for one in texts)
                 announce(part, todo, plan(part, todo, text_bytes(part, texts), n_texts))
@@ -143,18 +145,27 @@ def score_all(job: Job, todo: Sequence[Checkpoint], texts: Sequence[Texts], outc
     """Score checkpoints in groups that fit in memory, writing each group's results when its pass is over."""
     probing, letters = prepare_texts(job, texts)
     planned = plan(job, todo, *((probing.n_bytes, probing.n_texts) if probing is not None else (0, 0)))
-    if is_shown():
-        announce(job, todo, planned)
+    announce(job, todo, planned)
     work = prepare_work(job, planned, probing, letters)
-    with Progress(len(todo) * job.n_sequences, "evaluate", "sequence") as bar:
-        for group in groups(todo, planned):
+    n_begun = 0
+    for group in groups(todo, planned):
+        with Progress(len(todo) * job.n_sequences, "evaluate", "sequence", done=n_begun * job.n_sequences) as bar:
             scorers, failed = score_group(work, group, bar)
-            outcome.fail(failed)
-            fit_meta_dictionaries(scorers)
-            for scorer, pooled in zip(scorers, pool_texts(work, scorers)):
-                try:
-                    write(work, scorer, pooled)
-                except PipelineError as error:
-                    outcome.fail([(scorer.checkpoint.path, error)])
-                else:
-                    outcome.results.append(job.entry(scorer.checkpoint, skipped=False))
+        outcome.fail(failed)
+        fit_meta_dictionaries(scorers)
+        pooled = pool_texts(work, scorers)
+        with Progress(len(todo), "results", "checkpoint", done=n_begun) as bar:
+            for scorer, latents in zip(scorers, pooled):
+                write_one(work, scorer, latents, outcome)
+                bar.advance(1, scorer.checkpoint.member)
+        n_begun += len(group)
+
+
+def write_one(work: Work, scorer: Scorer, pooled: Sequence[PooledLatents] | None, outcome: Outcome) -> None:
+    """Write what was found of one checkpoint; what is wrong with it costs itself alone."""
+    try:
+        write(work, scorer, pooled)
+    except PipelineError as error:
+        outcome.fail([(scorer.checkpoint.path, error)])
+    else:
+        outcome.results.append(work.job.entry(scorer.checkpoint, skipped=False))

@@ -511,6 +511,15 @@ def test_dry_run_writes_nothing(place: Path, tmp_path: Path, capsys: pytest.Capt
     assert "peak memory at most" in said
 
 
+def test_announcement_names_what_follows(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is done after the passes is announced where it is asked for, of the checkpoints that it is asked for."""
+    asked = config(place, tmp_path / "out", scores=("ev", "absorption", "structure"), latents="all")
+    run(asked, [place / "runs"], dry_run=True)
+    said = capsys.readouterr().err
+    for what in ("absorption", "structure, 5 meta-dictionaries", "pages of the latents of 3 checkpoints"):
+        assert f"  then {what}: about " in said
+
+
 def test_results_are_json_with_definitions(results: list[dict[str, Any]]) -> None:
     """Results are plain JSON with their definitions."""
     assert json.loads(json.dumps(results[0], allow_nan=False)) == results[0]

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from evaluate.latents import files as latent_files
-from evaluate.latents.files import PAGE_SIZE, Strings
+from evaluate.latents.files import PAGE_ROWS, PAGE_SIZE, Strings
 from evaluate.latents.hierarchy import CHANCE, Blocks, Containment, Counts, Link, Pair, Related, both_ways, relate
 from evaluate.scores.structure import MIN_COUNT
 from pipeline.base.progress import Progress
@@ -52,7 +52,7 @@ def write_latents(
     out_folder: Path,
     *,
     unembedding: Float[Tensor, "vocab d_model"] | None = None,
-    rows: int = 131_072,
+    rows: int = PAGE_ROWS,
     seed: int = 0,
     split: Literal["eval", "train"] = "eval",
     quiet: bool = False,

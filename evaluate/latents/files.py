@@ -26,6 +26,8 @@ from pipeline.base.token_text import visible
 
 FORMAT, VERSION = "nested-sae-latents", 3
 PAGE_SIZE = 256
+PAGE_ROWS = 131_072
+"""Rows that pages are made of, at most."""
 LABELS, LABELS_FORMAT = "labels.json", "nested-sae-latent-labels"
 LONGEST_LABEL = 300
 INDEX_HEAD = "nestedLatents.index("
