@@ -29,6 +29,7 @@ from pipeline.base.cli import (
 )
 from pipeline.base.errors import DamagedError, UsageError
 from pipeline.base.progress import say
+from pipeline.base.token_text import visible
 from pipeline.experiment import experiment as experiments
 from pipeline.experiment import stages
 
@@ -439,17 +440,18 @@ def pull_store(repository: str, path: Path, revision: str | None) -> None:
 
 
 def outline(data: Any, indent: str = "") -> list[str]:
-    """Nested data as indented `name: value` lines for a person; long lists are shortened."""
+    """Nested data as indented `name: value` lines for a person; long lists are shortened, what would move a cursor is spelled
+    out."""
     lines = []
-    for name, value in data.items():
+    for key, value in data.items():
+        name = visible(key)
         if isinstance(value, dict) and value:
             lines += [f"{indent}{name}:", *outline(value, indent + "  ")]
         elif isinstance(value, list) and len(value) > 12:
             lines.append(f"{indent}{name}: {json.dumps(value[:6])[:-1]}, … {len(value)} in all]")
         else:
-            lines.append(
-                f"{indent}{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
-            )
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            lines.append(f"{indent}{name}: {visible(text)}")
     return lines
 
 

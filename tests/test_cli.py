@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 import pytest
 
+from pipeline.__main__ import outline
 from pipeline.base.cli import COUNT, OUT_STORE, SIZE, WHOLE, Output, main
 from pipeline.base.errors import CorpusError, DiskError, UsageError
 from pipeline.base.progress import Progress, say, silenced
@@ -296,3 +297,18 @@ def test_progress_ends_at_all(capsys: pytest.CaptureFixture[str]) -> None:
         bar.advance(1136)
     line = capsys.readouterr().err
     assert "100 %, 1,136 of 1,136 tokens" in line
+
+
+def test_terminals_are_not_steered(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a name of others would do to a terminal is spelled out: in lines, beside progress, and in what `describe` prints."""
+    name = "\x1b[31mred\x1b]0;title\x07\nerror: \u202egnp"
+    say(f"first\nsecond {name!s}".replace("\nerror", " error"))
+    with Progress(2, "evaluate", "sequence") as bar:
+        bar.advance(2, name)
+    said = capsys.readouterr().err + "".join(outline({name: [name], "inner": {"member": name}}))
+    assert "\x1b" not in said
+    assert "\x07" not in said
+    assert "\u202e" not in said
+    assert said.count("⟨U+001B⟩[31mred") == 4
+    assert said.splitlines()[0] == "first"
+    assert said.count("\n") == 3

@@ -343,6 +343,16 @@ def test_large_objects_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [(0, 1001), (0, 11)]
 
 
+def test_claimed_sizes_take_no_memory(tmp_path: Path) -> None:
+    """Of a file behind file:// no more is asked for than it holds, whatever size the store's root claims for it."""
+    (tmp_path / "s.zarr/mean/c").mkdir(parents=True)
+    (tmp_path / "s.zarr/mean/c/0").write_bytes(bytes(1000))
+    files = RemoteFiles(f"file://{tmp_path}/s.zarr")
+    assert files.read("mean/c/0", most=1 << 62) == bytes(1000)
+    assert files.fetch("mean/c/0", 900, 1 << 62) == bytes(100)
+    assert files.fetch("mean/c/0", 1 << 40, 1 << 62) == b""
+
+
 @pytest.mark.parametrize("nbytes", [[(1 << 64) - 8, 48], [8, 32], [40, 0]])
 def test_entries_of_an_index_are_bounded(tmp_path: Path, nbytes: list[int]) -> None:
     """Sizes of chunks that go round and add up to the file's, or that no chunk can have, are refused."""

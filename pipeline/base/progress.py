@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from pipeline import LOG_VARIABLE
 from pipeline.base.files import regular
+from pipeline.base.token_text import visible
 
 PLAIN_EVERY_S = 15.0
 """Seconds between plain lines when the output is not a terminal."""
@@ -53,11 +54,11 @@ class Progress:
         total is what is done."""
         self.n += n
         self.total = max(self.total, self.n)
-        self._note = note or self._note
+        self._note = visible(note) or self._note
         if self._bar is not None:
             self._bar.total = self.total
             if note:
-                self._bar.set_postfix_str(note, refresh=False)
+                self._bar.set_postfix_str(self._note, refresh=False)
             self._bar.update(n)
         if not self._quiet and time.monotonic() - self._last >= PLAIN_EVERY_S:
             self._line()
@@ -88,9 +89,11 @@ class Progress:
 
 
 def say(line: str) -> None:
-    """One line for a person, on stderr, without tearing a progress bar. Nothing where `silenced`."""
+    """A line for a person, or several, on stderr, without tearing a progress bar; what names of others would do to a terminal is
+    spelled out. Nothing where `silenced`."""
     if _silent:
         return
+    line = "\n".join(map(visible, line.split("\n")))
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
     log_line(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
@@ -10,11 +11,13 @@ from pipeline.base.files import regular
 
 
 class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """fsspec's local files, but that a GET of a pipe or a device is refused instead of waiting for it or never ending."""
+    """fsspec's local files, but that a GET of a pipe or a device is refused instead of waiting for it or never ending, and takes
+    memory for no more bytes than there are."""
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
         """Bytes start … end − 1 of a file, both from its beginning. Raises DamagedError for what is no regular file."""
         first = start or 0
         with open(self._strip_protocol(path), "rb", opener=regular) as file:
             file.seek(first)
-            return file.read(-1 if end is None else max(end - first, 0))
+            size = os.fstat(file.fileno()).st_size
+            return file.read(max(min(size, size if end is None else end) - first, 0))
