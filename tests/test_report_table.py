@@ -398,6 +398,18 @@ def test_other_widths_are_lent_no_baseline(tmp_path: Path) -> None:
     assert len(make_table(results).tested) == 2
 
 
+def test_penalties_are_named_by_target(tmp_path: Path) -> None:
+    """A recipe with a penalty has no k: it is told apart by the L0 it was brought to, or by its own name alone."""
+    asked = [("batchtopk", 16, 0.0), ("batchtopk", 32, 0.0), ("paper", 0, 30.0), ("jumprelu", 0, 0.0)]
+    for i, (recipe, k, target) in enumerate(asked):
+        write_results(tmp_path / str(i), alphas=(0.0,), seeds=(0,), steps=(400,), recipe=recipe, k=k, target_l0=target)
+    labels = {group.label for group in read_results([tmp_path]).groups}
+    assert labels == {"batchtopk, k 16", "batchtopk, k 32", "paper, target L0 30", "jumprelu"}
+    write_results(tmp_path / "4", alphas=(0.0,), seeds=(0,), steps=(400,), recipe="paper", k=0, target_l0=60.0)
+    labels = {group.label for group in read_results([tmp_path]).groups}
+    assert {"paper, target L0 30", "paper, target L0 60"} < labels
+
+
 def test_known_features_have_names(tmp_path: Path) -> None:
     """A shipped spec is called by its name, another by how many features it has; two that are called alike get their hash."""
     for i, (model, n) in enumerate([("truth:0aaab54dbb", 1000), ("truth:aaaaaaaaaa", 250), ("truth:bbbbbbbbbb", 250)]):

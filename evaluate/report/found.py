@@ -211,10 +211,12 @@ def apart(table: Table) -> str:
     lines = {id(line): line for line, _ in table.apart}
     if not lines:
         return ""
-    nested = sum(bool(line.row.sharing) for line in table.lines)
+    nested = count(sum(bool(line.row.sharing) for line in table.lines), "nested row")
+    one = "has no flat dictionary of its L0 beside it and is"
+    several = "have no flat dictionary of their L0 beside them and are"
     return (
-        f"{len(lines)} of {count(nested, 'nested row')} {'has' if len(lines) == 1 else 'have'} no flat dictionary of their L0 "
-        "beside them and are not compared; train to one L0 (k, or --target-l0), or flat ones over a range of it."
+        f"{len(lines)} of {nested} {one if len(lines) == 1 else several} not compared; train to one L0 (k, or --target-l0), or "
+        "flat ones over a range of it."
     )
 
 

@@ -66,8 +66,13 @@ class Group:
     @property
     def label(self) -> str:
         """The settings that tell this group from the others; empty when there is only one."""
-        plain = {"model": self.runs[0].store.name, "recipe": self.settings.get("recipe")}
-        return ", ".join(f"{plain.get(name) or f'{name} {value}'}" for name, value in self.settings.items())
+        target = self.runs[0].settings.get("target_l0")
+        wanted = f"target L0 {target:g}" if target else ""
+        plain = {"model": self.runs[0].store.name, "recipe": self.settings.get("recipe"), "target_l0": wanted}
+        if self.settings.get("k") == 0:  # a penalty's, which has no k
+            plain["k"] = wanted
+        told = (plain.get(name, f"{name} {value}") for name, value in self.settings.items())
+        return ", ".join(dict.fromkeys(one for one in told if one))
 
     @property
     def family(self) -> str:
