@@ -25,6 +25,7 @@ from pipeline.base.cli import (
     STORE,
     Remembering,
     main,
+    only_reads,
     print_json,
 )
 from pipeline.base.errors import UsageError
@@ -139,12 +140,14 @@ def evaluate(
         --store acts.zarr --model google/gemma-2-2b --out results --scores kl,ev --rows 100k
     torchrun --nproc-per-node 8 -m evaluate runs/paper --store acts.zarr --model google/gemma-2-2b --out results
     """
+    config = make_config(**options)
+    if only_reads():
+        return
     from evaluate.run import processes_for, run
     from evaluate.scores.scorer import default_scores
     from pipeline.base.spread import Others
     from pipeline.store.reader import Store
 
-    config = make_config(**options)
     if options["scores"] is None:
         config = dataclasses.replace(config, scores=default_scores(Store.load(config.store)))
     paths = [found(place) for place in places]
@@ -184,8 +187,9 @@ def make_config(
     **options: Any,
 ) -> Any:
     """The config that the options mean. Raises UsageError when scores of texts are asked for without texts."""
+    from evaluate.config import EvaluateConfig
+    from evaluate.probing.datasets import require_source
     from evaluate.probing.job import ProbingConfig
-    from evaluate.run import EvaluateConfig
     from evaluate.scores.scorer import OF_A_MODEL
 
     asked = [name.strip() for name in scores.split(",")] if scores else [*OF_A_MODEL, *(PROBING if sources else ())]
@@ -194,6 +198,8 @@ def make_config(
         raise UsageError(f"--scores {of_texts[0]} needs texts with two attributes; give --scr PATH_OR_ID")
     probing = None
     if of_texts:
+        for source in sources:
+            require_source(source)
         probing = ProbingConfig(
             sources=sources,
             scores=of_texts,

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from harvest.config import HarvestConfig
-from pipeline.base.cli import COUNT, NAMED_SOURCE, OUT_STORE, WHOLE, main, print_json
+from pipeline.base.cli import COUNT, NAMED_SOURCE, OUT_STORE, WHOLE, main, only_reads, print_json
 from pipeline.base.errors import UsageError
 from pipeline.model.points import HOOKS
 
@@ -219,13 +219,15 @@ def command(
     if truth is not None:
         truth_command(truth, options, dry_run, as_json, repair)
         return
+    config = HarvestConfig(layers=tuple(layers), hooks=tuple(hooks), **options)
+    if only_reads():
+        return
     from harvest import run as stage  # here, so that --help does not load torch and transformers
     from harvest.steps import Steps
 
     steps = Steps.of(prepare_only=prepare_only, part=part, finish_only=finish_only)
     if repair and steps != Steps():
         raise UsageError("--repair reads and mends a whole store; leave out --prepare-only, --part and --finish-only")
-    config = HarvestConfig(layers=tuple(layers), hooks=tuple(hooks), **options)
     if not dry_run:
         stage.run(config, repair=repair, steps=steps)
     elif (plan := stage.dry_run(config, repair=repair)) and as_json:
@@ -247,6 +249,8 @@ def truth_command(truth: str, options: dict[str, Any], dry_run: bool, as_json: b
         option = {"layers": "layer", "hooks": "hook"}.get(foreign[0], foreign[0].replace("_", "-"))
         raise UsageError(f"--{option}: --truth runs no model over no text")
     config = TruthConfig(truth, **{name: value for name, value in options.items() if name in fields})
+    if only_reads():
+        return
     if not dry_run:
         run_truth(config, repair=repair)
     elif (plan := planned_truth(config)) and as_json:

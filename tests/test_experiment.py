@@ -335,6 +335,9 @@ HARVEST, TRAIN = '[harvest]\nmodel = "m"\nlayer = [1]\n', "[train]\nwidth = 64\n
         (f"{HARVEST}{TRAIN}[[part]]\nharvest.layer = 1\ntrain.width = 8\n", "part: name is ''; give each part its own"),
         (f"{HARVEST}{TRAIN}[[part]]\nname = '../p'\nharvest.layer = 1\ntrain.width = 8\n", "part: name is '../p'"),
         (f"{HARVEST}{TRAIN}[[part]]\nname = 'p'\nreport.title = 'x'\n", "part: unknown table 'report'"),
+        (f"{HARVEST}store = 3\n{TRAIN}", "harvest.store is '3', expected a path"),
+        (f"{HARVEST}{TRAIN}dry_run = true\n", "train.dry-run is what an experiment decides itself"),
+        (f"{HARVEST}{TRAIN}[evaluate]\nout = 'x'\n", "evaluate.out is what an experiment decides itself"),
     ],
 )
 def test_odd_tables_are_refused(tmp_path: Path, text: str, says: str) -> None:
@@ -357,14 +360,31 @@ def test_trusted_code_is_asked_for_twice(tmp_path: Path) -> None:
         (f'{HARVEST}[train]\nwidth = "wide"\n', "train: .*wide"),
         (f"{HARVEST}{TRAIN}[evaluate]\nscore = 1\n", "evaluate: No such option.*score"),
         (f"{HARVEST}{TRAIN}[report]\ncolour = 1\n", "evaluate.report: No such option.*colour"),
+        (f"{HARVEST}hook = ['mlp_in']\ntokens = 0\n{TRAIN}", "harvest: .*tokens"),
+        (f"{HARVEST}{TRAIN}recipe = 'batchtopk'\nk = 65\n", "train: k must be at most the width, 64, got 65"),
+        (f"{HARVEST}{TRAIN}alpha = 1.5\n", "train: alpha 1.5 is outside"),
+        (f"{HARVEST}{TRAIN}[evaluate]\nscores = 'ev,foo'\n", "evaluate: --scores 'foo' is not one of"),
+        (f"{HARVEST}{TRAIN}[evaluate]\nscores = 'scr'\n", "evaluate: --scores scr needs texts"),
+        (f"{HARVEST}{TRAIN}[evaluate]\nscr = '/nowhere'\n", "evaluate: /nowhere: not a folder"),
+        (f"{HARVEST}{TRAIN}[report]\nprimary = 'foo'\n", "evaluate.report: --primary foo: no such metric"),
+        (f"{HARVEST}{TRAIN}device = 'cuda:99'\n", "train: --device cuda:99: "),
     ],
 )
 def test_options_are_checked_first(tmp_path: Path, text: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An option that a stage does not know, or a value it cannot read, is named before the first stage starts."""
+    """An option that a stage does not know, a value it cannot read, or what options mean together and no stage does, is named
+    before the first stage starts."""
     monkeypatch.setattr(stages, "run_stage", lambda *_: pytest.fail("a stage was started"))
     (tmp_path / "e.toml").write_text(text)
     with pytest.raises(UsageError, match=says):
         experiments.run(experiments.Experiment.read(tmp_path / "e.toml"), tmp_path / "out")
+
+
+def test_checking_starts_nothing(tmp_path: Path) -> None:
+    """Stages that only read their options make no file, and epochs of a store that is not there are no contradiction."""
+    (tmp_path / "e.toml").write_text(f"{HARVEST}{TRAIN}epochs = 2\n")
+    experiment = experiments.Experiment.read(tmp_path / "e.toml")
+    experiments.check(experiment, experiments.with_parts(experiment, tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["e.toml"]
 
 
 def test_url_stores_are_refused(tmp_path: Path) -> None:

@@ -12,10 +12,24 @@ from typing import Any, get_args
 
 import click
 
-from pipeline.base.cli import COUNT, COUNT_OR_AUTO, OUT_FOLDER, SIZE, SOURCE, STORE, Remembering, main, print_json
+from pipeline.base.cli import (
+    COUNT,
+    COUNT_OR_AUTO,
+    OUT_FOLDER,
+    SIZE,
+    SOURCE,
+    STORE,
+    Remembering,
+    main,
+    only_reads,
+    print_json,
+)
 from pipeline.base.errors import DivergedError, UsageError
 from train.config import LOGS, Mode, Sparse
 from train.options import field_options, make_grid, read_config_file
+
+A_MILLION = 1_000_000
+"""Rows of a store that is not there yet, where options are only read."""
 
 
 @click.command(cls=Remembering, context_settings={"help_option_names": ["-h", "--help"]})
@@ -175,7 +189,10 @@ def command(
     from train.run import kept_rows, n_unfinished, run
     from train.trainee import Outcome, in_order
 
-    members = make_grid(given, None if planned is not None else lambda max_norm: kept_rows(store, target, max_norm))
+    def rows_an_epoch(max_norm: float | None) -> int:
+        return A_MILLION if only_reads() else kept_rows(store, target, max_norm)
+
+    members = make_grid(given, None if planned is not None else rows_an_epoch)
     job = RunConfig(
         store,
         out,
@@ -205,6 +222,8 @@ def command(
         raise UsageError(
             "--processes shares members out and --data-parallel every batch; give one of them, the latter under torchrun"
         )
+    if only_reads():
+        return
     resolved = resolve_device(device)
     n = n_processes(processes, n_unfinished(job, resolved), resolved)
     if dry_run:

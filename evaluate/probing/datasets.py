@@ -212,6 +212,12 @@ def hub_rows(source: str, split: str) -> Iterable[Mapping[str, Any]]:
         ) from error
 
 
+def require_source(source: str) -> None:
+    """Raise CorpusError unless texts are there by this name: files here, or a data set of the Hub that is known."""
+    if source not in HUB:
+        local_paths(source)
+
+
 def local_paths(source: str) -> tuple[Path, Path]:
     """The train and test file of a folder or of `TRAIN,TEST`. Raises CorpusError when one is not there."""
     if "," in source:

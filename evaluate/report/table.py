@@ -102,13 +102,18 @@ class Table:
         return next(line for line in self.lines if line.group is group and line.row is row)
 
 
+def require_endpoints(ids: Sequence[str]) -> None:
+    """Raise UsageError for an endpoint that is no metric."""
+    if unknown := [id for id in ids if id.partition("@")[0] not in METRICS]:
+        raise UsageError(f"--primary {unknown[0]}: no such metric; known are {', '.join(METRICS)}")
+
+
 def make_table(results: Results, primary: Sequence[str] = PRIMARY) -> Table:
     """Estimate every column that any run has; test the primary endpoints at equal L0, and correct those tests together.
 
     Raises UsageError for an endpoint that is no metric.
     """
-    if unknown := [id for id in primary if id.partition("@")[0] not in METRICS]:
-        raise UsageError(f"--primary {unknown[0]}: no such metric; known are {', '.join(METRICS)}")
+    require_endpoints(primary)
     metrics = tuple(results.metric(id) for id in columns(results, primary))
     lines = [
         Line(group, row, {metric.id: cell_of(results, group, row, metric, primary) for metric in metrics})

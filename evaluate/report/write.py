@@ -20,9 +20,9 @@ from evaluate.report.latents import read_latents
 from evaluate.report.nesting import NestingTable, nesting_rows, nesting_table
 from evaluate.report.pages import Latents, latents_page, report_page
 from evaluate.report.runs import Results, read_results
-from evaluate.report.table import PRIMARY, Table, make_table, table_rows
+from evaluate.report.table import PRIMARY, Table, make_table, require_endpoints, table_rows
 from evaluate.report.usage import UsageLine, usage_lines, usage_rows
-from pipeline.base.cli import OUT_FILE, SOURCE
+from pipeline.base.cli import OUT_FILE, SOURCE, only_reads
 from pipeline.base.digests import DIGESTS, write_digests
 from pipeline.base.errors import UsageError
 from pipeline.base.files import PARTIAL, hash_file, sha256, sweep_partials, write_bytes, write_csv
@@ -112,4 +112,7 @@ def cli(results: tuple[Path, ...], out: Path, title: str, primary: str) -> None:
     """
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise UsageError(f"--out {out}: give the name of an HTML file, like report.html")
-    say(f"report: {write_report(results, out, title, [id.strip() for id in primary.split(',') if id.strip()])}")
+    endpoints = [id.strip() for id in primary.split(",") if id.strip()]
+    require_endpoints(endpoints)
+    if not only_reads():
+        say(f"report: {write_report(results, out, title, endpoints)}")

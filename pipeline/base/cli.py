@@ -257,6 +257,15 @@ class Remembering(click.Command):
         return super().parse_args(ctx, args)
 
 
+ONLY_READ = "only read"
+
+
+def only_reads() -> bool:
+    """Whether this command is to read its options, check what they mean together, and stop before any work: as an experiment has
+    every stage do before the first one begins (`experiment/stages.py`)."""
+    return bool(click.get_current_context().find_root().obj == ONLY_READ)
+
+
 def main(command: click.Command, program: str, resume: str = "run the same command again to go on") -> NoReturn:
     """Run a click command as a program: exit 0 when done, 1 with one line for what a user or a disk caused, 2 for usage.
 

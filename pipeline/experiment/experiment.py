@@ -36,6 +36,13 @@ from pipeline.model.points import HOOKS, site_name
 
 SHIPPED = Path(__file__).parent
 OPTION = re.compile("[A-Za-z][A-Za-z0-9-]*")
+OURS = {
+    "harvest": ("dry-run", "json", "repair", "prepare-only", "part", "finish-only"),
+    "train": ("dry-run", "json", "planned", "elsewhere", "out"),
+    "evaluate": ("dry-run", "json", "store", "target", "out"),
+    "report": ("out",),
+}
+"""Options by which an experiment runs its stages itself."""
 """The name of an option, without its dashes."""
 PART_TABLES = {"name", "harvest", "train", "evaluate"}
 TABLES = PART_TABLES | {"report", "part"}
@@ -169,11 +176,15 @@ def table(path: Path, name: str, found: Any) -> dict[str, Any]:
         option = key.replace("_", "-")
         if not OPTION.fullmatch(option) or option == "help":
             raise UsageError(f"{path}: {name}: {key[:60]!a} is no name of an option")
+        if option in OURS[name]:
+            raise UsageError(f"{path}: {name}.{option} is what an experiment decides itself; leave it out")
         for one in as_list(value):
             require_value(f"{path}: {name}.{key[:60]}", one)
         options[option] = value
     if name == "harvest" and (unknown := [hook for hook in as_list(options.get("hook", [])) if hook not in HOOKS]):
         raise UsageError(f"{path}: {name}.hook is {str(unknown[0])[:60]!a}, known are {', '.join(HOOKS)}")
+    if name == "harvest" and type(options.get("store", "")) is not str:
+        raise UsageError(f"{path}: {name}.store is {str(options['store'])[:60]!a}, expected a path")
     if "layer" in options:
         layers = as_list(options["layer"])
         if not layers or not all(type(layer) is int and abs(layer) < 10_000 for layer in layers):
@@ -348,8 +359,9 @@ class Took:
         return f"took {format_seconds(sum(self.seconds.values()))}: {parts}"
 
 
-def check(experiment: Experiment, every: Sequence[tuple[Experiment, Places]]) -> None:
-    """Have every stage's own parser read every option before the first stage starts. Raises UsageError naming the stage."""
+def check(experiment: Experiment, every: Sequence[tuple[Experiment, Places]], *, here: bool = True) -> None:
+    """Have every stage read every option before the first one starts, on this machine if `here`. Raises UsageError naming the
+    stage."""
     commands: list[tuple[str, list[str]]] = []
     for one, places in every:
         commands.append(("harvest", harvest_words(one, places)))
@@ -357,7 +369,7 @@ def check(experiment: Experiment, every: Sequence[tuple[Experiment, Places]]) ->
         commands += [("evaluate", evaluate_words(one, places, site, [str(places.out)])) for site in one.trained]
     places = every[0][1]
     words = [str(places.out), *stages.options({"out": places.report, **experiment.report})]
-    stages.check([*commands, ("evaluate.report", words)])
+    stages.check([*commands, ("evaluate.report", words)], here=here)
 
 
 def train_site(places: Places, site: Site) -> list[str]:

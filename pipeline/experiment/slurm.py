@@ -158,6 +158,7 @@ def write_jobs(
     Raises PipelineError where a harvest or a training cannot be planned here.
     """
     every = experiments.with_parts(experiment, out)
+    experiments.check(experiment, every, here=False)
     jobs = Jobs(every[0][1].out / "jobs", cluster)
     trained, scored = list[str](), list[Need]()
     for i, (one, places) in enumerate(every):

@@ -45,10 +45,18 @@ COMMANDS = {
 PARSE = """
 import importlib, json, sys
 import click
-for stage, place, words in json.load(sys.stdin):
+from pipeline.base.cli import ONLY_READ
+here, commands = json.load(sys.stdin)
+for stage, place, words in commands:
     module, name = place.split(":")
+    command = getattr(importlib.import_module(module), name)
     try:
-        getattr(importlib.import_module(module), name).make_context(stage, words)
+        with command.make_context(stage, words, obj=ONLY_READ) as context:
+            command.invoke(context)
+            if here and context.params.get("device", "auto") not in ("auto", "cpu"):
+                from pipeline.base.runtime import resolve_device
+
+                resolve_device(context.params["device"])
     except click.ClickException as error:
         sys.exit(f"{stage}: {error.format_message()}; python -m {stage} --help lists its options")
     except Exception as error:
@@ -58,14 +66,15 @@ for stage, place, words in json.load(sys.stdin):
             raise
         sys.exit(f"{stage}: {said}; python -m {stage} --help lists its options")
 """
-"""A program that parses stages' words and runs nothing."""
+"""A program that has stages read their words, and runs nothing."""
 
 
-def check(commands: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Have each stage's own parser read its words, all in one process. Raises UsageError with what it says, naming the stage."""
+def check(commands: Sequence[tuple[str, Sequence[str]]], *, here: bool = True) -> None:
+    """Have each stage itself read its words and what they mean together, all in one process. Raises UsageError with what it says,
+    naming the stage. `here`: they will run on this machine, which has the devices that are asked for."""
     parsed = subprocess.run(
         [sys.executable, "-c", PARSE],
-        input=json.dumps([(stage, COMMANDS[stage], list(words)) for stage, words in commands]),
+        input=json.dumps([here, [(stage, COMMANDS[stage], list(words)) for stage, words in commands]]),
         cwd=ROOT,
         capture_output=True,
         text=True,
