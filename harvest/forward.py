@@ -17,9 +17,9 @@ from torch import Tensor
 from pipeline.base.errors import ModelError
 from pipeline.base.progress import Progress
 from pipeline.base.runtime import sent
-from pipeline.model.points import Point
+from pipeline.model.points import Point, as_point
 from pipeline.model.specials import plain_token
-from pipeline.model.split_lm import SplitLM, as_point
+from pipeline.model.split_lm import SplitLM
 from pipeline.store.moments import Measured, measure_rows
 from pipeline.store.writer import StoreWriter
 

@@ -182,15 +182,14 @@ def command(
     Example: three seeds of a flat and of a nested SAE
         python -m train --store acts.zarr --out sae --width 4096 --alpha 0 --alpha 0.2 --seed 0 --seed 1 --seed 2
     """
-    from pipeline.base.runtime import rank, resolve_device
-    from pipeline.base.spread import Others, n_processes
-    from train.dry_run import show_plan
     from train.plan import RunConfig
-    from train.run import kept_rows, n_unfinished, run
-    from train.trainee import Outcome, in_order
 
     def rows_an_epoch(max_norm: float | None) -> int:
-        return A_MILLION if only_reads() else kept_rows(store, target, max_norm)
+        if only_reads():
+            return A_MILLION
+        from train.run import kept_rows
+
+        return kept_rows(store, target, max_norm)
 
     members = make_grid(given, None if planned is not None else rows_an_epoch)
     job = RunConfig(
@@ -224,6 +223,12 @@ def command(
         )
     if only_reads():
         return
+    from pipeline.base.runtime import rank, resolve_device
+    from pipeline.base.spread import Others, n_processes
+    from train.dry_run import show_plan
+    from train.run import n_unfinished, run
+    from train.trainee import Outcome, in_order
+
     resolved = resolve_device(device)
     n = n_processes(processes, n_unfinished(job, resolved), resolved)
     if dry_run:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,10 +23,12 @@ from pipeline.base.errors import CorpusError, UsageError
 from pipeline.base.files import human_bytes
 from pipeline.base.progress import Progress
 from pipeline.base.runtime import tf32
-from pipeline.model.points import Point
+from pipeline.model.points import Point, as_point
 from pipeline.model.specials import First, first_ids, special_ids
-from pipeline.model.split_lm import SplitLM, as_point
 from pipeline.sae.nested import NestedSAE
+
+if TYPE_CHECKING:
+    from pipeline.model.split_lm import SplitLM
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Latents of the largest chunk encoded at once; 16 MiB of float32 on a CPU, where larger ones took twice the time."""

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import minimize
 from torch import Tensor
 
 from pipeline.base.runtime import numpy_rng
@@ -217,6 +216,8 @@ def fit_logistic(
 
     The gradient is written out, and scipy's optimiser taken: torch's loads its compiler first, which takes seconds.
     """
+    from scipy.optimize import minimize  # takes long to import
+
     scale = x.square().mean().sqrt().clamp(min=1e-12)
     rows, target = x / scale, label.clamp(min=0).float()
     asked = (label >= 0).float()

@@ -35,6 +35,11 @@ class Point(NamedTuple):
         return f"layer {self.layer}" if self.hook == "resid_post" else f"{self.hook} of layer {self.layer}"
 
 
+def as_point(at: int | Point) -> Point:
+    """A layer's number is the stream after it."""
+    return at if isinstance(at, Point) else Point(at)
+
+
 def site_name(layer: int, hook: str) -> str:
     """What files and folders of a point are called, as it was asked for: layer_3, layer_3.mlp_out."""
     return f"layer_{layer}" if hook == "resid_post" else f"layer_{layer}.{hook}"

@@ -32,7 +32,7 @@ from pipeline.model.anatomy import Anatomy, Reached, forward, logits_of, own_par
 from pipeline.model.files import hub_errors, model_folder, weights_sha256
 from pipeline.model.patching import overridden, removed
 from pipeline.model.places import find_place, first_of, module_name, stream_of, with_stream
-from pipeline.model.points import Point
+from pipeline.model.points import Point, as_point
 from pipeline.model.specials import plain_token
 
 UNAPPLIED = re.compile(
@@ -536,11 +536,6 @@ def require_room(
             f"{info.name}: the weights of its {part} take {human_bytes(n_bytes)}, {human_bytes(free)} are free on {device}; "
             "--device-map auto spreads them over all GPUs and this machine's memory"
         )
-
-
-def as_point(at: int | Point) -> Point:
-    """A layer's number is the stream after it."""
-    return at if isinstance(at, Point) else Point(at)
 
 
 class Unread:

@@ -16,9 +16,9 @@ from pipeline.base.memory import available_memory
 from pipeline.base.runtime import DTYPES
 from pipeline.model.anatomy import forward, logits_of
 from pipeline.model.files import hub_errors
-from pipeline.model.points import Point
+from pipeline.model.points import Point, as_point
 from pipeline.model.specials import named_tokens, plain_token
-from pipeline.model.split_lm import ModelInfo, SplitLM, as_point, quiet
+from pipeline.model.split_lm import ModelInfo, SplitLM, quiet
 
 SPARE = 1.3
 """Memory that must be free to try a model, over its weights."""
