@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from harvest.__main__ import command as harvest_command
 from harvest.config import HarvestConfig
+from pipeline.base.cli import require_sources
 from pipeline.base.errors import PipelineError, UsageError
 from pipeline.experiment import experiment as experiments
 from pipeline.experiment import stages
@@ -367,6 +369,8 @@ def test_trusted_code_is_asked_for_twice(tmp_path: Path) -> None:
         (f"{HARVEST}{TRAIN}[evaluate]\nscores = 'scr'\n", "evaluate: --scores scr needs texts"),
         (f"{HARVEST}{TRAIN}[evaluate]\nscr = '/nowhere'\n", "evaluate: /nowhere: not a folder"),
         (f"{HARVEST}{TRAIN}[report]\nprimary = 'foo'\n", "evaluate.report: --primary foo: no such metric"),
+        (f"{HARVEST}skip-bad = 1\nskip_bad = 2\n{TRAIN}", "harvest.skip-bad is given twice"),
+        (f"{HARVEST}{TRAIN}processes = 0\n", "train: .*give 1 or more"),
         (f"{HARVEST}{TRAIN}device = 'cuda:99'\n", "train: --device cuda:99: "),
     ],
 )
@@ -377,6 +381,24 @@ def test_options_are_checked_first(tmp_path: Path, text: str, says: str, monkeyp
     (tmp_path / "e.toml").write_text(text)
     with pytest.raises(UsageError, match=says):
         experiments.run(experiments.Experiment.read(tmp_path / "e.toml"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--corpus", "/no/such"], "--corpus /no/such: no such file"),
+        (["--truth", "./no.toml"], r"--truth \./no\.toml: no such file"),
+        (["--model", "gpt2", "--corpus", "owner/name"], ""),
+    ],
+)
+def test_sources_are_looked_for_first(words: list[str], says: str) -> None:
+    """A path that an option names to be read and that is not there is refused; what may be an id of the Hub is not."""
+    with harvest_command.make_context("harvest", ["--store", "s", *words]) as context:
+        if not says:
+            require_sources(context)
+            return
+        with pytest.raises(UsageError, match=says):
+            require_sources(context)
 
 
 def test_checking_starts_nothing(tmp_path: Path) -> None:

@@ -77,7 +77,10 @@ class CountOrAuto(click.ParamType[int | str]):
     name = "count or auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        return "auto" if value == "auto" else COUNT.convert(value, param, ctx)
+        number = "auto" if value == "auto" else COUNT.convert(value, param, ctx)
+        if number == 0:
+            self.fail("0: give 1 or more, or auto", param, ctx)
+        return number
 
 
 COUNT, COUNT_OR_AUTO, SIZE, WHOLE = Count(), CountOrAuto(), Size(), Whole()
@@ -148,6 +151,20 @@ def require_readable(path: Path) -> None:
         raise DiskError(explain(error) or str(error)) from error
     if place.is_symlink() and not place.exists():
         raise DiskError(f"{path}: a link that leads to nothing; {ADVICE[errno.ENOENT]}")
+
+
+def require_sources(context: click.Context) -> None:
+    """Raise UsageError for a path that a command's options name to be read, but a store, which others may make first, and that
+    is not there. What may be a Hub id or a name of ours passes."""
+    for option in context.command.params:
+        if not isinstance(option, click.Option) or not isinstance(option.type, Source) or option.type.urls:
+            continue
+        given = context.params.get(str(option.name)) or ()
+        for value in given if isinstance(given, tuple) else (given,):
+            for one in str(value).split(",") if option.type.several else [str(value)]:
+                place = Path(one).expanduser()
+                if (not option.type.names or place.is_absolute() or one.startswith(".")) and not place.exists():
+                    raise UsageError(f"{spelled(option)} {one}: no such file or folder; check the path")
 
 
 def require_text(path: Path) -> Path:

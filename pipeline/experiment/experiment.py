@@ -36,6 +36,7 @@ from pipeline.model.points import HOOKS, site_name
 
 SHIPPED = Path(__file__).parent
 OPTION = re.compile("[A-Za-z][A-Za-z0-9-]*")
+"""The name of an option, without its dashes."""
 OURS = {
     "harvest": ("dry-run", "json", "repair", "prepare-only", "part", "finish-only"),
     "train": ("dry-run", "json", "planned", "elsewhere", "out"),
@@ -43,7 +44,6 @@ OURS = {
     "report": ("out",),
 }
 """Options by which an experiment runs its stages itself."""
-"""The name of an option, without its dashes."""
 PART_TABLES = {"name", "harvest", "train", "evaluate"}
 TABLES = PART_TABLES | {"report", "part"}
 
@@ -176,6 +176,10 @@ def table(path: Path, name: str, found: Any) -> dict[str, Any]:
         option = key.replace("_", "-")
         if not OPTION.fullmatch(option) or option == "help":
             raise UsageError(f"{path}: {name}: {key[:60]!a} is no name of an option")
+        if option in options:
+            raise UsageError(
+                f"{path}: {name}.{option} is given twice, with a dash and with an underscore; leave one out"
+            )
         if option in OURS[name]:
             raise UsageError(f"{path}: {name}.{option} is what an experiment decides itself; leave it out")
         for one in as_list(value):

@@ -45,7 +45,7 @@ COMMANDS = {
 PARSE = """
 import importlib, json, sys
 import click
-from pipeline.base.cli import ONLY_READ
+from pipeline.base.cli import ONLY_READ, require_sources
 here, commands = json.load(sys.stdin)
 for stage, place, words in commands:
     module, name = place.split(":")
@@ -53,6 +53,7 @@ for stage, place, words in commands:
     try:
         with command.make_context(stage, words, obj=ONLY_READ) as context:
             command.invoke(context)
+            require_sources(context)
             if here and context.params.get("device", "auto") not in ("auto", "cpu"):
                 from pipeline.base.runtime import resolve_device
 
