@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +16,9 @@ from harvest.corpus import SHUFFLED, Corpus, LocalCorpus, Source, open_corpus, r
 from harvest.texts import Reader
 from harvest.tokens import Packing
 from pipeline.base.errors import DamagedError, StoreError
-from pipeline.base.fields import Fields
-from pipeline.base.files import is_url, read_any_json, sha256
+from pipeline.base.files import is_url
 from pipeline.base.runtime import resolve_device, resolve_dtype
-from pipeline.model.files import tokenizer_sha256
+from pipeline.model.files import architecture_sha256, tokenizer_sha256
 from pipeline.model.points import Point
 from pipeline.model.specials import first_ids, resolve_bos, resolve_separator, special_ids
 from pipeline.model.split_lm import ModelInfo, load_tokenizer
@@ -249,23 +247,9 @@ def shared_config(
 
 
 def architecture(info: ModelInfo, held: Mapping[str, Any]) -> dict[str, Any]:
-    """The hash of the model's config.json, which softcaps, windows and rotary angles hang on as much as on weights.
-
-    Not of what changes no number: where it came from, and who saved it. Stores without this field go on without it.
-    """
-    path = info.folder / "config.json"
-    if (held and "architecture_sha256" not in held) or not path.is_file():
-        return {}
-    known = Fields(path, read_any_json(path)).data
-    numbers = {name: known[name] for name in known.keys() - NO_NUMBERS}
-    text = json.dumps(
-        numbers, sort_keys=True, separators=(",", ":"), ensure_ascii=False
-    )  # with Infinity, which some have
-    return {"architecture_sha256": sha256(text.encode("utf-8", "surrogatepass"))}
-
-
-NO_NUMBERS = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
-"""Fields of a model's config.json that no activation depends on; the dtype is an option of the harvest."""
+    """The hash of the model's config.json. Stores without this field go on without it."""
+    found = None if held and "architecture_sha256" not in held else architecture_sha256(info.folder)
+    return {} if found is None else {"architecture_sha256": found}
 
 
 def computed_config(config: HarvestConfig) -> dict[str, Any]:

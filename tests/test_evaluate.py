@@ -380,6 +380,18 @@ def test_another_model_is_refused(place: Path, tmp_path: Path) -> None:
         run(config(place, tmp_path / "out", model=str(other)), members(place))
 
 
+def test_changed_config_is_another_model(place: Path, tmp_path: Path) -> None:
+    """A model of the store's weights whose config.json changed (a softcap, a window) is refused; who saved that file is no
+    matter."""
+    folder = Path(shutil.copytree(place / "model", tmp_path / "model"))
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(known | {"transformers_version": "0"}))
+    assert evaluated(place, tmp_path / "same", members(place)[:1], model=str(folder), scores=("kl",))
+    (folder / "config.json").write_text(json.dumps(known | {"rms_norm_eps": 0.5}))
+    with pytest.raises(ModelError, match=r"model/config\.json: not that of the model which made store .*acts\.zarr"):
+        run(config(place, tmp_path / "out", model=str(folder), scores=("kl",)), members(place))
+
+
 def test_missing_store_is_an_error(tmp_path: Path, place: Path) -> None:
     """A store that is not there is an error."""
     with pytest.raises(StoreError, match="there is no activation store here"):

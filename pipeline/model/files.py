@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +100,24 @@ def mlp_norm_weight(folder: Path, layer: int) -> Tensor:
                 weight: Tensor = file.get_tensor(found[0])
                 return weight
     raise ModelError(f"{folder}: no file of it holds {name}; the transcoder reads Gemma-2's norm, so give a Gemma-2")
+
+
+NO_NUMBERS = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
+"""Fields of a model's config.json that no activation depends on; the dtype is an option of what runs it."""
+
+
+def architecture_sha256(folder: Path) -> str | None:
+    """Hash of a model's config.json, which softcaps, windows and rotary angles hang on as much as on weights; not of what changes
+    no number: where it came from, and who saved it. None where there is none. Raises DamagedError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    known = Fields(path, read_any_json(path)).data
+    numbers = {name: known[name] for name in known.keys() - NO_NUMBERS}
+    text = json.dumps(
+        numbers, sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )  # with Infinity, which some have
+    return sha256(text.encode("utf-8", "surrogatepass"))
 
 
 def tokenizer_sha256(folder: Path) -> str:

@@ -44,6 +44,7 @@ from evaluate.scores.sample import Batch, Sample
 from evaluate.select import select
 from evaluate.work import plan
 from pipeline.base.runtime import DTYPES
+from pipeline.model.files import architecture_sha256
 from pipeline.model.split_lm import SplitLM
 from pipeline.sae.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.sae.config import SAEConfig
@@ -84,6 +85,7 @@ def make_store(folder: Path, vocab: int, o: dict[str, Any]) -> tuple[Store, floa
         d_model=o["d_model"], context=o["context"], shard_rows=64 * rows, chunk_rows=rows, dtype=o["dtype"]
     )
     config |= {"model": str(folder / "model"), "revision": "local", "weights_sha256": lm.weights_sha256}
+    config |= {"architecture_sha256": architecture_sha256(folder / "model")}
     config |= {"layer": o["layer"], "n_layers": o["layers"], "vocab": vocab, "bos": 2, "special_ids": [2]}
     tokens = {
         name: random_tokens(n, vocab, o["context"]) for name, n in (("train", o["batch"]), ("eval", o["sequences"]))

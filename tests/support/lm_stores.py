@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipeline.base.files import hash_file, write_json
-from pipeline.model.files import tokenizer_sha256
+from pipeline.model.files import architecture_sha256, tokenizer_sha256
 from pipeline.model.split_lm import SplitLM
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.config import SAEConfig
@@ -45,7 +45,7 @@ def make_lm_store(
     lm = SplitLM.load(str(model), dtype=dtype, part="prefix", layers=[LAYER])
     config = store_config(context=CONTEXT, dtype=dtype, shard_rows=512, chunk_rows=64)
     config |= {"model": str(model), "revision": "local", "weights_sha256": lm.weights_sha256, "layer": LAYER}
-    config |= {"tokenizer_sha256": tokenizer_sha256(model)}
+    config |= {"tokenizer_sha256": tokenizer_sha256(model), "architecture_sha256": architecture_sha256(model)}
     config |= {
         "n_layers": lm.n_layers,
         "d_model": lm.d_model,
