@@ -271,10 +271,10 @@ def test_structure_says_how_far_it_is(
     place = oracle(tree, tmp_path / "oracle.safetensors")
     run(EvaluateConfig(store=tree.path, out=tmp_path / "out", scores=("l0", "structure")), [place])
     said = capsys.readouterr().err
-    assert "structure: 2 meta-dictionaries, about " in said
+    assert "structure, 2 meta-dictionaries: about " in said
     counts = [int(n.replace(",", "")) for n in re.findall(r"meta-dictionaries: \d+ %, ([\d,]+) of 1,800 steps", said)]
     assert counts == [*range(1, 1801), 1800]
-    assert said.index("meta-dictionaries, about") < said.index("meta-dictionaries: 0 %")
+    assert said.index("meta-dictionaries: about") < said.index("meta-dictionaries: 0 %")
 
 
 def test_scores_not_possible_left_out(tree: Store, tmp_path: Path) -> None:
