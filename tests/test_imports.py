@@ -426,7 +426,15 @@ def test_scr_of_rows_store_refused(trained: Path, tmp_path: Path) -> None:
     """The command says it in one line, and reads no texts."""
     from evaluate.__main__ import evaluate as command
 
-    words = [trained / "runs", "--store", trained / "acts.zarr", "--out", tmp_path / "out", "--scr", "LabHC/bias_in_bios"]
+    words = [
+        trained / "runs",
+        "--store",
+        trained / "acts.zarr",
+        "--out",
+        tmp_path / "out",
+        "--scr",
+        "LabHC/bias_in_bios",
+    ]
     result = CliRunner().invoke(command, list(map(str, words)))
     assert isinstance(result.exception, UsageError)
     assert "--scores scr,tpp,k_sparse_probe: the rows of" in str(result.exception)
