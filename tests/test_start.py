@@ -76,6 +76,19 @@ def test_first_error_is_below_one(recipe: str, changes: dict[str, Any], shape: d
     assert max(recon) < float(rows(0).square().sum(1).mean())
 
 
+@pytest.mark.parametrize("layernorm", ["none", "pre"])
+@pytest.mark.parametrize("times", [8, 32])
+def test_uneven_rows_start_below_one(times: int, layernorm: str) -> None:
+    """Rows whose norms differ get unequal shares of a batch's latents: many levels of a wide dictionary begin below 1 too."""
+    x = rows(0) * torch.randn(512, 1, generator=torch.Generator().manual_seed(1)).mul(0.6).exp()
+    x /= x.square().sum(1).mean().sqrt()
+    member = member_of("batchtopk", width=times * D_MODEL, levels=FIVE, alpha=None, k=8, layernorm=layernorm)
+    member.step(normalise_batch(x, torch.zeros(D_MODEL), 1.0))
+    recon = member.metrics()["recon"]
+    assert isinstance(recon, list)
+    assert max(recon) < 1
+
+
 @pytest.mark.parametrize("layernorm_bias", [0.0, -1.0, -2.0])
 def test_scale_is_the_best_one(layernorm_bias: float) -> None:
     """Half or twice the chosen scale has a larger first error, with LayerNorm and without."""

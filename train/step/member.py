@@ -36,7 +36,7 @@ from train.step.schedules import Controller, Schedule
 from train.step.scratch import Scratch
 from train.step.selection import batch_threshold, global_threshold, nth_largest_over
 from train.step.sums import Sums
-from train.step.weights import first_l0, initial_weights, mapped_weights
+from train.step.weights import LARGEST_START, first_l0, initial_weights, mapped_weights, needs_shrinking
 
 PRODUCT_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -99,6 +99,10 @@ class Pairs:
         return Batch(self.read.x, self.read.norm, self.made.total, self.made.square, self.made.x)
 
 
+FEW_ROWS = 512
+"""Rows whose latents are copied at a time, where a step's own memory is not used."""
+
+
 class Member:
     """One SAE in training. All randomness is a function of config.seed and the step; the same values on every device.
 
@@ -146,6 +150,7 @@ class Member:
         self.n_rows = 0
         self.draws_thresholds = config.activation == "jumprelu"
         self.aims_decoder = target is not None
+        self.shrinks_encoder = target is None and needs_shrinking(config)
         drawn = initial_weights(config, d_model, d_out)
         self.weights = {name: weight.to(device, self.wide) for name, weight in drawn.items()}
         if is_sparse:
@@ -177,6 +182,8 @@ class Member:
             self._draw_thresholds(batch)
         if self.n_steps == 0 and self.aims_decoder:
             self._aim_decoder(batch)
+        if self.n_steps == 0 and self.shrinks_encoder:
+            self._shrink_encoder(batch)
         self.recorded.run(self._kind(batch), lambda: self._step(batch))
         self.n_steps += 1
         self.n_rows += self._n_rows(batch)
@@ -209,6 +216,31 @@ class Member:
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         w_dec = self.weights["W_dec"]
         w_dec.copy_(torch.where(norm > 0, rows / norm, w_dec.double()))
+        self.adam.refresh_low()
+
+    def _shrink_encoder(self, batch: Batch) -> None:
+        """batchtopk of many levels, before its first step: latents smaller where a level of this batch would be further from its
+        rows than zeros are. Rows of large norm get more of a batch's latents than `best_scale` counts on, the more the
+        wider the dictionary.
+
+        A level's x̂ is as large as its latents are: s x̂ is nearer than zeros while s < 2 Σ x·x̂ / Σ ‖x̂‖².
+        """
+        z, w_dec = self._before_selection(batch.x), self.adam.low["W_dec"]
+        least = self._nth_largest(z, self._kept * len(z))
+        moments = torch.zeros(2, self.shape.n_levels, dtype=torch.float64, device=self.device)
+        for x, some in zip(torch.split(batch.x, FEW_ROWS), torch.split(z, FEW_ROWS)):
+            some.mul_(some >= least)
+            made, first = torch.zeros_like(x), 0
+            for level, last in enumerate(self.shape.levels):
+                made += (some[:, first:last].to(w_dec.dtype) @ w_dec[first:last]).to(made.dtype)
+                moments[:, level] += torch.stack([(x * made).sum(), made.square().sum()])
+                first = last
+        self.reducer.add(moments)
+        self.reducer.wait()
+        most = LARGEST_START * (moments[0] / moments[1]).nan_to_num(nan=1.0, posinf=1.0).min()
+        factor = torch.where(most > 0, most.clamp(max=1.0), 1.0).to(self.wide)
+        for name in ("W_enc",) if self.config.layernorm == "none" else ("ln_gain", "ln_bias"):
+            self.weights[name].mul_(factor)
         self.adam.refresh_low()
 
     def _calibrate(self) -> None:
@@ -541,7 +573,7 @@ class Member:
         """
         mapped = mapped_weights(sae, self.sae())
         self.draws_thresholds = self.draws_thresholds and "log_threshold" not in mapped
-        self.aims_decoder = False
+        self.aims_decoder = self.shrinks_encoder = False
         for name, weight in mapped.items():
             self.weights[name].copy_(weight)
         self.adam.refresh_low()

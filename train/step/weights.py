@@ -71,6 +71,15 @@ def part_of_best(config: TrainConfig) -> float:
     return QUICKER if len(config.levels) <= 2 else MANY_LEVELS
 
 
+LARGEST_START = 1.9
+"""Latents that a batch's selection begins with, at most, in units of those that would explain most (2: no nearer than zeros)."""
+
+
+def needs_shrinking(config: TrainConfig) -> bool:
+    """Whether `best_scale` may be too large for rows of different norms: the first batch then says (`Member`)."""
+    return config.activation == "batchtopk" and part_of_best(config) > 1 and not config.encoder_scale
+
+
 def best_scale(config: TrainConfig, d_model: int) -> float:
     """The factor of the latents at which random decoder rows w explain most: x̂ = s Σ_j f(u_j) w_j ‖x‖/√d, u_j = √d w_j·x/‖x‖.
 
