@@ -25,7 +25,7 @@ import zstandard
 from harvest.corpus import LocalCorpus, Source, good
 from harvest.texts import Reader
 from pipeline.base.errors import CorpusError, DamagedError
-from pipeline.base.records import arrow_errors
+from pipeline.base.records import arrow_errors, read_records
 from support.fuzzing import BAD, hurt, mutated, one_line_or_none
 
 RECORDS: list[dict[str, Any]] = [
@@ -303,3 +303,17 @@ def test_links_to_nothing_are_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "b.jsonl").symlink_to("nowhere")
     assert [path.name for path in LocalCorpus(Source(str(tmp_path))).files] == ["a.jsonl"]
     assert f"{tmp_path / 'b.jsonl'}: leads to nothing; passed over" in capsys.readouterr().err
+
+
+def test_parquet_checksums_are_compared(tmp_path: Path) -> None:
+    """A byte that changed in a page of a Parquet file whose writer kept checksums is found, not read as other text."""
+    table = pyarrow.table({"text": [f"sentence {i}" for i in range(400)]})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        table, path, compression="none", use_dictionary=False, write_page_checksum=True, write_statistics=False
+    )
+    assert len(list(read_records(path))) == 400
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"sentence 17", b"sentence 71", 1))
+    with pytest.raises(CorpusError, match=r"a\.parquet: cannot be read as Parquet"):
+        list(read_records(path))

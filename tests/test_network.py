@@ -19,6 +19,7 @@ from harvest.corpus import Source, StreamedCorpus
 from pipeline.base import network
 from pipeline.base.errors import CheckpointError, CorpusError, ModelError
 from pipeline.model import files
+from pipeline.model.files import hub_errors
 from pipeline.sae import hub as sae_hub
 
 ANSWERS = network.answers  # before tests are given another
@@ -258,3 +259,11 @@ def test_connection_says_who_answers() -> None:
         port = server.getsockname()[1]
         assert ANSWERS("127.0.0.1", port)
     assert not ANSWERS("127.0.0.1", port)
+
+
+def test_too_little_memory_stays_that() -> None:
+    """What ends the loading of a model because its libraries find no memory is no fault of the model's files."""
+    with pytest.raises(ImportError), hub_errors("a/b"):
+        raise ImportError("libgfortran.so: failed to map segment from shared object")
+    with pytest.raises(ModelError, match="a/b: cannot be loaded"), hub_errors("a/b"):
+        raise ImportError("no module of that name")

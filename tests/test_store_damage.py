@@ -12,6 +12,7 @@ import torch
 
 from pipeline.base.errors import DamagedError, MismatchError, PipelineError, StoreError
 from pipeline.base.runtime import numpy_rng
+from pipeline.store.backend import LocalFiles
 from pipeline.store.objects import open_files
 from pipeline.store.prepare import SplitTokens, prepare, segments
 from pipeline.store.reader import Store
@@ -125,6 +126,26 @@ def test_every_byte_of_an_index_counts(whole: Path) -> None:
             with pytest.raises(DamagedError, match="resid/c/0/0"):
                 Store.open(whole).train.read(0, 1)
             assert len(problems(whole)) == 1
+
+
+@pytest.mark.parametrize(
+    "key", ["zarr.json", "train/zarr.json", "train/resid/c/0/0", "eval/tokens/c/0/0", "train/commit/c/0/0"]
+)
+def test_folders_instead_are_named(store: Path, tmp_path: Path, key: str) -> None:
+    """A folder where a file of a store should be is said to be one, by what reads, verifies and writes; from a URL too."""
+    (store / key).unlink()
+    (store / key).mkdir()
+    says = f"{key}: a folder stands where a file should; remove it"
+    assert any(says in problem for problem in problems(store))
+    with pytest.raises(DamagedError, match=says):
+        LocalFiles(store).size(key)
+    with pytest.raises(DamagedError, match=says):
+        LocalFiles(store).read(key, most=100)
+    with pytest.raises(DamagedError, match=says):
+        LocalFiles(store).write(key, b"")
+    with pytest.raises(DamagedError, match=says):
+        open_files(f"file://{store}").read(key, most=100)
+    assert not list(store.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -117,6 +117,11 @@ def not_regular(path: Path | str, mode: int) -> DamagedError:
     return error
 
 
+def folder_there(path: Path | str) -> DamagedError:
+    """What is said of a folder that has the name of a file of ours."""
+    return DamagedError(f"{path}: a folder stands where a file should; remove it, then make the file again")
+
+
 def read_bytes(path: Path) -> bytes:
     """A whole file. Raises as `regular` does."""
     with open(path, "rb", opener=regular) as file:
@@ -153,6 +158,8 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     with disk_errors(path):
         require_replaceable(path)
+        if path.is_dir():
+            raise folder_there(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb", opener=anew) as file:

@@ -216,7 +216,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None) -> Iterator[Found]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     with arrow_errors(path, "Parquet"), open(path, "rb", opener=regular) as raw:
-        file = pyarrow.parquet.ParquetFile(raw)
+        file = pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)  # where its writer kept any
         wanted = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
         yield from rows_of(path, file.iter_batches(columns=wanted or None, batch_size=1024))
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from pipeline.base.errors import DamagedError, DiskError
-from pipeline.base.files import atomic, disk_errors, regular, sync_folder
+from pipeline.base.files import atomic, disk_errors, folder_there, regular, sync_folder
 
 
 @runtime_checkable
@@ -95,7 +96,9 @@ class LocalFiles:
         """Bytes of a file; None when it is not there."""
         path = self.where(key)
         with disk_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return os.stat(path).st_size
+            if stat.S_ISDIR((found := os.stat(path)).st_mode):
+                raise folder_there(path)
+            return found.st_size
         return None
 
     def sizes(self, keys: Sequence[str]) -> dict[str, int | None]:
@@ -174,7 +177,9 @@ def missing_is_damage(where: str) -> Iterator[None]:
     """A file of ours that is not there is a damaged store, not a caller's mistake."""
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except IsADirectoryError as error:
+        raise folder_there(where) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedError(f"{where}: the file is gone; run harvest --repair to make it again") from error
 
 

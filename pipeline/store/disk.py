@@ -7,7 +7,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.base.files import regular
+from pipeline.base.files import folder_there, regular
 
 
 class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
@@ -16,8 +16,10 @@ class Disk(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
         """Bytes start … end − 1 of a file, both from its beginning. Raises DamagedError for what is no regular file."""
-        first = start or 0
-        with open(self._strip_protocol(path), "rb", opener=regular) as file:
+        first, place = start or 0, self._strip_protocol(path)
+        if os.path.isdir(place):
+            raise folder_there(place)
+        with open(place, "rb", opener=regular) as file:
             file.seek(first)
             size = os.fstat(file.fileno()).st_size
             return file.read(max(min(size, size if end is None else end) - first, 0))
