@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -566,6 +568,33 @@ def test_state_of_another_member_is_refused(tiny_store: Path, tmp_path: Path, mo
     (folders[1] / "state.safetensors").write_bytes((folders[0] / "state.safetensors").read_bytes())
     with pytest.raises(MismatchError, match="found that of 'alpha0-seed0"):
         train(tiny_store, tmp_path / "out", other)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("seed", "is of member 'alpha0.25-seed0.*lies in the folder of alpha0.25-seed1"),
+        ("store", "on store '.*lies in the folder of .* on store"),
+        ("step", "its name says step 23, it holds step 20"),
+    ],
+)
+def test_final_of_another_is_refused(tiny_store: Path, tmp_path: Path, change: str, says: str) -> None:
+    """A finished member whose final checkpoint is another seed's, another store's or another step's is not called finished."""
+    store, out = tiny_store, tmp_path / "other"
+    (outcome,) = train(tiny_store, tmp_path / "out", GRID[1])
+    assert outcome.final is not None
+    exchanged = outcome.final.with_name("step_000020.safetensors")
+    if change != "step":
+        if change == "store":
+            store = tmp_path / "other.zarr"
+            make_store(store, seed=5)
+        (other,) = train(store, out, dataclasses.replace(GRID[1], seed=0) if change == "seed" else GRID[1])
+        assert other.final is not None
+        exchanged = other.final
+    shutil.copy(exchanged, outcome.final)
+    with pytest.raises(CheckpointError, match=says):
+        train(tiny_store, tmp_path / "out", GRID[1])
+    assert any(re.search(says, problem) for problem in verify(str(tmp_path / "out")).problems)
 
 
 @pytest.mark.parametrize("change", ["lose", "alter", "delete", "\x0b", "\r", "\u2028"])

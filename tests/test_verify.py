@@ -131,7 +131,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another member's final checkpoint": (
         lambda r: swap(*(first(r, "runs/*/checkpoints/*", n) for n in (0, 3))),
-        "a checkpoint of 'alpha0.25-seed1",
+        "is of member 'alpha0.25-seed1.*lies in the folder of alpha0.25-seed0",
     ),
     "statistics of a store, sealed anew": (
         lambda r: change_root(first(r, "stores/*"), lambda attributes: attributes["statistics"].update(scale=0.5)),

@@ -35,7 +35,7 @@ from pipeline.base.files import (
     write_bytes,
     write_json,
 )
-from pipeline.sae.checkpoint import save_checkpoint, save_tensors
+from pipeline.sae.checkpoint import read_header, save_checkpoint, save_tensors
 from pipeline.sae.folders import may_be_member
 from pipeline.sae.member import (
     FORMAT,
@@ -48,6 +48,7 @@ from pipeline.sae.member import (
     read_completion,
     read_config,
     read_state,
+    require_own,
     require_recorded,
 )
 from pipeline.sae.nested import NestedSAE
@@ -171,16 +172,18 @@ class Folder:
 
     def final(self) -> Path | None:
         """The final checkpoint of a finished member, else None. Raises DamagedError when it is gone, and where complete.json
-        speaks of another config or other metrics than are here."""
-        completion = read_completion(self.path)
-        if completion is not None:
-            require_recorded(self.path, completion)
-        if completion is not None and not completion.final.exists():
+        speaks of another config or other metrics than are here; CheckpointError when it is another member's, or of another step.
+        """
+        if (completion := read_completion(self.path)) is None:
+            return None
+        require_recorded(self.path, completion)
+        if not completion.final.exists():
             path = self.path / "complete.json"
             raise DamagedError(
                 f"{completion.final}: gone, though {path} names it; delete {path} to train the end again"
             )
-        return None if completion is None else completion.final
+        require_own(completion.final, read_header(completion.final).provenance)
+        return completion.final
 
     def step(self) -> int:
         """Steps that are on disk: what a run would go on from."""

@@ -108,7 +108,10 @@ def careful(check: Check, path: Path, found: Findings) -> None:
     try:
         check(path, found)
     except (PipelineError, OSError) as error:
-        found.problems.append(explain(error) or str(error))
+        if (
+            problem := explain(error) or str(error)
+        ) not in found.problems:  # one config may be read for many checkpoints
+            found.problems.append(problem)
 
 
 def checker_of(path: Path) -> Check | None:
@@ -237,11 +240,9 @@ def check_tensors(path: Path, found: Findings) -> None:
 
 def check_own(path: Path, found: Findings) -> None:
     """A checkpoint in a member's folder is that member's, under its own step's name."""
-    name, trained = path.parent.parent.name, read_header(path).provenance.get("member")
-    if trained != name:
-        found.problems.append(f"{path}: a checkpoint of {str(trained)[:100]!a}, not of {name}; put the right one back")
     if not NAME.fullmatch(path.name):
         found.problems.append(f"{path}: expected step_N.safetensors as its name; rename it or move it away")
+    member.require_own(path, read_header(path).provenance)
 
 
 def check_foreign(path: Path, found: Findings) -> None:

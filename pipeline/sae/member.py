@@ -60,14 +60,20 @@ def read_config(folder: Path) -> Fields:
 
 
 def require_own(path: Path, provenance: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a checkpoint that lies in the folder of another member, as its config tells; DamagedError as
-    `read_config`."""
+    """Raise CheckpointError for a checkpoint that lies in the folder of another member, as its config tells, or of one trained on
+    another store; DamagedError as `read_config`."""
     if (folder := member_folder(path)) is None:
         return
-    own, trained = read_config(folder).inner("config").data, provenance.get("train")
-    if trained is not None and dict(own) != trained:
-        member = str(provenance.get("member"))[:100]
+    own, trained = read_config(folder), provenance.get("train")
+    member = str(provenance.get("member"))[:100]
+    if trained is not None and dict(own.inner("config").data) != trained:
         raise CheckpointError(f"{path}: is of member {member!a}, lies in the folder of {folder.name}; put it back")
+    here, there = own.inner("store").data, provenance.get("store") or {}
+    if "id" in here and "id" in there and here["id"] != there["id"]:
+        raise CheckpointError(
+            f"{path}: is of member {member!a} on store {str(there['id'])[:10]!a}, lies in the folder of {folder.name} on store "
+            f"{str(here['id'])[:10]!a}; put it back"
+        )
 
 
 @dataclass(frozen=True)
