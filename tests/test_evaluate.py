@@ -345,6 +345,7 @@ def test_numbers_not_finite_are_an_error(place: Path, tmp_path: Path, value: flo
     ("store", "message"),
     [
         ({"layer": 12}, "trained on layer 12, store .* has 1"),
+        ({"architecture_sha256": "f" * 64}, "trained on a model's config.json 'ffff.*--allow-other-model if"),
         ({"weights_sha256": "f" * 64, "model": "other/model"}, "trained on model weights 'ffff.*other/model against"),
         ({"id": "e" * 64}, "trained on store 'eeee.*--allow-other-store"),
     ],

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 
 from pipeline.__main__ import cli
-from pipeline.base.errors import UsageError
+from pipeline.base.errors import ModelError, UsageError
 from pipeline.live import inspect
+from pipeline.live.attach import attach
 from pipeline.live.inspect import Block, Token, as_lines, as_page, block_names, inspect_checkpoint
+from pipeline.model.files import architecture_sha256, weights_sha256
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.checkpoint import save_checkpoint
 from pipeline.sae.config import SAEConfig
+from pipeline.sae.foreign.reader import load_sae
 from pipeline.sae.nested import NestedSAE
 from support.browser import browse, needs_chromium
 
@@ -48,10 +54,48 @@ def test_strongest_are_those_of_encode(checkpoint: Path) -> None:
             assert block.n_active == int((z[part] > 0).sum())
 
 
+@pytest.mark.parametrize("loaded", ["inspect", "attach", "cached"])
+def test_changed_config_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: str) -> None:
+    """A model of the recorded weights beside another config.json than the recorded one is refused, from a folder or the Hub's
+    cache; other weights are another model, which may be meant, and a checkpoint that records no hash fits any."""
+    if loaded == "cached":
+        folder = tmp_path / "models--owner--model" / "snapshots" / ("1" * 40)
+        (refs := folder.parents[1] / "refs").mkdir(parents=True)
+        (refs / "main").write_text(folder.name)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    else:
+        folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    made_for = {"model": str(folder), "layer": 3, "weights_sha256": weights_sha256(folder)}
+    known, path = json.loads((folder / "config.json").read_text()), tmp_path / "sae.safetensors"
+
+    def look(**more: str) -> None:
+        save_checkpoint(path, NestedSAE(SAEConfig(192, 4, (4,))), 1, {"store": made_for | more})
+        if loaded == "inspect":
+            inspect_checkpoint(str(path), "It", None, None, None, 3, "cpu")
+        else:
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+            if loaded == "cached":
+                model.config._name_or_path = "owner/model"
+            attach(model, load_sae(path)[0])
+
+    recorded = architecture_sha256(folder)
+    assert recorded is not None
+    look(architecture_sha256=recorded)
+    (folder / "config.json").write_text(json.dumps(known | {"rms_norm_eps": 0.5}))
+    with pytest.raises(ModelError, match=r"config\.json: not that of the model which made the SAE's store"):
+        look(architecture_sha256=recorded)
+    look()
+    look(architecture_sha256=recorded, weights_sha256="0" * 64)
+
+
 def test_recorded_revision_is_read(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model and tokenizer are those of the revision that the checkpoint records, unless another model is given."""
     asked: list[str | None] = []
     tokenizer, load = load_tokenizer, SplitLM.load
+    monkeypatch.setattr(
+        inspect, "model_folder", lambda _model, revision: asked.append(revision) or (Path(MODEL), "local")
+    )
     monkeypatch.setattr(inspect, "load_tokenizer", lambda model, revision: asked.append(revision) or tokenizer(MODEL))
 
     def loaded(model: str, *, revision: str | None, **options: Any) -> SplitLM:
@@ -66,7 +110,7 @@ def test_recorded_revision_is_read(checkpoint: Path, tmp_path: Path, monkeypatch
         )
         inspect_checkpoint(str(tmp_path / f"{revision}.safetensors"), "It", None, None, None, 3, "cpu")
     inspect_checkpoint(str(tmp_path / "step1000.safetensors"), "It", MODEL, None, None, 3, "cpu")
-    assert asked == ["step1000", "step1000", None, None, None, None]
+    assert asked == ["step1000"] * 3 + [None] * 6
 
 
 def test_lines_show_what_fires() -> None:

@@ -35,7 +35,7 @@ from pipeline.store.reader import Store
 from support import tiny_models
 from support.harvests import CONTEXT, harvest_config
 from train.config import TrainConfig
-from train.folder import TOKENS, identity
+from train.folder import FOR_LIVE, identity
 from train.stores import identity_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -335,15 +335,15 @@ def test_other_tokenizer_makes_no_texts(undeclared: Store, tmp_path: Path) -> No
 def test_members_record_the_tokens(undeclared: Store) -> None:
     """What a checkpoint says of its store says how the tokens were made."""
     about = identity_of(undeclared, TrainConfig())
-    assert {name: about[name] for name in TOKENS if name in about} == {
-        name: undeclared.config[name] for name in ("tokenizer_sha256", "bos", "special_ids")
+    assert {name: about[name] for name in FOR_LIVE if name in about} == {
+        name: undeclared.config[name] for name in ("architecture_sha256", "tokenizer_sha256", "bos", "special_ids")
     }
 
 
 def test_older_members_go_on(undeclared: Store) -> None:
     """A member whose folder does not say how its tokens were made is the same member: the store's id fixes that."""
     about = identity_of(undeclared, TrainConfig())
-    before = {name: value for name, value in about.items() if name not in TOKENS}
+    before = {name: value for name, value in about.items() if name not in FOR_LIVE}
     now, then, other = (
         identity(Fields(Path("c"), {"config": {}, "order": {}, "store": store}))
         for store in (about, before, about | {"id": "other"})

@@ -285,14 +285,15 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-TOKENS = ("tokenizer_sha256", "bos", "special_ids", "parse_special")
-"""How a store's tokens were made, which a live model needs. Its id fixes them, and members of before they were recorded go on."""
+FOR_LIVE = ("architecture_sha256", "tokenizer_sha256", "bos", "special_ids", "parse_special")
+"""What a store says of its model's config.json and of how its tokens were made, which a live model is compared with. Its id fixes
+them, and members of before they were recorded go on."""
 
 
 def identity(description: Fields) -> dict[str, Any]:
     """What of config.json must not change while a member is trained."""
     parts = {part: dict(description.inner(part).data) for part in ("config", "store", "order")}
-    return parts | {"store": {name: value for name, value in parts["store"].items() if name not in TOKENS}}
+    return parts | {"store": {name: value for name, value in parts["store"].items() if name not in FOR_LIVE}}
 
 
 def check_out(out: Path) -> None:

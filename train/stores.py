@@ -23,7 +23,7 @@ from pipeline.store.requests import Traffic
 from pipeline.store.split import Split
 from pipeline.store.staging import open_cached
 from train.config import TrainConfig
-from train.folder import TOKENS
+from train.folder import FOR_LIVE
 from train.step.member import Target
 
 
@@ -106,7 +106,7 @@ def identity_of(store: Store, config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint says of one store."""
     names = ("model", "revision", "weights_sha256", "layer", "d_model", "context")
     own = {name: store.config[name] for name in names}
-    own |= {name: store.config[name] for name in ("hook", *TOKENS) if name in store.config}
+    own |= {name: store.config[name] for name in ("hook", *FOR_LIVE) if name in store.config}
     measured = {"massive_multiple": store.statistics.massive_multiple, "mean_share": store.statistics.mean_share}
     return {"id": store.id, **own, **measured, "max_norm": multiple_of(store, config.max_norm)}
 

@@ -208,8 +208,9 @@ def require_fit(
     where `makes`, of a transcoder, to make them.
 
     Checked are width of the rows, hook and layer (unless nobody named the store's), and, unless they are allowed to differ,
-    model, weights and the store itself: another store may have trained it on what is this one's evaluation split. What an SAE
-    made elsewhere does not say is not checked; its model's name is compared without its owner.
+    model, weights, the model's config.json and the store itself: another store may have trained it on what is this one's
+    evaluation split. What an SAE made elsewhere, or of before it was recorded, does not say is not checked; a model's name is
+    compared without its owner.
     """
     where, trained = f"{checkpoint.path}", checkpoint.provenance.get("store") or {}
     trained, d_model = (
@@ -230,11 +231,14 @@ def require_fit(
     elif not allow_other_model:
         here |= {"model": store.config["model"]}  # by name, where no hash says more: a path may differ between machines
         here |= {"revision": store.config["revision"]}
+    if not allow_other_model and "architecture_sha256" in store.config:
+        here |= {"architecture_sha256": store.config["architecture_sha256"]}
     if not allow_other_store:
         here |= {"id": store.id}
-    words = {"weights_sha256": "model weights", "id": "store"}
+    words = {"weights_sha256": "model weights", "architecture_sha256": "a model's config.json", "id": "store"}
     hints = {
         "weights_sha256": "; --allow-other-model if that is meant",
+        "architecture_sha256": "; --allow-other-model if that is meant",
         "model": "; --allow-other-model if that is meant",
         "revision": "; --allow-other-model if that is meant",
         "id": "; --allow-other-store if no evaluation text was trained on",

@@ -28,7 +28,7 @@ def info_of(store: Store, model: str | None) -> ModelInfo:
 
 def require_weights(info: ModelInfo, store: Store) -> None:
     """Raise ModelError, naming both, when a model's weights, or its config.json, are not those that made the store."""
-    from pipeline.model.files import architecture_sha256
+    from pipeline.model.files import require_architecture
 
     made_by, sha256 = store.config, info.weights_sha256
     if sha256 != made_by["weights_sha256"]:
@@ -36,12 +36,7 @@ def require_weights(info: ModelInfo, store: Store) -> None:
             f"{info.name}: its weights ({sha256[:10]}…) are not those that made store {store.where} "
             f"({made_by['model']}, {made_by['weights_sha256'][:10]}…); give that model"
         )
-    recorded, found = made_by.get("architecture_sha256"), architecture_sha256(info.folder)
-    if recorded not in (None, found):
-        raise ModelError(
-            f"{info.folder}/config.json: not that of the model which made store {store.where} (hash {str(found)[:10]}, there "
-            f"{recorded[:10]}): a softcap, a window or angles are others, so it is another model; put that file back"
-        )
+    require_architecture(info.folder, made_by.get("architecture_sha256"), f"store {store.where}")
 
 
 def placed(checkpoint: Checkpoint, store: Store, info: Callable[[], ModelInfo]) -> Checkpoint:

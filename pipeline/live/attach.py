@@ -16,6 +16,7 @@ to the stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from pipeline.base.errors import ModelError, UsageError
 from pipeline.live.edits import Edit
 from pipeline.model import specials
+from pipeline.model.files import architecture_sha256, loaded_from, require_architecture, weights_sha256
 from pipeline.model.places import Place, find_place, first_of, module_name, stream_of, with_stream
 from pipeline.model.points import HOOKS, Point, canonical
 from pipeline.model.splicing import splice
@@ -63,8 +65,11 @@ def attach(
 
     The SAE computes in its own dtype (float32 as loaded), outside any autocast. Points inside a layer are looked for with
     three tokens, here. Raises ModelError for a model whose layers or point cannot be found, UsageError for a layer, hook,
-    level or width that does not fit or is not known, a transcoder without a target, or for gradients under no_grad.
+    level or width that does not fit or is not known, a transcoder without a target, or for gradients under no_grad; ModelError
+    as `require_config`, where it is known which files the model was loaded from.
     """
+    if (folder := loaded_from(model)) is not None:
+        require_config(folder, sae)
     text = model.config.get_text_config()
     n_layers, d_model = int(text.num_hidden_layers), int(text.hidden_size)
     point = point_of(sae, layer, hook)
@@ -88,6 +93,14 @@ def attach(
         block = find_layers(model, n_layers)[made.layer]
         require_module(sae, made, block, place)
     return Attached(model, place, sae, level, keep_error, edits, ids, gradients, reads)
+
+
+def require_config(folder: Path, sae: NestedSAE) -> None:
+    """Raise ModelError for the weights that made an SAE's rows beside another config.json; other weights are another model, which
+    may be meant. An SAE that records no hash of that file, as one made elsewhere, fits any."""
+    recorded, weights = (sae.made_for.get(name) for name in ("architecture_sha256", "weights_sha256"))
+    if recorded not in (None, architecture_sha256(folder)) and weights == weights_sha256(folder):
+        require_architecture(folder, recorded, "the SAE's store")
 
 
 def norm_weight(model: Any, layer: int, n_layers: int) -> Tensor:

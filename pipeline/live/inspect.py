@@ -17,10 +17,10 @@ from pipeline.base.memory import available_memory
 from pipeline.base.progress import say
 from pipeline.base.runtime import memory_limit, resolve_device
 from pipeline.base.token_text import TokenText, spelled, visible
-from pipeline.live.attach import attach, point_of
+from pipeline.live.attach import attach, point_of, require_config
 from pipeline.model.anatomy import forward
 from pipeline.model.cost import model_sizes
-from pipeline.model.files import tokenizer_sha256
+from pipeline.model.files import model_folder, tokenizer_sha256
 from pipeline.model.specials import first_ids, special_ids
 from pipeline.model.split_lm import SplitLM, load_tokenizer
 from pipeline.sae.foreign.reader import load_sae
@@ -67,6 +67,7 @@ def inspect_checkpoint(
         point = point_of(sae, layer, hook)
     except UsageError as error:
         raise UsageError(f"{path}: {error} (--layer, --hook)") from error
+    require_config(model_folder(str(model), revision)[0], sae)
     tokenizer = load_tokenizer(str(model), revision)
     lm = SplitLM.load(str(model), dtype="auto", device=where, part="whole", layers=[point], revision=revision)
     recorded = sae.made_for.get("tokenizer_sha256")

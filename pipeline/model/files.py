@@ -6,9 +6,11 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from torch import Tensor
 
@@ -118,6 +120,29 @@ def architecture_sha256(folder: Path) -> str | None:
         numbers, sort_keys=True, separators=(",", ":"), ensure_ascii=False
     )  # with Infinity, which some have
     return sha256(text.encode("utf-8", "surrogatepass"))
+
+
+def require_architecture(folder: Path, recorded: str | None, made: str) -> None:
+    """Raise ModelError where a model's config.json is not that of the model which made what is called `made`, by the hash that
+    was recorded of it (None: none was)."""
+    found = architecture_sha256(folder)
+    if recorded not in (None, found):
+        raise ModelError(
+            f"{folder}/config.json: not that of the model which made {made} (hash {str(found)[:10]}, there "
+            f"{recorded[:10]}): a softcap, a window or angles are others, so it is another model; put that file back"
+        )
+
+
+def loaded_from(model: Any) -> Path | None:
+    """The folder whose config.json a live model was loaded with, of a Hub's snapshot too; None where that is not known here."""
+    name = str(getattr(model.config, "_name_or_path", ""))
+    if Path(name).is_dir():
+        return Path(name) if name else None
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=getattr(model.config, "_commit_hash", None))
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def tokenizer_sha256(folder: Path) -> str:

@@ -245,7 +245,8 @@ def to_header(contents: Contents) -> Header:
 def require_provenance(fields: Fields) -> dict[str, Any]:
     """A header's provenance, whose parts that anything reads have the types that FORMAT.md gives them. Raises DamagedError."""
     store, train = fields.inner("store"), fields.inner("train")
-    of_store, numbers = ("id", "model", "revision", "hook", "weights_sha256"), ("layer", "d_model", "context")
+    of_store = ("id", "model", "revision", "hook", "weights_sha256", "architecture_sha256", "tokenizer_sha256")
+    numbers = ("layer", "d_model", "context")
     stores = (store, store.inner("target"))
     texts: dict[Fields, tuple[str, ...]] = {fields: ("member", "git", "source"), **dict.fromkeys(stores, of_store)}
     wholes: dict[Fields, tuple[str, ...]] = {fields: ("rows_seen", "fired_rows"), **dict.fromkeys(stores, numbers)}
