@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from harvest.plan import Plan, beside
-from pipeline.base.files import free_bytes, human_bytes, is_url
+from harvest.plan import Plan
+from pipeline.base.files import beside, free_bytes, human_bytes, is_url
 from pipeline.base.progress import format_seconds
 from pipeline.base.runtime import DTYPES, cpu_has_bf16
 from pipeline.model.cost import measure_forward
-from pipeline.store.reader import Store
 from pipeline.store.writer import writing_bytes
 
 HARVEST_OVER_FORWARD = 1.05
@@ -76,13 +75,3 @@ def as_json(plan: Plan, costs: Mapping[str, float]) -> dict[str, Any]:
         for point, path in plan.stores.items()
     ]
     return {"stores": stores, "bytes": plan.estimate, "cost": dict(costs)}
-
-
-def finished(store: Store) -> str:
-    """One line about a finished store."""
-    s = store.statistics
-    return (
-        f"{store.path}: complete, {s.n_rows:,} training rows ({s.n_special:,} special, {s.n_massive:,} massive), "
-        f"{store.eval.n_rows:,} evaluation rows, median norm {s.median_norm:.4g}, id {store.id[:10]}"
-        + (f"; its rows are of {len(store.made_by)} makers (--mixed)" if len(store.made_by) > 1 else "")
-    )

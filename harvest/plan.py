@@ -16,7 +16,7 @@ from harvest.corpus import SHUFFLED, Corpus, LocalCorpus, Source, open_corpus, r
 from harvest.texts import Reader
 from harvest.tokens import Packing
 from pipeline.base.errors import DamagedError, StoreError
-from pipeline.base.files import is_url
+from pipeline.base.files import beside
 from pipeline.base.runtime import resolve_device, resolve_dtype
 from pipeline.model.files import architecture_sha256, tokenizer_sha256
 from pipeline.model.points import Point
@@ -290,8 +290,3 @@ def find_corpora(config: HarvestConfig, held: Mapping[str, Any]) -> Corpora:
         evaluation=None if config.eval_corpus is None else source("eval_corpus", config.eval_corpus, None),
         scratch=beside(config.store),
     )
-
-
-def beside(store: str) -> Path:
-    """A local folder beside a store, for temporary files and for asking how much is free."""
-    return Path.cwd() if is_url(store) else Path(store).absolute().parent

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,18 +14,20 @@ from harvest import announce
 from harvest.blocks import sweep_blocks
 from harvest.config import HarvestConfig
 from harvest.forward import Shard, fitting_batch, harvest_shards, pending_shards
+from harvest.group import Group, workers
 from harvest.plan import Plan, make_plan
 from harvest.splits import Splits, make_tokens, stored_tokens, tokenise_part
 from harvest.steps import Note, Share, Steps, drop_notes, makers_of, read_notes, require_all
 from pipeline.base.errors import DamagedError, MismatchError, StoreError
 from pipeline.base.progress import Progress, say, silenced
-from pipeline.base.runtime import DTYPES, maker, process_group, rank, require_world, versions, world_size
+from pipeline.base.runtime import DTYPES, maker, rank, require_world, versions, world_size
 from pipeline.model.points import Point
 from pipeline.model.split_lm import SplitLM
 from pipeline.model.trial import try_model
 from pipeline.store.layout import SPLITS
 from pipeline.store.makers import Maker, add_makers, record_makers, require_extender, require_makers
 from pipeline.store.prepare import holds_tokens, locked, prepare, require_space, resume
+from pipeline.store.reader import finished
 from pipeline.store.writer import StoreWriter
 
 COMPUTE = ("torch", "transformers")
@@ -135,59 +136,6 @@ def dry_run(config: HarvestConfig, *, repair: bool = False) -> dict[str, Any]:
     if rank() == 0:
         say(f"{announce.describe(plan)}\n{announce.describe_cost(costs)}")
     return announce.as_json(plan, costs)
-
-
-class Group:
-    """The processes that torchrun started, or the only one."""
-
-    def barrier(self) -> None:
-        """Wait for all."""
-        if world_size() > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
-
-    def gathered(self, mine: Maker) -> list[Maker]:
-        """What every process says of itself, by rank."""
-        if world_size() == 1:
-            return [mine]
-        import torch.distributed as dist
-
-        found: list[Maker] = [{}] * world_size()
-        dist.all_gather_object(found, mine)
-        return found
-
-    def told(self, mine: bool) -> bool:
-        """What rank 0 says."""
-        if world_size() == 1:
-            return mine
-        import torch.distributed as dist
-
-        said = [mine]
-        dist.broadcast_object_list(said)
-        return said[0]
-
-    def handed_out(self, n: int) -> Iterator[int]:
-        """The numbers below n, each to the process that asks next. Once a group."""
-        if world_size() == 1:
-            yield from range(n)
-            return
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        store = _get_default_store()
-        while (k := store.add("handed out", 1) - 1) < n:
-            yield k
-
-
-@contextlib.contextmanager
-def workers() -> Iterator[Group]:
-    """The group of torchrun's processes; alone nothing is set up. Raises UsageError for an environment that names none."""
-    require_world("harvest")
-    if world_size() == 1:
-        yield Group()
-        return
-    with process_group("gloo", timeout=datetime.timedelta(days=7)):
-        yield Group()
 
 
 def try_cuts(plan: Plan) -> None:
@@ -314,5 +262,5 @@ def finish_stores(plan: Plan) -> None:
         gather_notes(path, plan.config.mixed)
         store = StoreWriter.open(path).finish()
         drop_notes(writer.files)
-        say(announce.finished(store))
+        say(finished(store))
     sweep_blocks(plan.corpora.scratch, plan.name)

@@ -77,6 +77,16 @@ def test_broken_experiment_file_says_why(tmp_path: Path, text: str, message: str
         experiments.Experiment.read(tmp_path / "a.toml")
 
 
+def test_shipped_name_beside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run demo` means the shipped file where a demo has left its folder; a file of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()
+    assert len(experiments.Experiment.read(Path("demo")).parts) == 1
+    Path("demo").rmdir()
+    Path("demo").write_text('[harvest]\nmodel = "m"\n[train]\nrecipe = "topk"\n')
+    assert experiments.Experiment.read(Path("demo")).train == [{"recipe": "topk"}]
+
+
 def test_only_asked_members_are_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only members that the file asks for are evaluated and reported."""
     calls: list[tuple[str, list[str]]] = []

@@ -19,7 +19,7 @@ import pytest
 from evaluate.__main__ import evaluate
 from evaluate.explain.__main__ import cli as explain
 from evaluate.latents.neuronpedia import command as neuronpedia
-from evaluate.report.write import cli as report
+from evaluate.report.__main__ import cli as report
 from harvest.__main__ import command as harvest
 from pipeline.__main__ import cli as pipeline
 from pipeline.base.cli import Output, Repository, Source, failed, spelled

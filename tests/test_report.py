@@ -16,9 +16,10 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evaluate.report.__main__ import cli
 from evaluate.report.pages import environment
 from evaluate.report.runs import read_results
-from evaluate.report.write import cli, write_report
+from evaluate.report.write import write_report
 from pipeline.base.errors import DamagedError, UsageError
 from pipeline.base.files import read_json, write_json
 from support.results_files import write_latent_pages, write_results

@@ -1,4 +1,4 @@
-"""python -m evaluate.report: one HTML file from results files, with nothing to fetch. Imports no torch.
+"""Writes one HTML file from results files, with nothing to fetch. Imports no torch.
 
 Reading order: what was found and the figure that shows it, Table 1, the other figures, latents, what each metric is, where
 it all comes from. Beside it lies a folder with every figure as SVG, all numbers as CSV, and the latent pages.
@@ -10,8 +10,6 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
-
 from evaluate.latents.files import latents_folder
 from evaluate.report import svg
 from evaluate.report.figures import Figure, Missing
@@ -20,11 +18,9 @@ from evaluate.report.latents import read_latents
 from evaluate.report.nesting import NestingTable, nesting_rows, nesting_table
 from evaluate.report.pages import Latents, latents_page, report_page
 from evaluate.report.runs import Results, read_results
-from evaluate.report.table import PRIMARY, Table, make_table, require_endpoints, table_rows
+from evaluate.report.table import PRIMARY, Table, make_table, table_rows
 from evaluate.report.usage import UsageLine, usage_lines, usage_rows
-from pipeline.base.cli import OUT_FILE, SOURCE, only_reads
 from pipeline.base.digests import DIGESTS, write_digests
-from pipeline.base.errors import UsageError
 from pipeline.base.files import PARTIAL, hash_file, sha256, sweep_partials, write_bytes, write_csv
 from pipeline.base.progress import say
 
@@ -91,28 +87,3 @@ def write_latents(folder: Path, results: Results) -> Latents:
         elif (pages := latents_folder(run.path)).is_dir():
             say(f"note     {pages}: latent pages without their index are left out; evaluate again to make them")
     return found
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("results", nargs=-1, type=SOURCE, metavar="RESULTS...", required=True)
-@click.option("--out", type=OUT_FILE, required=True, help="The HTML file; a folder NAME_files goes beside it.")
-@click.option("--title", default="Nested sparse autoencoders", show_default=True, help="Heading of the report.")
-@click.option(
-    "--primary",
-    default=",".join(PRIMARY),
-    show_default=True,
-    metavar="IDS",
-    help="Endpoints that are tested, at equal L0 and Holm-corrected; everything else is a difference with its interval.",
-)
-def cli(results: tuple[Path, ...], out: Path, title: str, primary: str) -> None:
-    """Write one self-contained HTML report from results files, or folders that evaluate wrote.
-
-    \b
-    Example: python -m evaluate.report demo/results --out report.html
-    """
-    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
-        raise UsageError(f"--out {out}: give the name of an HTML file, like report.html")
-    endpoints = [id.strip() for id in primary.split(",") if id.strip()]
-    require_endpoints(endpoints)
-    if not only_reads():
-        say(f"report: {write_report(results, out, title, endpoints)}")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from evaluate.scores.labels import CLASSES, LABELS, MAX_ROWS, Probes, best_threshold, f1_score
 from evaluate.scores.sample import Batch
-from evaluate.scores.structure import t_interval
+from evaluate.statistics import interval
 from pipeline.sae.nested import NestedSAE
 
 MAX_K, F1_GAIN = 10, 0.03
@@ -293,7 +293,7 @@ def average(labels: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"n_labels": 0, "n": sum(r["n"] for r in labels)}
     for name in AVERAGED:
         values = [len(r["latents"]) if name == "n_latents" else r[name] for r in labels if r["n"]]
-        low, high = t_interval(np.array(values, np.float64))
+        low, high = interval(values)
         found |= {"n_labels": len(values)}
         found[name] = {"value": float(np.mean(values)) if values else None, "low": low, "high": high}
     return found

@@ -18,6 +18,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from evaluate.scores.sample import Batch
+from evaluate.statistics import interval
 from pipeline.base.runtime import numpy_rng, torch_rng
 from pipeline.sae.config import SAEConfig
 
@@ -78,7 +79,7 @@ def meta_dictionary(
     """
     n = n_meta(len(W_dec))
     found = [fit_meta(W_dec, n, torch_rng("meta", seed, i), advance) for i in range(META_SEEDS)] if n else []
-    low, high = t_interval(np.array(found)) if found else (None, None)
+    low, high = interval(found)
     value = float(np.mean(found)) if found else None
     return {
         "value": value,
@@ -230,13 +231,3 @@ class Hierarchy:
             "inside": float(((real >= 0.9) & (null < 0.5)).mean()),
             "lift": float(np.median(real / density[best])),
         }
-
-
-def t_interval(values: npt.NDArray[np.float64]) -> tuple[float, float] | tuple[None, None]:
-    """95 % interval of a mean (Student's t); None of a single value."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return None, None
-    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return float(values.mean()) - half, float(values.mean()) + half

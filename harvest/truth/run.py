@@ -18,20 +18,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harvest.announce import finished
-from harvest.plan import beside
-from harvest.run import workers
+from harvest.group import workers
 from harvest.truth.forest import make_directions
 from harvest.truth.rows import BLOCK, Firings, Rows
 from harvest.truth.spec import Spec, load_spec
 from pipeline.base.errors import DamagedError, StoreError, UsageError
-from pipeline.base.files import disk_errors, hash_config, human_bytes
+from pipeline.base.files import beside, disk_errors, hash_config, human_bytes
 from pipeline.base.progress import Progress, format_seconds, say, silenced
 from pipeline.base.runtime import maker, rank, versions, world_size
 from pipeline.store.layout import CHUNK_ROWS, EVAL_SHARE, estimate_bytes, shard_rows_for
 from pipeline.store.makers import Maker, record_makers, require_extender
 from pipeline.store.prepare import SplitTokens, locked, prepare, require_space, resume
-from pipeline.store.reader import Store
+from pipeline.store.reader import Store, finished
 from pipeline.store.writer import StoreWriter, writing_bytes
 
 COMPUTE = ("torch", "numpy")

@@ -26,24 +26,35 @@ def require_plain(path: Path, data: object) -> None:
 
 def problems(data: object, name: str = "", depth: int = 0) -> Iterator[str]:
     """What is wrong with JSON data, value by value."""
+    if is_plain(data):
+        return
     where = name[:80].encode("ascii", "backslashreplace").decode() or "it"
     if depth > DEEPEST:
         yield f"{where!r} is nested deeper than {DEEPEST}"
     elif isinstance(data, str):
         if SURROGATE.search(data):
             yield f"{where!r} is text that is not Unicode"
-    elif isinstance(data, bool):
-        return
     elif isinstance(data, int | float):
-        if not (abs(data) < LARGEST if isinstance(data, int) else abs(data) < HUGE):
-            yield f"{where!r} is no number that can be, found {str(data)[:24]}"
+        yield f"{where!r} is no number that can be, found {str(data)[:24]}"
     elif isinstance(data, Mapping):
         for key, value in data.items():
             yield from problems(key, f"{name}.(key)", depth)
-            yield from problems(value, f"{name}.{key}".lstrip("."), depth + 1)
+            if not is_plain(value):
+                yield from problems(value, f"{name}.{key}".lstrip("."), depth + 1)
     elif isinstance(data, list):
         for i, value in enumerate(data):
-            yield from problems(value, f"{name}.{i}", depth + 1)
+            if not is_plain(value):
+                yield from problems(value, f"{name}.{i}", depth + 1)
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is a number that can be, ASCII text, true, false or nothing: at once, since files hold millions."""
+    kind = type(value)
+    if kind is int:
+        return -LARGEST < value < LARGEST  # type: ignore[operator]
+    if kind is float:
+        return -HUGE < value < HUGE  # type: ignore[operator]
+    return value is None or kind is bool or (kind is str and value.isascii())  # type: ignore[attr-defined]
 
 
 class Fields:

@@ -67,6 +67,11 @@ def is_url(path: Path | str) -> bool:
     return isinstance(path, str) and "://" in path
 
 
+def beside(store: str) -> Path:
+    """A local folder beside a store, for temporary files and for asking how much is free."""
+    return Path.cwd() if is_url(store) else Path(store).absolute().parent
+
+
 KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 """What a name may lead to that has no bytes of its own, or no end."""
 

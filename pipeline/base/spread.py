@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import click
 import torch
+from threadpoolctl import threadpool_limits
 
 from pipeline import INTERRUPTED
 from pipeline.base.cli import WORDS
@@ -58,12 +59,14 @@ def n_processes(asked: int | str, n_left: int, device: torch.device) -> int:
 
 @contextmanager
 def cores_divided(n: int) -> Iterator[int]:
-    """Each of n processes has its share of the threads that torch uses; that many, and here too inside the block."""
+    """Each of n processes has its share of the threads that torch uses; that many, and here too inside the block, where numpy's
+    products have them: its library would wait on every core for work, on those of the other processes too."""
     before = torch.get_num_threads()
     share = max(1, before // n)
     torch.set_num_threads(share)
     try:
-        yield share
+        with threadpool_limits(share, "blas"):
+            yield share
     finally:
         torch.set_num_threads(before)
 

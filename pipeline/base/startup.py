@@ -6,13 +6,18 @@ it never ends in a traceback.
                          a module is imported waits until it is
     after it             the command has said how it ended: the process leaves at once
 
+Garbage is looked for seldom: torch and transformers make a million objects that live on, and Python would walk through them
+many times while they are imported, and once more at the end (a fifth of the time that a command takes to start and to leave).
+
 One gets lost where Python cannot raise: in a generator that is thrown away, a destructor, a callback of a library. Python
 then says "Exception ignored in" and goes on. `heard` notes it and interrupts once more, until the command hears it.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -30,6 +35,10 @@ from pipeline.base.errors import explain
 
 AGAIN_S = 0.02
 """Seconds after which a lost interrupt is raised again: by then its frame is left."""
+
+
+NEW_OBJECTS = 20_000
+"""Objects more than were freed after which Python looks for garbage among the youngest (its own number: 700 to 2,000)."""
 
 
 def leave_at_end(number: int, frame: FrameType | None) -> None:
@@ -55,11 +64,13 @@ def say_what_failed(kind: type[BaseException], error: BaseException, trace: Any)
 
 
 def begin() -> None:
-    """Let a program that is starting leave at once on Ctrl-C, and say what fails in one line."""
+    """Let a program that is starting leave at once on Ctrl-C, say what fails in one line, and seldom look for garbage."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
     sys.excepthook = say_what_failed
     sys.meta_path.insert(0, EnoughAddresses())
+    gc.set_threshold(NEW_OBJECTS, *gc.get_threshold()[1:])
+    atexit.register(gc.freeze)  # what stands at the end goes with the process
 
 
 TORCH_NEEDS = 700 << 20

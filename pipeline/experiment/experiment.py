@@ -86,7 +86,7 @@ class Experiment:
         trust_remote_code: whether the command line allows code that comes with a model; a file alone cannot.
         """
         shipped = SHIPPED / f"{path.name.removesuffix('.toml')}.toml"
-        if not path.exists() and path.parent == Path() and shipped.exists():
+        if not path.is_file() and path.parent == Path() and shipped.exists():
             path = shipped
         data = read_toml(path)
         parts = data.get("part", [])

@@ -39,10 +39,12 @@ COMMANDS = {
     "harvest": "harvest.__main__:command",
     "train": "train.__main__:command",
     "evaluate": "evaluate.__main__:evaluate",
-    "evaluate.report": "evaluate.report.write:cli",
+    "evaluate.report": "evaluate.report.__main__:cli",
 }
 """Where each stage's click command is."""
 PARSE = """
+from pipeline.base import startup
+startup.begin()
 import importlib, json, sys
 import click
 from pipeline.base.cli import ONLY_READ, require_sources

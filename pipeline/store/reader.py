@@ -406,3 +406,13 @@ def describe_store(store: Store) -> dict[str, Any]:
     if store.complete:
         described |= {"statistics": store.statistics.to_dict(), "mean": store.mean64.tolist()}
     return described
+
+
+def finished(store: Store) -> str:
+    """One line about a finished store."""
+    s = store.statistics
+    return (
+        f"{store.path}: complete, {s.n_rows:,} training rows ({s.n_special:,} special, {s.n_massive:,} massive), "
+        f"{store.eval.n_rows:,} evaluation rows, median norm {s.median_norm:.4g}, id {store.id[:10]}"
+        + (f"; its rows are of {len(store.made_by)} makers (--mixed)" if len(store.made_by) > 1 else "")
+    )
