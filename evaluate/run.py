@@ -81,19 +81,20 @@ def processes_for(config: EvaluateConfig, places: Sequence[Path], asked: int | s
         return 1
     if config.device_map is not None:
         raise UsageError(f"--processes {asked} gives each process a device, --device-map one model all; leave one out")
-    job, _ = open_job(config)
+    job, _ = open_job(config, reads_texts=False)  # the others start the sooner; one that finds nothing to do ends
     todo = select(job, find_checkpoints(places, all_steps)[0]).todo
     return n_processes(asked, sum(map(len, todo.values())), job.device)
 
 
-def open_job(config: EvaluateConfig) -> tuple[Job, list[Failure]]:
-    """The job that a config means on its stores, and the scores that do not fit them. Raises PipelineError."""
+def open_job(config: EvaluateConfig, *, reads_texts: bool = True) -> tuple[Job, list[Failure]]:
+    """The job that a config means on its stores, and the scores that do not fit them (`reads_texts`: those included that need the
+    model's tokenizer, and it is not there). Raises PipelineError."""
     cache = open_cache(config.cache, config.cache_size) if config.cache is not None else None
     source = open_cached(config.store, cache)
     store = source if config.target is None else open_cached(config.target, cache)
     if store is not source:
         require_same_rows(source, store)
-    config, unfit = only_fitting_scores(config, store)
+    config, unfit = only_fitting_scores(config, store, reads_texts=reads_texts)
     return Job.of(config, store, source), unfit
 
 

@@ -66,8 +66,13 @@ def select(job: Job, paths: Sequence[Path]) -> Selection:
     return found
 
 
-def only_fitting_scores(config: EvaluateConfig, store: Store) -> tuple[EvaluateConfig, list[Failure]]:
-    """The config without scores that the store cannot give, and those. Raises the first one's error when none is left."""
+def only_fitting_scores(
+    config: EvaluateConfig, store: Store, *, reads_texts: bool = True
+) -> tuple[EvaluateConfig, list[Failure]]:
+    """The config without scores that the store cannot give, and those. Raises the first one's error when none is left.
+
+    `reads_texts`: whether the tokenizer is looked for, which takes a second, by scores that need it.
+    """
     if not store.layout.has_tokens and (config.probing is not None or config.latents):
         asked = (
             "--latents" if config.latents else f"--scores {','.join(config.probing.scores if config.probing else ())}"
@@ -76,7 +81,7 @@ def only_fitting_scores(config: EvaluateConfig, store: Store) -> tuple[EvaluateC
             f"{asked}: the rows of {config.store} are of no text, so there is nothing to show or read; leave it out"
         )
     unfit = unfit_scores(config.scores, store)
-    for family in [name for name in OF_TOKENS if name in config.scores and name not in unfit]:
+    for family in [name for name in OF_TOKENS if reads_texts and name in config.scores and name not in unfit]:
         try:
             _ = Models(config, store, resolve_device(config.device)).tokenizer
         except PipelineError as error:
