@@ -99,17 +99,17 @@ def first_level(sae: NestedSAE) -> NestedSAE:
 
 
 def prepare(
-    folder: Path, rows: np.ndarray, about: dict[str, Any], out: Path, *, first: bool
+    folder: Path, rows: np.ndarray, about: dict[str, Any], out: Path, *, first: int | None
 ) -> tuple[Path, dict[str, Any]]:
-    """Write the folder's SAE, or its first level, as a checkpoint for evaluation; its path, and the part of its line
-    known by then."""
+    """Write the folder's SAE, or its first level at L0 `first`, as a checkpoint for evaluation; its path, and the part of
+    its line known by then."""
     sae, cell, run_json = load(folder)
     trained = rows[: cell["steps"] * cell["batch_size"]]
     levels = sae.config.levels if cell["trainer"] == "ours" else sizes(cell)
     sae = as_batchtopk(sae, levels, cell["k"], torch.tensor(about["center"]), about["scale"])
-    if first:
+    if first is not None:
         sae = first_level(sae)
-    own = threshold_for(sae, trained[-THRESHOLD_BATCHES * cell["batch_size"] :], cell["k"])
+    own = threshold_for(sae, trained[-THRESHOLD_BATCHES * cell["batch_size"] :], cell["k"] if first is None else first)
     sae.threshold.data.fill_(own)
     fired = counts(sae, trained[-DEAD_ROWS:])
     path = out / "checkpoints" / f"{folder.name}.safetensors"
@@ -138,13 +138,13 @@ def scored(result: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
 @click.argument("out", type=Path)
 @click.argument("folders", type=Path, nargs=-1)
 @click.option("--eval-rows", type=int, default=None, help="evaluation rows  [default: all]")
-@click.option("--first", is_flag=True, help="score first levels alone, each at L0 k, into OUT/first.jsonl")
+@click.option("--first", type=int, default=None, help="score first levels alone, each at this L0, into OUT/first.jsonl")
 def main(
-    rows: Path, store: Path, model: str, out: Path, folders: Sequence[Path], eval_rows: int | None, first: bool
+    rows: Path, store: Path, model: str, out: Path, folders: Sequence[Path], eval_rows: int | None, first: int | None
 ) -> None:
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    lines_path = out / ("first.jsonl" if first else "scores.jsonl")
+    lines_path = out / ("scores.jsonl" if first is None else "first.jsonl")
     done = {json.loads(line)["name"] for line in lines_path.read_text().splitlines()} if lines_path.exists() else set()
     about = json.loads(rows.with_suffix(".json").read_text())
     data = np.load(rows, mmap_mode="r")
