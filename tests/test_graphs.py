@@ -279,7 +279,7 @@ def test_other_device_step_fetches_nothing(
     config = config_of(recipe, dtype="bf16", **changes)
     center, batch = torch.zeros(D_MODEL, device=meta), None
     member = Member(config, D_MODEL, center, 1.0, meta, Scratch(meta))
-    member.draws_thresholds = False  # that fetches, once, before the first step
+    member.before_first.clear()  # that fetches, once, before the first step
     for _ in range(8):
         batch = normalise_batch(torch.zeros(48, D_MODEL, dtype=torch.bfloat16, device=meta), center, 1.0, out=batch)
         member.step(batch)

@@ -99,7 +99,7 @@ def make(
     center = torch.full((d_model,), 0.1, dtype=wide, device=device)
     member = kind(config, d_model, center, 1.3, device, Scratch(device), is_sparse=sparse)
     generator = torch.Generator().manual_seed(1)
-    member.draws_thresholds = False
+    member.before_first.clear()
     if "log_threshold" in member.weights:
         member.weights["log_threshold"].fill_(math.log(0.1))
     for name in sorted(member.weights):

@@ -130,7 +130,7 @@ def test_dead_thresholds_fall_at_their_rate() -> None:
     for pull in (0.0, 0.25, 1e4):
         config = config_of("jumprelu", dtype="float64", dead_after_rows=2 * ROWS, threshold_pull=pull)
         member = member_of(config)
-        member.draws_thresholds = False
+        member.before_first.clear()
         before = torch.tensor([5.0, 5.0, 4.0, -6.0], dtype=torch.float64)
         log_threshold = member.weights["log_threshold"].fill_(-2.0)
         log_threshold[:4] = before

@@ -72,7 +72,7 @@ def launches_of(name: str, d_model: int, width: int, rows: int) -> list[Launch]:
     noted: list[Launch] = []
     center = torch.zeros(d_model, device=META)
     member = FusedMember(config, d_model, center, 1.0, META, Scratch(META), is_sparse=sparse)
-    member.draws_thresholds = False
+    member.before_first.clear()
     member.n_steps = config.sparsity_warmup_steps
     raw = torch.zeros(rows, d_model, dtype=torch.bfloat16, device=META)
     traffic.observers.append(noted.append)

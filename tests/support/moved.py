@@ -111,7 +111,7 @@ def count_step(config: TrainConfig, d_model: int, rows: int, fused: bool, sparse
     kind = FusedMember if fused else Member
     center = torch.zeros(d_model, device=META)
     member = kind(config, d_model, center, 1.0, META, Scratch(META), is_sparse=sparse)
-    member.draws_thresholds = False
+    member.before_first.clear()
     raw = torch.zeros(rows, d_model, dtype=torch.bfloat16, device=META)
     normalise = FusedBatches(member.scratch).normalise if fused else normalise_batch
     batch = None

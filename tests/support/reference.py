@@ -51,7 +51,7 @@ class JumpReLU(torch.autograd.Function):
 def away_from_start(member: Member, seed: int = 1) -> Member:
     """The member with weights that are away from their initial zeros and ones."""
     generator = torch.Generator().manual_seed(seed)
-    member.draws_thresholds = False
+    member.before_first.clear()
     if "log_threshold" in member.weights:
         member.weights["log_threshold"].fill_(math.log(0.1))
     for name, weight in member.weights.items():

@@ -148,9 +148,12 @@ class Member:
             0  # steps after which the threshold was found: a line and a checkpoint of one step share it
         )
         self.n_rows = 0
-        self.draws_thresholds = config.activation == "jumprelu"
-        self.aims_decoder = target is not None
-        self.shrinks_encoder = target is None and needs_shrinking(config)
+        firsts = {
+            self._draw_thresholds: config.activation == "jumprelu",
+            self._aim_decoder: target is not None,
+            self._shrink_encoder: target is None and needs_shrinking(config),
+        }
+        self.before_first = [do for do, is_due in firsts.items() if is_due]  # of a batch, before the first step on it
         drawn = initial_weights(config, d_model, d_out)
         self.weights = {name: weight.to(device, self.wide) for name, weight in drawn.items()}
         if is_sparse:
@@ -178,12 +181,8 @@ class Member:
         """One optimiser step on this process's rows of the batch. Fetches nothing from the device."""
         self.schedule.set(self.n_steps)
         self.sample.see(batch.x, self.n_steps)
-        if self.n_steps == 0 and self.draws_thresholds:
-            self._draw_thresholds(batch)
-        if self.n_steps == 0 and self.aims_decoder:
-            self._aim_decoder(batch)
-        if self.n_steps == 0 and self.shrinks_encoder:
-            self._shrink_encoder(batch)
+        for do in self.before_first if self.n_steps == 0 else ():
+            do(batch)
         self.recorded.run(self._kind(batch), lambda: self._step(batch))
         self.n_steps += 1
         self.n_rows += self._n_rows(batch)
@@ -572,8 +571,8 @@ class Member:
         Raises CheckpointError when its shape does not fit.
         """
         mapped = mapped_weights(sae, self.sae())
-        self.draws_thresholds = self.draws_thresholds and "log_threshold" not in mapped
-        self.aims_decoder = self.shrinks_encoder = False
+        finds = self.config.activation == "jumprelu" and "log_threshold" not in mapped
+        self.before_first = [self._draw_thresholds] if finds else []
         for name, weight in mapped.items():
             self.weights[name].copy_(weight)
         self.adam.refresh_low()
