@@ -18,11 +18,9 @@ Only members that the file asks for are evaluated and reported, whatever else th
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from typing import Any
 from pipeline.base.cli import read_toml
 from pipeline.base.digests import write_sealed
 from pipeline.base.errors import UsageError
-from pipeline.base.progress import format_seconds, say
+from pipeline.base.progress import Took, format_seconds, say
 from pipeline.experiment import stages
 from pipeline.model.points import HOOKS, site_name
 
@@ -341,26 +339,6 @@ def run(experiment: Experiment, out: Path) -> Path:
         stages.run_stage("evaluate.report", [*results, *stages.options(settings)], places.log("report"))
     say(took.said)
     return places.report
-
-
-class Took:
-    """Seconds of what an experiment did, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Count what runs inside as `name`'s, beside what was counted before."""
-        began = time.monotonic()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-
-    @property
-    def said(self) -> str:
-        """took 1 min 28 s: harvest 12 s, train 31 s, evaluate 38 s, report 7 s."""
-        parts = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in self.seconds.items())
-        return f"took {format_seconds(sum(self.seconds.values()))}: {parts}"
 
 
 def check(experiment: Experiment, every: Sequence[tuple[Experiment, Places]], *, here: bool = True) -> None:
