@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from pipeline import INTERRUPTED, say_stopped
-from pipeline.base.errors import ADVICE, DiskError, PipelineError, UsageError, explain, one_line, panicked
+from pipeline.base.errors import ADVICE, DiskError, PipelineError, UsageError, explain, is_failure, one_line
 from pipeline.base.fields import LARGEST
 from pipeline.base.files import is_url, read_text, require_ordinary, require_replaceable
 from pipeline.base.processes import is_launched
@@ -294,7 +294,7 @@ def main(command: click.Command, program: str, resume: str = "run the same comma
         except click.exceptions.Exit as stop:
             sys.exit(stop.exit_code)
         except BaseException as error:
-            if not isinstance(error, Exception | KeyboardInterrupt) and not panicked(error):
+            if not isinstance(error, KeyboardInterrupt) and not is_failure(error):
                 raise
             sys.exit(failed(error, resume, interrupted=interrupts.came))
     sys.exit(0)

@@ -121,6 +121,11 @@ def panicked(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether it says that something failed, a library's panic too; not that an end was asked for (Ctrl-C, exit)."""
+    return isinstance(error, Exception) or panicked(error)
+
+
 HEAD, TAIL = 900, 300
 """Characters of a message that are shown of its begin, and of its end, which says what to do."""
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.base import network
-from pipeline.base.errors import ModelError, first_line, lacks_memory, panicked
+from pipeline.base.errors import ModelError, first_line, is_failure, lacks_memory
 from pipeline.base.fields import Fields
 from pipeline.base.files import hash_file, read_any_json, read_json, sha256
 from pipeline.base.kept import kept_hash
@@ -162,7 +162,7 @@ def hub_errors(model: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except BaseException as error:  # whatever an architecture's own code raises
-        if (not isinstance(error, Exception) and not panicked(error)) or lacks_memory(error):
+        if not is_failure(error) or lacks_memory(error):
             raise
         hint = "; pass --trust-remote-code to run the model's own code" if "trust_remote_code" in str(error) else ""
         raise ModelError(f"{model}: cannot be loaded ({first_line(error)}){hint}") from error
