@@ -94,10 +94,13 @@ class Cluster:
         """#SBATCH lines: ours, but for those that the user's words have, then the user's; sbatch reads quotes as a shell does."""
         theirs = shlex.split(self.sbatch)
         named = {word.partition("=")[0] for word in theirs}
-        lines = "".join(f"#SBATCH {shlex.quote(word)}\n" for word in ours if word.partition("=")[0] not in named)
+        lines = [shlex.quote(word) for word in ours if word.partition("=")[0] not in named]
         for word in theirs:
-            lines += ("#SBATCH " if word.startswith("-") else " ") + shlex.quote(word) + "\n"
-        return lines.replace("\n ", " ")  # the value of an option is on its line
+            if word.startswith("-") or not lines:
+                lines.append(shlex.quote(word))
+            else:  # an option's value
+                lines[-1] += f" {shlex.quote(word)}"
+        return "".join(f"#SBATCH {line}\n" for line in lines)
 
     def seconds(self, plan: Plan) -> float:
         """Of all of a harvest's rows on one GPU: as measured where the plan was made on one, else from its operations."""
