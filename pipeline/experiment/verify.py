@@ -128,13 +128,14 @@ def checker_of(path: Path) -> Check | None:
         return check_report
     if (path.parent / DIGESTS).is_file():
         return check_listed
+    return file_checker(path) or (check_weights if folder_of(path) != path else None)
+
+
+def file_checker(path: Path) -> Check | None:
+    """How a file is checked that stands for itself: by the digest beside it, as results, by its seal."""
     if beside(path).is_file():
         return check_beside
-    if folder_of(path) != path:
-        return check_weights
-    if path.suffix == ".json":
-        return check_results if (kind := file_format(path)) == RESULTS else check_sealed if kind == SEALED else None
-    return None
+    return {RESULTS: check_results, SEALED: check_sealed}.get(file_format(path)) if path.suffix == ".json" else None
 
 
 def folder_checker(path: Path) -> Check | None:
@@ -274,10 +275,8 @@ def check_others(path: Path, root: Path, found: Findings) -> None:
 
 def check_other(path: Path, found: Findings) -> None:
     """A file in a folder with digests that they do not name."""
-    if beside(path).is_file():
-        check_beside(path, found)
-    elif path.suffix == ".json" and (kind := file_format(path)):
-        (check_results if kind == RESULTS else check_sealed)(path, found)
+    if check := file_checker(path):
+        check(path, found)
     elif not path.name.endswith(BESIDE):
         found.unseal(path)
 
