@@ -108,9 +108,8 @@ def careful(check: Check, path: Path, found: Findings) -> None:
     try:
         check(path, found)
     except (PipelineError, OSError) as error:
-        if (
-            problem := explain(error) or str(error)
-        ) not in found.problems:  # one config may be read for many checkpoints
+        problem = explain(error) or str(error)
+        if problem not in found.problems:  # one config may be read for many checkpoints
             found.problems.append(problem)
 
 
