@@ -30,8 +30,28 @@ def test_training_loads_no_language_model() -> None:
 
 def test_report_loads_no_torch() -> None:
     """A report loads no torch."""
-    loaded = modules_after("import evaluate.report.__main__")
+    loaded = modules_after("import evaluate.report.__main__, evaluate.report.write")
     assert not loaded & {"torch", "transformers", "datasets", "zarr", "train", "harvest"}
+
+
+def test_report_options_load_nothing_that_draws() -> None:
+    """A report's options are read before what draws is loaded: an experiment checks them first of all."""
+    assert not modules_after("import evaluate.report.__main__") & {"matplotlib", "jinja2", "scipy"}
+
+
+def test_known_features_load_no_language_model() -> None:
+    """Rows of known features are made without transformers."""
+    assert not modules_after("import harvest.truth.run") & {"transformers", "datasets", "tokenizers"}
+
+
+def test_garbage_is_looked_for_seldom() -> None:
+    """A command that begins makes Python look for garbage seldom, and not at its end among what was there."""
+    seldom = "from pipeline.base import startup; startup.begin(); import gc; print(gc.get_threshold()[0])"
+    at_end = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); "
+    run = subprocess.run([sys.executable, "-c", at_end + seldom], cwd=ROOT, capture_output=True, text=True, check=True)
+    threshold, frozen = run.stdout.split()
+    assert int(threshold) >= 10_000
+    assert frozen == "True"
 
 
 def test_pipeline_command_starts_without_torch() -> None:
