@@ -38,6 +38,15 @@ def test_plain_data_is_told_apart(value: Any) -> None:
             require_plain(Path("some.json"), value)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, HUGE, -HUGE, LARGEST, -LARGEST, "\ud800", "é\udfff"])
+def test_impossible_values_are_refused(bad: Any) -> None:
+    """Each kind of what cannot be is refused, as a value, in a list and in an object."""
+    for value in (bad, [bad], {"a": bad}):
+        assert not is_right(value)
+        with pytest.raises(DamagedError):
+            require_plain(Path("some.json"), value)
+
+
 @pytest.mark.parametrize("bad", [math.nan, "\ud800", LARGEST])
 def test_place_of_what_is_wrong(bad: Any) -> None:
     """The message names the place by keys and numbers."""
