@@ -122,7 +122,8 @@ def require_room(lm: SplitLM, sae: NestedSAE, n_tokens: int) -> None:
             f"--text: {n_tokens:,} tokens, {lm.info.name} has {limit:,} positions; give a shorter text, or a part of it at a time"
         )
     _, activations, logits = model_sizes(lm, n_tokens)
-    needed = n_tokens * (activations + logits + 6 * sae.config.width * 4 + 12 * lm.d_model * 4)
+    latents = 4 * sae.config.width  # of which encoding takes up to 5.1 times its bytes, by LayerNorm; then they stay
+    needed = n_tokens * (max(6 * latents, latents + activations, latents + logits) + 12 * lm.d_model * 4)
     allowed = memory_limit(None, lm.device, available_memory(), 1)
     if needed > allowed:
         raise UsageError(
