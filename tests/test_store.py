@@ -19,10 +19,12 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from harvest.tokens import scratch_array
 from pipeline.base.errors import DamagedError, DiskError, MismatchError, ModelError, StoreError, UsageError
 from pipeline.model.specials import mark_special
+from pipeline.store.backend import LocalFiles
 from pipeline.store.layout import Layout, SplitLayout, estimate_bytes, shard_rows_for
 from pipeline.store.moments import measure_rows, median_of, norms_and_moments
 from pipeline.store.prepare import SplitTokens, prepare, resume, segments
 from pipeline.store.reader import Store, describe_store
+from pipeline.store.root import write_root
 from pipeline.store.split import Split, to_numpy
 from support import reference
 from support.stores import VOCAB, make_rows, make_store, make_tokens, prepare_store, store_config, write_shards
@@ -297,6 +299,15 @@ def test_store_describes_itself_as_json(tiny_store: Path) -> None:
     assert described["bytes"] == sum(len(data) for data in tree(tiny_store).values())
     assert len(described["mean"]) == 64
     assert described["statistics"]["scale"] > 0
+
+
+def test_begun_store_misses_no_file(tmp_path: Path) -> None:
+    """Of a store that is being prepared `verify` says that alone, not that its other files are gone."""
+    writer = prepare_store(tmp_path / "acts.zarr", store_config(), 8, 8)
+    write_root(LocalFiles(tmp_path / "acts.zarr"), writer.store.attributes | {"state": "preparing"})
+    shutil.rmtree(tmp_path / "acts.zarr" / "train")
+    (problem,) = Store.load(tmp_path / "acts.zarr").verify(quiet=True)
+    assert problem.endswith("acts.zarr: not prepared to its end: a harvest is at it, or was stopped there")
 
 
 def test_unfinished_store_says_its_progress(tmp_path: Path) -> None:

@@ -257,7 +257,10 @@ class Store:
             raise DamagedError(f"{self.files.where('mean')}: not the mean of its rows; run harvest --repair")
 
     def verify(self, *, bodies: bool = True, quiet: bool = False) -> list[str]:
-        """Every problem there is, one line each; empty when the store is whole. `bodies` reads every byte, by all cores."""
+        """Every problem there is, one line each; empty when the store is whole. `bodies` reads every byte, by all cores. Of one
+        that is being prepared it is that: its other files need not be there yet."""
+        if self.attributes["state"] == "preparing":
+            return [f"{self.where}: {self.progress()}"]
         problems = [] if self.complete else [f"{self.where}: {self.progress()}"]
         checks = list(self.checks(bodies=bodies))
         last = [checks.pop()] if checks[-1][0] == "statistics" else []
