@@ -17,12 +17,9 @@ from pipeline.base.kept import kept
 from pipeline.base.record_files import TEXT
 from pipeline.base.records import Record, Unread, is_compressed, kind_of, parse_object, raw_lines
 
-BYTES_EACH = 28
-"""Memory that a record of an index takes."""
-
 
 class Index:
-    """Records of files in their order, read with `record`: BYTES_EACH of memory each. A text file is one record.
+    """Records of files in their order, read with `record`: 28 bytes of memory each. A text file is one record.
 
     Raises CorpusError for a file that cannot be read.
     """

@@ -20,7 +20,6 @@ from evaluate.probing.texts import (
     TextModel,
     make_bank,
     pool_all,
-    pool_latents,
     pooling_bytes,
     segment_means,
     text_model,
@@ -186,9 +185,9 @@ def test_chunk_changes_no_pooled_latent(limit: int, monkeypatch: pytest.MonkeyPa
     """Pooled latents do not depend on the chunk."""
     bank = make_bank(["abcb", "xaab", "abcdefgh", "zz"], plain_model(), 10, 2, "x")
     sae = random_sae(d=3)
-    whole = pool_latents(sae, bank)
+    whole = pool_all([sae], bank)[0]
     monkeypatch.setitem(__import__("evaluate.probing.texts", fromlist=["x"]).CHUNK_ELEMENTS, "cpu", limit)
-    torch.testing.assert_close(pool_latents(sae, bank).mean, whole.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pool_all([sae], bank)[0].mean, whole.mean, rtol=1e-5, atol=1e-5)
     one_by_one = sae.encode(bank.rows).split(bank.n_real.tolist())
     torch.testing.assert_close(whole.mean, torch.stack([part.mean(0) for part in one_by_one]), rtol=1e-5, atol=1e-5)
 
@@ -210,7 +209,7 @@ def test_texts_are_read_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     together = pool_all(saes, bank)
     assert order[:6] == [0, 1, 0, 1, 0, 1]
     for sae, found in zip(saes, together):
-        alone = pool_latents(sae, bank)
+        alone = pool_all([sae], bank)[0]
         for name, tensor in vars(alone).items():
             torch.testing.assert_close(vars(found)[name], tensor, msg=name)
 
@@ -236,7 +235,7 @@ def test_pooled_bytes_are_as_planned() -> None:
     sae = random_sae(d=3)
     width = sae.config.width
     once, each = pooling_bytes(4, 9, 3, width, "cpu")
-    assert each == sum(tensor.nbytes for tensor in vars(pool_latents(sae, bank)).values())
+    assert each == sum(tensor.nbytes for tensor in vars(pool_all([sae], bank)[0]).values())
     assert once == CHUNK_ELEMENTS["cpu"] // width * (6 * 3 + 12 * width)
     assert pooling_bytes(4, 10**7, 3, width, "cpu")[0] == 10**7 * (6 * 3 + 12 * width)
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import pipeline
-from evaluate.probing.texts import TextBank, pool_latents
+from evaluate.probing.texts import TextBank, pool_all
 from evaluate.run import EvaluateConfig, run
 from evaluate.scores.absorption import AbsorptionScore, Probes
 from evaluate.scores.labels import Labelled
@@ -267,6 +267,6 @@ def test_probes_see_raw_units(sae: NestedSAE) -> None:
     z[np.concatenate(score.rows), np.concatenate(score.latents)] = torch.from_numpy(np.concatenate(score.values))
     torch.testing.assert_close(z, wanted)
     n_real = torch.tensor([2, 5, 3, 10])
-    pooled = pool_latents(sae, TextBank(x, n_real, 16 - n_real, torch.zeros(4, D)))
+    pooled = pool_all([sae], TextBank(x, n_real, 16 - n_real, torch.zeros(4, D)))[0]
     for text, (mean, part) in enumerate(zip(pooled.mean, torch.split(wanted, n_real.tolist()))):
         torch.testing.assert_close(mean, part.mean(0), msg=str(text))

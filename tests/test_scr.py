@@ -12,7 +12,7 @@ from evaluate.probing.ablation import ranking
 from evaluate.probing.probes import ProbedTexts
 from evaluate.probing.scr import one_seed, removed_share, reported, scr_scores
 from evaluate.probing.tasks import Contrast
-from evaluate.probing.texts import pool_latents, raw_decoder
+from evaluate.probing.texts import pool_all, raw_decoder
 from pipeline.sae.config import SAEConfig
 from pipeline.sae.nested import NestedSAE
 from support.probing_cases import bank_of, one_ablation, padded_texts, random_draw, random_probes, random_sae
@@ -36,7 +36,7 @@ def test_modified_mean_equals_ablating_everywhere(fields: dict[str, object]) -> 
     latents = [0, 3, 4, 11, 25, 39]
     long_way = reference_pool_ablated(sae, padded, n_real, latents)
     bank = bank_of(padded, n_real)
-    pooled = pool_latents(sae, bank)
+    pooled = pool_all([sae], bank)[0]
     removed = pooled.over_all_positions(torch.arange(20), torch.tensor(latents)) @ raw_decoder(sae)[latents]
     torch.testing.assert_close((bank.mean - removed).double(), long_way, rtol=1e-5, atol=1e-5)
 
@@ -45,7 +45,7 @@ def test_masked_positions_count_as_zeros() -> None:
     """Masked positions contribute the latents of the zero vector."""
     sae = random_sae()
     padded, n_real = padded_texts(20)
-    pooled = pool_latents(sae, bank_of(padded, n_real))
+    pooled = pool_all([sae], bank_of(padded, n_real))[0]
     assert (pooled.at_zero > 0).any()
     long_way = sae.encode(padded).sum(1) / n_real[:, None]
     torch.testing.assert_close(

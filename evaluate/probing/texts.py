@@ -202,11 +202,6 @@ class PooledLatents:
         return self.mean[texts[:, None], latents] + self.masked_share[texts, None] * self.at_zero[latents]
 
 
-def pool_latents(sae: NestedSAE, bank: TextBank) -> PooledLatents:
-    """Encode every row once and average it over its text."""
-    return pool_all([sae], bank)[0]
-
-
 def pooling_bytes(n_texts: int, longest: int, d_model: int, width: int, device: str) -> tuple[int, int]:
     """Memory that `pool_all` takes on its device: once, and for each SAE, whose widest is `width`.
 

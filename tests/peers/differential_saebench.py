@@ -44,7 +44,7 @@ from evaluate.probing.probes import ProbeConfig, ProbeData, ProbeStart, train_pr
 from evaluate.probing.scr import scr_scores
 from evaluate.probing.sparse_probing import k_sparse_scores
 from evaluate.probing.tasks import Contrast, Draw, balanced, cells, scr_contrasts
-from evaluate.probing.texts import pool_latents, raw_decoder
+from evaluate.probing.texts import pool_all, raw_decoder
 from evaluate.probing.tpp import tpp_scores
 from evaluate.scores.behaviour import (
     Baselines,
@@ -460,7 +460,7 @@ def sparse_rows(lines: Lines) -> None:
     train, test, pairs = class_case(4)
     sae = random_sae(4)
     bank, draw = as_draw(train, test, pairs)
-    ours = k_sparse_scores([draw], pool_latents(sae, bank), {0: 40}, (1, 2, 5), float(sae.scale))
+    ours = k_sparse_scores([draw], pool_all([sae], bank)[0], {0: 40}, (1, 2, 5), float(sae.scale))
     with quiet(), torch.no_grad(), without_randomness():
         pooled = [collection.get_sae_meaned_activations(acts, TheirSAE(sae), 16) for acts in (train, test)]
         for k in (1, 2, 5):

@@ -9,7 +9,7 @@ from torch import Tensor
 from evaluate.probing.ablation import Ablation, ablations
 from evaluate.probing.probes import ProbedTexts
 from evaluate.probing.tasks import Contrast, Draw
-from evaluate.probing.texts import TextBank, pool_latents, raw_decoder
+from evaluate.probing.texts import TextBank, pool_all, raw_decoder
 from pipeline.sae.config import SAEConfig
 from pipeline.sae.nested import NestedSAE
 
@@ -70,4 +70,4 @@ def random_probes(draw: Draw, seed: int = 0, d: int = D) -> dict[str, tuple[Tens
 
 def one_ablation(sae: NestedSAE, bank: TextBank, draw: Draw, probes: dict[str, tuple[Tensor, Tensor]]) -> Ablation:
     """What the scores look at, for one seed."""
-    return ablations([ProbedTexts(draw, bank.mean, probes)], pool_latents(sae, bank), raw_decoder(sae))[0]
+    return ablations([ProbedTexts(draw, bank.mean, probes)], pool_all([sae], bank)[0], raw_decoder(sae))[0]
