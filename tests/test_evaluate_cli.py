@@ -29,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "evaluate", *words, "--store", str(place / "acts.zarr")]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def test_second_job_does_nothing(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,7 +232,7 @@ def test_torchrun_makes_equal_bytes(configs: Callable[[str], HarvestConfig]) -> 
     arguments += " --eval-tokens 320 --context 16 --batch-size 2 --chunk-rows 64 --shard-rows 256 --device cpu"
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "harvest", *arguments.split()],
-        check=True, cwd=ROOT, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True, cwd=ROOT, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert store_bytes(Path(config.store)) == store_bytes(Path(configs("expected").store))
 
@@ -251,7 +251,7 @@ def test_ctrl_c_exits_130_with_advice(configs: Callable[[str], HarvestConfig]) -
     while not (Path(config.store) / "train/resid/record/0").exists() and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(2)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "run the same command again to go on" in said
     assert "Traceback" not in said

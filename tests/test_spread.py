@@ -40,7 +40,7 @@ def start(store: Path, out: Path, *words: str, steps: int = 40, threads: int = 1
 
 def finish(process: subprocess.Popen[str]) -> tuple[list[dict[str, Any]], str]:
     """The members that it printed, and what it said; it has to end well."""
-    output, said = process.communicate(timeout=120)
+    output, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
     return json.loads(output)["members"], said
 
@@ -110,7 +110,7 @@ def test_stopped_first_stops_others(tiny_store: Path, tmp_path: Path, number: in
     process = start(tiny_store, out, "--processes", "2", steps=n, threads=2)
     others = wait_for(lambda: len(list(out.glob("*/metrics.jsonl"))) == 3 and children(process), process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 130, said
     assert "stopped; the state of every member is written" in said
     assert all(has_ended(pid) for pid in others)
@@ -127,7 +127,7 @@ def test_failed_other_is_shown(tiny_store: Path, tmp_path: Path) -> None:
     broken.mkdir()
     (broken / "config.json").write_text("{")
     process = start(tiny_store, tmp_path, "--processes", "2", threads=2)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 1
     assert f"error: {broken / 'config.json'}" in said
     assert said.splitlines()[-1].startswith(
@@ -140,7 +140,7 @@ def test_diverged_member_elsewhere_is_named(tiny_store: Path, tmp_path: Path) ->
     """A member that diverges in another process is an outcome like any other."""
     words = ["--lr", "1e-3", "--lr", "1e30"]
     process = start(tiny_store, tmp_path, *words, "--processes", "2", threads=2)
-    output, said = process.communicate(timeout=120)
+    output, said = process.communicate(timeout=600)
     assert output, said
     members = json.loads(output)["members"]
     assert process.returncode == 1

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 def run(words: list[str]) -> None:
     """One command with one thread a process, as torchrun sets it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -66,7 +66,7 @@ def test_data_parallel_member_agrees(tmp_path: Path) -> None:
 def test_torchrun_error_is_said_once(tmp_path: Path) -> None:
     """An error that every rank has is one line, once."""
     words = [*TORCHRUN, *train_words(tmp_path / "missing.zarr", tmp_path / "out")]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
 
@@ -111,7 +111,7 @@ def test_restarted_workers_meet(tmp_path: Path, meeting: list[str]) -> None:
     words = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", "2", "--max-restarts", "2"]
     environment = os.environ | {"MASTER_PORT": "0"}
     done = subprocess.run(
-        [*words, str(tmp_path / "worker.py"), str(ROOT)], capture_output=True, text=True, timeout=300, env=environment
+        [*words, str(tmp_path / "worker.py"), str(ROOT)], capture_output=True, text=True, timeout=600, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(done.stdout.split("\n")) == ["", "rank 0 met the others", "rank 1 met the others"]

@@ -882,7 +882,7 @@ def two_processes(store: Path, out: Path, options: str = "") -> list[int]:
         )
         for r in range(2)
     ]  # fmt: skip
-    return [int(process.communicate(timeout=120)[0]) for process in processes]
+    return [int(process.communicate(timeout=600)[0]) for process in processes]
 
 
 def test_spread_members_are_the_same(

@@ -288,7 +288,7 @@ def test_ctrl_c_exits_130_with_advice(tiny_store: Path, tmp_path: Path) -> None:
         time.sleep(0.05)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "run the same command again to go on" in error
     assert "Traceback" not in error

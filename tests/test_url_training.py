@@ -109,7 +109,7 @@ def test_chunks_are_asked_side_by_side(tiny_store: Path, monkeypatch: pytest.Mon
     split = Store.open("file://" + str(tiny_store)).train
     for k in range(split.n_shards):
         split.checksums(k)
-    together, read = threading.Barrier(4, timeout=20), type(split.files).read_into
+    together, read = threading.Barrier(4, timeout=120), type(split.files).read_into
 
     def meeting(files: Any, key: str, offset: int, buffers: Any) -> None:
         together.wait()
@@ -382,7 +382,7 @@ def together(store: str, out: Path) -> None:
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     words, root = [sys.executable, "-c", code, store, str(out)], Path(__file__).parents[1]
     running = [subprocess.Popen(words, cwd=root, env=environment | {"RANK": str(r)}) for r in range(2)]
-    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    assert [process.wait(timeout=600) for process in running] == [0, 0]
 
 
 @pytest.mark.slow
