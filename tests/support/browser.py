@@ -33,7 +33,7 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
-PATIENCE_S = 60.0
+PATIENCE_S = 600.0
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which is not installed here")
 
 
