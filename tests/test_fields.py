@@ -57,8 +57,12 @@ def test_place_of_what_is_wrong(bad: Any) -> None:
 def test_depth_has_an_end() -> None:
     """Lists in lists are refused from DEEPEST on."""
     nested: Any = []
+    holds_one: Any = [1]
     for _ in range(DEEPEST):
-        nested = [nested]
+        nested, holds_one = [nested], [holds_one]
     require_plain(Path("some.json"), nested)
+    require_plain(Path("some.json"), holds_one[0])
+    with pytest.raises(DamagedError, match=f"nested deeper than {DEEPEST}"):
+        require_plain(Path("some.json"), holds_one)
     with pytest.raises(DamagedError, match=f"nested deeper than {DEEPEST}"):
         require_plain(Path("some.json"), [nested])

@@ -26,11 +26,11 @@ def require_plain(path: Path, data: object) -> None:
 
 def problems(data: object, name: str = "", depth: int = 0) -> Iterator[str]:
     """What is wrong with JSON data, value by value."""
-    if is_plain(data):
-        return
     where = name[:80].encode("ascii", "backslashreplace").decode() or "it"
     if depth > DEEPEST:
         yield f"{where!r} is nested deeper than {DEEPEST}"
+    elif is_plain(data):
+        return
     elif isinstance(data, str):
         if SURROGATE.search(data):
             yield f"{where!r} is text that is not Unicode"
@@ -39,11 +39,11 @@ def problems(data: object, name: str = "", depth: int = 0) -> Iterator[str]:
     elif isinstance(data, Mapping):
         for key, value in data.items():
             yield from problems(key, f"{name}.(key)", depth)
-            if not is_plain(value):
+            if depth == DEEPEST or not is_plain(value):
                 yield from problems(value, f"{name}.{key}".lstrip("."), depth + 1)
     elif isinstance(data, list):
         for i, value in enumerate(data):
-            if not is_plain(value):
+            if depth == DEEPEST or not is_plain(value):
                 yield from problems(value, f"{name}.{i}", depth + 1)
 
 
